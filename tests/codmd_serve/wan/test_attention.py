@@ -102,7 +102,8 @@ def test_compact_gradients_of_the_network_equal_stock() -> None:
     run(compact, short).square().mean().backward()
     scale = max(float(p.grad.norm()) for p in stock.parameters() if p.grad is not None)
     for (name, a), b in zip(stock.named_parameters(), compact.parameters(), strict=True):
-        assert a.grad is not None and b.grad is not None
+        assert a.grad is not None
+        assert b.grad is not None
         assert (a.grad - b.grad).norm() <= 1e-5 * scale, name
 
 
@@ -122,7 +123,8 @@ def test_compact_in_bf16_weights() -> None:
     compact = use_compact_cross_attention(build_transformer()).to(torch.bfloat16)
     with torch.no_grad():
         got = run(compact, compact_prompt_embeds(padded_embeds(), LENGTHS).to(torch.bfloat16))
-    assert got.dtype == torch.bfloat16 and bool(got.isfinite().all())
+    assert got.dtype == torch.bfloat16
+    assert bool(got.isfinite().all())
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
