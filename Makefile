@@ -1,0 +1,37 @@
+# Everything runs from .venv, which the first call makes; nothing but Python packages is downloaded.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: serve test check format clean
+
+serve: $(STAMP)
+	$(BIN)/codmd-serve serve
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV)
+
+# The default torch of Linux brings gigabytes of CUDA libraries. Without an NVIDIA device the build that the
+# distiller and the tests were developed with is tried first: where a CPU build of it is offered, pip takes that one.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'make: Python 3.11 or newer is needed; name one with "make PYTHON=python3.12 ..."' >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -e /dev/nvidia0 || $(PIP) install 'torch==2.13.0' || true
+	$(PIP) install -e '.[dev]'
+	touch $@
