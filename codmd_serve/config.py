@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from codmd_serve.errors import ConfigError
@@ -30,7 +31,7 @@ def check_step_grid(sigmas: Sequence[float], timesteps: Sequence[float], sampler
         raise ConfigError(
             f"sigmas must have one entry more than timesteps and at least two, got {len(sigmas)} and {len(timesteps)}"
         )
-    descending = all(high > low for high, low in zip(sigmas, sigmas[1:], strict=False))
+    descending = all(high > low for high, low in pairwise(sigmas))
     if not (descending and sigmas[0] <= 1.0 and sigmas[-1] == 0.0):
         raise ConfigError(f"sigmas must descend from at most 1.0 to exactly 0.0, got {list(sigmas)}")
     if not all(math.isfinite(timestep) for timestep in timesteps):

@@ -1,0 +1,228 @@
+"""Student bundles on disk: what they say, loading them, writing them; knows nothing of requests or training."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from codmd_serve.config import check_step_grid
+from codmd_serve.config import default_bundle_path as default_bundle_path
+from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+
+SPEC_FILE = "student.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NativeShape:
+    """The video a student was trained to make: pixels, pixels, frames, frames per second."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"native.{name} must be a positive whole number, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentSpec:
+    """The content of student.json: how to sample the student, and where it came from.
+
+    Args:
+        base: folder (a relative one is relative to the bundle) or hub id of a diffusers Wan pipeline.
+        sigmas: num_steps + 1 levels, descending, the last 0.0.
+        timesteps: num_steps numbers fed to the network.
+        sampler: `sde` or `ode`.
+        native: the video it was trained to make.
+        method: how it was distilled, for example codmd or dmd.
+        base_model: name of the teacher.
+        step: number of student updates behind these weights.
+        ema: whether the weights are the moving average.
+        config_sha256: of the resolved training config; empty when unknown.
+        package_version: of codmd-serve that wrote the bundle.
+        assumed: names of the fields that were guessed because the source of the weights does not record them.
+        vocabulary_note: one sentence for users whose prompt has words that the model never saw; empty for none.
+
+    Raises:
+        ConfigError: a grid that cannot be sampled, or a field of the wrong type.
+    """
+
+    base: str
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    sampler: str
+    native: NativeShape
+    method: str
+    base_model: str
+    step: int
+    ema: bool
+    config_sha256: str
+    package_version: str
+    assumed: tuple[str, ...] = field(default=())
+    vocabulary_note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("base", "sampler", "method", "base_model", "config_sha256", "package_version", "vocabulary_note"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be text, got {getattr(self, name)!r}")
+        if not self.base:
+            raise ConfigError("base must name a folder or a hub id, got nothing")
+        if type(self.step) is not int or self.step < 0 or not isinstance(self.ema, bool):
+            raise ConfigError(f"step must be a count and ema true or false, got {self.step!r} and {self.ema!r}")
+        check_step_grid(self.sigmas, self.timesteps, self.sampler)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """A loaded student with everything it needs; the modules are in eval mode and carry no gradient."""
+
+    path: Path
+    spec: StudentSpec
+    tokenizer: Any
+    text_encoder: Any
+    transformer: Any
+    vae: Any
+
+
+def read_spec(bundle: Path) -> StudentSpec:
+    """Read student.json of a bundle.
+
+    Raises:
+        CheckpointError: no such folder, no or malformed student.json, unknown, missing or senseless fields.
+    """
+    if not bundle.is_dir():
+        raise CheckpointError(f"no student bundle at {bundle}: name a folder that holds {SPEC_FILE} and transformer/")
+    path = bundle / SPEC_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{bundle} is not a student bundle: it has no {SPEC_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold one JSON object, got {type(data).__name__}")
+    unknown = sorted(data.keys() - {entry.name for entry in fields(StudentSpec)})
+    if unknown:
+        raise CheckpointError(f"{path} has unknown fields: {', '.join(unknown)}")
+    try:
+        tuples = {name: tuple(data[name]) for name in ("sigmas", "timesteps", "assumed") if name in data}
+        for name in ("sigmas", "timesteps"):
+            tuples[name] = tuple(_number(value) for value in tuples[name])
+        return StudentSpec(**{**data, **tuples, "native": NativeShape(**data["native"])})
+    except (ConfigError, KeyError, TypeError) as error:
+        detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path}: {detail}") from error
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def resolve_base(bundle: Path, base: str) -> tuple[str, bool]:
+    """Find where the tokenizer, text encoder and VAE of a bundle are.
+
+    Returns:
+        A folder and True, or a hub id and False.
+
+    Raises:
+        CheckpointError: no such folder, and the text cannot be a hub id either.
+    """
+    folder = Path(os.path.normpath(bundle.resolve() / base))
+    if folder.is_dir():
+        return str(folder), True
+    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/")) and not base.endswith("/")
+    if not is_hub_id:
+        raise CheckpointError(f"the base pipeline of {bundle} is missing: expected a folder at {folder}")
+    return base, False
+
+
+def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bundle:
+    """Load a student and the modules of its base.
+
+    Args:
+        path: the bundle folder.
+        dtype: of transformer and text encoder. The VAE stays float32: in bfloat16 its clamp shows as banding.
+        device: where the modules go.
+
+    Raises:
+        CheckpointError: anything missing, truncated, of another kind, or parts that do not fit each other.
+    """
+    path = Path(path)
+    spec = read_spec(path)
+    base, is_local = resolve_base(path, spec.base)
+    transformer = _load(WanTransformer3DModel, path, "transformer", True, torch_dtype=dtype)
+    vae = _load(AutoencoderKLWan, base, "vae", is_local, torch_dtype=torch.float32)
+    text_encoder = _load(UMT5EncoderModel, base, "text_encoder", is_local, dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=is_local)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"tokenizer of {base} cannot be loaded: {_first_line(error)}") from error
+    for part, wanted, got in (
+        ("latent channels of transformer and VAE", transformer.config.in_channels, vae.config.z_dim),
+        ("text width of transformer and text encoder", transformer.config.text_dim, text_encoder.config.d_model),
+    ):
+        if wanted != got:
+            raise CheckpointError(f"{path} does not fit its base {base}: {part} are {wanted} and {got}")
+    for module in (transformer, vae, text_encoder):
+        module.requires_grad_(False).eval().to(device)
+    return Bundle(
+        path=path, spec=spec, tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae
+    )
+
+
+def _load(kind: Any, folder: Path | str, subfolder: str, is_local: bool, **options: Any) -> Any:
+    """One module. Both libraries fill missing tensors with random numbers and only log it: here that is an error."""
+    where = f"{subfolder} of {folder}"
+    if is_local and not (Path(folder) / subfolder).is_dir():
+        raise CheckpointError(f"{folder} has no {subfolder}/ folder")
+    try:
+        module, info = kind.from_pretrained(
+            folder, subfolder=subfolder, local_files_only=is_local, output_loading_info=True, **options
+        )
+    except CodmdError:
+        raise
+    except Exception as error:  # safetensors, both libraries and the file system each raise their own kinds
+        raise CheckpointError(f"{where} cannot be loaded, is it complete? {_first_line(error)}") from error
+    problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "mismatched_keys", "unexpected_keys")}
+    for name, keys in problems.items():
+        if keys:
+            raise CheckpointError(f"{where} has {len(keys)} {name.replace('_', ' ')}, the first is {keys[0]}")
+    return module
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def save_bundle(path: Path, transformer: Any, spec: StudentSpec) -> None:
+    """Write a bundle so that the folder is either the old one or the new one, never half of one.
+
+    Args:
+        path: the bundle folder; one that exists is replaced.
+        transformer: a WanTransformer3DModel.
+        spec: becomes student.json.
+    """
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        transformer.save_pretrained(fresh / "transformer")
+        (fresh / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

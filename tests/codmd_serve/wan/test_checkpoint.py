@@ -1,0 +1,187 @@
+"""Bundles on disk: round trip, and one clear sentence for everything that can be wrong with one."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
+
+from codmd_serve.config import default_bundle_path
+from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, load_bundle, read_spec, resolve_base, save_bundle
+
+TRANSFORMER = Path("transformer/diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """The tiny bundle beside its base, free to be damaged."""
+    shutil.copytree(tiny_bundle.parent, tmp_path / "weights")
+    return tmp_path / "weights" / tiny_bundle.name
+
+
+def edit_spec(bundle: Path, **changes: Any) -> None:
+    path = bundle / "student.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_load_bundle_gives_back_what_was_saved(
+    tiny_bundle: Path, tiny_pipeline: WanPipeline, tiny_spec: StudentSpec
+) -> None:
+    bundle = load_bundle(tiny_bundle)
+    assert bundle.spec == tiny_spec
+    for part in ("transformer", "vae", "text_encoder"):
+        loaded, saved = getattr(bundle, part), getattr(tiny_pipeline, part)
+        assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        for (name, got), (_, wanted) in zip(loaded.state_dict().items(), saved.state_dict().items(), strict=True):
+            assert torch.equal(got, wanted), f"{part}.{name}"
+
+
+def test_load_bundle_keeps_the_vae_in_float32(tiny_bundle: Path) -> None:
+    bundle = load_bundle(tiny_bundle, dtype=torch.bfloat16)
+    assert bundle.vae.dtype == torch.float32
+    assert bundle.transformer.dtype == bundle.text_encoder.dtype == torch.bfloat16
+
+
+def test_load_bundle_works_from_another_working_directory(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_bundle(Path(os.path.relpath(tiny_bundle))).spec.method == "codmd"
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, 5000])
+def test_truncated_weights_are_refused(copy: Path, size: int) -> None:
+    with (copy / TRANSFORMER).open("r+b") as file:
+        file.truncate(size)
+    with pytest.raises(CheckpointError, match=r"transformer of .* cannot be loaded, is it complete"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_truncated_base_is_refused(copy: Path, part: str) -> None:
+    path = next((copy.parent / "tiny" / part).glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=f"{part} of .* cannot be loaded"):
+        load_bundle(copy)
+
+
+def test_a_missing_tensor_is_an_error_and_not_a_random_one(copy: Path) -> None:
+    tensors = load_file(copy / TRANSFORMER)
+    del tensors["blocks.0.attn1.to_q.weight"]
+    save_file(tensors, copy / TRANSFORMER, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn1\.to_q\.weight"):
+        load_bundle(copy)
+
+
+def test_a_tensor_of_another_network_is_an_error(copy: Path) -> None:
+    tensors = {**load_file(copy / TRANSFORMER), "to_gate_compress.weight": torch.zeros(2)}
+    save_file(tensors, copy / TRANSFORMER, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="unexpected keys, the first is to_gate_compress"):
+        load_bundle(copy)
+
+
+def test_a_missing_text_encoder_tensor_is_an_error(copy: Path) -> None:
+    path = next((copy.parent / "tiny" / "text_encoder").glob("*.safetensors"))
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if "DenseReluDense.wo" in name)]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"text_encoder of .* missing keys"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_a_missing_part_of_the_base_is_named(copy: Path, part: str) -> None:
+    shutil.rmtree(copy.parent / "tiny" / part)
+    with pytest.raises(CheckpointError, match=part):
+        load_bundle(copy)
+
+
+def test_a_student_that_does_not_fit_its_base_is_refused(copy: Path) -> None:
+    config = copy.parent / "tiny" / "vae" / "config.json"
+    data = json.loads(config.read_text())
+    vae_type = type(load_bundle(copy).vae)
+    other = vae_type(**{**{k: v for k, v in data.items() if not k.startswith("_")}, "z_dim": 3})
+    other.save_pretrained(copy.parent / "tiny" / "vae")
+    with pytest.raises(CheckpointError, match="latent channels of transformer and VAE are 4 and 3"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sigmas": [1.0, 0.0]}, "one entry more"),
+        ({"sigmas": [1.0, "x", 0.5, 0.2, 0.0]}, "expected a number"),
+        ({"timesteps": 4}, "not iterable"),
+        ({"sampler": "euler"}, "sampler must be one of"),
+        ({"native": {"height": 64}}, "missing 3 required"),
+        ({"native": {"height": 64, "width": 64, "num_frames": 17, "fps": 0}}, "native.fps must be a positive"),
+        ({"step": -1}, "step must be a count"),
+        ({"ema": "yes"}, "ema true or false"),
+        ({"base": 3}, "base must be text"),
+        ({"base": ""}, "base must name"),
+        ({"shift": 8}, "unknown fields: shift"),
+    ],
+)
+def test_a_senseless_student_json_is_refused(copy: Path, changes: dict[str, Any], message: str) -> None:
+    edit_spec(copy, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_spec(copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "cannot be read as JSON"), ("[]", "one JSON object"), ("{}", "missing 'sigmas'")]
+)
+def test_a_broken_student_json_is_refused(copy: Path, content: str, message: str) -> None:
+    (copy / "student.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_spec(copy)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a student bundle: it has no student"):
+        read_spec(tmp_path)
+    with pytest.raises(CheckpointError, match="no student bundle at"):
+        read_spec(tmp_path / "nowhere")
+
+
+def test_resolve_base_tells_folders_from_hub_ids(copy: Path) -> None:
+    assert resolve_base(copy, "../tiny") == (str(copy.parent / "tiny"), True)
+    assert resolve_base(copy, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", False)
+    with pytest.raises(CheckpointError, match=r"expected a folder at .*weights/gone$"):
+        resolve_base(copy, "../gone")
+
+
+def test_save_bundle_replaces_the_old_one_and_leaves_nothing_beside_it(
+    copy: Path, tiny_pipeline: WanPipeline, tiny_spec: StudentSpec
+) -> None:
+    save_bundle(copy, tiny_pipeline.transformer, replace(tiny_spec, step=9))
+    assert read_spec(copy).step == 9
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["tiny", "tiny-codmd"]
+
+
+def test_save_bundle_that_fails_keeps_the_old_one(copy: Path, tiny_spec: StudentSpec) -> None:
+    class Broken:
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir(parents=True)
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_bundle(copy, Broken(), tiny_spec)
+    assert load_bundle(copy).spec == tiny_spec
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["tiny", "tiny-codmd"]
+
+
+def test_native_shape_refuses_what_is_no_count() -> None:
+    with pytest.raises(ConfigError, match=r"native\.width must be a positive whole number, got 0\.5"):
+        NativeShape(height=64, width=0.5, num_frames=17, fps=16)  # type: ignore[arg-type]
+
+
+def test_default_bundle_is_the_embedded_one() -> None:
+    assert default_bundle_path().name == "shapeworld-codmd"

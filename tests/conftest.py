@@ -1,0 +1,132 @@
+"""Shared fixtures: a tiny random pipeline and bundle of the real classes, and what runs the tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+import codmd_serve
+from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
+
+WORDS = [
+    "a",
+    "red",
+    "circle",
+    "moves",
+    "right",
+    "quickly",
+    "on",
+    "black",
+    "background",
+    "blue",
+    "ring",
+    "and",
+    "white",
+    "triangle",
+    "stays",
+    "still",
+]
+
+
+def pytest_report_header() -> str:
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    return f"device: {device}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *dict.fromkeys(WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline() -> WanPipeline:
+    """A random WanPipeline: 8x spatial and 4x temporal compression, as the embedded one, in a few thousand numbers."""
+    torch.manual_seed(0)
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0)
+    )
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.1, 0.9],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    return WanPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer.eval(),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_pipeline: WanPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random pipeline as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> StudentSpec:
+    return StudentSpec(
+        base="../tiny",
+        sigmas=(1.0, 0.9375, 0.8333, 0.625, 0.0),
+        timesteps=(1000.0, 937.5, 833.3, 625.0),
+        sampler="sde",
+        native=NativeShape(height=32, width=32, num_frames=9, fps=16),
+        method="codmd",
+        base_model="tiny",
+        step=3,
+        ema=True,
+        config_sha256="",
+        package_version=codmd_serve.__version__,
+        vocabulary_note="It knows a few words only.",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_base: Path, tiny_pipeline: WanPipeline, tiny_spec: StudentSpec) -> Path:
+    """A student bundle beside tiny_base: real classes, random weights."""
+    path = tiny_base.parent / "tiny-codmd"
+    save_bundle(path, tiny_pipeline.transformer, tiny_spec)
+    return path
