@@ -1,0 +1,375 @@
+"""Every setting of a distillation run, as frozen dataclasses, and the recipes that fill them; computes nothing.
+
+Settings that change what is computed live here. Where a run writes, how long it may take and on what it runs are
+options of the command (trainer.py), and nothing here depends on the machine but `precision="auto"`, which `resolved`
+replaces before anything is saved.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from codmd_serve.config import SAMPLERS, StepGrid
+from codmd_serve.errors import ConfigError
+from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
+from distill.losses.copula import FEATURES
+
+METHODS = ("codmd", "dmd")
+PRECISIONS = ("auto", "fp32", "bf16")
+DTYPES = ("fp32", "bf16")
+# Settings that a resumed run may change: none of them alters what an iteration computes.
+RESUMABLE = ("max_steps", "save_every_steps", "log_every_steps", "keep_last", "max_nonfinite_in_row")
+# The authors look sigma up in this table for both model sizes, whatever shift the scores are drawn with.
+REFERENCE_TABLE_SHIFT = 8.0
+
+# Wan2.1, wan/configs/shared_config.py: what the teacher is guided away from.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # noqa: RUF001
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"  # noqa: RUF001
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CopulaConfig:
+    """The relational term; its weight in the loss is scale * (weight_frame * frame + weight_batch * batch)."""
+
+    scale: float = 0.1
+    weight_frame: float = 1.0
+    weight_batch: float = 0.0
+    temperature: float = 0.1
+    features: str = "mean"  # "spatial" sees motion that keeps channel means
+    grid: int = 2  # cells per side of "spatial"
+    shared_sigma: bool = False  # one score noise level per batch: relations of samples then share their cause
+    permute: bool = False  # control arm: teacher frames and samples shuffled before their relations are taken
+
+    def __post_init__(self) -> None:
+        _check_choice("copula.features", self.features, FEATURES)
+        _check_range("copula.temperature", self.temperature, 1e-4, 10.0)
+        _check_range("copula.grid", self.grid, 1, 64)
+        for name in ("scale", "weight_frame", "weight_batch"):
+            _check_range(f"copula.{name}", getattr(self, name), 0.0, 1e4)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW of student and critic. betas[0] = 0 is the other published choice."""
+
+    student_lr: float
+    critic_lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 10.0
+    warmup_updates: int = 0  # linear, of each network's own updates
+
+    def __post_init__(self) -> None:
+        for name in ("student_lr", "critic_lr", "eps"):
+            _check_range(f"optimizer.{name}", getattr(self, name), 1e-12, 1.0)
+        for beta in self.betas:
+            _check_range("optimizer.betas", beta, 0.0, 0.99999)
+        _check_range("optimizer.weight_decay", self.weight_decay, 0.0, 1.0)
+        _check_range("optimizer.clip_norm", self.clip_norm, 1e-6, 1e6)
+        _check_range("optimizer.warmup_updates", self.warmup_updates, 0, 10**6)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaConfig:
+    """Moving average of the student in float32; it ticks on student updates and is a plain copy before the start."""
+
+    decay: float
+    start_update: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("ema.decay", self.decay, 0.0, 0.999999)
+        _check_range("ema.start_update", self.start_update, 0, 10**7)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NativeConfig:
+    """The video trained on: pixels, frames, frames per second."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "fps"):
+            _check_range(f"native.{name}", getattr(self, name), 1, 10_000)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """One distillation run.
+
+    Raises:
+        ConfigError: a value outside its range; the message names the key.
+    """
+
+    recipe: str
+    base: str  # folder or hub id of the teacher's diffusers pipeline
+    native: NativeConfig
+    optimizer: OptimizerConfig
+    ema: EmaConfig
+    method: str = "codmd"
+    seed: int = 0
+    batch_size: int
+    max_steps: int  # iterations; each trains the critic, every student_every_steps-th the student too
+    student_every_steps: int = 5
+    critic_warmup_steps: int = 0  # iterations before the first student update
+    guidance_scale: float  # uncond + guidance_scale * (cond - uncond)
+    negative_prompt: str = ""
+    sampler: str = "sde"
+    # The student's steps are timesteps, or where that is empty, 1000 * shift of step_levels.
+    timesteps: tuple[float, ...] = ()
+    step_levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    step_shift: float = 1.0
+    score_shift: float
+    score_sigma_min: float = 0.02
+    score_sigma_max: float = 0.98
+    reference_compat: bool = False  # the authors' behaviour where ours departs from it
+    copula: CopulaConfig = field(default_factory=CopulaConfig)
+    prompts: str = ""  # txt or jsonl file; empty means captions drawn from the shapeworld grammar
+    num_captions: int = 4096  # how many of those
+    precision: str = "auto"
+    teacher_dtype: str = "fp32"
+    text_dtype: str = "fp32"
+    max_nonfinite_in_row: int = 10
+    log_every_steps: int = 20
+    save_every_steps: int = 200
+    keep_last: int = 2
+    vocabulary_note: str = ""
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("teacher_dtype", self.teacher_dtype, DTYPES)
+        _check_choice("text_dtype", self.text_dtype, DTYPES)
+        _check_range("seed", self.seed, 0, 2**63 - 1)
+        for name in ("batch_size", "max_steps", "student_every_steps", "num_captions", "max_nonfinite_in_row"):
+            _check_range(name, getattr(self, name), 1, 10**9)
+        for name in ("log_every_steps", "save_every_steps", "keep_last"):
+            _check_range(name, getattr(self, name), 1, 10**9)
+        _check_range("critic_warmup_steps", self.critic_warmup_steps, 0, 10**9)
+        _check_range("guidance_scale", self.guidance_scale, 0.0, 100.0)
+        _check_range("step_shift", self.step_shift, 1e-3, 1e3)
+        _check_range("score_shift", self.score_shift, 1e-3, 1e3)
+        if not 0.0 < self.score_sigma_min < self.score_sigma_max <= 1.0:
+            raise ConfigError(
+                "expected 0 < score_sigma_min < score_sigma_max <= 1, "
+                f"got {self.score_sigma_min} and {self.score_sigma_max}"
+            )
+        if self.teacher_dtype == "bf16" and self.precision == "fp32":
+            raise ConfigError("teacher_dtype bf16 needs precision bf16: a bf16 teacher runs under autocast")
+        self._check_batch_term()
+        self.grid()
+
+    def _check_batch_term(self) -> None:
+        smallest = 2 if self.reference_compat else 3
+        if self.method == "codmd" and self.copula.weight_batch > 0 and self.batch_size < smallest:
+            raise ConfigError(
+                f"copula.weight_batch needs batch_size of {smallest} or more, got {self.batch_size}: "
+                "fewer samples have no relations to compare"
+            )
+
+    def grid(self) -> StepGrid:
+        """The student's steps: sigma = timestep / 1000, or the authors' table entry with `reference_compat`.
+
+        Raises:
+            ConfigError: steps that do not descend from at most 1 to above 0.
+        """
+        timesteps = self.timesteps or tuple(
+            NUM_TRAIN_TIMESTEPS * shift_sigma(level, self.step_shift) for level in self.step_levels
+        )
+        if self.reference_compat:
+            sigmas = tuple(reference_sigma(timestep) for timestep in timesteps)
+        else:
+            sigmas = tuple(timestep / NUM_TRAIN_TIMESTEPS for timestep in timesteps)
+        return StepGrid(sigmas=(*sigmas, 0.0), timesteps=tuple(timesteps))
+
+    def sha256(self) -> str:
+        """Digest of the whole config, the same for equal configs whatever the order of their keys."""
+        text = json.dumps(config_to_dict(self), sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def reference_sigma(timestep: float) -> float:
+    """The entry of the authors' 1000-entry shift-8 table nearest to timestep / 1000.
+
+    Source: CoDMD@6a8259b looks every sigma up this way while the network is fed the timestep itself; off by up to
+    .0035. Kept for `reference_compat` only.
+    """
+    # Entry i is shift_8(1 - i / 1000); its inverse gives the neighbourhood, so no table is needed.
+    level = timestep / NUM_TRAIN_TIMESTEPS
+    position = NUM_TRAIN_TIMESTEPS * shift_sigma(level, 1.0 / REFERENCE_TABLE_SHIFT)
+    entries = [
+        shift_sigma(step / NUM_TRAIN_TIMESTEPS, REFERENCE_TABLE_SHIFT)
+        for step in {max(math.floor(position), 1), max(math.ceil(position), 1)}
+    ]
+    return min(entries, key=lambda entry: abs(entry - level))
+
+
+def shapeworld() -> DistillConfig:
+    """The embedded world: 64x64, 17 frames at 16 fps, captions of its own grammar."""
+    return DistillConfig(
+        recipe="shapeworld",
+        base="weights/shapeworld",
+        native=NativeConfig(height=64, width=64, num_frames=17, fps=16),
+        optimizer=OptimizerConfig(student_lr=5e-5, critic_lr=1e-4, betas=(0.0, 0.999)),
+        ema=EmaConfig(decay=0.97),
+        batch_size=16,
+        max_steps=4000,
+        student_every_steps=5,
+        guidance_scale=3.0,
+        step_shift=3.0,
+        score_shift=3.0,
+    )
+
+
+def wan_1_3b() -> DistillConfig:
+    """Wan2.1-T2V-1.3B with the published constants of CoDMD.
+
+    Source: CoDMD@6a8259b configs; its 3.5 in cond + 3.5 * (cond - uncond) is guidance_scale 4.5. The batch of 64 is
+    the repository's (the paper says 128); the moving average is Self-Forcing's, CoDMD has none.
+    """
+    return DistillConfig(
+        recipe="wan_1_3b",
+        base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        native=NativeConfig(height=480, width=832, num_frames=81, fps=16),
+        optimizer=OptimizerConfig(student_lr=2e-6, critic_lr=4e-7),
+        ema=EmaConfig(decay=0.99, start_update=200),
+        batch_size=64,
+        max_steps=3000,
+        guidance_scale=4.5,
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+        timesteps=(1000.0, 900.0, 757.0, 522.0),
+        score_shift=8.0,
+        copula=CopulaConfig(weight_frame=1.0, weight_batch=0.0),
+        teacher_dtype="bf16",
+        precision="bf16",
+        text_dtype="bf16",
+    )
+
+
+def wan_14b() -> DistillConfig:
+    """Wan2.1-T2V-14B with the published constants of CoDMD: shift-5 steps and scores, both relational terms."""
+    return dataclasses.replace(
+        wan_1_3b(),
+        recipe="wan_14b",
+        base="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        optimizer=OptimizerConfig(student_lr=4e-6, critic_lr=8e-7),
+        batch_size=32,
+        timesteps=(),
+        step_shift=5.0,
+        score_shift=5.0,
+        copula=CopulaConfig(weight_frame=1.0, weight_batch=1.0),
+    )
+
+
+RECIPES: dict[str, Callable[[], DistillConfig]] = {
+    "shapeworld": shapeworld,
+    "wan_1_3b": wan_1_3b,
+    "wan_14b": wan_14b,
+}
+
+
+def config_to_dict(config: DistillConfig) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def config_from_dict(data: Mapping[str, Any]) -> DistillConfig:
+    """The config that `config_to_dict` gave.
+
+    Raises:
+        ConfigError: unknown or missing keys, values of the wrong kind or out of range; the message names the key.
+    """
+    built = _build(DistillConfig, data, prefix="")
+    assert isinstance(built, DistillConfig)
+    return built
+
+
+def with_overrides(config: DistillConfig, assignments: list[str]) -> DistillConfig:
+    """Apply `key=value` settings; nested keys have a dot, values are JSON, and what is not JSON is text.
+
+    Raises:
+        ConfigError: no `=`, an unknown key or a value that does not fit; the message names the key.
+    """
+    data = config_to_dict(config)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"expected key=value, got {assignment!r}")
+        *groups, leaf = key.split(".")
+        target = data
+        for group in groups:
+            target = target.get(group) if isinstance(target, dict) else None  # type: ignore[assignment]
+        if not isinstance(target, dict) or leaf not in target:
+            raise ConfigError(f"unknown setting {key!r}, expected one of: {', '.join(sorted(_dotted_keys(data)))}")
+        try:
+            target[leaf] = json.loads(text)
+        except ValueError:
+            target[leaf] = text
+    return config_from_dict(data)
+
+
+def _dotted_keys(data: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in data.items():
+        keys += _dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return keys
+
+
+def _build(kind: type, data: object, prefix: str) -> object:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"expected settings under {prefix.rstrip('.') or 'the config'}, got {data!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(data.keys() - hints.keys())
+    if unknown:
+        raise ConfigError(f"unknown setting {prefix}{unknown[0]}, expected one of: {', '.join(hints)}")
+    required = {
+        entry.name
+        for entry in dataclasses.fields(kind)
+        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - data.keys())
+    if missing:
+        raise ConfigError(f"missing setting {prefix}{missing[0]}")
+    return kind(**{key: _convert(hints[key], value, prefix + key) for key, value in data.items()})
+
+
+def _convert(hint: Any, value: object, key: str) -> object:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{key}.")
+    if isinstance(hint, types.GenericAlias):
+        args = typing.get_args(hint)
+        is_open = len(args) == 2 and args[1] is Ellipsis
+        if not isinstance(value, list | tuple) or not (is_open or len(value) == len(args)):
+            raise ConfigError(
+                f"{key} must be a list of {'numbers' if is_open else f'{len(args)} numbers'}, got {value!r}"
+            )
+        return tuple(_convert(args[0], item, key) for item in value)
+    if hint is float and type(value) in (int, float):
+        return float(typing.cast(float, value))
+    if type(value) is not hint:
+        raise ConfigError(f"{key} must be of type {hint.__name__}, got {value!r}")
+    return value
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_range(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{key} must be in {low:g}..{high:g}, got {value!r}")

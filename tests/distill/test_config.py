@@ -1,0 +1,151 @@
+"""Recipes carry the published numbers; settings survive JSON and refuse what they do not know."""
+
+import dataclasses
+import json
+
+import pytest
+
+from codmd_serve.config import wan_1_3b_grid, wan_14b_grid
+from codmd_serve.errors import ConfigError
+from distill.config import (
+    RECIPES,
+    WAN_NEGATIVE_PROMPT,
+    DistillConfig,
+    config_from_dict,
+    config_to_dict,
+    reference_sigma,
+    shapeworld,
+    wan_1_3b,
+    wan_14b,
+    with_overrides,
+)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipe_survives_json(name: str) -> None:
+    config = RECIPES[name]()
+    again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
+    assert again == config
+    assert again.sha256() == config.sha256()
+    assert config.recipe == name
+
+
+def test_wan_1_3b_has_the_published_constants() -> None:
+    config = wan_1_3b()
+    assert config.timesteps == (1000.0, 900.0, 757.0, 522.0)
+    assert config.grid().sigmas == (1.0, 0.9, 0.757, 0.522, 0.0)
+    assert config.score_shift == 8.0
+    assert (config.score_sigma_min, config.score_sigma_max) == (0.02, 0.98)
+    assert (config.optimizer.student_lr, config.optimizer.critic_lr) == (2e-6, 4e-7)
+    assert config.optimizer.betas == (0.9, 0.999)
+    assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.01, 10.0)
+    assert (config.ema.decay, config.ema.start_update) == (0.99, 200)
+    assert config.student_every_steps == 5
+    assert (config.copula.weight_batch, config.copula.weight_frame) == (0.0, 1.0)
+    assert (config.copula.scale, config.copula.temperature, config.copula.features) == (0.1, 0.1, "mean")
+    assert (config.native.height, config.native.width, config.native.num_frames, config.native.fps) == (
+        480,
+        832,
+        81,
+        16,
+    )
+    assert config.negative_prompt == WAN_NEGATIVE_PROMPT
+
+
+def test_wan_14b_differs_where_the_authors_do() -> None:
+    config = wan_14b()
+    assert config.grid().timesteps == pytest.approx((1000.0, 937.5, 5000 / 6, 625.0))
+    assert config.grid().sigmas == pytest.approx(wan_14b_grid().sigmas)
+    assert config.score_shift == 5.0
+    assert (config.optimizer.student_lr, config.optimizer.critic_lr) == (4e-6, 8e-7)
+    assert (config.copula.weight_batch, config.copula.weight_frame) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("recipe", [wan_1_3b, wan_14b])
+def test_published_guidance_3_5_is_guidance_scale_4_5(recipe: object) -> None:
+    cond, uncond = 1.7, -0.4
+    config = wan_1_3b() if recipe is wan_1_3b else wan_14b()
+    ours = uncond + config.guidance_scale * (cond - uncond)
+    assert ours == pytest.approx(cond + 3.5 * (cond - uncond))
+
+
+def test_reference_compat_snaps_sigmas_as_published_students_were_trained() -> None:
+    config = dataclasses.replace(wan_1_3b(), reference_compat=True)
+    assert config.grid().sigmas == pytest.approx(wan_1_3b_grid().sigmas, abs=1e-6)
+    assert config.grid().timesteps == wan_1_3b_grid().timesteps
+
+
+@pytest.mark.parametrize("timestep", [1000.0, 999.3, 757.0, 20.0, 4.0, 0.1])
+def test_reference_sigma_is_the_nearest_of_all_table_entries(timestep: float) -> None:
+    table = [8 * u / (1 + 7 * u) for u in (i / 1000 for i in range(1, 1001))]
+    assert reference_sigma(timestep) == pytest.approx(min(table, key=lambda s: abs(s - timestep / 1000)), abs=1e-12)
+
+
+def test_shapeworld_steps_follow_its_shift() -> None:
+    config = dataclasses.replace(shapeworld(), step_shift=5.0)
+    assert config.grid().sigmas == pytest.approx((1.0, 0.9375, 5 / 6, 0.625, 0.0))
+    assert config.grid().timesteps == pytest.approx((1000.0, 937.5, 5000 / 6, 625.0))
+
+
+def test_overrides_reach_nested_keys_and_keep_kinds() -> None:
+    config = with_overrides(
+        shapeworld(),
+        ["batch_size=8", "copula.features=spatial", "optimizer.betas=[0.9,0.99]", "guidance_scale=4", "base=a=b"],
+    )
+    assert (config.batch_size, config.copula.features, config.optimizer.betas) == (8, "spatial", (0.9, 0.99))
+    assert (config.guidance_scale, config.base) == (4.0, "a=b")
+    assert type(config.guidance_scale) is float
+
+
+@pytest.mark.parametrize(
+    ("assignment", "named"),
+    [
+        ("batchsize=8", "batchsize"),
+        ("copula.tau=0.1", "copula.tau"),
+        ("copula=3", "copula"),
+        ("seed.x=3", "seed.x"),
+        ("batch_size", "key=value"),
+        ("batch_size=many", "batch_size"),
+        ("batch_size=0", "batch_size"),
+        ("batch_size=true", "batch_size"),
+        ("batch_size=2.5", "batch_size"),
+        ("method=gan", "method"),
+        ("copula.temperature=0", "copula.temperature"),
+        ("copula.temperature=NaN", "copula.temperature"),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("optimizer.student_lr=-1", "optimizer.student_lr"),
+        ("timesteps=[500,900]", "descend"),
+        ("score_sigma_min=0.99", "score_sigma_min"),
+        ("native.height=0", "native.height"),
+        ("ema.decay=1", "ema.decay"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(assignment: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        with_overrides(shapeworld(), [assignment])
+
+
+def test_unknown_and_missing_keys_of_a_file_are_refused_by_name() -> None:
+    data = config_to_dict(shapeworld())
+    with pytest.raises(ConfigError, match=r"copula\.colour"):
+        config_from_dict(data | {"copula": {"colour": 1}})
+    del data["guidance_scale"]
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        config_from_dict(data)
+
+
+def test_batch_term_needs_samples_to_relate() -> None:
+    with pytest.raises(ConfigError, match="batch_size"):
+        with_overrides(shapeworld(), ["copula.weight_batch=1", "batch_size=2"])
+    assert with_overrides(shapeworld(), ["method=dmd", "copula.weight_batch=1", "batch_size=2"]).batch_size == 2
+
+
+def test_bf16_teacher_needs_autocast() -> None:
+    with pytest.raises(ConfigError, match="teacher_dtype"):
+        with_overrides(shapeworld(), ["teacher_dtype=bf16", "precision=fp32"])
+
+
+def test_sha256_changes_with_any_setting() -> None:
+    digests = {with_overrides(shapeworld(), [f"seed={seed}"]).sha256() for seed in range(3)}
+    assert len(digests) == 3
+    assert isinstance(shapeworld(), DistillConfig)
