@@ -1,29 +1,51 @@
-"""Fixtures of the distiller's tests: tiny Wan modules with random weights."""
+"""Fixtures of the distiller's tests: the tiny pipeline of tests/conftest.py as a run's base."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+
+from distill.config import DistillConfig, shapeworld, with_overrides
+from distill.networks import Networks, build_networks
+
+CAPTIONS = [
+    "a red circle moves right quickly on a black background",
+    "a blue ring stays still on a black background",
+    "a white triangle moves right on a black background and a red ring",
+    "a red ring",
+    "a blue circle moves right quickly on a white background",
+]
 
 
-def build_tiny_transformer(seed: int = 0, num_layers: int = 2) -> WanTransformer3DModel:
-    torch.manual_seed(seed)
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=12,
-        freq_dim=16,
-        ffn_dim=48,
-        num_layers=num_layers,
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "captions.txt"
+    path.write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_base: Path, prompt_file: Path) -> DistillConfig:
+    """A run of seconds: 32x32, 9 frames, so latents of (4, 3, 4, 4), batches of 3."""
+    return with_overrides(
+        shapeworld(),
+        [
+            f"base={tiny_base}",
+            f"prompts={prompt_file}",
+            'native={"height":32,"width":32,"num_frames":9,"fps":16}',
+            "batch_size=3",
+            "max_steps=6",
+            "student_every_steps=2",
+            "save_every_steps=2",
+            "log_every_steps=2",
+            "precision=fp32",
+            "copula.weight_batch=1",
+            "optimizer.student_lr=1e-3",
+            "optimizer.critic_lr=1e-3",
+        ],
     )
-    # The default initialisation leaves biases at zero, which would make a zero prompt row a zero value.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.fixture
-def tiny_transformer() -> WanTransformer3DModel:
-    return build_tiny_transformer()
+def tiny_networks(tiny_config: DistillConfig) -> Networks:
+    return build_networks(tiny_config, torch.device("cpu"))

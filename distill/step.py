@@ -1,0 +1,198 @@
+"""One student step and one critic step: batch and random draws in, loss and metrics out.
+
+Deterministic: every random number comes in through `StepDraws`. Knows neither optimizers nor files.
+
+Layout: B batch, C channels, F latent frames, H, W latent pixels, L prompt positions, D text width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from codmd_serve.sampler import rollout
+from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0, shift_sigma
+from distill.config import DistillConfig, reference_sigma
+from distill.data import Batch
+from distill.losses.copula import copula_terms
+from distill.losses.dmd import dmd_direction, dmd_loss
+from distill.losses.flow import flow_loss
+from distill.networks import Networks, denoiser, guided_teacher_flow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepDraws:
+    """The random numbers of one student or critic step, on the training device.
+
+    exit_step is the step at which the rollout stops; rollout_noise (exit_step + 1, B, C, F, H, W) and score_noise
+    (B, C, F, H, W) are N(0, 1); score_sigma and score_timestep (B,) are the noise level at which teacher and critic
+    look at the sample, and what they are told; frame_permutation (B, F) and batch_permutation (B,), int64, are those of
+    the control arm, None outside it.
+    """
+
+    exit_step: int
+    rollout_noise: Tensor
+    score_noise: Tensor
+    score_sigma: Tensor
+    score_timestep: Tensor
+    frame_permutation: Tensor | None = None
+    batch_permutation: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """A scalar loss with gradient, and detached scalar metrics by name, all still on the device."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def draw_exit_step(rng: torch.Generator, num_steps: int) -> int:
+    """Draw the step at which this iteration's rollouts stop, uniformly; `rng` must be in one state on all ranks."""
+    return int(torch.randint(num_steps, (), generator=rng))
+
+
+def draw_step(
+    config: DistillConfig, rng: torch.Generator, shape: tuple[int, ...], exit_step: int, device: torch.device
+) -> StepDraws:
+    """Draw everything random in one step.
+
+    Args:
+        config: gives the noise-level law and the control arm.
+        rng: a CPU generator, so that a run draws the same numbers on every kind of device.
+        shape: (B, C, F, H, W) of the latents.
+        exit_step: from `draw_exit_step`.
+        device: where the numbers go.
+    """
+    batch_size, num_frames = shape[0], shape[2]
+    noise = torch.randn((exit_step + 2, *shape), generator=rng).to(device)
+    sigma, timestep = draw_score_level(config, rng, batch_size)
+    frame_permutation = batch_permutation = None
+    if config.copula.permute:
+        frame_permutation = torch.rand((batch_size, num_frames), generator=rng).argsort(dim=1).to(device)
+        batch_permutation = torch.randperm(batch_size, generator=rng).to(device)
+    return StepDraws(
+        exit_step=exit_step,
+        rollout_noise=noise[:-1],
+        score_noise=noise[-1],
+        score_sigma=sigma.to(device),
+        score_timestep=timestep.to(device),
+        frame_permutation=frame_permutation,
+        batch_permutation=batch_permutation,
+    )
+
+
+def draw_score_level(config: DistillConfig, rng: torch.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Draw noise levels for the scores: uniform, shifted, clamped.
+
+    Returns:
+        sigma (B,) and the timesteps fed to the networks (B,), float32; one level for all with `copula.shared_sigma`.
+
+    Source: CoDMD, copula_dmd/dmd.py@6a8259b. Deviation: levels are continuous and sigma is timestep / 1000; with
+    `reference_compat` they are drawn from 0..999 and sigma is snapped to the authors' table.
+    """
+    num_draws = 1 if config.copula.shared_sigma else batch_size
+    level = torch.rand(num_draws, generator=rng)
+    if config.reference_compat:
+        level = (level * NUM_TRAIN_TIMESTEPS).floor() / NUM_TRAIN_TIMESTEPS
+    sigma = shift_sigma(level, config.score_shift).clamp(config.score_sigma_min, config.score_sigma_max)
+    timestep = NUM_TRAIN_TIMESTEPS * sigma
+    if config.reference_compat:
+        sigma = torch.tensor([reference_sigma(value) for value in timestep.tolist()])
+    return sigma.expand(batch_size), timestep.expand(batch_size)
+
+
+def student_step(networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig) -> StepResult:
+    """Distribution matching plus, for method "codmd", the relational term, on one student sample.
+
+    Args:
+        networks: the student gets the gradient; teacher and critic are only evaluated.
+        batch: prompts.
+        draws: random numbers.
+        config: the run's settings.
+
+    Returns:
+        Loss and metrics loss_dmd, loss_frame, loss_batch, score_gap_abs_mean (how far critic and teacher are apart
+        in x0) and x0_std_ratio (spread of the student's sample over the guided teacher's).
+    """
+    student_x0 = _student_sample(networks, batch, draws, config, with_grad=True)
+    with torch.no_grad():
+        latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
+        critic_flow = denoiser(networks.critic, networks.precision)(latents, draws.score_timestep, batch.prompt_embeds)
+        teacher_flow = guided_teacher_flow(
+            denoiser(networks.teacher, networks.precision),
+            latents,
+            draws.score_timestep,
+            batch.prompt_embeds,
+            batch.negative_prompt_embeds,
+            config.guidance_scale,
+        )
+        teacher_x0 = flow_to_x0(latents, teacher_flow, draws.score_sigma)
+        critic_x0 = flow_to_x0(latents, critic_flow, draws.score_sigma)
+        direction = dmd_direction(student_x0, latents, teacher_flow, critic_flow, draws.score_sigma)
+    loss_dmd = dmd_loss(student_x0, direction)
+    relational, relational_metrics = _relational_loss(student_x0, teacher_x0, critic_x0, draws, config)
+    metrics = {
+        "loss_dmd": loss_dmd.detach(),
+        **relational_metrics,
+        "score_gap_abs_mean": (critic_x0 - teacher_x0).abs().mean(),
+        "x0_std_ratio": student_x0.detach().std() / teacher_x0.std(),
+    }
+    return StepResult(loss=loss_dmd + relational, metrics=metrics)
+
+
+def critic_step(networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig) -> StepResult:
+    """Flow matching of the critic on a fresh student sample.
+
+    Args:
+        networks: the critic gets the gradient; the student is only sampled.
+        batch: prompts.
+        draws: random numbers, not those of a student step.
+        config: the run's settings.
+
+    Returns:
+        Loss, no further metrics.
+    """
+    student_x0 = _student_sample(networks, batch, draws, config, with_grad=False)
+    latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
+    flow_pred = denoiser(networks.critic, networks.precision)(latents, draws.score_timestep, batch.prompt_embeds)
+    return StepResult(loss=flow_loss(flow_pred, student_x0, draws.score_noise), metrics={})
+
+
+def _student_sample(
+    networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig, *, with_grad: bool
+) -> Tensor:
+    grid = config.grid()
+    return rollout(
+        denoiser(networks.student, networks.precision),
+        draws.rollout_noise,
+        batch.prompt_embeds,
+        grid.sigmas,
+        grid.timesteps,
+        sampler=config.sampler,
+        exit_step=draws.exit_step,
+        grad_exit_step=with_grad,
+    )
+
+
+def _relational_loss(
+    student_x0: Tensor, teacher_x0: Tensor, critic_x0: Tensor, draws: StepDraws, config: DistillConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    copula = config.copula
+    if config.method == "dmd":
+        return student_x0.new_zeros(()), {}
+    terms = copula_terms(
+        student_x0,
+        teacher_x0,
+        critic_x0,
+        use_frame=copula.weight_frame > 0,
+        use_batch=copula.weight_batch > 0,
+        temperature=copula.temperature,
+        features=copula.features,
+        grid=copula.grid,
+        reference_compat=config.reference_compat,
+        frame_permutation_BF=draws.frame_permutation,
+        batch_permutation_B=draws.batch_permutation,
+    )
+    loss = copula.scale * (copula.weight_frame * terms.frame + copula.weight_batch * terms.batch)
+    return loss, {"loss_frame": terms.frame.detach(), "loss_batch": terms.batch.detach()}

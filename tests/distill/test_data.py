@@ -1,0 +1,116 @@
+"""Prompts, their embeddings, the cache and the order of batches."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.wan.text import encode_prompts
+from distill import data
+from distill.config import DistillConfig, with_overrides
+from distill.data import batch_indices, cached_prompt_data, encode_prompt_data, load_prompts
+
+CPU = torch.device("cpu")
+
+
+def test_batches_cover_every_epoch_exactly_once_in_a_new_order() -> None:
+    drawn = [index for position in range(14) for index in batch_indices(position, 7, 3, seed=1)]
+    epochs = [drawn[start : start + 7] for start in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_batches_are_a_function_of_position_and_seed() -> None:
+    assert batch_indices(5, 100, 8, seed=3) == batch_indices(5, 100, 8, seed=3)
+    assert batch_indices(5, 100, 8, seed=3) != batch_indices(5, 100, 8, seed=4)
+
+
+def test_batches_larger_than_the_data_repeat_prompts_evenly() -> None:
+    assert set(Counter(batch_indices(0, 2, 6, seed=0)).values()) == {3}
+
+
+def test_shapeworld_captions_are_drawn_by_seed(tiny_config: DistillConfig) -> None:
+    config = with_overrides(tiny_config, ["prompts=", "num_captions=20"])
+    assert load_prompts(config) == load_prompts(config)
+    assert len(load_prompts(config)) == 20
+    assert load_prompts(with_overrides(config, ["seed=1"])) != load_prompts(config)
+
+
+def test_txt_and_jsonl_give_the_same_prompts(tiny_config: DistillConfig, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red ring\n\n  two  \n", encoding="utf-8")
+    rows = [{"prompt": "a red ring"}, {"caption": "two", "id": 3}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for name in ("p.txt", "p.jsonl"):
+        assert load_prompts(with_overrides(tiny_config, [f"prompts={tmp_path / name}"])) == ["a red ring", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("p.txt", b"\n \n", "no prompt"),
+        ("p.csv", b"a\n", "txt or"),
+        ("p.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("p.jsonl", b'{"prompt":"a"}\n{"x":1}\n', "p.jsonl line 2"),
+        ("p.jsonl", b'{"prompt":"a"}\n\nnot json\n', "p.jsonl line 3"),
+        ("p.jsonl", b'{"prompt":3}\n', "p.jsonl line 1"),
+        ("p.jsonl", b"[1]\n", "p.jsonl line 1"),
+    ],
+)
+def test_bad_prompt_files_are_refused_with_the_place(
+    tiny_config: DistillConfig, tmp_path: Path, name: str, content: bytes, named: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=named):
+        load_prompts(with_overrides(tiny_config, [f"prompts={tmp_path / name}"]))
+
+
+def test_missing_prompt_file_is_refused(tiny_config: DistillConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_prompts(with_overrides(tiny_config, [f"prompts={tmp_path / 'none.txt'}"]))
+
+
+def test_embeddings_equal_those_of_padded_encoding(tiny_base: Path, tiny_pipeline: WanPipeline) -> None:
+    prompts = ["a red ring", "a blue  circle moves right", "a red ring", ""]
+    packed = encode_prompt_data(prompts, str(tiny_base), torch.float32, CPU)
+    batch = packed.batch([0, 1, 2], CPU)
+    want = encode_prompts(tiny_pipeline.tokenizer, tiny_pipeline.text_encoder, prompts)
+    num_kept = batch.prompt_embeds.shape[1]
+    assert batch.prompt_embeds.shape == (3, 8, 16)
+    torch.testing.assert_close(batch.prompt_embeds, want[:3, :num_kept], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(batch.negative_prompt_embeds[2], want[3, :num_kept], rtol=1e-5, atol=1e-6)
+    assert packed.num_prompts == 3
+
+
+def test_cache_spares_the_text_encoder(
+    tiny_config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = cached_prompt_data(tiny_config, tmp_path, CPU)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the text encoder was loaded again")
+
+    monkeypatch.setattr(data, "encode_prompt_data", refuse)
+    second = cached_prompt_data(tiny_config, tmp_path, CPU)
+    assert torch.equal(first.packed, second.packed)
+    assert torch.equal(first.offsets, second.offsets)
+    with pytest.raises(AssertionError, match="loaded again"):
+        cached_prompt_data(with_overrides(tiny_config, ["negative_prompt=blue"]), tmp_path, CPU)
+
+
+def test_damaged_cache_is_made_anew(tiny_config: DistillConfig, tmp_path: Path) -> None:
+    first = cached_prompt_data(tiny_config, tmp_path, CPU)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:50])
+    assert torch.equal(cached_prompt_data(tiny_config, tmp_path, CPU).packed, first.packed)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_missing_text_encoder_is_a_checkpoint_error(tiny_config: DistillConfig, tmp_path: Path) -> None:
+    (tmp_path / "base" / "transformer").mkdir(parents=True)
+    config = with_overrides(tiny_config, [f"base={tmp_path / 'base'}"])
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        cached_prompt_data(config, tmp_path / "cache", CPU)
