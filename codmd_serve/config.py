@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from codmd_serve.errors import ConfigError
 SAMPLERS = ("sde", "ode")
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 4000
+DEFAULT_CRF = 18
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 def check_step_grid(sigmas: Sequence[float], timesteps: Sequence[float], sampler: str) -> None:
@@ -79,3 +82,103 @@ def default_bundle_path() -> Path:
     package = Path(__file__).resolve().parent
     installed = package / "_weights"
     return (installed if installed.is_dir() else package.parent / "weights") / "shapeworld-codmd"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """What an operator may choose. The command line and CODMD_* variables are made from these fields.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    bundle: str = field(default_factory=lambda: str(default_bundle_path()))
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    dtype: str = "auto"
+    queue_size: int = 16
+    max_pixels: int = 0
+    max_body_bytes: int = 65536
+    jobs_kept: int = 200
+    max_attempts: int = 2
+    drain_timeout_s: int = 30
+    page: bool = True
+    allow_remote_without_auth: bool = False
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "port": (1, 65535),
+            "queue_size": (1, 10_000),
+            "max_pixels": (0, 2**40),
+            "max_body_bytes": (1024, 2**30),
+            "jobs_kept": (1, 1_000_000),
+            "max_attempts": (1, 10),
+            "drain_timeout_s": (0, 86_400),
+        }
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.host not in LOOPBACK_HOSTS and not self.allow_remote_without_auth:
+            raise ConfigError(
+                f"refusing to listen on {self.host}: there is no authentication, so anybody who reaches this address "
+                "could use the machine; say --allow-remote-without-auth if that is what you want"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateParams:
+    """One video to make: everything that decides its bytes, besides the bundle. Validated where a request enters.
+
+    Args:
+        prompt: 1..4000 characters, not blank.
+        seed: 0..2^63-1.
+        height, width: pixels.
+        num_frames: frames, 4k + 1.
+        fps: frames per second of playback.
+        crf: H.264 constant rate factor, 1 (best) to 51.
+    """
+
+    prompt: str
+    seed: int
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    crf: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What a loaded engine tells about itself, so that requests can be judged without it.
+
+    Args:
+        name: of the bundle.
+        device, dtype, attention, execution: what runs it; execution is eager or graph.
+        num_steps: of the sampler.
+        height, width, num_frames, fps: what the bundle was trained to make.
+        size_multiple: height and width must be multiples of it.
+        max_side_px, max_num_frames: the largest positions that the network can encode.
+        frame_multiple: num_frames is a multiple of it, plus one.
+        service_s: seconds that the native video took, warm.
+        load_s: seconds from start to warm.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    attention: str
+    execution: str
+    num_steps: int
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    size_multiple: int
+    max_side_px: int
+    frame_multiple: int
+    max_num_frames: int
+    service_s: float
+    load_s: float

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -91,6 +93,12 @@ class Bundle:
     text_encoder: Any
     transformer: Any
     vae: Any
+
+
+def silence_libraries() -> None:
+    """Switch off the loading bars of diffusers and transformers, for a process whose output is ours."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def read_spec(bundle: Path) -> StudentSpec:

@@ -1,0 +1,189 @@
+"""What a request may say and what an answer looks like; judges a body without knowing how videos are made."""
+
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictFloat, StrictInt, field_validator
+
+from codmd_serve.config import DEFAULT_CRF, MAX_PROMPT_CHARS, MAX_SEED, GenerateParams, ModelFacts
+from codmd_serve.dispatcher import Job
+from codmd_serve.errors import InvalidRequestError
+
+# Twice in each direction, or four times as long: past that a student shows nothing that it was trained to show.
+DEFAULT_BUDGET_FACTOR = 4
+QUALITY_CRF = {"low": 28, "medium": 23, "high": DEFAULT_CRF}
+EXAMPLES: list[JsonValue] = [
+    {"prompt": "a red circle moves right quickly on a black background", "seed": 7},
+    {"prompt": "a yellow square and a blue ring move up slowly on a navy background"},
+    {"prompt": "a white triangle stays still on a brown background", "seed": 1, "quality": "medium"},
+]
+
+
+class GenerateBody(BaseModel):
+    """One video. Whatever is left out is what the model was trained at."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": EXAMPLES})
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS, description="what to show; not blank")]
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = Field(
+        None, description="the same seed gives the same video; drawn when absent, and told in X-Seed"
+    )
+    height: Annotated[StrictInt, Field(ge=1, le=2**31)] | None = Field(None, description="pixels, a multiple of 16")
+    width: Annotated[StrictInt, Field(ge=1, le=2**31)] | None = Field(None, description="pixels, a multiple of 16")
+    num_frames: Annotated[StrictInt, Field(ge=1, le=2**31)] | None = Field(None, description="4k + 1")
+    fps: Annotated[StrictInt, Field(ge=1, le=120)] | None = Field(None, description="frames per second of playback")
+    crf: Annotated[StrictInt, Field(ge=1, le=51)] | None = Field(
+        None, description=f"H.264 rate factor: 1 best, 51 smallest, {DEFAULT_CRF} unless said"
+    )
+    quality: Literal["low", "medium", "high"] | None = Field(None, description="instead of crf")
+    format: Literal["mp4"] = "mp4"
+    num_inference_steps: StrictInt | None = Field(None, description="only the model's own number of steps")
+    guidance_scale: StrictInt | StrictFloat | None = Field(None, description="only 1: there is no guidance")
+    negative_prompt: str | None = Field(None, description="not supported: there is no guidance")
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_not_blank(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("must not be blank")
+        return prompt
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: a stable code, one sentence, and the field it is about where there is one."""
+
+    code: str
+    message: str
+    field: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class JobBody(BaseModel):
+    """What is known about a recent request."""
+
+    id: str
+    status: Literal["queued", "running", "completed", "failed", "cancelled"]
+    progress: float
+    stage: str
+    seed: int
+    params: dict[str, Any]
+    timings_ms: dict[str, float]
+    warnings: list[str]
+    error: ErrorDetail | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+
+
+class HealthBody(BaseModel):
+    """How the server is; answered without touching the device."""
+
+    status: Literal["ok"]
+    is_ready: StrictBool
+    model: dict[str, Any] | None
+    num_waiting: int
+    is_running: StrictBool
+    num_worker_restarts: int
+
+
+def job_body(job: Job) -> JobBody:
+    """The public view of a job; its path stays private."""
+    params = {name: getattr(job.params, name) for name in GenerateParams.__slots__}
+    return JobBody(
+        id=job.id,
+        status=job.status,  # type: ignore[arg-type]
+        progress=round(job.progress, 3),
+        stage=job.stage,
+        seed=job.params.seed,
+        params=params,
+        timings_ms={stage: round(value, 1) for stage, value in job.timings_ms.items()},
+        warnings=job.warnings,
+        error=ErrorDetail(code=job.error.code, message=str(job.error)) if job.error else None,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+    )
+
+
+def to_params(body: GenerateBody, facts: ModelFacts, max_pixels: int = 0) -> GenerateParams:
+    """Complete a body with what the model was trained at, and refuse what the model cannot do.
+
+    Args:
+        body: well-formed.
+        facts: of the loaded model.
+        max_pixels: operator's bound on height * width * num_frames; 0 is four times the model's own.
+
+    Raises:
+        InvalidRequestError: names the field and what would be accepted.
+    """
+    _refuse_guidance(body, facts)
+    if body.crf is not None and body.quality is not None:
+        raise InvalidRequestError("give crf or quality, not both", "quality")
+    params = GenerateParams(
+        prompt=body.prompt,
+        # 32 bits, so that JavaScript clients and torch.manual_seed can both repeat it.
+        seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
+        height=body.height or facts.height,
+        width=body.width or facts.width,
+        num_frames=body.num_frames or facts.num_frames,
+        fps=body.fps or facts.fps,
+        crf=body.crf or QUALITY_CRF[body.quality or "high"],
+    )
+    _check_shape(params, facts, max_pixels or DEFAULT_BUDGET_FACTOR * facts.height * facts.width * facts.num_frames)
+    return params
+
+
+def _refuse_guidance(body: GenerateBody, facts: ModelFacts) -> None:
+    if body.negative_prompt:
+        raise InvalidRequestError(
+            "this is a distilled student, which has no guidance and so no use for a negative prompt: leave it out",
+            "negative_prompt",
+        )
+    if body.guidance_scale not in (None, 1):
+        raise InvalidRequestError(
+            "this is a distilled student, which has the teacher's guidance built in: leave guidance_scale out",
+            "guidance_scale",
+        )
+    if body.num_inference_steps not in (None, facts.num_steps):
+        raise InvalidRequestError(
+            f"this is a distilled student, which was trained for exactly {facts.num_steps} steps: "
+            f"leave num_inference_steps out or say {facts.num_steps}",
+            "num_inference_steps",
+        )
+
+
+def _check_shape(params: GenerateParams, facts: ModelFacts, max_pixels: int) -> None:
+    step = facts.size_multiple
+    for name in ("height", "width"):
+        value = getattr(params, name)
+        if value % step or value > facts.max_side_px:
+            raise InvalidRequestError(
+                f"{name} must be a multiple of {step} up to {facts.max_side_px}, got {value}; "
+                f"{_nearest(value, step, 0, facts.max_side_px)} would be accepted",
+                name,
+            )
+    step = facts.frame_multiple
+    affordable = max_pixels // (params.height * params.width)
+    if affordable < 1:
+        raise InvalidRequestError(
+            f"one frame of {params.width}x{params.height} is more than the {max_pixels} pixels that this server makes "
+            "of a whole video; a smaller height or width would be accepted"
+        )
+    most = min(facts.max_num_frames, affordable)
+    if (params.num_frames - 1) % step or params.num_frames > most:
+        raise InvalidRequestError(
+            f"num_frames must be {step}k + 1, and at {params.width}x{params.height} up to {most}, "
+            f"got {params.num_frames}; {_nearest(params.num_frames, step, 1, most)} would be accepted",
+            "num_frames",
+        )
+
+
+def _nearest(value: int, step: int, offset: int, most: int) -> int:
+    """The number closest to value that is step * k + offset, positive and at most `most`."""
+    nearest = round((value - offset) / step) * step + offset
+    return max(step if offset == 0 else offset, min(nearest, (most - offset) // step * step + offset))

@@ -1,0 +1,325 @@
+"""codmd-serve on the command line: serve, generate, doctor; the one place that reads the environment, configures
+logging, and puts the page beside the API.
+"""
+
+import argparse
+import importlib.util
+import logging
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from codmd_serve import __version__
+from codmd_serve.config import DEFAULT_CRF, LOOPBACK_HOSTS, GenerateParams, ModelFacts, ServeConfig
+from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
+from codmd_serve.video import find_ffmpeg
+
+EXIT_BAD_INPUT = 2
+COMMANDS = ("serve", "generate", "doctor")
+ENVIRONMENT_PREFIX = "CODMD_"
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A command-line flag that is also an environment variable."""
+
+    name: str
+    help: str
+    kind: type = str
+    default: Any = None
+    short: tuple[str, ...] = ()
+
+    @property
+    def variable(self) -> str:
+        return ENVIRONMENT_PREFIX + self.name.upper()
+
+
+def _default(field_name: str) -> Any:
+    field = next(field for field in fields(ServeConfig) if field.name == field_name)
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _serve_flag(name: str, help_text: str) -> Flag:
+    default = _default(name)
+    return Flag(name, help_text, type(default), default)
+
+
+MODEL_FLAGS = (
+    _serve_flag("bundle", "folder of the student bundle"),
+    _serve_flag("device", "auto, cpu, cuda or cuda:N"),
+    _serve_flag("dtype", "auto (bfloat16 on cuda, else float32), float32, bfloat16 or float16"),
+)
+SERVE_FLAGS = (
+    *MODEL_FLAGS,
+    _serve_flag("host", "address to listen on"),
+    _serve_flag("port", "port to listen on"),
+    _serve_flag("queue_size", "jobs that may wait before requests are refused"),
+    _serve_flag("max_pixels", "largest height * width * frames; 0 is four times what the bundle was trained at"),
+    _serve_flag("max_body_bytes", "largest request body"),
+    _serve_flag("jobs_kept", "finished jobs that /jobs/{id} remembers"),
+    _serve_flag("max_attempts", "tries of a job whose worker dies"),
+    _serve_flag("drain_timeout_s", "seconds that running requests get at shutdown"),
+    _serve_flag("page", "the web page at /"),
+    _serve_flag("allow_remote_without_auth", "listen on other than loopback although anybody could use it then"),
+)
+GENERATE_FLAGS = (
+    Flag("output", "file to write", str, "out.mp4", ("-o",)),
+    *MODEL_FLAGS,
+    Flag("seed", "0..2^63-1; drawn and printed when absent", int),
+    Flag("height", "pixels; what the bundle was trained at when absent", int),
+    Flag("width", "pixels; what the bundle was trained at when absent", int),
+    Flag("num_frames", "4k + 1; what the bundle was trained at when absent", int),
+    Flag("fps", "frames per second; what the bundle was trained at when absent", int),
+    Flag("crf", "H.264 rate factor, 1 best to 51 smallest", int, DEFAULT_CRF),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+        words.insert(0, "serve")
+    try:
+        options = _parser().parse_args(words)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        for noisy in ("httpx", "httpcore", "uvicorn.error"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        status: int = {"serve": serve, "generate": generate, "doctor": doctor}[options.command](options)
+        return status
+    except CodmdError as error:
+        print(f"codmd-serve: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="codmd-serve",
+        description="Text to video with few-step distilled Wan students. Without a command: serve.",
+    )
+    parser.add_argument("--version", action="version", version=f"codmd-serve {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{serve,generate,doctor}")
+    serving = commands.add_parser("serve", help="serve POST /generate and the web page")
+    generating = commands.add_parser("generate", help="make one video without a server")
+    generating.add_argument("prompt", help="what to show")
+    examining = commands.add_parser("doctor", help="say what is installed and what would be used")
+    for command, flags in ((serving, SERVE_FLAGS), (generating, GENERATE_FLAGS), (examining, MODEL_FLAGS)):
+        for flag in flags:
+            _add_flag(command, flag)
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
+    options: dict[str, Any] = {"default": _from_environment(flag)}
+    shown = "" if flag.default is None else f"default: {flag.default}; "
+    options["help"] = f"{flag.help} ({shown}also ${flag.variable})".replace("%", "%%")
+    if flag.kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = flag.kind
+        options["metavar"] = "N" if flag.kind is int else "TEXT"
+    parser.add_argument(*flag.short, "--" + flag.name.replace("_", "-"), **options)
+
+
+def _from_environment(flag: Flag) -> Any:
+    text = os.environ.get(flag.variable)
+    if text is None or text == "":
+        return flag.default
+    try:
+        if flag.kind is bool:
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+        return flag.kind(text)
+    except (KeyError, ValueError):
+        wanted = "1 or 0" if flag.kind is bool else "a whole number"
+        raise ConfigError(f"${flag.variable} must be {wanted}, got {text!r}") from None
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve until told to stop; prints one line when ready."""
+    import uvicorn
+
+    from codmd_serve.api.app import create_app
+    from codmd_serve.dispatcher import Dispatcher
+
+    start_s = time.perf_counter()
+    config = ServeConfig(**{field.name: getattr(options, field.name) for field in fields(ServeConfig)})
+    find_ffmpeg()
+    listener = _bind(config.host, config.port)
+    address = f"http://{_in_url(config.host)}:{config.port}"
+    fatal: list[str] = []
+
+    def on_ready(facts: ModelFacts) -> None:
+        seconds = time.perf_counter() - start_s
+        print(
+            f"ready: {address} model={facts.name} device={facts.device} dtype={facts.dtype} "
+            f"attention={facts.attention} execution={facts.execution} seconds_to_ready={seconds:.1f}",
+            flush=True,
+        )
+
+    def on_fatal(message: str) -> None:
+        fatal.append(message)
+        server.should_exit = True
+
+    app: Any = create_app(Dispatcher(config, on_ready=on_ready, on_fatal=on_fatal))
+    if config.page:
+        app = _with_page(app, config)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=config.drain_timeout_s, lifespan="on"
+        )
+    )
+    with listener:
+        server.run(sockets=[listener])
+    if fatal:
+        raise ConfigError(fatal[0])
+    return 0
+
+
+def _with_page(app: Any, config: ServeConfig) -> Any:
+    import gradio
+
+    from app.demo import build_page, page_options
+
+    # The page is a client like any other, so it needs an address that this machine reaches itself by.
+    host = config.host if config.host in LOOPBACK_HOSTS else "127.0.0.1"
+    page = build_page(f"http://{_in_url(host)}:{config.port}")
+    return gradio.mount_gradio_app(app, page, path="/", **page_options())
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the port before anything is loaded, so that a port in use costs a second and not a minute."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+    return listener
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Make one video in this process, with a progress bar, and print where the time went."""
+    from pydantic import ValidationError
+
+    from codmd_serve.api.schemas import GenerateBody, to_params
+
+    output = _checked_output(options.output)
+    names = ("seed", "height", "width", "num_frames", "fps", "crf")
+    asked = {name: getattr(options, name) for name in names}
+    try:
+        body = GenerateBody(prompt=options.prompt, **asked)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = str(problem["loc"][0])
+        raise InvalidRequestError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", field) from None
+    from codmd_serve.engine import load_engine
+    from codmd_serve.wan.checkpoint import silence_libraries
+
+    silence_libraries()
+    engine = load_engine(Path(options.bundle), options.device, options.dtype)
+    params = to_params(body, engine.facts, max_pixels=sys.maxsize)
+    result = _generate_with_bar(engine, params, output)
+    for warning in result.warnings:
+        print(f"note: {warning}", file=sys.stderr)
+    total_ms = sum(result.timings_ms.values())
+    stages = ", ".join(f"{stage} {value:.0f}" for stage, value in result.timings_ms.items())
+    print(f"{output}: seed {params.seed}, {total_ms:.0f} ms ({stages})")
+    return 0
+
+
+def _generate_with_bar(engine: Any, params: GenerateParams, output: Path) -> Any:
+    from tqdm import tqdm
+
+    with tqdm(total=engine.facts.num_steps + params.num_frames, unit="step", leave=False) as bar:
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            bar.set_description(stage)
+            bar.update({"text": 0, "denoise": done, "decode": engine.facts.num_steps + done}[stage] - bar.n)
+
+        return engine.generate(params, output, on_progress)
+
+
+def _checked_output(name: str) -> Path:
+    """Refuse an output that cannot be written before minutes are spent on making it."""
+    output = Path(name)
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder: name a file, for example {output / 'out.mp4'}")
+    if not output.parent.is_dir():
+        raise ConfigError(f"there is no folder {output.parent} to write {output.name} to")
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(f"the folder {output.parent} cannot be written to")
+    return output
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print what is installed, what would be used and why, and what is missing; 2 when serving could not work."""
+    import torch
+
+    from codmd_serve.engine import choose_device, choose_dtype
+    from codmd_serve.wan.checkpoint import read_spec
+
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    lines = {
+        "codmd-serve": __version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
+        **{name: metadata.version(name) for name in ("diffusers", "transformers", "gradio")},
+        "devices": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "cpu only",
+        "would use": f"{device} in {dtype}, {torch.get_num_threads()} CPU threads, eager",
+        "attention": "sdpa of torch" + "".join(_optional(name) for name in ("xformers", "flash_attn")),
+    }
+    problems = []
+    for name, check in (("ffmpeg", find_ffmpeg), ("bundle", lambda: _bundle_line(Path(options.bundle), read_spec))):
+        try:
+            lines[name] = check()
+        except CodmdError as error:
+            lines[name] = "MISSING"
+            problems.append(str(error))
+    for name, value in lines.items():
+        print(f"{name:>12}  {value}")
+    for problem in problems:
+        print(f"codmd-serve: {problem}", file=sys.stderr)
+    return EXIT_BAD_INPUT if problems else 0
+
+
+def _optional(module: str) -> str:
+    state = "installed, not used by this version" if importlib.util.find_spec(module) else "not installed"
+    return f"; {module} {state}"
+
+
+def _bundle_line(path: Path, read_spec: Any) -> str:
+    spec = read_spec(path)
+    native = spec.native
+    return (
+        f"{path.name}: {spec.method} student of {spec.base_model}, {len(spec.timesteps)} steps, "
+        f"{native.width}x{native.height}, {native.num_frames} frames at {native.fps} per second"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

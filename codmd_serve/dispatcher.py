@@ -1,0 +1,286 @@
+"""The bounded queue before the one worker process: one job at a time, in order; supervises, retries, cancels.
+
+Knows nothing of HTTP, and nothing of torch: it survives whatever happens to the device.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from asyncio.subprocess import PIPE, Process
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from codmd_serve.config import GenerateParams, ModelFacts, ServeConfig
+from codmd_serve.errors import CodmdError, GenerationError, QueueFullError
+
+WORKER_COMMAND = (sys.executable, "-P", "-m", "codmd_serve.worker")
+MAX_BACKOFF_S = 30.0
+MAX_MESSAGE_BYTES = 2**20
+# Where each stage begins and how much of the whole it is, roughly, for a bar that moves.
+STAGE_PROGRESS = {"text": (0.0, 0.05), "denoise": (0.05, 0.65), "decode": (0.7, 0.3)}
+SERVICE_TIME_WEIGHT = 0.3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """One request on its way; `status` goes queued, running and then to one of completed, failed, cancelled.
+
+    Args:
+        id: unguessable.
+        params: what to make.
+        path: where the worker puts the mp4.
+        progress: 0..1, in all.
+        finished: set when the status is final.
+    """
+
+    id: str
+    params: GenerateParams
+    path: Path
+    status: str = "queued"
+    stage: str = ""
+    progress: float = 0.0
+    attempts: int = 0
+    is_cancel_requested: bool = False
+    created_at: float = field(default_factory=time.time)
+    started_at: float | None = None
+    finished_at: float | None = None
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    error: GenerationError | None = None
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Dispatcher:
+    """Owns the queue, the worker process and the record of recent jobs. Lives on one event loop.
+
+    Args:
+        config: queue bound, attempts, what the worker shall load.
+        command: starts a worker; tests have one of their own.
+        on_ready: called when the first worker is warm.
+        on_fatal: called with one sentence when the first worker cannot load; nothing will ever run then.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        command: Sequence[str] = WORKER_COMMAND,
+        on_ready: Callable[[ModelFacts], None] | None = None,
+        on_fatal: Callable[[str], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.facts: ModelFacts | None = None
+        self.is_ready = False
+        self.num_restarts = 0
+        self.running: Job | None = None
+        self.waiting: deque[Job] = deque()
+        self._command = command
+        self._on_ready = on_ready
+        self._on_fatal = on_fatal
+        self._jobs: dict[str, Job] = {}
+        self._service_s = 0.0
+        self._wake = asyncio.Event()
+        self._process: Process | None = None
+        self._spool: Path | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the worker in the background; returns at once."""
+        self._spool = Path(tempfile.mkdtemp(prefix="codmd-serve-"))
+        self._task = asyncio.create_task(self._supervise())
+
+    async def stop(self) -> None:
+        """End the worker, fail what is not finished, remove the files."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._fail_all(GenerationError("the server is shutting down", "shutting_down"))
+        if self._spool is not None:
+            shutil.rmtree(self._spool, ignore_errors=True)
+
+    def submit(self, params: GenerateParams) -> Job:
+        """Queue a job.
+
+        Raises:
+            QueueFullError: the queue is at its bound; says when to come back.
+        """
+        if len(self.waiting) >= self.config.queue_size:
+            num_ahead = len(self.waiting) + (self.running is not None)
+            retry_after_s = max(1, math.ceil(self._service_s * num_ahead))
+            raise QueueFullError(f"{len(self.waiting)} jobs are waiting already, no more are taken", retry_after_s)
+        assert self._spool is not None
+        job_id = secrets.token_hex(12)
+        job = Job(id=job_id, params=params, path=self._spool / f"{job_id}.mp4")
+        self._jobs[job.id] = job
+        self._forget_old_jobs()
+        self.waiting.append(job)
+        self._wake.set()
+        return job
+
+    def job(self, job_id: str) -> Job | None:
+        """A recent job, finished or not; None for one never seen or forgotten."""
+        return self._jobs.get(job_id)
+
+    def cancel(self, job: Job) -> None:
+        """Give a job up: at once while it waits, between two steps or decoded chunks while it runs."""
+        if job.finished.is_set():
+            return
+        job.is_cancel_requested = True
+        if job in self.waiting:
+            self.waiting.remove(job)
+            self._finish(job, "cancelled")
+        else:
+            self._send({"type": "cancel", "id": job.id})
+
+    def _forget_old_jobs(self) -> None:
+        surplus = len(self._jobs) - self.config.jobs_kept
+        finished = (job_id for job_id, job in self._jobs.items() if job.finished.is_set())
+        for job_id in [job_id for job_id, _ in zip(finished, range(surplus), strict=False)]:
+            del self._jobs[job_id]
+
+    async def _supervise(self) -> None:
+        num_failures = 0
+        while True:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=PIPE, stdout=PIPE, limit=MAX_MESSAGE_BYTES, start_new_session=True
+            )
+            try:
+                await self._load()
+                num_failures = 0
+                while await self._run_next():
+                    pass
+            except CodmdError as error:
+                log.error("worker cannot load: %s", error)
+                if self.facts is None:
+                    if self._on_fatal is not None:
+                        self._on_fatal(str(error))
+                    return
+                self._fail_all(GenerationError(f"the worker cannot be restarted: {error}", "worker_died"))
+            finally:
+                self.is_ready = False
+                await _end(self._process)
+            self.num_restarts += 1
+            log.warning("worker exit_code=%s restarts=%d", self._process.returncode, self.num_restarts)
+            await asyncio.sleep(min(MAX_BACKOFF_S, 2.0**num_failures - 1.0))
+            num_failures += 1
+
+    async def _load(self) -> None:
+        load = {"type": "load", "bundle": self.config.bundle, "device": self.config.device, "dtype": self.config.dtype}
+        self._send(load)
+        message = await self._receive()
+        if message is None:
+            raise GenerationError("the worker process ended while loading; its own words are above", "worker_died")
+        if message["type"] == "fatal":
+            raise GenerationError(message["message"], "worker_fatal")
+        is_first = self.facts is None
+        self.facts = ModelFacts(**message["facts"])
+        self._service_s = self._service_s or self.facts.service_s
+        self.is_ready = True
+        if is_first and self._on_ready is not None:
+            self._on_ready(self.facts)
+
+    async def _run_next(self) -> bool:
+        """Run the next job to its end; False when the worker is gone."""
+        assert self._process is not None
+        gone = asyncio.create_task(self._process.wait())
+        gone.add_done_callback(lambda _: self._wake.set())
+        while not self.waiting and not gone.done():
+            self._wake.clear()
+            await self._wake.wait()
+        if gone.done():
+            return False
+        gone.cancel()
+        job = self.running = self.waiting.popleft()
+        job.status, job.started_at = "running", time.time()
+        job.attempts += 1
+        self._send({"type": "generate", "id": job.id, "path": str(job.path), "params": asdict(job.params)})
+        is_alive = False
+        while not is_alive and (message := await self._receive()) is not None:
+            is_alive = self._on_message(job, message)
+        self.running = None
+        if not is_alive:
+            self._on_worker_death(job)
+        return is_alive
+
+    def _on_message(self, job: Job, message: dict[str, Any]) -> bool:
+        """Take in one message about the running job; True when it was the last one."""
+        kind = message["type"]
+        if kind == "progress":
+            begin, share = STAGE_PROGRESS[message["stage"]]
+            job.stage, job.progress = message["stage"], begin + share * message["done"] / message["total"]
+            return False
+        if kind == "done":
+            assert job.started_at is not None
+            queue_ms = 1000 * (job.started_at - job.created_at)
+            job.timings_ms = {"queue": queue_ms, **message["timings_ms"]}
+            job.warnings = message["warnings"]
+            job.progress = 1.0
+            took_s = time.time() - job.started_at
+            self._service_s += SERVICE_TIME_WEIGHT * (took_s - self._service_s)
+        if kind == "failed":
+            job.error = GenerationError(message["message"], message["code"])
+        self._finish(job, {"done": "completed"}.get(kind, kind))
+        return True
+
+    def _on_worker_death(self, job: Job) -> None:
+        if job.is_cancel_requested:
+            self._finish(job, "cancelled")
+        elif job.attempts < self.config.max_attempts:
+            log.warning("job=%s attempt=%d worker died, trying again", job.id, job.attempts)
+            job.status, job.stage, job.progress = "queued", "", 0.0
+            self.waiting.appendleft(job)
+        else:
+            message = f"the worker died {job.attempts} times on this job, perhaps for want of memory"
+            job.error = GenerationError(message, "worker_died")
+            self._finish(job, "failed")
+
+    def _finish(self, job: Job, status: str) -> None:
+        if job.is_cancel_requested:
+            status = "cancelled"
+        if status != "completed":
+            job.path.unlink(missing_ok=True)
+        job.status, job.finished_at = status, time.time()
+        job.finished.set()
+        shape = f"{job.params.width}x{job.params.height}x{job.params.num_frames}"
+        stages = " ".join(f"{stage}_ms={value:.0f}" for stage, value in job.timings_ms.items())
+        log.info("job=%s status=%s shape=%s seed=%d %s", job.id, status, shape, job.params.seed, stages)
+
+    def _fail_all(self, error: GenerationError) -> None:
+        unfinished = [*([self.running] if self.running else []), *self.waiting]
+        self.waiting.clear()
+        for job in unfinished:
+            job.error = error
+            self._finish(job, "failed")
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+
+    async def _receive(self) -> dict[str, Any] | None:
+        """The next message of the worker; None when it is gone, also in the middle of a line."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            return None
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+
+async def _end(process: Process) -> None:
+    """Kill a worker that may be dead already, and collect it. It keeps nothing that a gentler end would save."""
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()

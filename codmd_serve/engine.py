@@ -1,0 +1,282 @@
+"""One device, one set of modules: GenerateParams in, an mp4 out, stage by stage; knows nothing of queues or HTTP.
+
+Legend: B batch (1 here), C channels, F latent frames, H and W latent rows and columns, L prompt positions, D width.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codmd_serve.config import DEFAULT_CRF, GenerateParams, ModelFacts
+from codmd_serve.errors import ConfigError, GenerationError
+from codmd_serve.sampler import rollout
+from codmd_serve.video import find_ffmpeg, write_video
+from codmd_serve.wan.attention import compact_prompt_embeds, use_compact_cross_attention
+from codmd_serve.wan.checkpoint import Bundle, load_bundle
+from codmd_serve.wan.text import encode_prompts, prompt_warnings
+from codmd_serve.wan.vae import decode_frames, latent_shape
+
+NUM_PROMPTS_CACHED = 256
+
+# (stage, done, total): text 1 of 1, denoise k of num_steps, decode frames of num_frames. May raise CancelledError.
+OnProgress = Callable[[str, int, int], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateResult:
+    """What is known about a finished video besides its bytes.
+
+    Args:
+        timings_ms: milliseconds spent in text, denoise, decode and encode. Encoding runs beside decoding in a process
+            of its own, so `encode` is only what was waited for.
+        warnings: one sentence each, about what the model could not take as asked.
+    """
+
+    timings_ms: dict[str, float]
+    warnings: list[str]
+
+
+class Engine:
+    """A warm student on one device. Not thread-safe: one owner, one video at a time."""
+
+    def __init__(self, bundle: Bundle, facts: ModelFacts) -> None:
+        self.bundle = bundle
+        self.facts = facts
+        self._embed = functools.lru_cache(maxsize=NUM_PROMPTS_CACHED)(self._embed_uncached)
+
+    def _embed_uncached(self, prompt: str) -> Tensor:
+        return compact_prompt_embeds(encode_prompts(self.bundle.tokenizer, self.bundle.text_encoder, [prompt]))
+
+    @torch.inference_mode()
+    def generate(self, params: GenerateParams, path: Path, on_progress: OnProgress | None = None) -> GenerateResult:
+        """Make one video; the same params give the same bytes, whatever ran before.
+
+        Args:
+            params: validated; sizes that fit the grid of the bundle.
+            path: of the mp4, which appears whole or not at all.
+            on_progress: called after the text, after each denoising step and after each decoded chunk.
+
+        Raises:
+            CancelledError: when on_progress raises it; nothing is written.
+            GenerationError: code out_of_memory, non_finite or encode_failed.
+        """
+        report = on_progress or _nothing
+        clock = _StageClock(self.facts.device)
+        try:
+            embeds_BLD = self._embed(params.prompt)
+            clock.stop("text")
+            report("text", 1, 1)
+            x0_pred = self._denoise(params, embeds_BLD, report)
+            clock.stop("denoise")
+            frames = self._decoded(params, x0_pred, clock, report)
+            comment = json.dumps({"bundle": self.facts.name, **asdict(params)})
+            write_video(
+                frames,
+                path,
+                height=params.height,
+                width=params.width,
+                fps=params.fps,
+                crf=params.crf,
+                comment=comment,
+            )
+            clock.stop("encode")
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            shape = f"{params.width}x{params.height}, {params.num_frames} frames"
+            raise GenerationError(f"out of memory at {shape}; ask for fewer pixels", "out_of_memory") from error
+        return GenerateResult(timings_ms=clock.milliseconds, warnings=self._warnings(params))
+
+    def _denoise(self, params: GenerateParams, embeds_BLD: Tensor, report: OnProgress) -> Tensor:
+        spec, transformer = self.bundle.spec, self.bundle.transformer
+        num_steps = len(spec.timesteps)
+        shape = latent_shape(self.bundle.vae, params.height, params.width, params.num_frames)
+        noise = draw_noise(params.seed, (num_steps, 1, *shape)).to(transformer.device)
+
+        def denoise(latents: Tensor, timestep_B: Tensor, prompt_embeds: Tensor) -> Tensor:
+            flow_pred: Tensor = transformer(
+                hidden_states=latents.to(transformer.dtype),
+                timestep=timestep_B,
+                encoder_hidden_states=prompt_embeds,
+                return_dict=False,
+            )[0]
+            return flow_pred
+
+        x0_pred = rollout(
+            denoise,
+            noise,
+            embeds_BLD.to(transformer.dtype),
+            spec.sigmas,
+            spec.timesteps,
+            sampler=spec.sampler,
+            on_step=lambda step_index, _: report("denoise", step_index + 1, num_steps),
+        )
+        if not bool(x0_pred.isfinite().all()):
+            raise GenerationError("the network gave values that are not finite", "non_finite")
+        return x0_pred
+
+    def _decoded(
+        self, params: GenerateParams, x0_pred: Tensor, clock: "_StageClock", report: OnProgress
+    ) -> Iterator[memoryview]:
+        num_done = 0
+        for frames_BTHWC in decode_frames(self.bundle.vae, x0_pred):
+            chunk = frames_BTHWC[0].cpu().numpy()
+            num_done += len(chunk)
+            clock.stop("decode")
+            report("decode", num_done, params.num_frames)
+            yield chunk.data.cast("B")
+            clock.stop("encode")
+
+    def _warnings(self, params: GenerateParams) -> list[str]:
+        native = self.bundle.spec.native
+        warnings = prompt_warnings(self.bundle.tokenizer, params.prompt)
+        if warnings and self.bundle.spec.vocabulary_note:
+            warnings.append(self.bundle.spec.vocabulary_note)
+        asked = (params.height, params.width, params.num_frames)
+        if asked != (native.height, native.width, native.num_frames):
+            warnings.append(
+                f"trained at {native.width}x{native.height} with {native.num_frames} frames, "
+                f"asked for {params.width}x{params.height} with {params.num_frames}: expect less of it"
+            )
+        return warnings
+
+
+def load_engine(path: Path, device: str = "auto", dtype: str = "auto") -> Engine:
+    """Load a bundle and make its native video once, so that the first request finds everything warm.
+
+    Args:
+        path: the bundle folder.
+        device: auto (cuda where there is one), cpu, cuda or cuda:N.
+        dtype: auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float16.
+
+    Raises:
+        CheckpointError: the bundle cannot be loaded.
+        ConfigError: no such device, or no ffmpeg.
+        GenerationError: the bundle loads, but its native video cannot be made here.
+    """
+    start_s = time.perf_counter()
+    find_ffmpeg()
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    bundle = load_bundle(path, chosen_dtype, chosen_device)
+    use_compact_cross_attention(bundle.transformer)
+    facts = _describe(bundle, chosen_device, chosen_dtype)
+    engine = Engine(bundle, facts)
+    params = GenerateParams(
+        prompt="warm up",
+        seed=0,
+        height=facts.height,
+        width=facts.width,
+        num_frames=facts.num_frames,
+        fps=facts.fps,
+        crf=DEFAULT_CRF,
+    )
+    with tempfile.TemporaryDirectory(prefix="codmd-warm-") as folder:
+        engine.generate(params, Path(folder) / "warm.mp4")
+        warm_s = time.perf_counter()
+        engine.generate(params, Path(folder) / "warm.mp4")
+    done_s = time.perf_counter()
+    engine.facts = replace(facts, service_s=done_s - warm_s, load_s=done_s - start_s)
+    return engine
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn auto, cpu, cuda or cuda:N into a device that is there.
+
+    Raises:
+        ConfigError: not a device, or not on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"no device {device}: this torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Turn auto or a name into a dtype: bfloat16 on CUDA, float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen: torch.dtype = getattr(torch, dtype)
+    return chosen
+
+
+def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """All noise of one video, float32 on the CPU, so that it depends on the seed alone and not on the device.
+
+    Args:
+        seed: 0..2^63-1. torch's CPU generator looks at the low 32 bits only; larger seeds are hashed into them, or
+            7 and 7 + 2^32 would be the same video. Seeds below 2^32 are what torch.manual_seed makes of them.
+        shape: of the result.
+    """
+    if seed >= 2**32:
+        seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=4).digest(), "little")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def _describe(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> ModelFacts:
+    native, vae, config = bundle.spec.native, bundle.vae.config, bundle.transformer.config
+    side_px = vae.scale_factor_spatial * config.patch_size[1]
+    return ModelFacts(
+        name=bundle.path.resolve().name,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=str(dtype).removeprefix("torch."),
+        attention="sdpa",
+        execution="eager",
+        num_steps=len(bundle.spec.timesteps),
+        height=native.height,
+        width=native.width,
+        num_frames=native.num_frames,
+        fps=native.fps,
+        size_multiple=math.lcm(16, side_px),
+        max_side_px=config.rope_max_seq_len * side_px,
+        frame_multiple=vae.scale_factor_temporal,
+        max_num_frames=(config.rope_max_seq_len - 1) * vae.scale_factor_temporal + 1,
+        service_s=0.0,
+        load_s=0.0,
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # The CPU allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+class _StageClock:
+    """Adds the time since the last stop to a stage; waits for the device first, or the time would be the next one's."""
+
+    def __init__(self, device: str) -> None:
+        self.milliseconds = dict.fromkeys(("text", "denoise", "decode", "encode"), 0.0)
+        self._synchronize: Callable[[], Any] = torch.cuda.synchronize if device != "cpu" else _nothing
+        self._last_s = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        self._synchronize()
+        now_s = time.perf_counter()
+        self.milliseconds[stage] += 1000 * (now_s - self._last_s)
+        self._last_s = now_s
+
+
+def _nothing(*_: object) -> None:
+    pass
