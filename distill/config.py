@@ -23,8 +23,9 @@ from distill.losses.copula import FEATURES
 METHODS = ("codmd", "dmd")
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = ("fp32", "bf16")
+BUNDLE_DTYPES = ("fp32", "bf16", "fp16")
 # Settings that a resumed run may change: none of them alters what an iteration computes.
-RESUMABLE = ("max_steps", "save_every_steps", "log_every_steps", "keep_last", "max_nonfinite_in_row")
+RESUMABLE = ("max_steps", "save_every_steps", "log_every_steps", "keep_last", "max_nonfinite_in_row", "bundle_dtype")
 # The authors look sigma up in this table for both model sizes, whatever shift the scores are drawn with.
 REFERENCE_TABLE_SHIFT = 8.0
 
@@ -141,6 +142,7 @@ class DistillConfig:
     precision: str = "auto"
     teacher_dtype: str = "fp32"
     text_dtype: str = "fp32"
+    bundle_dtype: str = "fp32"  # of the exported student
     max_nonfinite_in_row: int = 10
     log_every_steps: int = 20
     save_every_steps: int = 200
@@ -153,6 +155,7 @@ class DistillConfig:
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("teacher_dtype", self.teacher_dtype, DTYPES)
         _check_choice("text_dtype", self.text_dtype, DTYPES)
+        _check_choice("bundle_dtype", self.bundle_dtype, BUNDLE_DTYPES)
         _check_range("seed", self.seed, 0, 2**63 - 1)
         for name in ("batch_size", "max_steps", "student_every_steps", "num_captions", "max_nonfinite_in_row"):
             _check_range(name, getattr(self, name), 1, 10**9)

@@ -20,7 +20,7 @@ from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.config import DistillConfig, EmaConfig, NativeConfig
 from distill.losses.dmd import guided_flow
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +205,24 @@ def load_part(kind: Any, base: str, subfolder: str, **options: Any) -> Any:
     return module
 
 
+def transformer_config(base: str) -> dict[str, Any]:
+    """Read the architecture of a pipeline's transformer, without its weights.
+
+    Raises:
+        CheckpointError: the base or its config is missing or damaged.
+    """
+    return _read_part_config(WanTransformer3DModel, base, "transformer")
+
+
+def _read_part_config(kind: Any, base: str, subfolder: str) -> dict[str, Any]:
+    folder, is_local = resolve_base(base)
+    try:
+        config: dict[str, Any] = kind.load_config(folder, subfolder=subfolder, local_files_only=is_local)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{subfolder} of {folder} has no readable config") from error
+    return config
+
+
 def latent_shape(base: str, native: NativeConfig, num_channels: int, patch_size: tuple[int, ...]) -> tuple[int, ...]:
     """Return (C, F, H, W) of the latents of one native video.
 
@@ -212,11 +230,7 @@ def latent_shape(base: str, native: NativeConfig, num_channels: int, patch_size:
         ConfigError: the size is not on the grid of VAE and patches.
         CheckpointError: the VAE's config cannot be read.
     """
-    folder, is_local = resolve_base(base)
-    try:
-        vae = AutoencoderKLWan.load_config(folder, subfolder="vae", local_files_only=is_local)
-    except OSError as error:
-        raise CheckpointError(f"vae of {folder} has no readable config") from error
+    vae = _read_part_config(AutoencoderKLWan, base, "vae")
     # Published Wan2.1 folders leave these out; they are the defaults of the class.
     temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
     for name, size, cell in (("height", native.height, patch_size[1]), ("width", native.width, patch_size[2])):

@@ -1,0 +1,205 @@
+"""Run folders on disk: checkpoints to resume from, and the student bundle at the end; knows nothing of the loop.
+
+RUN/config.json                    the resolved DistillConfig
+RUN/checkpoints/step-00000200/     state.pt, complete or absent
+RUN/bundle/                        the student, once the run has ended
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+import codmd_serve
+from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
+from distill.config import RESUMABLE, DistillConfig, config_from_dict, config_to_dict
+from distill.networks import TORCH_DTYPES, resolve_base, transformer_config
+
+CONFIG_FILE = "config.json"
+STATE_FILE = "state.pt"
+STEP_PREFIX = "step-"
+
+
+def write_config(run_dir: Path, config: DistillConfig) -> None:
+    """Write config.json of a run, whole or not at all."""
+    partial = run_dir / f".{CONFIG_FILE}.partial"
+    text = json.dumps(config_to_dict(config), indent=2, ensure_ascii=False) + "\n"
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(run_dir / CONFIG_FILE)
+
+
+def read_config(run_dir: Path) -> DistillConfig:
+    """Read config.json of a run.
+
+    Raises:
+        ConfigError: there is no run, or its config is damaged; the message names the file.
+    """
+    path = run_dir / CONFIG_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{run_dir} holds no run: it has no {CONFIG_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    try:
+        return config_from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def check_resumable(saved: DistillConfig, wanted: DistillConfig) -> None:
+    """Refuse to go on with settings under which the first part of the run was not computed.
+
+    Raises:
+        ConfigError: names the first setting that differs.
+    """
+    before, after = config_to_dict(saved), config_to_dict(wanted)
+    for key, value in before.items():
+        if key not in RESUMABLE and after[key] != value:
+            raise ConfigError(
+                f"cannot resume with another {key}: the run has {value!r}, got {after[key]!r}; "
+                f"only {', '.join(RESUMABLE)} may change"
+            )
+
+
+def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
+    """Write a checkpoint so that it is there whole or not at all, then delete all but the newest.
+
+    Args:
+        run_dir: the run's folder.
+        step: iterations done.
+        state: nested dicts and lists of tensors, numbers and text.
+        keep_last: how many checkpoints stay, 1 or more.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        CheckpointError: it cannot be written; older checkpoints are untouched.
+    """
+    folder = run_dir / "checkpoints" / f"{STEP_PREFIX}{step:08d}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with (partial / STATE_FILE).open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {folder} cannot be written: {_first_line(error)}") from error
+    for old in list_checkpoints(run_dir)[:-keep_last]:
+        shutil.rmtree(old)
+    return folder
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob(f"{STEP_PREFIX}*"))
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """Load a checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: it is damaged or of another kind.
+    """
+    path = folder / STATE_FILE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, torch and the file system each raise their own kinds
+        raise CheckpointError(
+            f"{path} cannot be loaded: {_first_line(error)}; delete {folder.name} to go on from an older checkpoint"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is not a training checkpoint")
+    return state
+
+
+def write_bundle(
+    bundle_dir: Path, config: DistillConfig, ema_weights: dict[str, Tensor], num_student_updates: int
+) -> None:
+    """Write a student bundle that codmd_serve loads.
+
+    Args:
+        bundle_dir: its folder; one that exists is replaced.
+        config: of the run.
+        ema_weights: float32 moving average by parameter name.
+        num_student_updates: how many updates it has seen.
+
+    Raises:
+        CheckpointError: the base is gone, the weights do not fit it, or the bundle cannot be written.
+    """
+    base, is_local = resolve_base(config.base)
+    bundle_dir = bundle_dir.absolute()
+    grid = config.grid()
+    spec = StudentSpec(
+        base=os.path.relpath(Path(base).resolve(), bundle_dir.resolve()) if is_local else base,
+        sigmas=grid.sigmas,
+        timesteps=grid.timesteps,
+        sampler=config.sampler,
+        native=NativeShape(
+            height=config.native.height,
+            width=config.native.width,
+            num_frames=config.native.num_frames,
+            fps=config.native.fps,
+        ),
+        method=config.method,
+        base_model=Path(base).name if is_local else base,
+        step=num_student_updates,
+        ema=True,
+        config_sha256=config.sha256(),
+        package_version=codmd_serve.__version__,
+        vocabulary_note=config.vocabulary_note,
+    )
+    try:
+        with torch.device("meta"):
+            transformer = WanTransformer3DModel.from_config(transformer_config(config.base))
+        dtype = TORCH_DTYPES[config.bundle_dtype]
+        weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in ema_weights.items()}
+        transformer.load_state_dict(weights, assign=True)
+        save_bundle(bundle_dir, transformer, spec)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"bundle {bundle_dir} cannot be written: {_first_line(error)}") from error
+
+
+def export_bundle(run_dir: Path, bundle_dir: Path, step: int | None = None) -> int:
+    """Write the bundle of a run from one of its checkpoints.
+
+    Args:
+        run_dir: the run's folder.
+        bundle_dir: where the bundle goes.
+        step: which checkpoint; None is the newest.
+
+    Returns:
+        The step taken.
+
+    Raises:
+        ConfigError: there is no run.
+        CheckpointError: no such checkpoint, or it is damaged.
+    """
+    config = read_config(run_dir)
+    folders = {int(folder.name.removeprefix(STEP_PREFIX)): folder for folder in list_checkpoints(run_dir)}
+    if not folders or (step is not None and step not in folders):
+        kept = ", ".join(map(str, sorted(folders))) or "none"
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint of step {'any' if step is None else step}, kept are: {kept}"
+        )
+    chosen = max(folders) if step is None else step
+    state = load_checkpoint(folders[chosen])
+    trainer = state["trainer"]
+    write_bundle(bundle_dir, config, trainer["ema"]["shadow"], trainer["updates"]["student"])
+    return chosen
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

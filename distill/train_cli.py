@@ -1,0 +1,162 @@
+"""Arguments of `codmd-distill train` and `codmd-distill export`, and what the commands do with them.
+
+Knows nothing of training itself. Imports nothing heavy until a command runs, so that --help is quick.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from distill.config import DistillConfig
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `codmd-distill train`."""
+    parser.add_argument("--recipe", help="shapeworld (default), wan_1_3b or wan_14b")
+    parser.add_argument("--method", help="codmd or dmd; default: the recipe's")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; the bundle goes to OUT/bundle")
+    parser.add_argument("--seed", type=int, help="default: the recipe's")
+    parser.add_argument("--minutes", type=float, help="time budget, over all resumptions together")
+    parser.add_argument("--max-steps", type=int, help="iterations; default: the recipe's")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="extend",
+        nargs="+",
+        default=[],
+        help="any setting of the recipe, for example copula.features=spatial; --dry-run lists them",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument("--cache", type=Path, help="folder of prompt embeddings; default: OUT/cache")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the settings, write nothing")
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Run `codmd-distill train`.
+
+    Returns:
+        0 when the run ended with a bundle; 2 for settings, prompts, weights or folders that cannot work; 1 when
+        training diverged; 128 + the signal's number when interrupted, with a checkpoint to resume from.
+    """
+    try:
+        return _train(args)
+    except CodmdError as error:
+        return _report(error)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `codmd-distill export`."""
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle; one that exists is replaced")
+    parser.add_argument("--step", type=int, help="checkpoint to take; default: the newest")
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Run `codmd-distill export`: write the student bundle of a run from a checkpoint; return 0, or 2 on bad input."""
+    from distill.checkpoint import export_bundle
+
+    try:
+        step = export_bundle(args.run, args.out, args.step)
+    except CodmdError as error:
+        return _report(error)
+    print(f"bundle {args.out} from step {step}")
+    return 0
+
+
+def _report(error: CodmdError) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigError | CheckpointError) else 1
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from codmd_serve.wan.checkpoint import silence_libraries
+    from distill.data import load_prompts
+    from distill.trainer import RunOptions, native_latents, run_training
+
+    silence_libraries()
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ConfigError(f"--threads must be 1 or more, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    if args.minutes is not None and not args.minutes > 0:
+        raise ConfigError(f"--minutes must be above 0, got {args.minutes}")
+    device = resolve_device(args.device)
+    config = resolve_config(args, device)
+    if args.dry_run:
+        summary = {"latents": native_latents(config), "prompts": len(load_prompts(config)), "device": str(device)}
+        print(describe(config, summary))
+        return 0
+    options = RunOptions(out=args.out, device=device, minutes=args.minutes, cache_dir=args.cache)
+    outcome = run_training(config, options, resume=args.resume)
+    done = f"{outcome.step} steps, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
+    if outcome.signal_number is not None:
+        print(f"interrupted after {done}; go on with --resume --out {args.out}", file=sys.stderr)
+        return 128 + outcome.signal_number
+    print(f"bundle {outcome.bundle} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
+    return 0
+
+
+def resolve_device(name: str) -> "torch.device":
+    """Turn auto, cpu, cuda or cuda:N into a device that is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    num_devices = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= num_devices:
+        raise ConfigError(f"no device {name} on this machine")
+    return device
+
+
+def resolve_config(args: argparse.Namespace, device: "torch.device") -> "DistillConfig":
+    """Build the config of a run: the recipe, or the saved config when resuming, then the overrides.
+
+    Raises:
+        ConfigError: unknown recipe or setting, a value out of range, or nothing to resume.
+    """
+    from distill.checkpoint import read_config
+    from distill.config import RECIPES, with_overrides
+    from distill.networks import resolve_precision
+
+    if args.resume:
+        config = read_config(args.out)
+        if args.recipe not in (None, config.recipe):
+            raise ConfigError(f"{args.out} is a run of recipe {config.recipe}, got --recipe {args.recipe}")
+    else:
+        recipe = args.recipe or "shapeworld"
+        if recipe not in RECIPES:
+            raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+        config = RECIPES[recipe]()
+    flags = {"method": args.method, "seed": args.seed, "max_steps": args.max_steps}
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    config = with_overrides(config, [*args.settings, *given])
+    return with_overrides(config, [f"precision={resolve_precision(config.precision, device)}"])
+
+
+def describe(config: "DistillConfig", summary: dict[str, object]) -> str:
+    """Return the resolved settings and what follows from them, as JSON."""
+    from distill.config import config_to_dict
+
+    grid = config.grid()
+    derived = {"sigmas": grid.sigmas, "timesteps": grid.timesteps, "config_sha256": config.sha256(), **summary}
+    return json.dumps({"config": config_to_dict(config), "derived": derived}, indent=2, ensure_ascii=False)

@@ -1,0 +1,113 @@
+"""`codmd-distill train` and `export`: what they print, what they return, what they refuse."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from codmd_serve.wan.checkpoint import read_spec
+from distill import trainer
+from distill.config import DistillConfig, config_to_dict
+from distill.train_cli import add_export_arguments, add_train_arguments, run_export, run_train
+
+
+@pytest.fixture
+def settings(tiny_config: DistillConfig) -> list[str]:
+    """The settings in which the tiny run differs from the recipe."""
+    keys = ("base", "prompts", "native", "batch_size", "student_every_steps", "precision", "optimizer")
+    data = config_to_dict(tiny_config)
+    return [f"{key}={data[key] if isinstance(data[key], str) else json.dumps(data[key])}" for key in keys]
+
+
+def train(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_train_arguments(parser)
+    return run_train(parser.parse_args([*arguments]))
+
+
+def export(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_export_arguments(parser)
+    return run_export(parser.parse_args([*arguments]))
+
+
+def test_train_resume_and_export(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = ["--method", "dmd", "--seed", "3", "--device", "cpu", "--threads", "1"]
+    assert train("--out", str(out), *arguments, "--max-steps", "2", "--set", *settings) == 0
+    printed = capsys.readouterr().out
+    assert f"bundle {out / 'bundle'}" in printed
+    assert "2 steps, 1 student updates, 0 skipped" in printed
+    assert train("--out", str(out), "--resume", "--max-steps", "4") == 0
+    assert read_spec(out / "bundle").step == 2
+    assert read_spec(out / "bundle").method == "dmd"
+    assert export("--run", str(out), "--out", str(tmp_path / "student"), "--step", "2") == 0
+    assert read_spec(tmp_path / "student").step == 1
+
+
+def test_dry_run_prints_the_settings_and_writes_nothing(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--out", str(tmp_path / "run"), "--dry-run", "--set", "step_shift=5", *settings) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["derived"]["latents"] == [4, 3, 4, 4]
+    assert shown["derived"]["prompts"] == 5
+    assert shown["derived"]["timesteps"] == pytest.approx([1000.0, 937.5, 5000 / 6, 625.0])
+    assert shown["config"]["precision"] in ("fp32", "bf16")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--recipe", "wan_9b"], "wan_9b"),
+        (["--method", "gan"], "method"),
+        (["--set", "colour=1"], "colour"),
+        (["--set", "batch_size=0"], "batch_size"),
+        (["--set", "base=/nowhere"], "no pipeline at /nowhere"),
+        (["--set", "prompts=nothing.txt"], "nothing.txt"),
+        (["--set", "native.height=20"], "native.height"),
+        (["--seed", "-1"], "seed"),
+        (["--max-steps", "0"], "max_steps"),
+        (["--minutes", "0"], "--minutes"),
+        (["--minutes", "nan"], "--minutes"),
+        (["--threads", "0"], "--threads"),
+        (["--device", "tpu9"], "--device"),
+        (["--device", "cuda:99"], "no device cuda:99"),
+        (["--resume"], "holds no run"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    given = arguments[1:] if arguments[0] == "--set" else []
+    others = [] if arguments[0] == "--set" else arguments
+    code = train("--out", str(tmp_path / "run"), *others, "--set", *settings, *given)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert named in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_without_a_run_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export("--run", str(tmp_path), "--out", str(tmp_path / "student")) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()
+
+
+def test_divergence_is_exit_code_1(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = trainer.Trainer._count_nonfinite
+    monkeypatch.setattr(trainer.Trainer, "_count_nonfinite", lambda self, role, _is_finite: original(self, role, False))
+    assert train("--out", str(tmp_path / "run"), "--set", "max_nonfinite_in_row=2", *settings) == 1
+    assert "was not finite 2 times in a row" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_recipe(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--out", str(tmp_path / "run"), "--max-steps", "1", "--set", *settings) == 0
+    assert train("--out", str(tmp_path / "run"), "--resume", "--recipe", "wan_14b") == 2
+    assert "recipe shapeworld" in capsys.readouterr().err

@@ -1,0 +1,353 @@
+"""The loop: turns, exact resume, signals, poisoned updates, logs, and the bundle at the end."""
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.wan.checkpoint import load_bundle
+from distill import trainer
+from distill.checkpoint import list_checkpoints, load_checkpoint
+from distill.config import DistillConfig, with_overrides
+from distill.data import cached_prompt_data
+from distill.networks import build_networks
+from distill.step import StepResult
+from distill.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, step_rng, stop_signal
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(cache_dir: Path) -> Callable[..., RunOutcome]:
+    def start(config: DistillConfig, out: Path, resume: bool = False, minutes: float | None = None) -> RunOutcome:
+        options = RunOptions(out=out, device=CPU, minutes=minutes, cache_dir=cache_dir)
+        return run_training(config, options, resume=resume)
+
+    return start
+
+
+@pytest.fixture
+def new_trainer(cache_dir: Path) -> Callable[[DistillConfig], Trainer]:
+    def build(config: DistillConfig) -> Trainer:
+        data = cached_prompt_data(config, cache_dir, CPU)
+        return Trainer(config, build_networks(config, CPU), data, native_latents(config), CPU)
+
+    return build
+
+
+def final_state(out: Path) -> dict:
+    return load_checkpoint(list_checkpoints(out)[-1])["trainer"]
+
+
+def flat(state: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(state, dict):
+        pairs = [(str(key), value) for key, value in state.items()]
+    elif isinstance(state, list | tuple):
+        pairs = [(str(index), value) for index, value in enumerate(state)]
+    else:
+        return {prefix: state}
+    return {name: leaf for key, value in pairs for name, leaf in flat(value, f"{prefix}/{key}").items()}
+
+
+def assert_identical(left: dict, right: dict) -> None:
+    left, right = flat(left), flat(right)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        same = torch.equal(value, right[name]) if isinstance(value, torch.Tensor) else value == right[name]
+        assert same, name
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, name: str, is_bad: Callable[[int], bool]) -> None:
+    """Let the calls of student_step or critic_step for which is_bad(call number) return a NaN loss."""
+    original = getattr(trainer, name)
+    calls = []
+
+    def poisoned(*args: object) -> StepResult:
+        calls.append(1)
+        result = original(*args)
+        factor = float("nan") if is_bad(len(calls) - 1) else 1.0
+        return dataclasses.replace(result, loss=result.loss * factor)
+
+    monkeypatch.setattr(trainer, name, poisoned)
+
+
+def test_a_run_ends_in_a_bundle_a_log_and_a_checkpoint(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    outcome = run(tiny_config, tmp_path / "run")
+    assert (outcome.step, outcome.num_student_updates, outcome.num_skipped) == (6, 3, 0)
+    assert outcome.signal_number is None
+    assert outcome.bundle is not None
+    bundle = load_bundle(outcome.bundle)
+    shadow = final_state(tmp_path / "run")["ema"]["shadow"]
+    assert all(torch.equal(tensor, shadow[name]) for name, tensor in bundle.transformer.named_parameters())
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 4, 6]
+    wanted = {"student_loss", "student_grad_norm", "critic_loss", "critic_grad_norm", "loss_dmd", "loss_frame"}
+    assert wanted | {"samples_per_s", "eta_s", "elapsed_s", "student_updates", "num_skipped"} <= records[0].keys()
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+
+
+def test_training_moves_student_critic_and_average_but_not_the_teacher(
+    tiny_config: DistillConfig, new_trainer: Callable[[DistillConfig], Trainer]
+) -> None:
+    state = new_trainer(tiny_config)
+    before = {name: tensor.clone() for name, tensor in state.networks.teacher.named_parameters()}
+    name = "blocks.0.ffn.net.2.weight"
+    state.iterate()
+    state.iterate()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state.networks.teacher.named_parameters())
+    for moved in (state.networks.student.get_parameter(name), state.networks.critic.get_parameter(name)):
+        assert not torch.equal(moved, before[name])
+    assert not torch.equal(state.ema.shadow[name], before[name])
+    assert state.updates == {"student": 1, "critic": 2}
+    assert state.ema.num_updates == 1
+
+
+def test_turns_follow_the_ratio_after_the_critics_warm_up(
+    tiny_config: DistillConfig, new_trainer: Callable[[DistillConfig], Trainer]
+) -> None:
+    state = new_trainer(with_overrides(tiny_config, ["critic_warmup_steps=2", "student_every_steps=3"]))
+    turns = ["student_loss" in state.iterate() for _ in range(7)]
+    assert turns == [False, False, True, False, False, True, False]
+
+
+def test_learning_rate_warms_up_over_each_networks_own_updates(
+    tiny_config: DistillConfig, new_trainer: Callable[[DistillConfig], Trainer]
+) -> None:
+    state = new_trainer(with_overrides(tiny_config, ["optimizer.warmup_updates=4"]))
+    rates = []
+    for _ in range(5):
+        state.iterate()
+        rates.append([state.optimizers[role].param_groups[0]["lr"] for role in ("student", "critic")])
+    assert [critic for _, critic in rates] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+    assert [student for student, _ in rates] == pytest.approx([0.25e-3, 0.25e-3, 0.5e-3, 0.5e-3, 0.75e-3])
+
+
+@pytest.mark.parametrize("method", ["codmd", "dmd"])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], method: str
+) -> None:
+    config = with_overrides(tiny_config, [f"method={method}", "copula.permute=true", "save_every_steps=100"])
+    run(config, tmp_path / "whole")
+    run(with_overrides(config, ["max_steps=3"]), tmp_path / "parts")
+    outcome = run(config, tmp_path / "parts", resume=True)
+    assert outcome.step == 6
+    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+    for name in ("student.json", "transformer/diffusion_pytorch_model.safetensors"):
+        whole, parts = ((tmp_path / kind / "bundle" / name).read_bytes() for kind in ("whole", "parts"))
+        assert whole == parts, name
+
+
+def test_another_seed_gives_another_student(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    for seed in (0, 1):
+        run(with_overrides(tiny_config, [f"seed={seed}", "max_steps=1"]), tmp_path / str(seed))
+    weights = [final_state(tmp_path / str(seed))["networks"]["student"] for seed in (0, 1)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_equals_an_unbroken_one(
+    tiny_config: DistillConfig,
+    tmp_path: Path,
+    run: Callable[..., RunOutcome],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    config = with_overrides(tiny_config, ["save_every_steps=100"])
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        original = trainer.critic_step
+        calls = []
+
+        def interrupting(*args: object) -> StepResult:
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), number)
+            return original(*args)
+
+        patch.setattr(trainer, "critic_step", interrupting)
+        outcome = run(config, tmp_path / "cut")
+    assert (outcome.step, outcome.signal_number, outcome.bundle) == (3, number, None)
+    assert not (tmp_path / "cut" / "bundle").exists()
+    run(config, tmp_path / "cut", resume=True)
+    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
+    logs = [
+        [json.loads(line)["step"] for line in (tmp_path / kind / "log.jsonl").read_text().splitlines()]
+        for kind in ("whole", "cut")
+    ]
+    assert logs == [[2, 4, 6], [2, 3, 4, 6]]
+
+
+def test_a_second_signal_is_not_swallowed() -> None:
+    with stop_signal() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_crash_loses_nothing_before_the_last_checkpoint(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny_config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+
+        def crash(*_: object) -> StepResult:
+            raise MemoryError("crash")
+
+        original = trainer.critic_step
+        steps = iter([original] * 5 + [crash])
+        patch.setattr(trainer, "critic_step", lambda *args: next(steps)(*args))
+        with pytest.raises(MemoryError):
+            run(tiny_config, tmp_path / "crashed")
+    outcome = run(tiny_config, tmp_path / "crashed", resume=True)
+    assert outcome.step == 6
+    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "crashed"))
+    lines = (tmp_path / "crashed" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("role", ["student", "critic"])
+def test_a_poisoned_update_is_skipped_and_counted(
+    tiny_config: DistillConfig,
+    tmp_path: Path,
+    run: Callable[..., RunOutcome],
+    monkeypatch: pytest.MonkeyPatch,
+    role: str,
+) -> None:
+    poison(monkeypatch, f"{role}_step", lambda call: call == 1)
+    outcome = run(tiny_config, tmp_path / "run")
+    assert outcome.num_skipped == 1
+    assert outcome.num_student_updates == (2 if role == "student" else 3)
+    state = final_state(tmp_path / "run")
+    assert all(bool(tensor.isfinite().all()) for tensor in state["networks"][role].values())
+    assert state["nonfinite_in_row"] == {"student": 0, "critic": 0}
+
+
+def test_a_poisoned_update_leaves_weights_and_optimizer_alone(
+    tiny_config: DistillConfig, new_trainer: Callable[[DistillConfig], Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = new_trainer(tiny_config)
+    state.iterate()
+    before = {name: tensor.clone() for name, tensor in state.networks.critic.state_dict().items()}
+    poison(monkeypatch, "critic_step", lambda call: True)
+    metrics = state.iterate()
+    assert metrics == {}
+    assert_identical(before, state.networks.critic.state_dict())
+    assert state.updates["critic"] == 1
+
+
+def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_overrides(tiny_config, ["max_nonfinite_in_row=2", "max_steps=20"])
+    poison(monkeypatch, "critic_step", lambda call: call >= 3)
+    with pytest.raises(CodmdError, match="critic was not finite 2 times in a row, the last at step 4"):
+        run(config, tmp_path / "run")
+    state = final_state(tmp_path / "run")
+    assert state["updates"]["critic"] == 3
+    assert all(bool(tensor.isfinite().all()) for tensor in state["networks"]["critic"].values())
+    assert not (tmp_path / "run" / "bundle").exists()
+
+
+def test_time_budget_ends_the_run_with_a_bundle(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    config = with_overrides(tiny_config, ["max_steps=100000"])
+    outcome = run(config, tmp_path / "run", minutes=0.3 / 60)
+    assert 0 < outcome.step < 100_000
+    assert outcome.bundle is not None
+    # The budget is the run's, not the command's: it is spent.
+    assert run(config, tmp_path / "run", resume=True, minutes=0.1 / 60).step == outcome.step
+
+
+def test_bf16_run_is_finite_and_trains(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    outcome = run(with_overrides(tiny_config, ["precision=bf16", "teacher_dtype=bf16"]), tmp_path / "run")
+    assert outcome.num_skipped == 0
+    assert outcome.num_student_updates == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["sampler=ode"],
+        ["reference_compat=true"],
+        ["copula.features=spatial", "copula.shared_sigma=true"],
+        ["guidance_scale=1"],
+        ["method=dmd", "batch_size=1"],
+    ],
+)
+def test_every_arm_runs(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], settings: list[str]
+) -> None:
+    outcome = run(with_overrides(tiny_config, [*settings, "max_steps=2"]), tmp_path / "run")
+    assert outcome.bundle is not None
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    run(with_overrides(tiny_config, ["max_steps=1"]), tmp_path / "run")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(tiny_config, tmp_path / "run")
+    with pytest.raises(ConfigError, match="another seed"):
+        run(with_overrides(tiny_config, ["seed=5"]), tmp_path / "run", resume=True)
+    with pytest.raises(ConfigError, match="holds no run"):
+        run(tiny_config, tmp_path / "other", resume=True)
+
+
+def test_bad_input_leaves_no_folder_behind(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    with pytest.raises(CheckpointError):
+        run(with_overrides(tiny_config, [f"base={tmp_path / 'nowhere'}"]), tmp_path / "run")
+    with pytest.raises(ConfigError, match="num_frames"):
+        run(with_overrides(tiny_config, ["native.num_frames=10"]), tmp_path / "run")
+    with pytest.raises(ConfigError, match="prompts"):
+        run(with_overrides(tiny_config, [f"prompts={tmp_path / 'none.txt'}"]), tmp_path / "run")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run(tiny_config, tmp_path / "file" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_checkpoint_of_another_base_is_refused(
+    tiny_config: DistillConfig, new_trainer: Callable[[DistillConfig], Trainer]
+) -> None:
+    state = new_trainer(tiny_config).state_dict()
+    state["networks"]["student"].popitem()
+    with pytest.raises(CheckpointError, match="does not fit"):
+        new_trainer(tiny_config).load_state_dict(state)
+
+
+def test_streams_of_random_numbers_differ_by_role_step_and_rank() -> None:
+    draws = {
+        float(torch.rand((), generator=step_rng(*key)))
+        for key in [
+            (0, "student", 0, 0),
+            (0, "critic", 0, 0),
+            (0, "student", 1, 0),
+            (0, "student", 0, 1),
+            (1, "student", 0, 0),
+        ]
+    }
+    assert len(draws) == 5
+    repeated = [float(torch.rand((), generator=step_rng(0, "exit", 3))) for _ in range(2)]
+    assert repeated[0] == repeated[1]
