@@ -23,6 +23,7 @@ from distill.losses.copula import FEATURES
 METHODS = ("codmd", "dmd")
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = ("fp32", "bf16")
+SCORE_WINDOWS = ("full", "above", "step")
 BUNDLE_DTYPES = ("fp32", "bf16", "fp16")
 # Settings that a resumed run may change: none of them alters what an iteration computes.
 RESUMABLE = ("max_steps", "save_every_steps", "log_every_steps", "keep_last", "max_nonfinite_in_row", "bundle_dtype")
@@ -135,6 +136,7 @@ class DistillConfig:
     score_shift: float
     score_sigma_min: float = 0.02
     score_sigma_max: float = 0.98
+    score_window: str = "full"  # which noise levels judge which exit step: step.score_window
     reference_compat: bool = False  # the authors' behaviour where ours departs from it
     copula: CopulaConfig = field(default_factory=CopulaConfig)
     prompts: str = ""  # txt or jsonl file; empty means captions drawn from the shapeworld grammar
@@ -152,6 +154,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("score_window", self.score_window, SCORE_WINDOWS)
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("teacher_dtype", self.teacher_dtype, DTYPES)
         _check_choice("text_dtype", self.text_dtype, DTYPES)
@@ -234,6 +237,7 @@ def shapeworld() -> DistillConfig:
         guidance_scale=3.0,
         step_shift=3.0,
         score_shift=3.0,
+        score_window="step",
     )
 
 

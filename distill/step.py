@@ -66,7 +66,7 @@ def draw_step(
     """
     batch_size, num_frames = shape[0], shape[2]
     noise = torch.randn((exit_step + 2, *shape), generator=rng).to(device)
-    sigma, timestep = draw_score_level(config, rng, batch_size)
+    sigma, timestep = draw_score_level(config, rng, batch_size, exit_step)
     frame_permutation = batch_permutation = None
     if config.copula.permute:
         frame_permutation = torch.rand((batch_size, num_frames), generator=rng).argsort(dim=1).to(device)
@@ -82,24 +82,48 @@ def draw_step(
     )
 
 
-def draw_score_level(config: DistillConfig, rng: torch.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Draw noise levels for the scores: uniform, shifted, clamped.
+def draw_score_level(
+    config: DistillConfig, rng: torch.Generator, batch_size: int, exit_step: int
+) -> tuple[Tensor, Tensor]:
+    """Draw noise levels for the scores: uniform, shifted, clamped to the window of the exit step.
 
     Returns:
         sigma (B,) and the timesteps fed to the networks (B,), float32; one level for all with `copula.shared_sigma`.
 
-    Source: CoDMD, copula_dmd/dmd.py@6a8259b. Deviation: levels are continuous and sigma is timestep / 1000; with
-    `reference_compat` they are drawn from 0..999 and sigma is snapped to the authors' table.
+    Source: CoDMD, copula_dmd/dmd.py@6a8259b, window "full". Deviation: levels are continuous and sigma is
+    timestep / 1000; with `reference_compat` they are drawn from 0..999 and sigma is snapped to the authors' table.
+    The windows "above" and "step" are of the kind of Self-Forcing's ts_schedule.
     """
     num_draws = 1 if config.copula.shared_sigma else batch_size
     level = torch.rand(num_draws, generator=rng)
     if config.reference_compat:
         level = (level * NUM_TRAIN_TIMESTEPS).floor() / NUM_TRAIN_TIMESTEPS
-    sigma = shift_sigma(level, config.score_shift).clamp(config.score_sigma_min, config.score_sigma_max)
+    low, high = score_window(config, exit_step)
+    if config.score_window != "full":
+        # Uniform before the shift and inside the window, so that no draw piles up at its ends.
+        bottom, top = (shift_sigma(bound, 1.0 / config.score_shift) for bound in (low, high))
+        level = bottom + (top - bottom) * level
+    sigma = shift_sigma(level, config.score_shift).clamp(low, high)
     timestep = NUM_TRAIN_TIMESTEPS * sigma
     if config.reference_compat:
         sigma = torch.tensor([reference_sigma(value) for value in timestep.tolist()])
     return sigma.expand(batch_size), timestep.expand(batch_size)
+
+
+def score_window(config: DistillConfig, exit_step: int) -> tuple[float, float]:
+    """Return the lowest and highest noise level at which a sample that left at `exit_step` is judged.
+
+    "full" judges every exit at all levels (published). The critic then learns the mixture of all exits: blurred early
+    ones are made up for by late ones that spread too far. A step only has to be right from the level it is re-noised
+    to, which is where "above" begins; "step" also ends at the step's own level, so that every level has one exit.
+    """
+    sigmas = config.grid().sigmas
+    low, high = config.score_sigma_min, config.score_sigma_max
+    if config.score_window != "full":
+        low = min(max(low, sigmas[exit_step + 1]), high)
+    if config.score_window == "step":
+        high = max(min(high, sigmas[exit_step]), low)
+    return low, high
 
 
 def student_step(networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig) -> StepResult:

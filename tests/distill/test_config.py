@@ -34,7 +34,7 @@ def test_wan_1_3b_has_the_published_constants() -> None:
     config = wan_1_3b()
     assert config.timesteps == (1000.0, 900.0, 757.0, 522.0)
     assert config.grid().sigmas == (1.0, 0.9, 0.757, 0.522, 0.0)
-    assert config.score_shift == 8.0
+    assert (config.score_shift, config.score_window) == (8.0, "full")
     assert (config.score_sigma_min, config.score_sigma_max) == (0.02, 0.98)
     assert (config.optimizer.student_lr, config.optimizer.critic_lr) == (2e-6, 4e-7)
     assert config.optimizer.betas == (0.9, 0.999)
@@ -56,7 +56,7 @@ def test_wan_14b_differs_where_the_authors_do() -> None:
     config = wan_14b()
     assert config.grid().timesteps == pytest.approx((1000.0, 937.5, 5000 / 6, 625.0))
     assert config.grid().sigmas == pytest.approx(wan_14b_grid().sigmas)
-    assert config.score_shift == 5.0
+    assert (config.score_shift, config.score_window) == (5.0, "full")
     assert (config.optimizer.student_lr, config.optimizer.critic_lr) == (4e-6, 8e-7)
     assert (config.copula.weight_batch, config.copula.weight_frame) == (1.0, 1.0)
 
@@ -110,6 +110,7 @@ def test_overrides_reach_nested_keys_and_keep_kinds() -> None:
         ("batch_size=true", "batch_size"),
         ("batch_size=2.5", "batch_size"),
         ("method=gan", "method"),
+        ("score_window=half", "score_window"),
         ("copula.temperature=0", "copula.temperature"),
         ("copula.temperature=NaN", "copula.temperature"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),

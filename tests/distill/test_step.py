@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from codmd_serve.schedule import add_noise, flow_to_x0
-from distill.config import DistillConfig, reference_sigma, wan_1_3b, with_overrides
+from distill.config import DistillConfig, reference_sigma, shapeworld, wan_1_3b, with_overrides
 from distill.data import Batch
 from distill.losses.copula import copula_terms
 from distill.losses.dmd import dmd_direction
 from distill.networks import Networks, denoiser, guided_teacher_flow
-from distill.step import StepDraws, critic_step, draw_exit_step, draw_score_level, draw_step, student_step
+from distill.step import (
+    StepDraws,
+    critic_step,
+    draw_exit_step,
+    draw_score_level,
+    draw_step,
+    score_window,
+    student_step,
+)
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 3, 4, 4)
@@ -183,7 +191,7 @@ def test_permuted_relations_change_the_loss(tiny_networks: Networks, tiny_config
 
 def test_score_level_follows_the_published_law() -> None:
     config = with_overrides(wan_1_3b(), ["score_shift=8"])
-    sigma, timestep = draw_score_level(config, torch.Generator().manual_seed(0), 20_000)
+    sigma, timestep = draw_score_level(config, torch.Generator().manual_seed(0), 20_000, 0)
     # The clamp makes an atom at .98 of 14% of the draws at shift 8, and nearly none at .02.
     assert float((sigma == 0.98).double().mean()) == pytest.approx(0.14, abs=0.01)
     assert float(sigma.min()) == pytest.approx(0.02, rel=1e-6)
@@ -193,12 +201,38 @@ def test_score_level_follows_the_published_law() -> None:
 
 def test_reference_compat_snaps_the_score_sigma_but_not_the_timestep() -> None:
     config = dataclasses.replace(wan_1_3b(), reference_compat=True)
-    sigma, timestep = draw_score_level(config, torch.Generator().manual_seed(0), 50)
+    sigma, timestep = draw_score_level(config, torch.Generator().manual_seed(0), 50, 0)
     assert float((sigma - timestep / 1000).abs().max()) > 1e-5
     assert sigma.tolist() == pytest.approx([reference_sigma(value) for value in timestep.tolist()])
     levels = timestep / 1000 / (8 - 7 * timestep / 1000) * 1000
     inside = (timestep > 20) & (timestep < 980)
     torch.testing.assert_close(levels[inside], levels[inside].round(), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("window", "bounds"),
+    [
+        ("full", [(0.02, 0.98)] * 4),
+        ("above", [(0.9, 0.98), (0.75, 0.98), (0.5, 0.98), (0.02, 0.98)]),
+        ("step", [(0.9, 0.98), (0.75, 0.9), (0.5, 0.75), (0.02, 0.5)]),
+    ],
+)
+def test_score_window_of_each_exit_step(window: str, bounds: list[tuple[float, float]]) -> None:
+    config = with_overrides(shapeworld(), [f"score_window={window}", "step_shift=3", "score_shift=3"])
+    for exit_step, (low, high) in enumerate(bounds):
+        assert score_window(config, exit_step) == pytest.approx((low, high))
+        sigma, _ = draw_score_level(config, torch.Generator().manual_seed(0), 4000, exit_step)
+        assert float(sigma.min()) == pytest.approx(low, abs=0.01)
+        assert float(sigma.max()) == pytest.approx(high, abs=0.01)
+        if window != "full":
+            assert len(sigma.unique()) > 3900  # nothing piles up at the ends
+
+
+def test_score_window_outside_the_clamp_is_one_level() -> None:
+    """A first step so close to noise that its window lies above score_sigma_max is judged there."""
+    config = with_overrides(shapeworld(), ["timesteps=[1000,990,500]", "score_window=step"])
+    sigma, _ = draw_score_level(config, torch.Generator().manual_seed(0), 10, 0)
+    assert sigma.tolist() == pytest.approx([0.98] * 10)
 
 
 def test_shared_sigma_is_one_level_per_batch(tiny_config: DistillConfig) -> None:
