@@ -39,10 +39,8 @@ def copula_terms(
 
     Args:
         student_x0: (B, C, F, H, W) clean prediction, with gradient.
-        teacher_x0: the guided teacher's at the same noisy state; no gradient reaches it.
-        critic_x0: the critic's there; no gradient reaches it.
-        use_frame: compute the term over the frames of each sample.
-        use_batch: compute the term over the samples of the batch.
+        teacher_x0, critic_x0: guided teacher's and critic's at the same noisy state; no gradient reaches them.
+        use_frame, use_batch: which terms to compute: over frames of each sample, over samples of the batch.
         temperature: of the softmax over similarities, > 0; published 0.1.
         features: "mean" averages over H, W (published; blind to motion that keeps channel means), "spatial" pools
             to grid x grid and centres over the related items.
@@ -58,15 +56,15 @@ def copula_terms(
     temperature of about .015; off-diagonal softmax in the batch term, because each item's similarity of 1 to itself
     otherwise takes nearly all the probability and the gradient shrinks some 26 times.
     """
-    zero = student_x0.new_zeros(())
-    frame = batch = zero
+    frame = batch = student_x0.new_zeros(())
+    videos = (student_x0, teacher_x0.detach(), critic_x0.detach())
     if use_frame:
-        trio = [frame_features(x0, features, grid) for x0 in (student_x0, teacher_x0.detach(), critic_x0.detach())]
+        trio = [frame_features(x0, features, grid) for x0 in videos]
         if frame_permutation_BF is not None:
             trio[1] = trio[1].gather(1, frame_permutation_BF[:, :, None].expand_as(trio[1]))
         frame = relational_kl(*trio, temperature=temperature, skip_diagonal=False)
     if use_batch:
-        trio = [batch_features(x0, features, grid) for x0 in (student_x0, teacher_x0.detach(), critic_x0.detach())]
+        trio = [batch_features(x0, features, grid) for x0 in videos]
         if batch_permutation_B is not None:
             trio[1] = trio[1][:, batch_permutation_B]
         batch = relational_kl(*trio, temperature=temperature, skip_diagonal=not reference_compat)
