@@ -1,0 +1,1 @@
+"""ShapeWorld: a captioned procedural video world whose joint law is known exactly."""

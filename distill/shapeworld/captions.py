@@ -1,0 +1,227 @@
+"""Grammar of ShapeWorld captions: canonical form, free phrasings, parser, vocabulary and the held-out split.
+
+Knows nothing of pixels or of the law of what a caption leaves open.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from codmd_serve.errors import ConfigError
+from distill.shapeworld.schema import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, RELATIONS, SHAPES, SPEEDS, STILL, Scene
+
+_COLOUR_WORDS = {
+    "red": ("red", "crimson", "scarlet"),
+    "green": ("green", "emerald"),
+    "blue": ("blue", "azure"),
+    "yellow": ("yellow", "golden"),
+    "purple": ("purple", "violet"),
+    "cyan": ("cyan", "turquoise"),
+    "white": ("white", "ivory"),
+}
+_SHAPE_WORDS = {
+    "circle": ("circle", "disc", "disk"),
+    "square": ("square", "box"),
+    "triangle": ("triangle", "wedge"),
+    "cross": ("cross", "plus"),
+    "ring": ("ring", "hoop"),
+}
+_BACKGROUND_WORDS = {
+    "black": ("black",),
+    "gray": ("gray", "grey"),
+    "navy": ("navy",),
+    "brown": ("brown",),
+    "teal": ("teal",),
+}
+_SPEED_WORDS = {"slowly": ("slowly", "gently", "leisurely"), "quickly": ("quickly", "rapidly", "swiftly", "fast")}
+_VERBS = ("move", "glide", "drift", "slide", "travel")
+_STILL_WORDS = ("still", "motionless", "rest", "rests", "not")
+_BACKDROPS = ("background", "backdrop")
+_MOTION_PHRASES = {d: (d, f"{d}ward", f"{d}wards", f"{d}") for d in ("up", "down")} | {
+    d: (d, f"{d}wards", f"to the {d}", f"towards the {d}") for d in ("left", "right")
+}
+_RELATION_PHRASES = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above",),
+    "below": ("below", "under"),
+}
+_FREE_SHARE = 0.6
+_TWO_OBJECT_SHARE = 0.4
+_RELATION_SHARE = 0.6
+
+WORD_COLOURS = {word: name for name, words in _COLOUR_WORDS.items() for word in words}
+_WORD_SHAPES = {word: name for name, words in _SHAPE_WORDS.items() for word in words}
+_WORD_BACKGROUNDS = {word: name for name, words in _BACKGROUND_WORDS.items() for word in words}
+_WORD_SPEEDS = {word: name for name, words in _SPEED_WORDS.items() for word in words}
+_WORD_DIRECTIONS = {f"{d}{suffix}": d for d in DIRECTIONS for suffix in ("", "ward", "wards")}
+
+
+def canonical_caption(scene: Scene) -> str:
+    """Return the canonical sentence of a scene, the form every parser and example relies on."""
+    first = f"a {scene.objects[0][0]} {scene.objects[0][1]}"
+    if scene.count == 2:
+        second = f"a {scene.objects[1][0]} {scene.objects[1][1]}"
+        first = f"{first} {scene.relation or 'and'} {second}"
+    plural = scene.count == 2
+    if scene.motion == STILL:
+        action = "stay still" if plural else "stays still"
+    else:
+        action = f"{'move' if plural else 'moves'} {scene.motion} {scene.speed}"
+    return f"{first} {action} on a {scene.background} background"
+
+
+def free_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Return one of the many phrasings of a scene: synonyms, adverb position, word order, articles."""
+
+    def pick(options: tuple[str, ...]) -> str:
+        return options[int(rng.integers(len(options)))]
+
+    def noun(index: int) -> str:
+        colour, shape = scene.objects[index]
+        article = pick(("a", "a", "one", "the", "a single" if scene.count == 1 else "a"))
+        return f"{article} {pick(_COLOUR_WORDS[colour])} {pick(_SHAPE_WORDS[shape])}"
+
+    plural = scene.count == 2
+    subject = noun(0)
+    if plural:
+        join = pick(_RELATION_PHRASES[scene.relation]) if scene.relation else pick(("and", "and", "with"))
+        subject = f"{subject} {join} {noun(1)}"
+        if scene.relation is None and rng.random() < 0.25:
+            subject = f"two shapes, {subject},"
+    if scene.motion == STILL:
+        options = ("stay still", "remain still", "are motionless", "do not move", "rest")
+        single = ("stays still", "remains still", "is motionless", "does not move", "rests")
+        action = pick(options if plural else single)
+    else:
+        verb = pick(_VERBS) + ("" if plural else "s")
+        where, speed = pick(_MOTION_PHRASES[scene.motion]), pick(_SPEED_WORDS[scene.speed or ""])
+        orders = (f"{verb} {where} {speed}", f"{verb} {speed} {where}")
+        before = () if speed == "fast" else (f"{speed} {verb} {where}",)
+        action = pick(orders + before)
+    ground = f"{pick(('on', 'on', 'against'))} a {pick(_BACKGROUND_WORDS[scene.background])} {pick(_BACKDROPS)}"
+    return f"{ground}, {subject} {action}" if rng.random() < 0.2 else f"{subject} {action} {ground}"
+
+
+def parse_caption(text: str) -> Scene:
+    """Read any phrasing of the grammar back into its scene; the order of clauses does not matter.
+
+    Raises:
+        ConfigError: naming the part of the caption (objects, motion, speed, background) that is missing or doubled.
+    """
+    words = re.findall(r"[a-z]+", text.lower())
+    objects: list[tuple[str, str]] = []
+    colour: str | None = None
+    found: dict[str, list[str]] = {"motion": [], "speed": [], "background": [], "relation": []}
+    for index, word in enumerate(words):
+        following = words[index + 1] if index + 1 < len(words) else ""
+        if word in WORD_COLOURS:
+            colour = WORD_COLOURS[word]
+        elif word in _WORD_SHAPES and colour is not None:
+            objects.append((colour, _WORD_SHAPES[word]))
+            colour = None
+        elif word in _WORD_BACKGROUNDS:
+            found["background"].append(_WORD_BACKGROUNDS[word])
+        elif word in ("left", "right") and following == "of":
+            found["relation"].append(f"{word} of")
+        elif word in ("above", "below", "under"):
+            found["relation"].append("above" if word == "above" else "below")
+        elif word in _WORD_DIRECTIONS:
+            found["motion"].append(_WORD_DIRECTIONS[word])
+        elif word in _STILL_WORDS:
+            found["motion"].append(STILL)
+        elif word in _WORD_SPEEDS:
+            found["speed"].append(_WORD_SPEEDS[word])
+    if not objects:
+        raise ConfigError(f"no 'colour shape' pair found in {text!r}; expected for example 'a red circle'")
+    for part, values in found.items():
+        if len(values) > 1 or (not values and part in ("motion", "background")):
+            raise ConfigError(f"expected one {part} in {text!r}, got {len(values)}: {', '.join(values) or 'none'}")
+    return Scene(
+        objects=tuple(objects),
+        motion=found["motion"][0],
+        speed=found["speed"][0] if found["speed"] else None,
+        background=found["background"][0],
+        relation=found["relation"][0] if found["relation"] else None,
+    )
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Return every word any caption of the grammar can hold, sorted; the tokenizer is built from it."""
+    words: set[str] = set(
+        "a one the single two shapes and with on against do does is are stay stays remain remains".split()
+    )
+    words.update(
+        w for table in (_COLOUR_WORDS, _SHAPE_WORDS, _BACKGROUND_WORDS, _SPEED_WORDS) for v in table.values() for w in v
+    )
+    words.update(f"{verb}{s}" for verb in _VERBS for s in ("", "s"))
+    words.update(_STILL_WORDS)
+    words.update(_BACKDROPS)
+    phrases = [p for table in (_MOTION_PHRASES, _RELATION_PHRASES) for v in table.values() for p in v]
+    words.update(w for phrase in phrases for w in phrase.split())
+    return tuple(sorted(words))
+
+
+def sample_scene(rng: np.random.Generator, split: str = "train", count: int | None = None) -> Scene:
+    """Draw a scene from the caption distribution of one split.
+
+    Args:
+        rng: source of randomness.
+        split: "train" or "held_out" (combinations never trained on, see `Scene.is_held_out`).
+        count: 1 or 2 objects; None draws two with probability 0.4.
+
+    Raises:
+        ConfigError: on an unknown split.
+    """
+    if split not in ("train", "held_out"):
+        raise ConfigError(f"split: expected 'train' or 'held_out', got {split!r}")
+    if count is None:
+        count = 2 if rng.random() < _TWO_OBJECT_SHARE else 1
+    while True:
+        scene = _draw_scene(rng, count)
+        if scene.is_held_out == (split == "held_out"):
+            return scene
+
+
+def sample_caption(rng: np.random.Generator, split: str = "train", count: int | None = None) -> str:
+    """Draw a caption: 60% free phrasings, the rest canonical."""
+    scene = sample_scene(rng, split, count)
+    return free_caption(scene, rng) if rng.random() < _FREE_SHARE else canonical_caption(scene)
+
+
+def held_out_captions(num_captions: int, seed: int, count: int | None = None) -> list[str]:
+    """Return distinct canonical held-out captions, the same ones for the same arguments.
+
+    Args:
+        num_captions: how many.
+        seed: which draw.
+        count: 1 or 2 objects; None alternates one and two.
+    """
+    rng = np.random.default_rng(seed)
+    seen: dict[str, None] = {}
+    while len(seen) < num_captions:
+        wanted = count if count is not None else 1 + len(seen) % 2
+        seen.setdefault(canonical_caption(sample_scene(rng, "held_out", wanted)))
+    return list(seen)
+
+
+def all_single_scenes() -> Iterator[Scene]:
+    """Yield every one-object scene of the world, both splits."""
+    for colour in COLOURS:
+        for shape in SHAPES:
+            for motion in MOTIONS:
+                for speed in (None,) if motion == STILL else tuple(SPEEDS):
+                    for background in BACKGROUNDS:
+                        yield Scene(((colour, shape),), motion, speed, background)
+
+
+def _draw_scene(rng: np.random.Generator, count: int) -> Scene:
+    colours = [str(c) for c in rng.choice(list(COLOURS), size=count, replace=False)]
+    objects = tuple((colour, str(rng.choice(SHAPES))) for colour in colours)
+    motion = str(rng.choice(MOTIONS))
+    speed = None if motion == STILL else str(rng.choice(list(SPEEDS)))
+    relation = str(rng.choice(list(RELATIONS))) if count == 2 and rng.random() < _RELATION_SHARE else None
+    return Scene(objects, motion, speed, str(rng.choice(list(BACKGROUNDS))), relation)

@@ -1,0 +1,112 @@
+"""The one schema of ShapeWorld: names, colours and the `Scene` a caption states.
+
+Knows nothing of phrasing, of the law of what a caption leaves open, or of pixels. Captions, law, renderer, parser
+and detector all import it, so that a word added here exists everywhere.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+from codmd_serve.errors import ConfigError
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (235, 45, 40),
+    "green": (50, 205, 60),
+    "blue": (60, 100, 255),
+    "yellow": (245, 220, 40),
+    "purple": (175, 60, 225),
+    "cyan": (40, 215, 225),
+    "white": (255, 255, 255),
+}
+"""Object palette, 8-bit RGB at full shade."""
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "black": (10, 10, 10),
+    "gray": (72, 72, 72),
+    "navy": (16, 24, 80),
+    "brown": (76, 46, 20),
+    "teal": (8, 66, 64),
+}
+"""Background palette, 8-bit RGB at shade 1. No name is shared with COLOURS, so a word alone tells its role."""
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+"""Unit motion (dx, dy) in image coordinates: x to the right, y downwards."""
+STILL = "still"
+MOTIONS = (*DIRECTIONS, STILL)
+SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.35, 0.70), "quickly": (1.20, 1.60)}
+"""Speed range in world units (1/64 of the short side) per frame of the native 17-frame clip."""
+RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""Unit offset of the FIRST object from the second."""
+
+WORLD_SIZE = 64.0
+"""World units across the short side of a frame."""
+NATIVE_HEIGHT = NATIVE_WIDTH = 64
+NATIVE_NUM_FRAMES = 17
+NATIVE_FPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """All that a caption says.
+
+    Attributes:
+        objects: one or two (colour, shape) pairs; two objects always differ in colour.
+        motion: one of MOTIONS, shared by both objects.
+        speed: one of SPEEDS, or None exactly when `motion` is "still".
+        background: one of BACKGROUNDS.
+        relation: one of RELATIONS (first object relative to the second), or None when unsaid.
+
+    Raises:
+        ConfigError: when a value is outside the schema or the combination has no meaning.
+    """
+
+    objects: tuple[tuple[str, str], ...]
+    motion: str
+    speed: str | None
+    background: str
+    relation: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.objects) not in (1, 2):
+            raise ConfigError(f"a scene has one or two objects, got {len(self.objects)}")
+        for colour, shape in self.objects:
+            _member("colour", colour, COLOURS)
+            _member("shape", shape, SHAPES)
+        _member("motion", self.motion, MOTIONS)
+        _member("background", self.background, BACKGROUNDS)
+        if (self.speed is None) != (self.motion == STILL):
+            raise ConfigError(
+                f"speed must be given exactly when something moves, got {self.speed!r} with {self.motion!r}"
+            )
+        if self.speed is not None:
+            _member("speed", self.speed, SPEEDS)
+        if self.relation is not None:
+            _member("relation", self.relation, RELATIONS)
+            if len(self.objects) != 2:
+                raise ConfigError("a relation needs two objects")
+        if len(self.objects) == 2 and self.objects[0][0] == self.objects[1][0]:
+            raise ConfigError(f"two objects must differ in colour, got {self.objects[0][0]} twice")
+
+    @property
+    def count(self) -> int:
+        """Number of objects."""
+        return len(self.objects)
+
+    @property
+    def is_held_out(self) -> bool:
+        """True for the combinations that no training caption ever shows.
+
+        One object: 1/8 of the (colour, shape, motion) triples. Two objects: 1/8 of the unordered object pairs.
+        """
+        parts = sorted(f"{colour} {shape}" for colour, shape in self.objects)
+        if self.count == 1:
+            parts.append(self.motion)
+        return zlib.crc32("|".join(parts).encode()) % 8 == 0
+
+
+def _member(name: str, value: str, known: object) -> None:
+    if value not in known:  # type: ignore[operator]
+        raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")  # type: ignore[call-overload]
