@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import imageio_ffmpeg
 
@@ -56,7 +57,8 @@ def write_video(
         GenerationError: ffmpeg failed; code encode_failed.
         Exception: whatever the iterable raises; nothing is left on disk then.
     """
-    path = Path(path)
+    # Absolute: ffmpeg would take "-x/out.mp4" for an option and "a:b.mp4" for a protocol.
+    path = Path(path).absolute()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     command = _command(find_ffmpeg(), partial, height=height, width=width, fps=fps, crf=crf, comment=comment)
     try:
@@ -68,17 +70,15 @@ def write_video(
             assert process.stdin is not None
             try:
                 for chunk in frames:
-                    process.stdin.write(chunk)
-                process.stdin.close()
-            except BrokenPipeError:
-                pass  # ffmpeg gave up, and its exit status and log say why
+                    if not _is_fed(process.stdin, chunk):
+                        break
             except BaseException:
                 process.kill()
                 raise
             finally:
-                process.wait()
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
+                process.wait()
             if process.returncode != 0:
                 log.seek(0)
                 said = log.read().decode(errors="replace").strip().splitlines()
@@ -86,6 +86,16 @@ def write_video(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_fed(stdin: IO[bytes], chunk: bytes | memoryview) -> bool:
+    """Whether ffmpeg took the chunk. Where it gave up, its exit status and its log say why."""
+    try:
+        stdin.write(chunk)
+        stdin.flush()
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def _command(

@@ -1,0 +1,104 @@
+"""A worker process with a fake engine: the real message loop of codmd_serve.worker, no torch, prompts that are orders.
+
+    die             the process is killed, as the kernel kills one that wants too much memory
+    die-once FILE   the same, unless FILE exists; leaves it, and half a video
+    wait FILE       goes on reporting progress until FILE exists
+    oom, bug        fails, with an error on purpose and with an unexpected one
+    anything else   is made at once; the words in capitals become warnings
+
+The bundle is an order too: its folder is the fake's memory. `fatal` in it makes loading fail, `deaths` holds how often
+the process is killed while it loads, `starts` collects one line per start.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from codmd_serve.config import GenerateParams, ModelFacts
+from codmd_serve.errors import CheckpointError, GenerationError
+
+FACTS = ModelFacts(
+    name="fake",
+    device="cpu",
+    dtype="float32",
+    attention="none",
+    execution="eager",
+    num_steps=4,
+    height=64,
+    width=64,
+    num_frames=17,
+    fps=16,
+    size_multiple=16,
+    max_side_px=1024,
+    frame_multiple=4,
+    max_num_frames=101,
+    service_s=2.5,
+    load_s=0.1,
+)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FakeEngine:
+    """Obeys the prompt and writes its parameters where a video would be."""
+
+    facts = FACTS
+
+    def generate(self, params: GenerateParams, path: Path, on_progress: Any) -> SimpleNamespace:
+        order, _, rest = params.prompt.partition(" ")
+        on_progress("text", 1, 1)
+        if order == "die" or (order == "die-once" and not Path(rest).exists()):
+            path.with_name(f".{path.name}.1.partial").write_bytes(b"half")
+            if rest:
+                Path(rest).touch()
+            die()
+        while order == "wait" and not Path(rest).exists():
+            on_progress("denoise", 1, 4)
+            time.sleep(0.002)
+        if order == "oom":
+            raise GenerationError("out of memory at this shape", "out_of_memory")
+        if order == "bug":
+            raise RuntimeError("a secret of the inside")
+        path.write_bytes(b"mp4 " + json.dumps(asdict(params)).encode())
+        timings_ms = {"text": 1.0, "denoise": 20.25, "decode": 3.0, "encode": 4.0}
+        return SimpleNamespace(
+            timings_ms=timings_ms, warnings=[word for word in params.prompt.split() if word.isupper()]
+        )
+
+
+def load_engine(bundle: Path, device: str, dtype: str) -> FakeEngine:
+    with (bundle / "starts").open("a") as starts:
+        starts.write(f"{os.getpid()} {device} {dtype}\n")
+    if (bundle / "fatal").exists():
+        raise CheckpointError("the bundle is truncated")
+    deaths = bundle / "deaths"
+    if deaths.exists() and (left := int(deaths.read_text())) > 0:
+        deaths.write_text(str(left - 1))
+        die()
+    return FakeEngine()
+
+
+def main() -> None:
+    for name, content in {
+        "codmd_serve.engine": {"load_engine": load_engine},
+        "codmd_serve.wan": {},
+        "codmd_serve.wan.checkpoint": {"silence_libraries": lambda: None},
+    }.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        sys.modules[name] = module
+    from codmd_serve import worker
+
+    worker.main()
+
+
+if __name__ == "__main__":
+    main()

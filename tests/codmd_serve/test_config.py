@@ -1,0 +1,93 @@
+"""Settings: step grids that cannot be sampled, operators' mistakes, and where the embedded bundle is looked for."""
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codmd_serve import config
+from codmd_serve.config import ServeConfig, StepGrid, check_step_grid, wan_1_3b_grid, wan_14b_grid
+from codmd_serve.errors import ConfigError
+
+
+def test_wan_1_3b_grid_is_the_published_one() -> None:
+    grid = wan_1_3b_grid()
+    assert grid.timesteps == (1000.0, 900.0, 757.0, 522.0)
+    assert grid.sigmas == pytest.approx((1.0, 0.899851, 0.756757, 0.521739, 0.0), abs=1e-6)
+
+
+def test_wan_14b_grid_feeds_a_thousand_times_sigma() -> None:
+    grid = wan_14b_grid()
+    assert grid.sigmas == pytest.approx((1.0, 0.9375, 0.833333, 0.625, 0.0), abs=1e-6)
+    assert grid.timesteps == pytest.approx([1000 * sigma for sigma in grid.sigmas[:-1]])
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "timesteps", "sampler", "message"),
+    [
+        ((1.0, 0.0), (1000.0,), "euler", "sampler must be one of sde, ode"),
+        ((1.0, 0.5, 0.0), (1000.0,), "sde", "one entry more than timesteps"),
+        ((0.0,), (), "sde", "at least two"),
+        ((1.0, 0.5, 0.5, 0.0), (3.0, 2.0, 1.0), "sde", "must descend"),
+        ((1.1, 0.0), (1000.0,), "sde", "from at most 1"),
+        ((1.0, 0.1), (1000.0,), "sde", "to exactly 0"),
+        ((float("nan"), 0.0), (1000.0,), "sde", "must descend"),
+        ((1.0, 0.0), (float("inf"),), "ode", "timesteps must be finite"),
+    ],
+)
+def test_check_step_grid_refuses(
+    sigmas: tuple[float, ...], timesteps: tuple[float, ...], sampler: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_step_grid(sigmas, timesteps, sampler)
+
+
+def test_step_grid_refuses_what_check_step_grid_refuses() -> None:
+    with pytest.raises(ConfigError, match="must descend"):
+        StepGrid(sigmas=(0.5, 1.0, 0.0), timesteps=(1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"port": 0}, r"port must be in 1\.\.65535, got 0"),
+        ({"port": 65536}, "port must be in"),
+        ({"queue_size": 0}, "queue_size must be in"),
+        ({"max_pixels": -1}, "max_pixels must be in"),
+        ({"max_body_bytes": 10}, "max_body_bytes must be in"),
+        ({"jobs_kept": 0}, "jobs_kept must be in"),
+        ({"max_attempts": 0}, "max_attempts must be in"),
+        ({"drain_timeout_s": -1}, "drain_timeout_s must be in"),
+        ({"dtype": "int8"}, "dtype must be one of auto"),
+        ({"host": "0.0.0.0"}, "refusing to listen on 0.0.0.0: there is no authentication"),
+    ],
+)
+def test_serve_config_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServeConfig(**changes)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_serve_config_allows_loopback(host: str) -> None:
+    assert ServeConfig(host=host).host == host
+
+
+def test_serve_config_allows_another_host_when_told_so() -> None:
+    assert ServeConfig(host="0.0.0.0", allow_remote_without_auth=True).host == "0.0.0.0"
+
+
+def test_serve_config_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        ServeConfig().port = 1  # type: ignore[misc]
+
+
+def test_default_bundle_path_prefers_what_an_installed_wheel_carries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "codmd_serve"
+    package.mkdir()
+    monkeypatch.setattr(config, "__file__", str(package / "config.py"))
+    assert config.default_bundle_path() == tmp_path / "weights" / "shapeworld-codmd"
+    (package / "_weights").mkdir()
+    assert config.default_bundle_path() == package / "_weights" / "shapeworld-codmd"

@@ -1,0 +1,139 @@
+"""Frames to mp4: what comes back out, the same bytes every time, and nothing on disk after a failure."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from codmd_serve.errors import ConfigError, GenerationError
+from codmd_serve.video import find_ffmpeg, write_video
+
+ReadVideo = Callable[[Path], Any]
+HEIGHT, WIDTH, FRAMES, FPS = 32, 48, 9, 16
+
+
+def clip() -> npt.NDArray[np.uint8]:
+    """Frames whose left half turns from black to red and whose right half is blue."""
+    frames = np.zeros((FRAMES, HEIGHT, WIDTH, 3), np.uint8)
+    frames[:, :, : WIDTH // 2, 0] = np.linspace(0, 255, FRAMES).astype(np.uint8)[:, None, None]
+    frames[:, :, WIDTH // 2 :, 2] = 200
+    return frames
+
+
+def encode(path: Path, frames: Iterator[bytes] | list[bytes] | None = None, crf: int = 10, comment: str = "") -> Path:
+    chunks = [clip().tobytes()] if frames is None else frames
+    write_video(chunks, path, height=HEIGHT, width=WIDTH, fps=FPS, crf=crf, comment=comment)
+    return path
+
+
+def test_write_video_keeps_size_rate_count_and_colours(tmp_path: Path, read_video: ReadVideo) -> None:
+    frames, fps, stream = read_video(encode(tmp_path / "a.mp4", crf=1))
+    assert frames.shape == (FRAMES, HEIGHT, WIDTH, 3)
+    assert fps == FPS and "yuv420p(tv, bt709" in stream
+    # Away from the edge, where halved colour resolution mixes the sides; 6 levels are what 8-bit YUV rounds away.
+    inner = [slice(4, 20), slice(28, 44)]
+    for columns in inner:
+        difference = frames[:, :, columns].astype(int) - clip()[:, :, columns]
+        assert abs(difference).max() <= 6
+
+
+def test_write_video_gives_the_same_bytes_however_frames_are_chunked(tmp_path: Path) -> None:
+    whole = encode(tmp_path / "a.mp4").read_bytes()
+    assert encode(tmp_path / "b.mp4").read_bytes() == whole
+    assert encode(tmp_path / "c.mp4", [frame.tobytes() for frame in clip()]).read_bytes() == whole
+
+
+def test_write_video_spends_fewer_bytes_at_a_higher_crf(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, clip().shape, np.uint8).tobytes()
+    sizes = [encode(tmp_path / f"{crf}.mp4", [noise], crf).stat().st_size for crf in (1, 51)]
+    assert sizes[0] > 4 * sizes[1]
+
+
+def test_write_video_stores_the_comment(tmp_path: Path) -> None:
+    comment = json.dumps({"prompt": "a = b; \"c\" \u00e9 'd' " + "long " * 800, "seed": 7})
+    path = encode(tmp_path / "a.mp4", comment=comment)
+    said = subprocess.run([find_ffmpeg(), "-i", path, "-f", "ffmetadata", "-"], capture_output=True, check=True).stdout
+    # ffmetadata escapes what is special to itself.
+    assert comment in said.decode().replace("\\\\", "\0").replace("\\", "").replace("\0", "\\")
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "-y.mp4", "50%d.mp4", "a b'c.mp4", "noending"])
+def test_write_video_takes_any_file_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_video: ReadVideo, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    encode(Path(name))
+    assert len(read_video(tmp_path / name).frames) == FRAMES
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("error", [ValueError, BrokenPipeError, KeyboardInterrupt])
+def test_write_video_leaves_the_old_file_when_the_frames_fail(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+
+    def frames() -> Iterator[bytes]:
+        yield clip()[:4].tobytes()
+        raise error("no more")
+
+    with pytest.raises(error, match="no more"):
+        encode(path, frames())
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fake_ffmpeg(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    program = folder / "ffmpeg"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+
+
+def test_write_video_says_why_ffmpeg_gave_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ffmpeg(tmp_path, monkeypatch, "echo first >&2; echo No space left on device >&2; exit 1")
+    (tmp_path / "out").mkdir()
+    # More than a pipe holds, so that the writer meets the closed end.
+    frames = (clip().tobytes() for _ in range(100))
+    with pytest.raises(GenerationError, match="ffmpeg failed: No space left on device") as caught:
+        encode(tmp_path / "out" / "a.mp4", frames)
+    assert caught.value.code == "encode_failed"
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_write_video_removes_what_a_failing_ffmpeg_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ffmpeg(tmp_path, monkeypatch, 'for last; do :; done; echo half > "$last"; cat > /dev/null; exit 3')
+    (tmp_path / "out").mkdir()
+    with pytest.raises(GenerationError, match="ffmpeg failed: 3"):
+        encode(tmp_path / "out" / "a.mp4")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_find_ffmpeg_refuses_one_that_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool) -> None:
+    program = tmp_path / "ffmpeg"
+    if exists:
+        program.write_text("not a program")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    with pytest.raises(ConfigError, match=f"no ffmpeg at {program}: reinstall imageio-ffmpeg"):
+        find_ffmpeg()
+
+
+def test_find_ffmpeg_says_so_when_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
+    with pytest.raises(ConfigError, match="no ffmpeg: reinstall"):
+        find_ffmpeg()
+
+
+def test_find_ffmpeg_gives_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
+    assert os.access(find_ffmpeg(), os.X_OK)
