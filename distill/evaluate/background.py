@@ -1,0 +1,130 @@
+"""The background of a clip: two flat levels, lighter below a horizon; knows nothing of objects.
+
+Legend: T frames, H and W rows and columns. Levels are 8-bit, rows are pixels from the top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill.shapeworld.render import HORIZON_LIFT
+from distill.shapeworld.schema import BACKGROUNDS
+
+UNCLEAR = "unclear"
+_MIN_LIFT = 7.0
+"""Least step, in levels per channel, that is taken for a horizon; the world's smallest is 13.5."""
+_ROW_TOLERANCE = 12.0
+_NAME_TOLERANCE = 25.0
+_SHADE_BOUNDS = (0.6, 1.45)
+_EVERY_FRAMES = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Background:
+    """What stands behind the objects.
+
+    Attributes:
+        rows: float32 (H, 3), colour of each row.
+        above, below: float32 (3,), the two levels; equal when there is no horizon.
+        horizon_px: row coordinate of the step (0 top edge, H bottom edge); nan when there is none.
+        name: one of BACKGROUNDS, or "unclear" when none is within 25 levels.
+        shade: brightness factor of that palette colour.
+    """
+
+    rows: np.ndarray
+    above: np.ndarray
+    below: np.ndarray
+    horizon_px: float
+    name: str
+    shade: float
+
+
+def fit_background(frames: np.ndarray) -> Background:
+    """Fit the two levels by row medians over time and columns.
+
+    Args:
+        frames: float32 (T, H, W, 3) in 8-bit levels. In most rows objects must cover less than half of the pixels.
+    """
+    height = frames.shape[1]
+    sample = frames[::_EVERY_FRAMES].transpose(1, 3, 0, 2).reshape(height, 3, -1)
+    return _from_rows(np.median(sample, axis=2).astype(np.float32))
+
+
+def refine_background(first: Background, frames: np.ndarray, is_object: np.ndarray) -> Background:
+    """Fit again by the mean of the pixels that belong to no object, which is finer than a median of whole levels.
+
+    Args:
+        first: of `fit_background`; its rows stand in where a row is all object.
+        frames: float32 (T, H, W, 3).
+        is_object: bool (T, H, W).
+    """
+    weight = (~is_object).astype(np.float32)
+    num = weight.sum(axis=(0, 2))
+    total = np.einsum("thwc,thw->hc", frames, weight, optimize=True)
+    rows = np.where((num > 0)[:, None], total / np.maximum(num, 1.0)[:, None], first.rows)
+    return _from_rows(rows.astype(np.float32))
+
+
+def world_rows(background: Background, height: int) -> np.ndarray:
+    """Rows of the nearest background the world can show: palette colour times shade, sharp horizon; float32 (H, 3)."""
+    if background.name == UNCLEAR:
+        return background.rows
+    base = np.array(BACKGROUNDS[background.name], dtype=np.float32)
+    below = np.zeros((height, 1), dtype=np.float32)
+    if np.isfinite(background.horizon_px):
+        below[:, 0] = np.clip(np.arange(height) + 1.0 - background.horizon_px, 0.0, 1.0)
+    rows: np.ndarray = (base + HORIZON_LIFT * below) * np.float32(background.shade)
+    return rows
+
+
+def _from_rows(rows: np.ndarray) -> Background:
+    split = _split_row(rows.sum(axis=1))
+    above, below = np.median(rows[:split], axis=0), np.median(rows[split:], axis=0)
+    height = len(rows)
+    if (below - above).mean() < _MIN_LIFT:
+        above = below = np.median(rows, axis=0)
+        horizon, share_below = np.nan, np.zeros(height, dtype=np.float32)
+    else:
+        horizon = _horizon(rows.sum(axis=1), float(above.sum()), float(below.sum()), split)
+        share_below = np.clip(np.arange(height) + 1.0 - horizon, 0.0, 1.0)
+    model = above + (below - above) * share_below[:, None]
+    # A row that objects cover for more than half of its pixels has their colour as its median.
+    is_model = np.abs(rows - model).max(axis=1) > _ROW_TOLERANCE
+    rows = np.where(is_model[:, None], model, rows).astype(np.float32)
+    name, shade = _name_and_shade(above, below, float(share_below.mean()))
+    return Background(rows, above.astype(np.float32), below.astype(np.float32), float(horizon), name, shade)
+
+
+def _split_row(brightness: np.ndarray) -> int:
+    """Return the row index that best splits the rows in two levels, by squared error."""
+    middle = np.median(brightness)
+    clipped = np.clip(brightness, middle - 80.0, middle + 80.0).astype(np.float64)
+    num = np.arange(1, len(clipped))
+    first = np.cumsum(clipped)
+    between = first[:-1] ** 2 / num + (first[-1] - first[:-1]) ** 2 / (len(clipped) - num)
+    return int(np.argmax(between)) + 1
+
+
+def _horizon(brightness: np.ndarray, above: float, below: float, split: int) -> float:
+    """Return the step's row coordinate; the row it crosses is a mixture of both levels, in proportion."""
+    low, high = max(split - 2, 0), min(split + 2, len(brightness))
+    share_above = np.clip((below - brightness[low:high]) / (below - above), 0.0, 1.0)
+    return low + float(share_above.sum())
+
+
+def _name_and_shade(above: np.ndarray, below: np.ndarray, share_below: float) -> tuple[str, float]:
+    levels = np.concatenate([above, below])
+    weights = np.repeat([1.0 - share_below, share_below], 3) / 3.0
+    best, best_error, best_shade = UNCLEAR, _NAME_TOLERANCE**2, 1.0
+    for name, colour in BACKGROUNDS.items():
+        base = np.array(colour, dtype=float)
+        lift = HORIZON_LIFT if share_below > 0 else 0.0
+        model = np.concatenate([base, base + lift])
+        shade = float((weights * levels * model).sum() / (weights * model * model).sum())
+        shade = min(max(shade, _SHADE_BOUNDS[0]), _SHADE_BOUNDS[1])
+        error = float((weights * (levels - shade * model) ** 2).sum())
+        if error < best_error:
+            best, best_error, best_shade = name, error, shade
+    return best, best_shade

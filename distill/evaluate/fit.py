@@ -1,0 +1,220 @@
+"""One object over time: which shape of the world, where, how large and how bright, by fitting renders to pixels.
+
+Knows nothing of captions or of how the object's pixels were found.
+
+Legend: N frames the object was seen in, P patch rows and columns, R candidate radii. Lengths are pixels.
+
+A pixel of coverage m over the background b shows (1 - m) * b + m * light * c, c being a palette colour. For a given m
+the best light is linear least squares, so a candidate (shape, radius) costs a few sums over its patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from distill.evaluate.background import UNCLEAR
+from distill.shapeworld.render import AREA, coverage
+from distill.shapeworld.schema import COLOURS, SHAPES
+
+_SHAPE_FRAMES = 5
+_SHAPE_FACTORS = np.array([0.8, 0.9, 1.0, 1.1, 1.22], dtype=np.float32)
+_RADIUS_FACTORS = np.array([0.9, 0.95, 1.0, 1.05, 1.1], dtype=np.float32)
+_RAMPS = (1.0, 1.7, 2.5, 3.5)
+"""Edge widths tried, in pixels: without the wide ones a blurred thin shape reads as dark and a small ring as a disc."""
+_MIN_FIT = 0.5
+_MARGIN_PX = 3
+_IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
+_IN_PLANE[1] = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """An object in the N frames it was seen in.
+
+    Attributes:
+        shape: one of SHAPES, or "unclear" when the best explains less than half of the object's energy.
+        centre: float (N, 2), x and y in pixels from the top left corner of the frame.
+        radius: float (N,), pixels.
+        light: float (N,), brightness factor of the palette colour.
+        paint: float (3,), colour over all frames, not bound to the palette, 8-bit levels.
+        ramp: width of the edge in pixels; 1 as rendered, more when blurred.
+        explained: share in [0, 1] of the energy about the background that the fit explains.
+    """
+
+    shape: str
+    centre: np.ndarray
+    radius: np.ndarray
+    light: np.ndarray
+    paint: np.ndarray
+    ramp: float
+    explained: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Patches:
+    """Sums over channels that every candidate shares, in patches around the object: (N, P, P), or (N, P, 1)."""
+
+    ys: np.ndarray
+    xs: np.ndarray
+    weight: np.ndarray
+    region: np.ndarray
+    own: np.ndarray
+    above: np.ndarray
+    energy: np.ndarray
+    dot_colour: np.ndarray
+    dot_row: np.ndarray
+    row_row: np.ndarray
+    row_colour: np.ndarray
+    rows: np.ndarray
+    by_cover: np.ndarray  # (N, P * P, 2): factors of coverage in the sums of a candidate
+    by_square: np.ndarray  # (N, P * P, 3): factors of its square
+    colour_energy: float
+
+
+def fit_object(
+    above_background: np.ndarray,
+    rows: np.ndarray,
+    owner: np.ndarray,
+    frames: np.ndarray,
+    parts: np.ndarray,
+    boxes: np.ndarray,
+    colour: str,
+) -> Fit:
+    """Fit one object in all frames it was seen in.
+
+    Args:
+        above_background: float32 (T, H, W, 3), pixels less background, 8-bit levels.
+        rows: float32 (H, 3), background.
+        owner: int (T, H, W), 0 for background, else the part a pixel belongs to.
+        frames: int (N,), frame of each part.
+        parts: int (N,), the object's part in that frame.
+        boxes: int (N, 4), y0, y1, x0, x1 of each part, ends excluded.
+        colour: one of COLOURS.
+    """
+    patches = _cut(above_background, rows, owner, frames, parts, boxes, np.array(COLOURS[colour], dtype=np.float32))
+    centre, area = _centre_and_area(patches)
+    picks = np.unique(np.linspace(0, len(frames) - 1, min(_SHAPE_FRAMES, len(frames))).round().astype(int))
+    shape, factor, ramp = _choose_shape(_take(patches, picks), centre[picks], area[picks])
+    radius = _refine_radius(patches, shape, centre, np.sqrt(area / AREA[shape]) * factor, ramp)
+    residual, light, cover = _residual(patches, shape, centre, radius[:, None], ramp)
+    energy = float((patches.energy * patches.weight).sum())
+    explained = max(0.0, 1.0 - float(residual.sum()) / max(energy, 1e-6))
+    covered = cover[:, 0] * patches.weight
+    over_row = patches.above + covered[..., None] * patches.rows
+    paint = np.einsum("npqc,npq->c", over_row, covered, optimize=True) / max(float((covered**2).sum()), 1e-6)
+    return Fit(shape if explained >= _MIN_FIT else UNCLEAR, centre, radius, light[:, 0], paint, ramp, explained)
+
+
+def _cut(
+    above_background: np.ndarray,
+    rows: np.ndarray,
+    owner: np.ndarray,
+    frames: np.ndarray,
+    parts: np.ndarray,
+    boxes: np.ndarray,
+    colour: np.ndarray,
+) -> _Patches:
+    _, height, width = owner.shape
+    half = int(max((boxes[:, 1] - boxes[:, 0]).max(), (boxes[:, 3] - boxes[:, 2]).max())) // 2 + 1 + _MARGIN_PX
+    half = min(half, max(height, width))
+    reach = np.arange(-half, half + 1)
+    ys = ((boxes[:, 0] + boxes[:, 1]) // 2)[:, None] + reach
+    xs = ((boxes[:, 2] + boxes[:, 3]) // 2)[:, None] + reach
+    inside = ((ys >= 0) & (ys < height))[:, :, None] & ((xs >= 0) & (xs < width))[:, None, :]
+    y_in, x_in = np.clip(ys, 0, height - 1), np.clip(xs, 0, width - 1)
+    index = (frames[:, None, None], y_in[:, :, None], x_in[:, None, :])
+    above, owners = above_background[index], owner[index]
+    own = (owners == parts[:, None, None]) & inside
+    weight = (own | ((owners == 0) & inside)).astype(np.float32)
+    row = rows[y_in][:, :, None, :]
+    dot_colour, dot_row = above @ colour, (above * row).sum(axis=-1)
+    row_row, row_colour = (row * row).sum(axis=-1), row @ colour
+    squares = np.broadcast_arrays(row_row, row_colour, weight)
+    return _Patches(
+        ys=ys + np.float32(0.5),
+        xs=xs + np.float32(0.5),
+        weight=weight,
+        region=ndimage.binary_dilation(own, _IN_PLANE, iterations=2) * weight,
+        own=own,
+        above=above,
+        energy=np.einsum("npqc,npqc->npq", above, above),
+        dot_colour=dot_colour,
+        dot_row=dot_row,
+        row_row=row_row,
+        row_colour=row_colour,
+        rows=row,
+        by_cover=np.stack([dot_row * weight, dot_colour * weight], axis=-1).reshape(len(frames), -1, 2),
+        by_square=np.stack([squares[0] * weight, squares[1] * weight, weight], -1).reshape(len(frames), -1, 3),
+        colour_energy=float(colour @ colour),
+    )
+
+
+def _take(patches: _Patches, picks: np.ndarray) -> _Patches:
+    arrays = {name: getattr(patches, name) for name in _Patches.__slots__ if name != "colour_energy"}
+    return _Patches(**{name: array[picks] for name, array in arrays.items()}, colour_energy=patches.colour_energy)
+
+
+def _centre_and_area(patches: _Patches) -> tuple[np.ndarray, np.ndarray]:
+    """Return centres (N, 2) and areas (N,) from the coverage each pixel shows by itself."""
+    energy = np.where(patches.own, patches.energy, 0.0)
+    core = energy > 0.56 * energy.max(axis=(1, 2), keepdims=True)
+    light = np.where(core, patches.dot_colour + patches.row_colour, 0.0).sum(axis=(1, 2))
+    light = light / np.maximum(core.sum(axis=(1, 2)), 1) / patches.colour_energy
+    light = np.clip(light, 0.1, 1.5)[:, None, None]
+    dot = light * patches.dot_colour - patches.dot_row
+    norm = light**2 * patches.colour_energy - 2 * light * patches.row_colour + patches.row_row
+    alpha = np.clip(dot / np.maximum(norm, 1.0), -0.5, 1.2) * patches.region
+    area = np.maximum(alpha.sum(axis=(1, 2)), 4.0)
+    x = (alpha * patches.xs[:, None, :]).sum(axis=(1, 2)) / area
+    y = (alpha * patches.ys[:, :, None]).sum(axis=(1, 2)) / area
+    x = np.clip(x, patches.xs[:, 0], patches.xs[:, -1])
+    y = np.clip(y, patches.ys[:, 0], patches.ys[:, -1])
+    return np.stack([x, y], axis=1), area
+
+
+def _choose_shape(patches: _Patches, centre: np.ndarray, area: np.ndarray) -> tuple[str, float, float]:
+    """Return shape, factor on the radius that the area gives, and edge width of the least squared error."""
+
+    def costs(shape: str, ramp: float) -> np.ndarray:
+        radius = np.sqrt(area / AREA[shape])[:, None] * _SHAPE_FACTORS
+        summed: np.ndarray = _residual(patches, shape, centre, radius, ramp)[0].sum(axis=0)
+        return summed
+
+    sharp = {shape: costs(shape, _RAMPS[0]) for shape in SHAPES}
+    likely = sorted(sharp, key=lambda shape: float(sharp[shape].min()))[:2]
+    tried = {(shape, ramp): costs(shape, ramp) for shape in likely for ramp in _RAMPS[1:]}
+    tried |= {(shape, _RAMPS[0]): sharp[shape] for shape in likely}
+    shape, ramp = min(tried, key=lambda key: float(tried[key].min()))
+    return shape, float(_SHAPE_FACTORS[tried[shape, ramp].argmin()]), ramp
+
+
+def _residual(
+    patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray, ramp: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return squared error (N, R), best light (N, R) and coverage (N, R, P, P) of candidate radii (N, R)."""
+    dx = (patches.xs - centre[:, :1]).astype(np.float32)[:, None, None, :]
+    dy = (patches.ys - centre[:, 1:]).astype(np.float32)[:, None, :, None]
+    cover = coverage(shape, dx, dy, radius.astype(np.float32)[:, :, None, None], 1.0 / ramp)
+    flat = cover.reshape(*radius.shape, -1)
+    sums = flat @ patches.by_cover
+    sums2 = (flat * flat) @ patches.by_square
+    towards = sums[..., 1] + sums2[..., 1]
+    norm = np.maximum(patches.colour_energy * sums2[..., 2], 1e-6)
+    energy = (patches.energy * patches.weight).sum(axis=(1, 2))[:, None]
+    return energy + 2 * sums[..., 0] + sums2[..., 0] - towards**2 / norm, towards / norm, cover
+
+
+def _refine_radius(patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray, ramp: float) -> np.ndarray:
+    """Return the radius (N,) at the vertex of a parabola through the best of a few candidates and its neighbours."""
+    cost = _residual(patches, shape, centre, radius[:, None] * _RADIUS_FACTORS, ramp)[0]
+    best = np.clip(cost.argmin(axis=1), 1, len(_RADIUS_FACTORS) - 2)
+    at = np.arange(len(best))
+    left, mid, right = cost[at, best - 1], cost[at, best], cost[at, best + 1]
+    curvature = left - 2 * mid + right
+    shift = np.where(curvature > 0, 0.5 * (left - right) / np.where(curvature > 0, curvature, 1.0), 0.0)
+    step = _RADIUS_FACTORS[1] - _RADIUS_FACTORS[0]
+    refined: np.ndarray = radius * (_RADIUS_FACTORS[best] + step * np.clip(shift, -1.5, 1.5))
+    return refined
