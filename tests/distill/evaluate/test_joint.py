@@ -88,8 +88,9 @@ def test_pair_taus_equal_scipy_and_weights_equal_repeats() -> None:
 
 def test_truth_against_truth_is_near_the_floor(truth: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     for caption in truth:
-        assert np.nanmean(marginal_distances(other[caption], truth[caption])) < 0.25
-        assert factor_spread(other[caption], truth[caption]) == pytest.approx(1.0, abs=0.08)
+        # Two samples of 48 uniform values are 0.22 standard deviations apart on average.
+        assert np.nanmean(marginal_distances(other[caption], truth[caption])) < 0.32
+        assert factor_spread(other[caption], truth[caption]) == pytest.approx(1.0, abs=0.12)
     taus, taus_other = (pair_taus(list(groups.values())) for groups in (truth, other))
     assert dependence_distance(taus_other, taus)[0] < 0.15
     assert bend_coverage(truth[ONE]) > 0.7
