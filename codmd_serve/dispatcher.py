@@ -106,6 +106,7 @@ class Dispatcher:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        await self._end_worker()  # again: the task may have been doing just that when it was cancelled
         self._fail_all(GenerationError("the server is shutting down", "shutting_down"))
         if self._spool is not None:
             shutil.rmtree(self._spool, ignore_errors=True)
@@ -153,26 +154,30 @@ class Dispatcher:
     async def _supervise(self) -> None:
         num_failures = 0
         while True:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=PIPE, stdout=PIPE, limit=MAX_MESSAGE_BYTES, start_new_session=True
-            )
             try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command, stdin=PIPE, stdout=PIPE, limit=MAX_MESSAGE_BYTES, start_new_session=True
+                )
                 await self._load()
                 num_failures = 0
                 while await self._run_next():
                     pass
-            except CodmdError as error:
-                log.error("worker cannot load: %s", error)
+            except (CodmdError, OSError) as error:
                 if self.facts is None:
                     if self._on_fatal is not None:
                         self._on_fatal(str(error))
                     return
-                self._fail_all(GenerationError(f"the worker cannot be restarted: {error}", "worker_died"))
+                log.error("worker cannot load: %s", error)
+                # One that was killed while it loaded may do better the next time; what waits can wait for that.
+                is_killed = isinstance(error, GenerationError) and error.code == "worker_died"
+                if not is_killed or num_failures >= self.config.max_attempts:
+                    self._fail_all(GenerationError(f"the worker cannot be restarted: {error}", "worker_died"))
             finally:
                 self.is_ready = False
-                await _end(self._process)
+                await self._end_worker()
             self.num_restarts += 1
-            log.warning("worker exit_code=%s restarts=%d", self._process.returncode, self.num_restarts)
+            exit_code = self._process.returncode if self._process else None
+            log.warning("worker exit_code=%s restarts=%d", exit_code, self.num_restarts)
             await asyncio.sleep(min(MAX_BACKOFF_S, 2.0**num_failures - 1.0))
             num_failures += 1
 
@@ -239,6 +244,7 @@ class Dispatcher:
             self._finish(job, "cancelled")
         elif job.attempts < self.config.max_attempts:
             log.warning("job=%s attempt=%d worker died, trying again", job.id, job.attempts)
+            self._remove_files(job)
             job.status, job.stage, job.progress = "queued", "", 0.0
             self.waiting.appendleft(job)
         else:
@@ -250,12 +256,17 @@ class Dispatcher:
         if job.is_cancel_requested:
             status = "cancelled"
         if status != "completed":
-            job.path.unlink(missing_ok=True)
+            self._remove_files(job)
         job.status, job.finished_at = status, time.time()
         job.finished.set()
         shape = f"{job.params.width}x{job.params.height}x{job.params.num_frames}"
         stages = " ".join(f"{stage}_ms={value:.0f}" for stage, value in job.timings_ms.items())
         log.info("job=%s status=%s shape=%s seed=%d %s", job.id, status, shape, job.params.seed, stages)
+
+    def _remove_files(self, job: Job) -> None:
+        """Remove the video and what a killed worker had begun of it."""
+        for path in job.path.parent.glob(f"*{job.id}*"):
+            path.unlink(missing_ok=True)
 
     def _fail_all(self, error: GenerationError) -> None:
         unfinished = [*([self.running] if self.running else []), *self.waiting]
@@ -269,18 +280,24 @@ class Dispatcher:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
     async def _receive(self) -> dict[str, Any] | None:
-        """The next message of the worker; None when it is gone, also in the middle of a line."""
+        """The next message of the worker; None when it is gone, also in the middle of a line, or talks nonsense."""
         assert self._process is not None
         assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line.endswith(b"\n"):
+        try:
+            line = await self._process.stdout.readline()
+            if not line.endswith(b"\n"):
+                return None
+            message: dict[str, Any] = json.loads(line)
+        except ValueError as error:
+            log.error("worker sent what is no message: %s", error)
             return None
-        message: dict[str, Any] = json.loads(line)
         return message
 
-
-async def _end(process: Process) -> None:
-    """Kill a worker that may be dead already, and collect it. It keeps nothing that a gentler end would save."""
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
-    await process.wait()
+    async def _end_worker(self) -> None:
+        """Kill a worker that may be dead already, and collect it. It keeps nothing that a gentler end would save."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        # Not wait(): that leaves the pipes to the garbage collector.
+        await self._process.communicate(b"")
