@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codmd_serve.config import DEFAULT_CRF, GenerateParams, ModelFacts
-from codmd_serve.errors import ConfigError, GenerationError
+from codmd_serve.config import DEFAULT_CRF, DTYPES, GenerateParams, ModelFacts
+from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
 from codmd_serve.sampler import rollout
 from codmd_serve.video import find_ffmpeg, write_video
 from codmd_serve.wan.attention import compact_prompt_embeds, use_compact_cross_attention
@@ -136,6 +136,9 @@ class Engine:
         num_done = 0
         for frames_BTHWC in decode_frames(self.bundle.vae, x0_pred):
             chunk = frames_BTHWC[0].cpu().numpy()
+            if chunk.shape[1:] != (params.height, params.width, 3):
+                made = "x".join(map(str, chunk.shape[1:]))
+                raise GenerationError(f"the VAE made frames of {made}, its config promises another size", "wrong_vae")
             num_done += len(chunk)
             clock.stop("decode")
             report("decode", num_done, params.num_frames)
@@ -176,7 +179,22 @@ def load_engine(path: Path, device: str = "auto", dtype: str = "auto") -> Engine
     bundle = load_bundle(path, chosen_dtype, chosen_device)
     use_compact_cross_attention(bundle.transformer)
     facts = _describe(bundle, chosen_device, chosen_dtype)
+    _check_native(path, facts)
     engine = Engine(bundle, facts)
+    try:
+        warm_s = _warm(engine)
+    except CodmdError:
+        raise
+    except Exception as error:  # parts that load but do not work together fail anywhere, with any exception
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        raise GenerationError(f"{path} loads but cannot make its own native video: {reason}", "warm_up") from error
+    engine.facts = replace(facts, service_s=warm_s, load_s=time.perf_counter() - start_s)
+    return engine
+
+
+def _warm(engine: Engine) -> float:
+    """Make the native video twice; returns the seconds of the second time."""
+    facts = engine.facts
     params = GenerateParams(
         prompt="warm up",
         seed=0,
@@ -190,9 +208,19 @@ def load_engine(path: Path, device: str = "auto", dtype: str = "auto") -> Engine
         engine.generate(params, Path(folder) / "warm.mp4")
         warm_s = time.perf_counter()
         engine.generate(params, Path(folder) / "warm.mp4")
-    done_s = time.perf_counter()
-    engine.facts = replace(facts, service_s=done_s - warm_s, load_s=done_s - start_s)
-    return engine
+    return time.perf_counter() - warm_s
+
+
+def _check_native(path: Path, facts: ModelFacts) -> None:
+    sizes = (facts.height, facts.width)
+    if any(size % facts.size_multiple or size > facts.max_side_px for size in sizes) or not (
+        (facts.num_frames - 1) % facts.frame_multiple == 0 and facts.num_frames <= facts.max_num_frames
+    ):
+        raise CheckpointError(
+            f"{path}: native must have sides that are multiples of {facts.size_multiple} up to {facts.max_side_px} and "
+            f"{facts.frame_multiple}k + 1 frames up to {facts.max_num_frames}, got {facts.width}x{facts.height} and "
+            f"{facts.num_frames}"
+        )
 
 
 def choose_device(device: str) -> torch.device:
@@ -215,7 +243,13 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turn auto or a name into a dtype: bfloat16 on CUDA, float32 elsewhere."""
+    """Turn auto or a name into a dtype: bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        ConfigError: not one of the names.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen: torch.dtype = getattr(torch, dtype)

@@ -182,6 +182,10 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.de
     ):
         if wanted != got:
             raise CheckpointError(f"{path} does not fit its base {base}: {part} are {wanted} and {got}")
+    if len(tokenizer) > text_encoder.config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {base} has {len(tokenizer)} tokens, its text encoder {text_encoder.config.vocab_size}"
+        )
     for module in (transformer, vae, text_encoder):
         module.requires_grad_(False).eval().to(device)
     return Bundle(

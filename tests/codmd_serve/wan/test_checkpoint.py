@@ -113,6 +113,14 @@ def test_a_student_that_does_not_fit_its_base_is_refused(copy: Path) -> None:
         load_bundle(copy)
 
 
+def test_a_tokenizer_that_knows_more_words_than_the_text_encoder_is_refused(copy: Path) -> None:
+    tokenizer = load_bundle(copy).tokenizer
+    tokenizer.add_tokens([f"word{index}" for index in range(32)])
+    tokenizer.save_pretrained(copy.parent / "tiny" / "tokenizer")
+    with pytest.raises(CheckpointError, match=r"the tokenizer of .* has 5\d tokens, its text encoder 32"):
+        load_bundle(copy)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,0 +1,236 @@
+"""The engine on a tiny random bundle of the real classes: the right frames, the same bytes, and clean failures."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
+
+from codmd_serve import engine as engine_module
+from codmd_serve.config import MAX_SEED, GenerateParams
+from codmd_serve.engine import Engine, choose_device, choose_dtype, draw_noise, load_engine
+from codmd_serve.errors import CancelledError, CheckpointError, CodmdError, ConfigError, GenerationError
+from codmd_serve.sampler import rollout
+from codmd_serve.wan.checkpoint import StudentSpec, save_bundle
+from codmd_serve.wan.vae import to_uint8
+
+PARAMS = GenerateParams(prompt="a red circle moves right", seed=7, height=32, width=48, num_frames=9, fps=16, crf=18)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Path) -> Engine:
+    return load_engine(tiny_bundle, "cpu")
+
+
+def video_of(engine: Engine, path: Path, **changes: Any) -> bytes:
+    engine.generate(replace(PARAMS, **changes), path)
+    return path.read_bytes()
+
+
+def test_generate_gives_the_frames_that_were_asked_for(
+    engine: Engine, tmp_path: Path, read_video: Callable[[bytes], Any]
+) -> None:
+    frames, fps, _ = read_video(video_of(engine, tmp_path / "a.mp4", fps=24))
+    assert frames.shape == (9, 32, 48, 3) and fps == 24
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_generate_equals_the_parts_of_diffusers_put_together(
+    engine: Engine, tiny_pipeline: WanPipeline, tiny_spec: StudentSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+    monkeypatch.setattr(engine_module, "write_video", lambda frames, *_, **__: seen.extend(map(bytes, frames)))
+    engine.generate(PARAMS, tmp_path / "a.mp4")
+
+    noise = torch.randn(4, 1, 4, 3, 4, 6, generator=torch.Generator().manual_seed(PARAMS.seed))
+    embeds, _ = tiny_pipeline.encode_prompt(PARAMS.prompt, None, False, max_sequence_length=512)
+    with torch.no_grad():
+        x0_pred = rollout(
+            lambda latents, timestep, prompt: tiny_pipeline.transformer(latents, timestep, prompt).sample,
+            noise,
+            embeds,
+            tiny_spec.sigmas,
+            tiny_spec.timesteps,
+        )
+        vae = tiny_pipeline.vae
+        mean, std = (torch.tensor(vae.config[k]).reshape(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+        whole = to_uint8(vae.decode(x0_pred * std + mean).sample)
+    got = torch.frombuffer(bytearray(b"".join(seen)), dtype=torch.uint8).reshape(9, 32, 48, 3)
+    # The trimmed prompt is attended to in another order of sums; one level is the rounding of that.
+    assert (got.int() - whole[0].int()).abs().max() <= 1
+
+
+def test_same_seed_gives_the_same_bytes_whatever_ran_before(engine: Engine, tmp_path: Path) -> None:
+    first = video_of(engine, tmp_path / "a.mp4")
+    others = [{"seed": 8}, {"prompt": "a blue ring"}, {"height": 16, "num_frames": 5}, {"seed": 7 + 2**32}]
+    assert all(video_of(engine, tmp_path / "b.mp4", **other) != first for other in others)
+    assert video_of(engine, tmp_path / "c.mp4") == first
+
+
+def test_two_engines_give_the_same_bytes(engine: Engine, tiny_bundle: Path, tmp_path: Path) -> None:
+    again = load_engine(tiny_bundle, "auto" if not torch.cuda.is_available() else "cpu")
+    assert video_of(again, tmp_path / "a.mp4") == video_of(engine, tmp_path / "b.mp4")
+
+
+def test_the_video_says_how_to_make_it_again(engine: Engine, tmp_path: Path) -> None:
+    assert json.dumps({"bundle": "tiny-codmd", "prompt": PARAMS.prompt, "seed": 7}).strip("{}").encode() in video_of(
+        engine, tmp_path / "a.mp4"
+    )
+
+
+def test_progress_is_told_stage_by_stage_and_every_stage_is_timed(engine: Engine, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    result = engine.generate(PARAMS, tmp_path / "a.mp4", lambda *step: seen.append(step))
+    assert seen == [
+        ("text", 1, 1),
+        *(("denoise", step, 4) for step in (1, 2, 3, 4)),
+        *(("decode", frames, 9) for frames in (1, 5, 9)),
+    ]
+    assert list(result.timings_ms) == ["text", "denoise", "decode", "encode"]
+    assert all(value > 0 for value in result.timings_ms.values())
+
+
+@pytest.mark.parametrize("at", [("text", 1), ("denoise", 2), ("decode", 5)])
+def test_cancelling_leaves_nothing_and_disturbs_nothing(engine: Engine, tmp_path: Path, at: tuple[str, int]) -> None:
+    before = video_of(engine, tmp_path / "a.mp4")
+    folder = tmp_path / "cancelled"
+    folder.mkdir()
+
+    def on_progress(stage: str, done: int, _: int) -> None:
+        if (stage, done) == at:
+            raise CancelledError("enough")
+
+    with pytest.raises(CancelledError, match="enough"):
+        engine.generate(PARAMS, folder / "a.mp4", on_progress)
+    assert not list(folder.iterdir())
+    assert video_of(engine, tmp_path / "b.mp4") == before
+
+
+def test_warnings_name_unknown_words_and_a_shape_that_was_not_trained(engine: Engine, tmp_path: Path) -> None:
+    native = replace(PARAMS, width=32)
+    assert engine.generate(native, tmp_path / "a.mp4").warnings == []
+    assert engine.generate(replace(native, prompt="a red dragon"), tmp_path / "a.mp4").warnings == [
+        "words outside the vocabulary of this model: dragon",
+        "It knows a few words only.",
+    ]
+    (shape,) = engine.generate(PARAMS, tmp_path / "a.mp4").warnings
+    assert shape == "trained at 32x32 with 9 frames, asked for 48x32 with 9: expect less of it"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_is_an_error_of_its_job_and_the_next_one_works(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def exhausted(*_: object) -> Iterator[torch.Tensor]:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "decode_frames", exhausted)
+        with pytest.raises(GenerationError, match="out of memory at 48x32, 9 frames; ask for fewer") as caught:
+            engine.generate(PARAMS, tmp_path / "a.mp4")
+    assert caught.value.code == "out_of_memory"
+    assert not list(tmp_path.iterdir())
+    assert video_of(engine, tmp_path / "a.mp4")
+
+
+def test_another_runtime_error_is_not_taken_for_out_of_memory(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> Iterator[torch.Tensor]:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(engine_module, "decode_frames", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        engine.generate(PARAMS, tmp_path / "a.mp4")
+
+
+def test_facts_say_what_requests_are_judged_by(engine: Engine) -> None:
+    facts = engine.facts
+    assert (facts.name, facts.device, facts.dtype, facts.execution) == ("tiny-codmd", "cpu", "float32", "eager")
+    assert (facts.height, facts.width, facts.num_frames, facts.fps, facts.num_steps) == (32, 32, 9, 16, 4)
+    assert (facts.size_multiple, facts.frame_multiple) == (16, 4)
+    assert (facts.max_side_px, facts.max_num_frames) == (1024 * 16, 1023 * 4 + 1)
+    assert 0 < facts.service_s < facts.load_s
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """The tiny bundle beside its base, free to be damaged."""
+    shutil.copytree(tiny_bundle.parent, tmp_path / "weights")
+    return tmp_path / "weights" / tiny_bundle.name
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("changes", [{"height": 40}, {"width": 2**15}, {"num_frames": 10}, {"num_frames": 5001}])
+def test_load_engine_refuses_a_native_shape_that_the_network_cannot_make(
+    bundle: Path, tiny_pipeline: WanPipeline, tiny_spec: StudentSpec, changes: dict[str, int]
+) -> None:
+    save_bundle(bundle, tiny_pipeline.transformer, replace(tiny_spec, native=replace(tiny_spec.native, **changes)))
+    with pytest.raises(CheckpointError, match=r"native must have sides that are multiples of 16 up to 16384 and 4k"):
+        load_engine(bundle, "cpu")
+
+
+def test_load_engine_refuses_weights_that_are_not_finite(bundle: Path) -> None:
+    path = bundle / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["proj_out.bias"] = torch.full_like(tensors["proj_out.bias"], float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(GenerationError, match="values that are not finite"):
+        load_engine(bundle, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("vae", {"scale_factor_spatial": 4}),
+        ("vae", {"patch_size": None}),
+        ("vae", {"latents_mean": [0.0] * 3}),
+        ("transformer", {"rope_max_seq_len": 2}),
+    ],
+)
+def test_load_engine_refuses_parts_that_do_not_work_together(bundle: Path, part: str, changes: dict[str, Any]) -> None:
+    folder = bundle if part == "transformer" else bundle.parent / "tiny"
+    edit_json(folder / part / "config.json", **changes)
+    with pytest.raises(CodmdError) as caught:
+        load_engine(bundle, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["xpu", "gpu", "cpu:x", "meta"])
+def test_choose_device_refuses_what_is_none(device: str) -> None:
+    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:N, got"):
+        choose_device(device)
+
+
+def test_choose_device_refuses_one_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="no device cuda:99: this torch sees"):
+        choose_device("cuda:99")
+
+
+def test_choose_dtype() -> None:
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert choose_dtype("float16", torch.device("cpu")) == torch.float16
+    with pytest.raises(ConfigError, match="dtype must be one of auto, float32"):
+        choose_dtype("int8", torch.device("cpu"))
+
+
+def test_draw_noise_is_what_manual_seed_gives_for_small_seeds() -> None:
+    assert torch.equal(draw_noise(7, (2, 3)), torch.randn(2, 3, generator=torch.Generator().manual_seed(7)))
+
+
+def test_draw_noise_tells_seeds_apart_that_share_their_low_bits() -> None:
+    seeds = [7, 7 + 2**32, 7 + 2**62, MAX_SEED, MAX_SEED - 2**32]
+    drawn = {tuple(draw_noise(seed, (4,)).tolist()) for seed in seeds}
+    assert len(drawn) == len(seeds)
