@@ -1,0 +1,144 @@
+"""Who may import whom: reads the imports of every file, and starts the HTTP side without torch."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("codmd_serve", "distill", "app")
+WAN = ("codmd_serve.wan",)
+# What a module of codmd_serve may import of codmd_serve, by prefix; a package stands for all that is in it.
+PURE = ("codmd_serve.config", "codmd_serve.errors")
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "codmd_serve": (),
+    "codmd_serve.errors": (),
+    "codmd_serve.config": ("codmd_serve.errors",),
+    "codmd_serve.video": PURE,
+    "codmd_serve.schedule": PURE,
+    "codmd_serve.sampler": (*PURE, "codmd_serve.schedule"),
+    "codmd_serve.wan": (*PURE, "codmd_serve.schedule", "codmd_serve.sampler", *WAN),
+    "codmd_serve.engine": (*PURE, "codmd_serve.schedule", "codmd_serve.sampler", "codmd_serve.video", *WAN),
+    "codmd_serve.worker": (*PURE, "codmd_serve.engine", *WAN),
+    "codmd_serve.dispatcher": PURE,
+    "codmd_serve.api": (*PURE, "codmd_serve.__version__", "codmd_serve.api", "codmd_serve.dispatcher"),
+    "codmd_serve.cli": ("codmd_serve", "app.demo"),
+}
+DISTILL_MAY = (
+    *PURE,
+    "codmd_serve.__version__",
+    "codmd_serve.schedule",
+    "codmd_serve.sampler",
+    "codmd_serve.video",
+    *WAN,
+)
+HEAVY = ("torch", "diffusers", "transformers", "numpy", "gradio")
+
+
+def modules(package: str) -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return found
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every dotted name that a file imports, inside functions and for type checkers too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def rule_of(module: str) -> tuple[str, ...]:
+    """The most specific entry of ALLOWED; a new module of codmd_serve has to be entered there first."""
+    entry = max((entry for entry in ALLOWED if within(module, (entry,))), key=len)
+    assert entry != "codmd_serve" or module == "codmd_serve", f"{module} has no place in the layering yet"
+    return ALLOWED[entry]
+
+
+@pytest.mark.parametrize(
+    ("module", "path"), modules("codmd_serve"), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_codmd_serve_imports_only_what_lies_below(module: str, path: Path) -> None:
+    allowed = rule_of(module)
+    for name in imports(path):
+        if within(name, PACKAGES):
+            assert within(name, allowed), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "path"), modules("distill"), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_distill_imports_only_the_shared_half_of_codmd_serve(module: str, path: Path) -> None:
+    for name in imports(path):
+        # "import codmd_serve" is for its version.
+        if within(name, ("codmd_serve", "app")) and name != "codmd_serve":
+            assert within(name, DISTILL_MAY), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize(("module", "path"), modules("app"), ids=lambda value: value if isinstance(value, str) else "")
+def test_app_is_an_http_client(module: str, path: Path) -> None:
+    for name in imports(path):
+        assert not within(name, ("codmd_serve", "distill")), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", ["codmd_serve.config", "codmd_serve.errors"])
+def test_config_and_errors_need_the_standard_library_only(module: str) -> None:
+    path = ROOT / (module.replace(".", "/") + ".py")
+    for name in imports(path):
+        first = name.partition(".")[0]
+        assert first in sys.stdlib_module_names or within(name, PURE), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", ["codmd_serve.schedule", "codmd_serve.sampler"])
+def test_the_shared_mathematics_needs_torch_only(module: str) -> None:
+    path = ROOT / (module.replace(".", "/") + ".py")
+    for name in imports(path):
+        first = name.partition(".")[0]
+        assert first in ("torch", "codmd_serve") or first in sys.stdlib_module_names, f"{module} must not import {name}"
+
+
+def test_only_the_command_line_reads_the_environment() -> None:
+    for package in ("codmd_serve", "app"):
+        for module, path in modules(package):
+            names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))}
+            reads = names & {"os.environ", "os.getenv", "environ", "getenv"}
+            assert not reads or module == "codmd_serve.cli", f"{module} reads the environment"
+
+
+@pytest.mark.parametrize(
+    "module", ["codmd_serve.api.app", "codmd_serve.dispatcher", "codmd_serve.worker", "codmd_serve.cli", "codmd_serve"]
+)
+def test_the_http_process_never_imports_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted(sys.modules.keys() & {set(HEAVY)!r}))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_page_does_not_import_torch() -> None:
+    code = "import sys, app.demo; print(sorted(sys.modules.keys() & {'torch', 'codmd_serve', 'distill'}))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_files_and_functions_stay_readable(package: str) -> None:
+    for module, path in modules(package):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 500, f"{module} is too long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 80, f"{module}.{node.name} is too long"
