@@ -25,9 +25,10 @@ STATUS_OF_ERROR: dict[type[CodmdError], int] = {
     GenerationError: 500,
     CodmdError: 500,
 }
-CODE_OF_STATUS = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 CODE_OF_STATUS |= {422: "invalid_request", 429: "queue_full", 499: "cancelled", 500: "internal_error", 503: "not_ready"}
 UNAVAILABLE_CODES = ("shutting_down",)
+MAX_ECHO_CHARS = 60
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,8 @@ async def _on_codmd_error(_: Request, error: Exception) -> Response:
 
 async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
+    if error.status_code == 400:  # what FastAPI makes of bytes that are no text, nesting or digits without end
+        return _answer(422, "the body cannot be read as JSON")
     answer = _answer(error.status_code, str(error.detail))
     answer.headers.update(error.headers or {})
     return answer
@@ -116,7 +119,7 @@ async def _on_invalid_body(_: Request, error: Exception) -> Response:
     field = path[0] if path else None
     message = str(problem["msg"])
     if problem["type"] == "extra_forbidden":
-        message, field = f"unknown field {field!r}; the fields are in /docs", None
+        message, field = f"unknown field {str(field)[:MAX_ECHO_CHARS]!r}; the fields are in /docs", None
     elif problem["type"] == "json_invalid":
         message, field = f"the body is not JSON: {problem['ctx']['error']}", None
     elif field is None:

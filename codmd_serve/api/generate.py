@@ -42,7 +42,8 @@ router = APIRouter()
 async def generate(body: GenerateBody, request: Request) -> Response:
     """Make one video from a prompt. The answer is the mp4 itself."""
     dispatcher: Dispatcher = request.app.state.dispatcher
-    if not dispatcher.is_ready or dispatcher.facts is None:
+    # While a worker that died is being replaced, jobs wait for the next one.
+    if dispatcher.facts is None:
         raise HTTPException(503, "the model is not loaded yet", {"Retry-After": str(NOT_READY_RETRY_S)})
     job = dispatcher.submit(to_params(body, dispatcher.facts, dispatcher.config.max_pixels))
     try:
@@ -50,7 +51,7 @@ async def generate(body: GenerateBody, request: Request) -> Response:
     finally:
         # Nobody else can be waiting for it. A finished job is left as it is.
         dispatcher.cancel(job)
-    if job.status == "cancelled":
+    if not job.finished.is_set() or job.status == "cancelled":
         raise CancelledError("the client went away")
     if job.error is not None:
         raise job.error

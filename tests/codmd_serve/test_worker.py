@@ -1,0 +1,83 @@
+"""The worker's loop without a process: one message per outcome, and a loop that no job can end."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from codmd_serve import engine as engine_module
+from codmd_serve import worker
+from codmd_serve.errors import CancelledError, CheckpointError, GenerationError
+
+PARAMS = {"prompt": "a", "seed": 1, "height": 32, "width": 32, "num_frames": 9, "fps": 16, "crf": 18}
+JOB = {"type": "generate", "id": "j1", "path": "/nowhere/a.mp4", "params": PARAMS}
+
+
+class FakeEngine:
+    """Reports one step, then returns or raises what it was given."""
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome = outcome
+        self.seen: list[Any] = []
+
+    def generate(self, params: Any, path: Path, on_progress: Any) -> Any:
+        self.seen.append((params, path))
+        on_progress("denoise", 1, 4)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+def run(outcome: Any, cancelled: set[str] | None = None) -> tuple[FakeEngine, list[worker.Message]]:
+    engine, sent = FakeEngine(outcome), list[worker.Message]()
+    worker.run_job(engine, JOB, set() if cancelled is None else cancelled, sent.append)  # type: ignore[arg-type]
+    return engine, sent
+
+
+def test_a_finished_job_is_told_with_its_progress() -> None:
+    engine, sent = run(SimpleNamespace(timings_ms={"text": 1.5}, warnings=["w"]))
+    assert sent == [
+        {"type": "progress", "id": "j1", "stage": "denoise", "done": 1, "total": 4},
+        {"type": "done", "id": "j1", "timings_ms": {"text": 1.5}, "warnings": ["w"]},
+    ]
+    params, path = engine.seen[0]
+    assert params.prompt == "a" and params.num_frames == 9 and path == Path("/nowhere/a.mp4")
+
+
+def test_a_failure_on_purpose_keeps_its_code_and_message() -> None:
+    sent = run(GenerationError("no room", "out_of_memory"))[1]
+    assert sent[-1] == {"type": "failed", "id": "j1", "code": "out_of_memory", "message": "no room"}
+
+
+def test_an_unexpected_failure_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    sent = run(KeyError("a secret"))[1]
+    assert sent[-1]["code"] == "internal_error" and "secret" not in sent[-1]["message"]
+    assert "j1" in sent[-1]["message"] and "a secret" in caplog.text
+
+
+def test_a_cancelled_job_stops_at_the_next_step_and_its_id_is_forgotten() -> None:
+    cancelled = {"j1", "j2"}
+    sent = run(SimpleNamespace(timings_ms={}, warnings=[]), cancelled)[1]
+    assert sent == [{"type": "cancelled", "id": "j1"}]
+    assert cancelled == {"j2"}
+
+
+def test_cancelling_from_inside_is_the_same() -> None:
+    assert run(CancelledError("enough"))[1][-1] == {"type": "cancelled", "id": "j1"}
+
+
+def test_a_bundle_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_engine(*_: object) -> None:
+        raise CheckpointError("the bundle is truncated")
+
+    monkeypatch.setattr(engine_module, "load_engine", load_engine)
+    sent: list[worker.Message] = []
+    worker.serve({"bundle": "/nowhere", "device": "cpu", "dtype": "auto"}, io.StringIO(), sent.append)
+    assert sent == [{"type": "fatal", "message": "the bundle is truncated"}]
+
+
+def test_messages_survive_json() -> None:
+    assert all(json.loads(json.dumps(message)) == message for message in run(GenerationError("x"))[1])
