@@ -1,0 +1,46 @@
+"""codmd-distill: train | export | teacher | eval | shapeworld; composes the commands and configures logging."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from distill.evaluate.command import add_eval_arguments, run_eval
+from distill.pretrain.command import add_teacher_arguments, run_teacher
+from distill.shapeworld.preview import add_preview_arguments, run_preview
+from distill.train_cli import add_export_arguments, add_train_arguments, run_export, run_train
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "train": ("distil a student from a teacher", add_train_arguments, run_train),
+    "export": ("write the bundle of a checkpoint", add_export_arguments, run_export),
+    "teacher": ("train the ShapeWorld pipeline from nothing", add_teacher_arguments, run_teacher),
+    "eval": ("score teachers and students on held-out captions", add_eval_arguments, run_eval),
+    "shapeworld": ("look at the captioned world", add_preview_arguments, run_preview),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its arguments; `args.run` is what to call."""
+    parser = argparse.ArgumentParser(prog="codmd-distill", description="Distil few-step text-to-video students.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, add_arguments, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code (0 done, 1 failed, 2 bad input, 128 + signal when interrupted)."""
+    args = build_parser().parse_args(argv)
+    level = os.environ.get("CODMD_LOG_LEVEL", "INFO").upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    for library in ("httpx", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    code = args.run(args)
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Pre-training of the ShapeWorld pipeline from nothing: VAE, text encoder with its tokenizer, transformer."""

@@ -1,0 +1,168 @@
+"""The loop all pre-training stages share: schedule, clipping, checkpoints, resume, progress; knows no model.
+
+A stage is a function of its settings: the random numbers of step n are drawn from (seed, stage, n), so a run that was
+stopped and resumed equals one that was not. Only a time budget, which ends the annealing early, breaks that.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from codmd_serve.errors import CheckpointError, CodmdError
+
+WARMUP_STEPS = 50
+FINAL_LR_SHARE = 0.02
+DECAY_SHARE = 0.3
+CLIP_NORM = 1.0
+SAVE_EVERY_S = 120.0
+LOG_EVERY_STEPS = 50
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageOptions:
+    """Where a stage runs and for how long: nothing here but `budget_s` changes what is computed.
+
+    Args:
+        folder: of checkpoints and logs.
+        device: cpu or cuda.
+        precision: fp32 or bf16 (autocast).
+        budget_s: seconds over all resumptions; None runs all steps.
+        stop: asked between two steps.
+    """
+
+    folder: Path
+    device: torch.device
+    precision: str
+    budget_s: float | None
+    stop: Callable[[], bool]
+
+
+def autocast(options: StageOptions) -> torch.autocast:
+    """The precision of forward passes."""
+    return torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16")
+
+
+def run_stage(
+    name: str,
+    module: nn.Module,
+    num_steps: int,
+    learning_rate: float,
+    compute_loss: Callable[[int, float], tuple[Tensor, dict[str, Tensor]]],
+    options: StageOptions,
+    *,
+    ema_decay: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.99),
+) -> dict[str, Tensor] | None:
+    """Train `module` by AdamW with linear warm-up, a constant rate and a linear decay.
+
+    Args:
+        name: of the stage, in logs and file names.
+        module: its parameters are trained in place, in float32.
+        num_steps: updates.
+        learning_rate: peak.
+        compute_loss: (step, progress in [0, 1)) -> (loss, metrics); draws its randomness from the step. Progress is
+            the share of the steps done, or of the time budget where that is further.
+        options: device, budget, folder.
+        ema_decay: also keep a moving average of the parameters, in float32.
+        betas: of AdamW.
+
+    Returns:
+        The final parameters by name (the moving average where there is one), or None when it was told to stop.
+
+    Raises:
+        CodmdError: the loss stopped being finite.
+        CheckpointError: the saved state does not fit.
+    """
+    path = options.folder / f"{name}.pt"
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=betas, weight_decay=0.01)
+    average = {key: value.detach().clone() for key, value in module.named_parameters()} if ema_decay else None
+    step, elapsed_before_s, progress = _restore(path, module, optimizer, average)
+    start = time.monotonic()
+    last_save = start
+    sums: dict[str, Tensor] = {}
+    logged_step = step
+    bar = tqdm(total=num_steps, initial=step, desc=name, disable=None, dynamic_ncols=True)
+
+    def elapsed_s() -> float:
+        return elapsed_before_s + time.monotonic() - start
+
+    def save() -> None:
+        state = {"step": step, "elapsed_s": elapsed_s(), "progress": progress, "module": module.state_dict()}
+        _write(path, {**state, "optimizer": optimizer.state_dict(), "average": average})
+
+    with bar:
+        while step < num_steps and progress < 1.0:
+            if options.stop():
+                save()
+                return None
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * _schedule(step, progress)
+            loss, metrics = compute_loss(step, progress)
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+            if not bool((loss.detach() + norm).isfinite()):
+                raise CodmdError(f"{name}: the loss was not finite at step {step}; lower its learning rate")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if average is not None and ema_decay is not None:
+                # A short memory at first: the untrained start must not linger.
+                weight = 1.0 - min(ema_decay, (1 + step) / (10 + step))
+                sources = [parameter.detach() for parameter in module.parameters()]
+                torch._foreach_lerp_(list(average.values()), sources, weight)
+            step += 1
+            progress = step / num_steps
+            if options.budget_s is not None:
+                progress = max(progress, elapsed_s() / options.budget_s)
+            for key, value in {"loss": loss.detach(), **metrics}.items():
+                sums[key] = sums.get(key, torch.zeros_like(value)) + value
+            bar.update(1)
+            if step % LOG_EVERY_STEPS == 0:
+                text = " ".join(f"{key}={float(value) / (step - logged_step):.4g}" for key, value in sums.items())
+                bar.set_postfix_str(text)
+                logger.info("stage=%s step=%d elapsed_s=%.0f %s", name, step, elapsed_s(), text)
+                sums, logged_step = {}, step
+            if time.monotonic() - last_save > SAVE_EVERY_S:
+                save()
+                last_save = time.monotonic()
+    save()
+    return average if average is not None else {key: value.detach() for key, value in module.named_parameters()}
+
+
+def _schedule(step: int, progress: float) -> float:
+    # Constant, then straight down: unlike a cosine, what was trained so far stays valid when the length is changed.
+    decay = min(1.0, (1.0 - min(progress, 1.0)) / DECAY_SHARE)
+    return min(1.0, (step + 1) / WARMUP_STEPS) * max(decay, FINAL_LR_SHARE)
+
+
+def _restore(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None
+) -> tuple[int, float, float]:
+    if not path.is_file():
+        return 0, 0.0, 0.0
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        for key, value in (average or {}).items():
+            value.copy_(state["average"][key])
+        return int(state["step"]), float(state["elapsed_s"]), float(state["progress"])
+    except Exception as error:  # torch, pickle and zip each raise their own kinds
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise CheckpointError(f"{path} cannot be resumed from, delete it to start this stage anew: {reason}") from error
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    torch.save(state, partial)
+    partial.replace(path)

@@ -1,0 +1,125 @@
+"""`codmd-distill teacher` on the tiny preset: a real WanPipeline folder, resumable, with clear refusals."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file
+
+from distill.pretrain import stage
+from distill.pretrain.command import add_teacher_arguments, run_teacher
+
+
+def teacher(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_teacher_arguments(parser)
+    return run_teacher(parser.parse_args(["--preset", "tiny", "--device", "cpu", "--precision", "fp32", *arguments]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    assert teacher("--out", str(out)) == 0
+    return out
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted((run / "pipeline").glob("*/*.safetensors")):
+        found |= {f"{path.parent.name}.{key}": value for key, value in load_file(path).items()}
+    return found
+
+
+def test_pipeline_is_complete_for_diffusers(finished: Path) -> None:
+    pipeline = WanPipeline.from_pretrained(finished / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert next(pipeline.transformer.parameters()).dtype == torch.float32
+    assert next(pipeline.vae.parameters()).dtype == torch.float32
+    frames = pipeline(
+        "a red circle moves right quickly on a black background",
+        height=64,
+        width=64,
+        num_frames=17,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+    ).frames
+    assert np.asarray(frames).shape == (1, 17, 64, 64, 3)
+    assert np.isfinite(np.asarray(frames)).all()
+
+
+def test_latents_are_normalised_by_what_the_vae_folder_says(finished: Path) -> None:
+    config = json.loads((finished / "pipeline" / "vae" / "config.json").read_text())
+    parts = [load_file(path)["latents"] for path in sorted((finished / "latents").glob("*.safetensors"))]
+    raw = torch.cat(parts).float()
+    assert raw.shape == (6, 16, 5, 8, 8)
+    np.testing.assert_allclose(raw.mean((0, 2, 3, 4)), config["latents_mean"], atol=1e-5)
+    np.testing.assert_allclose(raw.std((0, 2, 3, 4)), config["latents_std"], rtol=1e-4)
+
+
+def test_interrupted_run_resumes_to_the_same_weights(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert teacher("--out", str(out), "--until", "vae") == 0
+    (out / "vae.pt").rename(tmp_path / "kept.pt")
+    # Once more, but stopped in the middle of the VAE as by a signal, then resumed twice.
+    checks = iter([False, True])
+    original = stage.run_stage
+    monkeypatch.setattr(
+        "distill.pretrain.vae.run_stage",
+        lambda *args, **options: original(
+            *args[:-1], dataclasses.replace(args[-1], stop=lambda: next(checks)), **options
+        ),
+    )
+    assert teacher("--out", str(out), "--resume") == 0
+    assert torch.load(out / "vae.pt", weights_only=True)["step"] == 1
+    monkeypatch.undo()
+    assert teacher("--out", str(out), "--resume", "--until", "text") == 0
+    assert teacher("--out", str(out), "--resume") == 0
+    expected, got = weights(finished), weights(out)
+    assert expected.keys() == got.keys() and len(got) > 100
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def test_time_budget_ends_every_stage_early(tmp_path: Path) -> None:
+    assert teacher("--out", str(tmp_path / "run"), "--minutes", "0.0001") == 0
+    for name in ("vae", "text", "transformer"):
+        assert torch.load(tmp_path / "run" / f"{name}.pt", weights_only=True)["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "--preset must be one of shapeworld, tiny"),
+        (["--minutes", "0"], "--minutes must be positive"),
+        (["--precision", "int4"], "--precision must be auto, fp32 or bf16"),
+        (["--device", "cuda:77"], "no device cuda:77"),
+        (["--resume"], "holds no run to resume"),
+    ],
+)
+def test_bad_settings_are_one_line_and_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert teacher("--out", str(tmp_path / "run"), *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_a_used_folder_other_settings_and_a_damaged_state_are_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert teacher("--out", str(finished)) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert teacher("--out", str(finished), "--resume", "--seed", "1") == 2
+    assert "other settings" in capsys.readouterr().err
+    assert teacher("--out", str(tmp_path / "run"), "--until", "vae") == 0
+    (tmp_path / "run" / "vae.pt").write_bytes(b"half")
+    assert teacher("--out", str(tmp_path / "run"), "--resume") == 2
+    assert "delete it to start this stage anew" in capsys.readouterr().err
