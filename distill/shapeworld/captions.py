@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -49,6 +50,8 @@ _RELATION_PHRASES = {
     "above": ("above",),
     "below": ("below", "under"),
 }
+_ARTICLES = ("a", "one", "the", "single", "two", "shapes", "and", "with", "on", "against")
+_AUXILIARIES = ("do", "does", "is", "are", "stay", "stays", "remain", "remains")
 _FREE_SHARE = 0.6
 _TWO_OBJECT_SHARE = 0.4
 _RELATION_SHARE = 0.6
@@ -57,7 +60,10 @@ WORD_COLOURS = {word: name for name, words in _COLOUR_WORDS.items() for word in 
 _WORD_SHAPES = {word: name for name, words in _SHAPE_WORDS.items() for word in words}
 _WORD_BACKGROUNDS = {word: name for name, words in _BACKGROUND_WORDS.items() for word in words}
 _WORD_SPEEDS = {word: name for name, words in _SPEED_WORDS.items() for word in words}
-_WORD_DIRECTIONS = {f"{d}{suffix}": d for d in DIRECTIONS for suffix in ("", "ward", "wards")}
+_WORD_MOTIONS = {f"{d}{suffix}": d for d in DIRECTIONS for suffix in ("", "ward", "wards")} | dict.fromkeys(
+    _STILL_WORDS, STILL
+)
+_WORD_RELATIONS = {"above": "above", "below": "below", "under": "below"}
 
 
 def canonical_caption(scene: Scene) -> str:
@@ -113,35 +119,20 @@ def parse_caption(text: str) -> Scene:
         ConfigError: naming the part of the caption (objects, motion, speed, background) that is missing or doubled.
     """
     words = re.findall(r"[a-z]+", text.lower())
-    objects: list[tuple[str, str]] = []
-    colour: str | None = None
+    objects = _read_objects(words)
     found: dict[str, list[str]] = {"motion": [], "speed": [], "background": [], "relation": []}
-    for index, word in enumerate(words):
-        following = words[index + 1] if index + 1 < len(words) else ""
-        if word in WORD_COLOURS:
-            colour = WORD_COLOURS[word]
-        elif word in _WORD_SHAPES and colour is not None:
-            objects.append((colour, _WORD_SHAPES[word]))
-            colour = None
-        elif word in _WORD_BACKGROUNDS:
-            found["background"].append(_WORD_BACKGROUNDS[word])
-        elif word in ("left", "right") and following == "of":
-            found["relation"].append(f"{word} of")
-        elif word in ("above", "below", "under"):
-            found["relation"].append("above" if word == "above" else "below")
-        elif word in _WORD_DIRECTIONS:
-            found["motion"].append(_WORD_DIRECTIONS[word])
-        elif word in _STILL_WORDS:
-            found["motion"].append(STILL)
-        elif word in _WORD_SPEEDS:
-            found["speed"].append(_WORD_SPEEDS[word])
+    for word, following in pairwise([*words, ""]):
+        meaning = _word_meaning(word, following)
+        if meaning is not None:
+            part, value = meaning
+            found[part].append(value)
     if not objects:
         raise ConfigError(f"no 'colour shape' pair found in {text!r}; expected for example 'a red circle'")
     for part, values in found.items():
         if len(values) > 1 or (not values and part in ("motion", "background")):
             raise ConfigError(f"expected one {part} in {text!r}, got {len(values)}: {', '.join(values) or 'none'}")
     return Scene(
-        objects=tuple(objects),
+        objects=objects,
         motion=found["motion"][0],
         speed=found["speed"][0] if found["speed"] else None,
         background=found["background"][0],
@@ -149,11 +140,34 @@ def parse_caption(text: str) -> Scene:
     )
 
 
+def _read_objects(words: list[str]) -> tuple[tuple[str, str], ...]:
+    """Pair every shape word with the colour word before it."""
+    objects: list[tuple[str, str]] = []
+    colour: str | None = None
+    for word in words:
+        if word in WORD_COLOURS:
+            colour = WORD_COLOURS[word]
+        elif word in _WORD_SHAPES and colour is not None:
+            objects.append((colour, _WORD_SHAPES[word]))
+            colour = None
+    return tuple(objects)
+
+
+def _word_meaning(word: str, following: str) -> tuple[str, str] | None:
+    """Which part of a caption a word decides, and how; "left" before "of" is a relation, else a motion."""
+    if word in ("left", "right") and following == "of":
+        return "relation", f"{word} of"
+    if word in _WORD_RELATIONS:
+        return "relation", _WORD_RELATIONS[word]
+    for part, table in (("background", _WORD_BACKGROUNDS), ("motion", _WORD_MOTIONS), ("speed", _WORD_SPEEDS)):
+        if word in table:
+            return part, table[word]
+    return None
+
+
 def vocabulary() -> tuple[str, ...]:
     """Return every word any caption of the grammar can hold, sorted; the tokenizer is built from it."""
-    words: set[str] = set(
-        "a one the single two shapes and with on against do does is are stay stays remain remains".split()
-    )
+    words: set[str] = {*_ARTICLES, *_AUXILIARIES}
     words.update(
         w for table in (_COLOUR_WORDS, _SHAPE_WORDS, _BACKGROUND_WORDS, _SPEED_WORDS) for v in table.values() for w in v
     )

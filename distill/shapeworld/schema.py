@@ -7,6 +7,7 @@ and detector all import it, so that a word added here exists everywhere.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from codmd_serve.errors import ConfigError
@@ -107,6 +108,6 @@ class Scene:
         return zlib.crc32("|".join(parts).encode()) % 8 == 0
 
 
-def _member(name: str, value: str, known: object) -> None:
-    if value not in known:  # type: ignore[operator]
-        raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")  # type: ignore[call-overload]
+def _member(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
