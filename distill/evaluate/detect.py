@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from codmd_serve.errors import ConfigError
 from distill.evaluate.background import Background, fit_background, refine_background
-from distill.evaluate.fit import fit_object
+from distill.evaluate.fit import fit_object, widen
 from distill.shapeworld.schema import COLOURS, DIRECTIONS, NATIVE_NUM_FRAMES, RELATIONS, SPEEDS, STILL, WORLD_SIZE
 
 MIXED = "mixed"
@@ -146,7 +146,7 @@ def detect(clip: np.ndarray) -> Detection:
         raise ConfigError(f"expected a uint8 clip (T >= 2, H >= 16, W >= 16, 3), got {clip.dtype} {clip.shape}")
     frames = clip.astype(np.float32)
     background, mask, _, _ = _separate(frames, fit_background(frames))
-    rim = ndimage.binary_dilation(mask, _IN_PLANE, iterations=2)
+    rim = widen(mask, 2)
     background, mask, above, distance = _separate(frames, refine_background(background, frames, rim))
     scale = min(clip.shape[1:3]) / WORLD_SIZE
     parts = _find_parts(mask, above, distance, background, scale)

@@ -13,21 +13,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 
 from distill.evaluate.background import UNCLEAR
 from distill.shapeworld.render import AREA, coverage
 from distill.shapeworld.schema import COLOURS, SHAPES
 
-_SHAPE_FRAMES = 5
-_SHAPE_FACTORS = np.array([0.8, 0.9, 1.0, 1.1, 1.22], dtype=np.float32)
+_SHAPE_FRAMES = 4
+_SHAPE_FACTORS = np.array([0.82, 0.91, 1.0, 1.1], dtype=np.float32)
 _RADIUS_FACTORS = np.array([0.9, 0.95, 1.0, 1.05, 1.1], dtype=np.float32)
-_RAMPS = (1.0, 1.7, 2.5, 3.5)
-"""Edge widths tried, in pixels: without the wide ones a blurred thin shape reads as dark and a small ring as a disc."""
+_BLURS_PX = (0.0, 1.2, 0.7, 2.0)
+"""Gaussian blurs of the render that are tried, the first two for every shape. Without them a blurred thin shape reads
+as dark, a small ring as a disc and a triangle, its corners gone, as a circle."""
 _MIN_FIT = 0.5
 _MARGIN_PX = 3
-_IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
-_IN_PLANE[1] = True
+_MAX_REACH = 0.4
+"""Half a patch at most, of a frame's short side; the world's largest object reaches 0.28."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +40,6 @@ class Fit:
         radius: float (N,), pixels.
         light: float (N,), brightness factor of the palette colour.
         paint: float (3,), colour over all frames, not bound to the palette, 8-bit levels.
-        ramp: width of the edge in pixels; 1 as rendered, more when blurred.
         explained: share in [0, 1] of the energy about the background that the fit explains.
     """
 
@@ -49,7 +48,6 @@ class Fit:
     radius: np.ndarray
     light: np.ndarray
     paint: np.ndarray
-    ramp: float
     explained: float
 
 
@@ -72,6 +70,19 @@ class _Patches:
     by_cover: np.ndarray  # (N, P * P, 2): factors of coverage in the sums of a candidate
     by_square: np.ndarray  # (N, P * P, 3): factors of its square
     colour_energy: float
+
+
+def widen(mask: np.ndarray, num_px: int) -> np.ndarray:
+    """Grow a mask, bool (N, P, Q), by `num_px` pixels to every side and corner of each frame."""
+    for axis in (1, 2):
+        for _ in range(num_px):
+            grown = mask.copy()
+            here, there = [slice(None)] * 3, [slice(None)] * 3
+            here[axis], there[axis] = slice(1, None), slice(None, -1)
+            grown[tuple(here)] |= mask[tuple(there)]
+            grown[tuple(there)] |= mask[tuple(here)]
+            mask = grown
+    return mask
 
 
 def fit_object(
@@ -97,15 +108,15 @@ def fit_object(
     patches = _cut(above_background, rows, owner, frames, parts, boxes, np.array(COLOURS[colour], dtype=np.float32))
     centre, area = _centre_and_area(patches)
     picks = np.unique(np.linspace(0, len(frames) - 1, min(_SHAPE_FRAMES, len(frames))).round().astype(int))
-    shape, factor, ramp = _choose_shape(_take(patches, picks), centre[picks], area[picks])
-    radius = _refine_radius(patches, shape, centre, np.sqrt(area / AREA[shape]) * factor, ramp)
-    residual, light, cover = _residual(patches, shape, centre, radius[:, None], ramp)
+    shape, factor, blur_px = _choose_shape(_take(patches, picks), centre[picks], area[picks])
+    radius = _refine_radius(patches, shape, centre, np.sqrt(area / AREA[shape]) * factor, blur_px)
+    residual, light, cover = _residual(patches, shape, centre, radius[:, None], blur_px)
     energy = float((patches.energy * patches.weight).sum())
     explained = max(0.0, 1.0 - float(residual.sum()) / max(energy, 1e-6))
     covered = cover[:, 0] * patches.weight
     over_row = patches.above + covered[..., None] * patches.rows
     paint = np.einsum("npqc,npq->c", over_row, covered, optimize=True) / max(float((covered**2).sum()), 1e-6)
-    return Fit(shape if explained >= _MIN_FIT else UNCLEAR, centre, radius, light[:, 0], paint, ramp, explained)
+    return Fit(shape if explained >= _MIN_FIT else UNCLEAR, centre, radius, light[:, 0], paint, explained)
 
 
 def _cut(
@@ -119,7 +130,7 @@ def _cut(
 ) -> _Patches:
     _, height, width = owner.shape
     half = int(max((boxes[:, 1] - boxes[:, 0]).max(), (boxes[:, 3] - boxes[:, 2]).max())) // 2 + 1 + _MARGIN_PX
-    half = min(half, max(height, width))
+    half = min(half, int(_MAX_REACH * min(height, width)))
     reach = np.arange(-half, half + 1)
     ys = ((boxes[:, 0] + boxes[:, 1]) // 2)[:, None] + reach
     xs = ((boxes[:, 2] + boxes[:, 3]) // 2)[:, None] + reach
@@ -137,7 +148,7 @@ def _cut(
         ys=ys + np.float32(0.5),
         xs=xs + np.float32(0.5),
         weight=weight,
-        region=ndimage.binary_dilation(own, _IN_PLANE, iterations=2) * weight,
+        region=widen(own, 2) * weight,
         own=own,
         above=above,
         energy=np.einsum("npqc,npqc->npq", above, above),
@@ -176,28 +187,38 @@ def _centre_and_area(patches: _Patches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _choose_shape(patches: _Patches, centre: np.ndarray, area: np.ndarray) -> tuple[str, float, float]:
-    """Return shape, factor on the radius that the area gives, and edge width of the least squared error."""
+    """Return shape, factor on the radius that the area gives, and blur in pixels of the least squared error."""
 
-    def costs(shape: str, ramp: float) -> np.ndarray:
+    def costs(shape: str, blur_px: float) -> np.ndarray:
         radius = np.sqrt(area / AREA[shape])[:, None] * _SHAPE_FACTORS
-        summed: np.ndarray = _residual(patches, shape, centre, radius, ramp)[0].sum(axis=0)
+        summed: np.ndarray = _residual(patches, shape, centre, radius, blur_px)[0].sum(axis=0)
         return summed
 
-    sharp = {shape: costs(shape, _RAMPS[0]) for shape in SHAPES}
-    likely = sorted(sharp, key=lambda shape: float(sharp[shape].min()))[:2]
-    tried = {(shape, ramp): costs(shape, ramp) for shape in likely for ramp in _RAMPS[1:]}
-    tried |= {(shape, _RAMPS[0]): sharp[shape] for shape in likely}
-    shape, ramp = min(tried, key=lambda key: float(tried[key].min()))
-    return shape, float(_SHAPE_FACTORS[tried[shape, ramp].argmin()]), ramp
+    tried = {(shape, blur_px): costs(shape, blur_px) for shape in SHAPES for blur_px in _BLURS_PX[:2]}
+    likely = sorted(SHAPES, key=lambda shape: min(float(tried[shape, blur_px].min()) for blur_px in _BLURS_PX[:2]))
+    tried |= {(shape, blur_px): costs(shape, blur_px) for shape in likely[:2] for blur_px in _BLURS_PX[2:]}
+    shape, blur_px = min(tried, key=lambda key: float(tried[key].min()))
+    return shape, float(_SHAPE_FACTORS[tried[shape, blur_px].argmin()]), blur_px
+
+
+def _blurring(size: int, blur_px: float) -> np.ndarray:
+    """Return the (P, P) matrix whose product with an image blurs its columns."""
+    offset = np.arange(size)[:, None] - np.arange(size)
+    kernel = np.exp(-0.5 * (offset / blur_px) ** 2)
+    return (kernel / (blur_px * np.sqrt(2 * np.pi))).astype(np.float32)
 
 
 def _residual(
-    patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray, ramp: float
+    patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray, blur_px: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return squared error (N, R), best light (N, R) and coverage (N, R, P, P) of candidate radii (N, R)."""
     dx = (patches.xs - centre[:, :1]).astype(np.float32)[:, None, None, :]
     dy = (patches.ys - centre[:, 1:]).astype(np.float32)[:, None, :, None]
-    cover = coverage(shape, dx, dy, radius.astype(np.float32)[:, :, None, None], 1.0 / ramp)
+    cover = coverage(shape, dx, dy, radius.astype(np.float32)[:, :, None, None], 1.0)
+    if blur_px > 0.0:
+        blurring = _blurring(cover.shape[-1], blur_px)
+        along_rows = (cover.reshape(-1, cover.shape[-1]) @ blurring).reshape(cover.shape)
+        cover = blurring @ along_rows
     flat = cover.reshape(*radius.shape, -1)
     sums = flat @ patches.by_cover
     sums2 = (flat * flat) @ patches.by_square
@@ -207,9 +228,9 @@ def _residual(
     return energy + 2 * sums[..., 0] + sums2[..., 0] - towards**2 / norm, towards / norm, cover
 
 
-def _refine_radius(patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray, ramp: float) -> np.ndarray:
+def _refine_radius(patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray, blur_px: float) -> np.ndarray:
     """Return the radius (N,) at the vertex of a parabola through the best of a few candidates and its neighbours."""
-    cost = _residual(patches, shape, centre, radius[:, None] * _RADIUS_FACTORS, ramp)[0]
+    cost = _residual(patches, shape, centre, radius[:, None] * _RADIUS_FACTORS, blur_px)[0]
     best = np.clip(cost.argmin(axis=1), 1, len(_RADIUS_FACTORS) - 2)
     at = np.arange(len(best))
     left, mid, right = cost[at, best - 1], cost[at, best], cost[at, best + 1]

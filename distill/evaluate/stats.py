@@ -6,6 +6,7 @@ Clips of one caption share its difficulty, so resampling clips would give interv
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -37,11 +38,14 @@ class Interval:
         return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(self).items()}
 
 
+@lru_cache(maxsize=16)
 def resample_counts(num_clusters: int, seed: int, num_resamples: int = NUM_RESAMPLES) -> np.ndarray:
     """Return how often each cluster is drawn in each resample: float (R, K), rows sum to K."""
     rng = np.random.default_rng(seed)
     share = np.full(num_clusters, 1.0 / num_clusters)
-    return rng.multinomial(num_clusters, share, size=num_resamples).astype(float)
+    counts = rng.multinomial(num_clusters, share, size=num_resamples).astype(float)
+    counts.setflags(write=False)  # shared by every caller
+    return counts
 
 
 def clustered_mean(
