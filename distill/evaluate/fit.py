@@ -205,7 +205,8 @@ def _blurring(size: int, blur_px: float) -> np.ndarray:
     """Return the (P, P) matrix whose product with an image blurs its columns."""
     offset = np.arange(size)[:, None] - np.arange(size)
     kernel = np.exp(-0.5 * (offset / blur_px) ** 2)
-    return (kernel / (blur_px * np.sqrt(2 * np.pi))).astype(np.float32)
+    scaled: np.ndarray = (kernel / (blur_px * np.sqrt(2 * np.pi))).astype(np.float32)
+    return scaled
 
 
 def _residual(
