@@ -3,27 +3,30 @@ logging, and puts the page beside the API.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
 import platform
+import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 from codmd_serve import __version__
-from codmd_serve.config import DEFAULT_CRF, LOOPBACK_HOSTS, GenerateParams, ModelFacts, ServeConfig
+from codmd_serve.config import DEFAULT_CRF, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
 from codmd_serve.video import find_ffmpeg
 
 EXIT_BAD_INPUT = 2
 COMMANDS = ("serve", "generate", "doctor")
 ENVIRONMENT_PREFIX = "CODMD_"
+ANY_HOST = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +179,15 @@ def serve(options: argparse.Namespace) -> int:
         server.should_exit = True
 
     app: Any = create_app(Dispatcher(config, on_ready=on_ready, on_fatal=on_fatal))
-    if config.page:
-        app = _with_page(app, config)
-    server = uvicorn.Server(
+    close_page = _add_page(app, config) if config.page else None
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if close_page is not None:
+                close_page()
+            await super().shutdown(sockets)
+
+    server = Server(
         uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=config.drain_timeout_s, lifespan="on"
         )
@@ -190,15 +199,19 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _with_page(app: Any, config: ServeConfig) -> Any:
+def _add_page(app: Any, config: ServeConfig) -> Callable[[], None]:
+    """Put the page at /; returns what lets go of its open tabs, which a shutdown would wait for otherwise."""
     import gradio
 
     from app.demo import build_page, page_options
 
     # The page is a client like any other, so it needs an address that this machine reaches itself by.
-    host = config.host if config.host in LOOPBACK_HOSTS else "127.0.0.1"
+    host = "127.0.0.1" if config.host in ANY_HOST else config.host
     page = build_page(f"http://{_in_url(host)}:{config.port}")
-    return gradio.mount_gradio_app(app, page, path="/", **page_options())
+    gradio.mount_gradio_app(app, page, path="/", **page_options())
+    mounted = app.routes[-1].app
+    close: Callable[[], None] = mounted.stop_event.set
+    return close
 
 
 def _in_url(host: str) -> str:
@@ -215,6 +228,8 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # At once: on Linux two sockets may be bound to a port until one of them listens.
+        listener.listen()
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
@@ -242,7 +257,8 @@ def generate(options: argparse.Namespace) -> int:
     silence_libraries()
     engine = load_engine(Path(options.bundle), options.device, options.dtype)
     params = to_params(body, engine.facts, max_pixels=sys.maxsize)
-    result = _generate_with_bar(engine, params, output)
+    with _ended_by_sigterm():
+        result = _generate_with_bar(engine, params, output)
     for warning in result.warnings:
         print(f"note: {warning}", file=sys.stderr)
     total_ms = sum(result.timings_ms.values())
@@ -263,11 +279,27 @@ def _generate_with_bar(engine: Any, params: GenerateParams, output: Path) -> Any
         return engine.generate(params, output, on_progress)
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that the half of a video does not stay on disk."""
+
+    def unwind(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def _checked_output(name: str) -> Path:
     """Refuse an output that cannot be written before minutes are spent on making it."""
     output = Path(name)
     if output.is_dir():
         raise ConfigError(f"{output} is a folder: name a file, for example {output / 'out.mp4'}")
+    if output.exists() and not output.is_file():
+        raise ConfigError(f"{output} is not a file that could be replaced")
     if not output.parent.is_dir():
         raise ConfigError(f"there is no folder {output.parent} to write {output.name} to")
     if not os.access(output.parent, os.W_OK):

@@ -96,9 +96,13 @@ class Bundle:
 
 
 def silence_libraries() -> None:
-    """Switch off the loading bars of diffusers and transformers, for a process whose output is ours."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    """Switch off the loading bars and warnings of diffusers and transformers, for a process whose output is ours.
+
+    What they warn of while loading, missing and surplus tensors, is an error here that says it in one line.
+    """
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
 
 
 def read_spec(bundle: Path) -> StudentSpec:

@@ -19,7 +19,7 @@ from codmd_serve.dispatcher import Dispatcher, Job
 from codmd_serve.errors import QueueFullError
 
 PARAMS = GenerateParams(prompt="", seed=1, height=64, width=64, num_frames=17, fps=16, crf=18)
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 
 pytestmark = pytest.mark.usefixtures("_no_backoff")
 

@@ -14,7 +14,6 @@ from codmd_serve.config import ServeConfig
 from codmd_serve.dispatcher import Dispatcher
 
 Serve = Callable[..., AbstractContextManager[TestClient]]
-DEADLINE_S = 20.0
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from codmd_serve.config import ServeConfig
 from codmd_serve.dispatcher import Dispatcher, Job
 
 Serve = Callable[..., AbstractContextManager[TestClient]]
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 
 
 def post(client: TestClient, prompt: str, **body: Any) -> Any:
