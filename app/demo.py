@@ -130,7 +130,8 @@ def times_html(headers: httpx.Headers) -> str:
     ]
     entries.append(f"<span>total <b>{sum(times_ms.values()) / 1000:.2f} s</b></span>")
     entries.append(f"<span>seed <b>{html.escape(headers.get('x-seed', ''))}</b></span>")
-    warnings = headers.get("warnings", "")
+    # The header is escaped, because headers are ASCII, and may have been cut inside an escape.
+    warnings = headers.get("warnings", "").encode("ascii", "replace").decode("unicode_escape", "ignore")
     note = f'<div class="note">{html.escape(warnings)}</div>' if warnings else ""
     return f'<div class="bar">{bar}</div><div class="legend">{"".join(entries)}</div>{note}'
 
