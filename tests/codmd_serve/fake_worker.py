@@ -87,11 +87,12 @@ def load_engine(bundle: Path, device: str, dtype: str) -> FakeEngine:
 
 
 def main() -> None:
-    for name, content in {
+    fakes: dict[str, dict[str, Any]] = {
         "codmd_serve.engine": {"load_engine": load_engine},
         "codmd_serve.wan": {},
         "codmd_serve.wan.checkpoint": {"silence_libraries": lambda: None},
-    }.items():
+    }
+    for name, content in fakes.items():
         module = ModuleType(name)
         module.__dict__.update(content)
         sys.modules[name] = module

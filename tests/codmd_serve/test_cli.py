@@ -14,9 +14,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from codmd_serve import __version__, cli
-from codmd_serve.config import ServeConfig
+from codmd_serve.config import GenerateParams, ServeConfig
 from codmd_serve.engine import Engine
-from codmd_serve.errors import GenerationError
+from codmd_serve.errors import ConfigError, GenerationError
 
 PROMPT = "a red circle moves right quickly on a black background"
 
@@ -72,7 +72,12 @@ def test_a_variable_that_makes_no_sense_is_refused(
 @pytest.mark.parametrize("words", [(), ("--port", "8001"), ("--no-page",)])
 def test_without_a_command_it_serves(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(cli, "serve", lambda options: seen.append(options) or 0)
+
+    def serve(options: Any) -> int:
+        seen.append(options)
+        return 0
+
+    monkeypatch.setattr(cli, "serve", serve)
     assert cli.main(words) == 0
     assert seen[0].command == "serve"
 
@@ -129,7 +134,7 @@ def test_a_port_that_was_taken_is_taken_at_once(taken_port: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with cli._bind("127.0.0.1", port), pytest.raises(cli.ConfigError, match="Address already in use"):
+    with cli._bind("127.0.0.1", port), pytest.raises(ConfigError, match="Address already in use"):
         cli._bind("127.0.0.1", port)
 
 
@@ -237,7 +242,12 @@ def test_generate_that_fails_says_why_and_leaves_the_old_video(
         yield from chunks
 
     monkeypatch.setattr(Engine, "_decoded", failing)
-    monkeypatch.setattr(cli, "_generate_with_bar", lambda *a: (Path("warm").touch(), a[0].generate(*a[1:]))[1])
+
+    def without_bar(engine: Engine, params: GenerateParams, output: Path) -> Any:
+        Path("warm").touch()
+        return engine.generate(params, output)
+
+    monkeypatch.setattr(cli, "_generate_with_bar", without_bar)
     assert cli.main(generate()) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "codmd-serve: out of memory at this shape"
     assert Path("out.mp4").read_bytes() == b"old"

@@ -68,7 +68,12 @@ def test_generate_equals_the_parts_of_diffusers_put_together(
 
 def test_same_seed_gives_the_same_bytes_whatever_ran_before(engine: Engine, tmp_path: Path) -> None:
     first = video_of(engine, tmp_path / "a.mp4")
-    others = [{"seed": 8}, {"prompt": "a blue ring"}, {"height": 16, "num_frames": 5}, {"seed": 7 + 2**32}]
+    others: list[dict[str, Any]] = [
+        {"seed": 8},
+        {"prompt": "a blue ring"},
+        {"height": 16, "num_frames": 5},
+        {"seed": 7 + 2**32},
+    ]
     assert all(video_of(engine, tmp_path / "b.mp4", **other) != first for other in others)
     assert video_of(engine, tmp_path / "c.mp4") == first
 
