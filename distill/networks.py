@@ -17,6 +17,7 @@ from codmd_serve.config import default_bundle_path
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.sampler import Denoise
 from codmd_serve.wan.attention import use_compact_cross_attention
+from codmd_serve.wan.checkpoint import load_module
 from distill.config import DistillConfig, EmaConfig, NativeConfig
 from distill.losses.dmd import guided_flow
 
@@ -190,19 +191,7 @@ def load_part(kind: Any, base: str, subfolder: str, **options: Any) -> Any:
         CheckpointError: missing, truncated or of another kind; missing tensors count, which the libraries only log.
     """
     folder, is_local = resolve_base(base)
-    if is_local and not (Path(folder) / subfolder).is_dir():
-        raise CheckpointError(f"{folder} is not a diffusers Wan pipeline: it has no {subfolder}/ folder")
-    try:
-        module, info = kind.from_pretrained(
-            folder, subfolder=subfolder, local_files_only=is_local, output_loading_info=True, **options
-        )
-    except Exception as error:  # safetensors, both libraries and the file system each raise their own kinds
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise CheckpointError(f"{subfolder} of {folder} cannot be loaded: {type(error).__name__}: {reason}") from error
-    wrong = [str(key) for name in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in info[name]]
-    if wrong:
-        raise CheckpointError(f"{subfolder} of {folder} does not fit its config in {len(wrong)} tensors: {wrong[0]}")
-    return module
+    return load_module(kind, folder, subfolder, is_local, **options)
 
 
 def transformer_config(base: str) -> dict[str, Any]:

@@ -173,9 +173,9 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.de
     path = Path(path)
     spec = read_spec(path)
     base, is_local = resolve_base(path, spec.base)
-    transformer = _load(WanTransformer3DModel, path, "transformer", True, torch_dtype=dtype)
-    vae = _load(AutoencoderKLWan, base, "vae", is_local, torch_dtype=torch.float32)
-    text_encoder = _load(UMT5EncoderModel, base, "text_encoder", is_local, dtype=dtype)
+    transformer = load_module(WanTransformer3DModel, path, "transformer", True, torch_dtype=dtype)
+    vae = load_module(AutoencoderKLWan, base, "vae", is_local, torch_dtype=torch.float32)
+    text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", is_local, dtype=dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=is_local)
     except (OSError, ValueError, KeyError) as error:
@@ -197,8 +197,13 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.de
     )
 
 
-def _load(kind: Any, folder: Path | str, subfolder: str, is_local: bool, **options: Any) -> Any:
-    """One module. Both libraries fill missing tensors with random numbers and only log it: here that is an error."""
+def load_module(kind: Any, folder: Path | str, subfolder: str, is_local: bool, **options: Any) -> Any:
+    """Load one module of a folder or hub id with `kind.from_pretrained`, complete or not at all.
+
+    Raises:
+        CheckpointError: missing, truncated or of another kind. Both libraries fill missing tensors with random numbers
+            and only log it: here that is an error.
+    """
     where = f"{subfolder} of {folder}"
     if is_local and not (Path(folder) / subfolder).is_dir():
         raise CheckpointError(f"{folder} has no {subfolder}/ folder")

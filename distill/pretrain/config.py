@@ -31,11 +31,11 @@ class VaeConfig:
     num_res_blocks: int = 1
     patch_size: int = 2
     phases: tuple[VaePhase, ...] = (
-        VaePhase(num_frames=1, batch_size=8, num_steps=1400),
+        VaePhase(num_frames=1, batch_size=8, num_steps=500),
         VaePhase(num_frames=5, batch_size=4, num_steps=250),
-        VaePhase(num_frames=17, batch_size=2, num_steps=600),
+        VaePhase(num_frames=17, batch_size=2, num_steps=750),
     )
-    learning_rate: float = 4e-4
+    learning_rate: float = 1e-3
     kl_weight: float = 1e-4  # of the mean over latent elements, in nats
 
 
@@ -61,10 +61,10 @@ class TransformerConfig:
     num_layers: int = 6
     ffn_dim: int = 768
     freq_dim: int = 64
-    num_clips: int = 4096
-    num_steps: int = 2400
-    batch_size: int = 32
-    learning_rate: float = 1e-3
+    num_clips: int = 3072
+    num_steps: int = 4400
+    batch_size: int = 16
+    learning_rate: float = 8e-4
     caption_dropout: float = 0.1
     sigma_shift: float = 3.0  # training noise levels: shift of a uniform draw
     ema_decay: float = 0.998

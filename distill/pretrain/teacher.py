@@ -84,7 +84,8 @@ def _encode_part(vae: AutoencoderKLWan, path: Path, seed: int, start: int, count
     if path.is_file():
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor("latents")
+                saved: Tensor = file.get_tensor("latents")
+                return saved
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged, delete it to encode these clips anew") from error
     encoded = []

@@ -116,5 +116,5 @@ def train_text_encoder(
         right = torch.stack([part.argmax(1) == labels[:, index] for index, part in enumerate(logits)])
         return torch.stack(losses).mean(), {"all_right": right.all(0).float().mean()}
 
-    trained = run_stage("text", reader, config.num_steps, config.learning_rate, compute_loss, options)
+    trained = run_stage("text", reader, config.num_steps, config.learning_rate, compute_loss, options, use_muon=False)
     return None if trained is None else (tokenizer, reader.encoder.eval().requires_grad_(False))

@@ -118,7 +118,8 @@ def displacement(scene: Scene, latent: Latent, tau: np.ndarray) -> np.ndarray:
     along = np.array(DIRECTIONS[scene.motion], dtype=float)
     aside = np.array([-along[1], along[0]])
     total = latent.speed * (NATIVE_NUM_FRAMES - 1)
-    return tau[:, None] * total * along + np.sin(math.pi * tau)[:, None] * latent.bend * aside
+    path: np.ndarray = tau[:, None] * total * along + np.sin(math.pi * tau)[:, None] * latent.bend * aside
+    return path
 
 
 def _excursion(scene: Scene, speed: float, bend: float) -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,8 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray, px_
         inner = TRIANGLE_RADIUS / 2 * radius
         side = np.float32(np.sqrt(3) / 2) * np.abs(dx) - 0.5 * dy
         distance = np.maximum(side, dy + 0 * dx) - inner
-    return np.clip(0.5 - distance * px_per_unit, 0.0, 1.0)
+    share: np.ndarray = np.clip(0.5 - distance * px_per_unit, 0.0, 1.0)
+    return share
 
 
 def render(
