@@ -1,4 +1,4 @@
-"""The hidden law: its dependences have the stated strength, its marginals the stated ranges, nothing leaves the canvas."""
+"""The hidden law: stated dependences, stated ranges, and nothing leaves the canvas."""
 
 import math
 
