@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STUDENTS = "students"
 ARMS = ("truth", "vae", "teacher", "teacher_again", "few", "few_unguided", STUDENTS)
 REPORT_NAME = "shapebench"
+INSERT_MARKER = "<!-- shapebench -->\n"
 SAMPLED_CAPTIONS = 4
 
 
@@ -39,6 +40,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     parser.add_argument("--seed", type=int, default=0, help="of captions, noise and ground truth")
     parser.add_argument("--out", type=Path, help=f"folder for {REPORT_NAME}.md and {REPORT_NAME}.json")
+    parser.add_argument("--insert", type=Path, metavar="FILE", help=f"put the report after {INSERT_MARKER.strip()}")
     parser.add_argument("--samples", type=Path, metavar="PNG", help="write a contact sheet of every arm")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -104,6 +106,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--guidance must be a number, got {args.guidance}")
     if args.samples is not None and args.samples.suffix.lower() != ".png":
         raise ConfigError(f"--samples must name a .png file, got {args.samples}")
+    if args.insert is not None and _text_before_marker(args.insert) is None:
+        raise ConfigError(f"--insert {args.insert}: expected a file with one line {INSERT_MARKER.strip()}")
     if set(args.arms) == {STUDENTS} and not args.students:
         raise ConfigError("nothing to evaluate: --arms students needs at least one --student")
     for folder in (args.out, args.samples.parent if args.samples else None):
@@ -112,6 +116,15 @@ def _check(args: argparse.Namespace) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(f"{folder} cannot be made: {error}") from error
+
+
+def _text_before_marker(path: Path) -> str | None:
+    """Text of a file up to and with its one marker line, None when there is no such file or line."""
+    try:
+        before, *after = path.read_text(encoding="utf-8").split(INSERT_MARKER)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return before + INSERT_MARKER if len(after) == 1 else None
 
 
 def _student_names(args: argparse.Namespace) -> dict[str, Path]:
@@ -218,6 +231,8 @@ def _write(
             (args.out / f"{REPORT_NAME}.md").write_text(report, encoding="utf-8")
             text = json.dumps(numbers, indent=2, allow_nan=False)
             (args.out / f"{REPORT_NAME}.json").write_text(f"{text}\n", encoding="utf-8")
+        if args.insert is not None:
+            args.insert.write_text(f"{_text_before_marker(args.insert)}{report}", encoding="utf-8")
         if args.samples is not None:
             from distill.shapeworld.preview import contact_sheet
 

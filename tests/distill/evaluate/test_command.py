@@ -36,6 +36,13 @@ def test_eval_writes_the_same_report_twice(
     assert "tiny-codmd - few" in data["differences"]
 
 
+def test_eval_inserts_the_report_after_the_marker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Above.\n<!-- shapebench -->\nold numbers\n")
+    assert main(["eval", "shapebench", "--arms", "truth", "--insert", str(page), *SMALL]) == 0
+    assert page.read_text() == f"Above.\n<!-- shapebench -->\n{capsys.readouterr().out}"
+
+
 def test_eval_truth_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "shapebench", "--arms", "truth", "--teacher", "nowhere", *SMALL]) == 0
     assert "| ground truth | 1.000 |" in capsys.readouterr().out
@@ -51,6 +58,7 @@ def test_eval_truth_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None
         (["--steps", "0"], "--steps"),
         (["--threads", "0"], "--threads"),
         (["--samples", "sheet.mp4"], ".png"),
+        (["--insert", "no-such-page.md"], "expected a file with one line"),
         (["--arms", "students"], "--student"),
         (["--guidance", "nan"], "--guidance"),
         (["--device", "abacus"], "--device"),
