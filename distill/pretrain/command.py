@@ -32,6 +32,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the pipeline goes to OUT/pipeline")
     parser.add_argument("--preset", default="shapeworld", help="shapeworld (default) or tiny, which learns nothing")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", default="", help="pipeline folder to go on training from; default: from nothing")
     parser.add_argument("--minutes", type=float, help="time budget of all stages, over all resumptions together")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument("--until", choices=("vae", "text", "latents"), help="stop after this stage; resume goes on")
@@ -59,7 +60,7 @@ def _teacher(args: argparse.Namespace) -> int:
         raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {args.preset!r}")
     if args.minutes is not None and not args.minutes > 0:
         raise ConfigError(f"--minutes must be positive, got {args.minutes}")
-    config = dataclasses.replace(PRESETS[args.preset](), seed=args.seed)
+    config = dataclasses.replace(PRESETS[args.preset](), seed=args.seed, start=args.start)
     _claim(args.out, config, args.resume)
 
     import torch
@@ -102,7 +103,9 @@ def _claim(out: Path, config: PretrainConfig, resume: bool) -> None:
         except OSError as error:
             raise ConfigError(f"{out} holds no run to resume: {path.name} cannot be read") from error
         if saved != text:
-            raise ConfigError(f"{out} was begun with other settings; resume it with its own --preset and --seed")
+            raise ConfigError(
+                f"{out} was begun with other settings; resume it with its own options"
+            )
         return
     if path.exists():
         raise ConfigError(f"{out} already holds a run: resume it or name another folder")
@@ -123,10 +126,10 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     from distill.pretrain.text import train_text_encoder
     from distill.pretrain.vae import train_vae
 
-    vae = train_vae(config.vae, config.seed, options["vae"])
+    vae = train_vae(config.vae, config.seed, options["vae"], config.start)
     if vae is None or until == "vae":
         return "vae"
-    text = train_text_encoder(config.text, config.seed, options["text"])
+    text = train_text_encoder(config.text, config.seed, options["text"], config.start)
     if text is None:
         return "text"
     save_text(pipeline, *text)
@@ -143,7 +146,7 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     if until == "latents":
         return "latents"
     transformer = train_transformer(
-        settings, encoded.latents, prompts, config.text.d_model, config.seed, options["transformer"]
+        settings, encoded.latents, prompts, config.text.d_model, config.seed, options["transformer"], config.start
     )
     if transformer is not None:
         save_transformer(pipeline, transformer)

@@ -79,6 +79,7 @@ class PretrainConfig:
     """
 
     seed: int = 0
+    start: str = ""  # pipeline whose weights every stage goes on from; a stage of 0 steps keeps them
     vae: VaeConfig = field(default_factory=VaeConfig)
     text: TextConfig = field(default_factory=TextConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from codmd_serve.errors import CheckpointError, CodmdError
+from distill.networks import load_part
 
 WARMUP_STEPS = 50
 FINAL_LR_SHARE = 0.02
@@ -201,6 +202,19 @@ def run_stage(
                 last_save = time.monotonic()
     save()
     return average if average is not None else {key: value.detach() for key, value in module.named_parameters()}
+
+
+def load_weights(module: nn.Module, pipeline: str, subfolder: str) -> None:
+    """Copy the weights of one part of a pipeline folder into `module`.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another layout.
+    """
+    source = load_part(type(module), pipeline, subfolder)
+    try:
+        module.load_state_dict(source.float().state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(f"{subfolder} of {pipeline} has another layout than this run's: {error}") from error
 
 
 def _schedule(step: int, progress: float) -> float:

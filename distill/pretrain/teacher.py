@@ -21,7 +21,7 @@ from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.data import PromptData
 from distill.networks import denoiser, keep_sensitive_parts_float32
 from distill.pretrain.config import TransformerConfig
-from distill.pretrain.stage import StageOptions, run_stage
+from distill.pretrain.stage import StageOptions, load_weights, run_stage
 from distill.pretrain.vae import to_pixels
 from distill.shapeworld.captions import canonical_caption, free_caption, sample_scene
 from distill.shapeworld.render import sample_clip
@@ -117,7 +117,13 @@ def build_transformer(config: TransformerConfig, latent_channels: int, text_dim:
 
 
 def train_transformer(
-    config: TransformerConfig, latents: Tensor, prompts: PromptData, text_dim: int, seed: int, options: StageOptions
+    config: TransformerConfig,
+    latents: Tensor,
+    prompts: PromptData,
+    text_dim: int,
+    seed: int,
+    options: StageOptions,
+    start: str = "",
 ) -> WanTransformer3DModel | None:
     """Train, or go on training, the teacher by flow matching.
 
@@ -129,14 +135,20 @@ def train_transformer(
         text_dim: D of the embeddings.
         seed: of everything random.
         options: device, precision, budget.
+        start: pipeline whose weights to go on from; empty trains from nothing.
 
     Returns:
         The moving average of the weights, or None when it was told to stop.
+
+    Raises:
+        CheckpointError: `start` has no transformer of this layout.
 
     Source: rectified flow, arXiv 2209.03003, with the noise levels shifted as in arXiv 2403.03206, section 5.3.2.
     """
     torch.manual_seed(seed + 2)
     transformer = build_transformer(config, latents.shape[1], text_dim)
+    if start:
+        load_weights(transformer, start, "transformer")
     keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
     transformer.to(options.device).train()
     denoise = denoiser(transformer, options.precision)
@@ -162,6 +174,8 @@ def train_transformer(
         config.learning_rate,
         compute_loss,
         options,
+        # Muon orthogonalises in bfloat16: on a CPU without it that costs twice the step itself (2.0 s against 0.7 s).
+        use_muon=False,
         ema_decay=config.ema_decay,
     )
     if average is None:

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from distill.pretrain.config import TextConfig
-from distill.pretrain.stage import StageOptions, autocast, run_stage
+from distill.pretrain.stage import StageOptions, autocast, load_weights, run_stage
 from distill.shapeworld.captions import parse_caption, sample_caption, vocabulary
 from distill.shapeworld.schema import BACKGROUNDS, COLOURS, MOTIONS, RELATIONS, SHAPES, SPEEDS, Scene
 
@@ -95,12 +95,19 @@ class _Reader(nn.Module):
 
 
 def train_text_encoder(
-    config: TextConfig, seed: int, options: StageOptions
+    config: TextConfig, seed: int, options: StageOptions, start: str = ""
 ) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel] | None:
-    """Train, or go on training, the text encoder; None when it was told to stop."""
+    """Train, or go on training, the text encoder, from the pipeline `start` if named; None when told to stop.
+
+    Raises:
+        CheckpointError: `start` has no text encoder of this layout.
+    """
     torch.manual_seed(seed + 1)
     tokenizer = build_tokenizer()
-    reader = _Reader(build_text_encoder(config, len(tokenizer))).to(options.device)
+    encoder = build_text_encoder(config, len(tokenizer))
+    if start:
+        load_weights(encoder, start, "text_encoder")
+    reader = _Reader(encoder).to(options.device)
 
     def compute_loss(step: int, _progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         rng = np.random.default_rng([seed, 2, step])

@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, u
 from torch import Tensor, nn
 
 from distill.pretrain.config import VaeConfig
-from distill.pretrain.stage import StageOptions, autocast, run_stage
+from distill.pretrain.stage import StageOptions, autocast, load_weights, run_stage
 from distill.shapeworld.captions import sample_scene
 from distill.shapeworld.render import sample_clip
 from distill.shapeworld.schema import NATIVE_NUM_FRAMES
@@ -78,11 +78,19 @@ def draw_clips(rng: np.random.Generator, num_frames: int, batch_size: int) -> Te
     return to_pixels(np.stack(pieces))
 
 
-def train_vae(config: VaeConfig, seed: int, options: StageOptions) -> AutoencoderKLWan | None:
-    """Train, or go on training, the VAE; None when it was told to stop."""
+def train_vae(config: VaeConfig, seed: int, options: StageOptions, start: str = "") -> AutoencoderKLWan | None:
+    """Train, or go on training, the VAE, from the weights of the pipeline `start` if named; None when told to stop.
+
+    Raises:
+        CheckpointError: `start` has no VAE of this layout.
+    """
     torch.manual_seed(seed)
     vae = build_vae(config).to(options.device)
     _initialise(vae)
+    if start:
+        load_weights(vae, start, "vae")
+    if not config.phases:
+        return vae.eval().requires_grad_(False)
     ends = np.cumsum([phase.num_steps for phase in config.phases])
 
     def compute_loss(step: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from distill.pretrain import stage
 from distill.pretrain.command import add_teacher_arguments, run_teacher
+from distill.pretrain.config import PRESETS, VaeConfig, tiny
 
 
 def teacher(*arguments: str) -> int:
@@ -86,6 +87,27 @@ def test_interrupted_run_resumes_to_the_same_weights(
     assert expected.keys() == got.keys() and len(got) > 100
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
+
+
+def test_start_goes_on_from_the_weights_of_a_pipeline(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = dataclasses.replace(tiny(), vae=VaeConfig(base_dim=8, phases=()))
+    still = dataclasses.replace(still, text=dataclasses.replace(still.text, num_steps=0))
+    still = dataclasses.replace(still, transformer=dataclasses.replace(still.transformer, num_steps=0))
+    monkeypatch.setitem(PRESETS, "tiny", lambda: still)
+    assert teacher("--out", str(tmp_path / "run"), "--start", str(finished / "pipeline")) == 0
+    expected, got = weights(finished), weights(tmp_path / "run")
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def test_start_of_another_layout_is_refused(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert teacher("--out", str(tmp_path / "a"), "--start", str(tmp_path / "nowhere")) == 2
+    assert "no pipeline at" in capsys.readouterr().err
+    assert teacher("--out", str(tmp_path / "b"), "--preset", "shapeworld", "--start", str(finished / "pipeline")) == 2
+    assert "another layout" in capsys.readouterr().err
 
 
 def test_time_budget_ends_every_stage_early(tmp_path: Path) -> None:
