@@ -103,9 +103,7 @@ def _claim(out: Path, config: PretrainConfig, resume: bool) -> None:
         except OSError as error:
             raise ConfigError(f"{out} holds no run to resume: {path.name} cannot be read") from error
         if saved != text:
-            raise ConfigError(
-                f"{out} was begun with other settings; resume it with its own options"
-            )
+            raise ConfigError(f"{out} was begun with other settings; resume it with its own options")
         return
     if path.exists():
         raise ConfigError(f"{out} already holds a run: resume it or name another folder")

@@ -181,10 +181,7 @@ def run_stage(
                 raise CodmdError(f"{name}: the loss was not finite at step {step}; lower its learning rate")
             optimizer.step()
             if average is not None and ema_decay is not None:
-                # A short memory at first: the untrained start must not linger.
-                weight = 1.0 - min(ema_decay, (1 + step) / (10 + step))
-                sources = [parameter.detach() for parameter in module.parameters()]
-                torch._foreach_lerp_(list(average.values()), sources, weight)
+                _follow(average, module, ema_decay, step)
             step += 1
             progress = step / num_steps
             if options.budget_s is not None:
@@ -221,6 +218,12 @@ def _schedule(step: int, progress: float) -> float:
     # Constant, then straight down: unlike a cosine, what was trained so far stays valid when the length is changed.
     decay = min(1.0, (1.0 - min(progress, 1.0)) / DECAY_SHARE)
     return min(1.0, (step + 1) / WARMUP_STEPS) * max(decay, FINAL_LR_SHARE)
+
+
+def _follow(average: dict[str, Tensor], module: nn.Module, decay: float, step: int) -> None:
+    """Move the average towards the parameters; its memory is short at first, so that the start does not linger."""
+    weight = 1.0 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.values()), [parameter.detach() for parameter in module.parameters()], weight)
 
 
 def _restore(
