@@ -21,13 +21,13 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every command with its arguments; `args.run` is what to call."""
+    """Every command with its arguments; `args.handler` is what to call."""
     parser = argparse.ArgumentParser(prog="codmd-distill", description="Distil few-step text-to-video students.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments, run) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         add_arguments(command)
-        command.set_defaults(run=run)
+        command.set_defaults(handler=run)
     return parser
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     for library in ("httpx", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    code = args.run(args)
+    code = args.handler(args)
     return int(code)
 
 

@@ -1,0 +1,104 @@
+"""The weights that ship: they load, they do what the README says, and the scores printed are the scores measured."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from codmd_serve.config import GenerateParams, default_bundle_path
+from codmd_serve.engine import Engine, load_engine
+from codmd_serve.wan.checkpoint import read_spec
+from distill.evaluate.detect import detect
+from distill.evaluate.scores import score_clip
+from distill.shapeworld.captions import parse_caption
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "weights"
+EXAMPLE = "a red circle moves right quickly on a black background"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return load_engine(default_bundle_path())
+
+
+def read_clip(path: Path) -> np.ndarray:
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
+
+
+def generate(engine: Engine, prompt: str, seed: int, path: Path) -> np.ndarray:
+    facts = engine.facts
+    params = GenerateParams(
+        prompt=prompt,
+        seed=seed,
+        height=facts.height,
+        width=facts.width,
+        num_frames=facts.num_frames,
+        fps=facts.fps,
+        crf=18,
+    )
+    engine.generate(params, path)
+    return read_clip(path)
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_another_video(engine: Engine, tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        generate(engine, EXAMPLE, seed, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
+
+
+def test_request_takes_under_one_and_a_half_seconds(engine: Engine, tmp_path: Path) -> None:
+    generate(engine, EXAMPLE, 0, tmp_path / "warm.mp4")
+    times = []
+    for seed in range(3):
+        start = time.perf_counter()
+        generate(engine, EXAMPLE, seed, tmp_path / f"{seed}.mp4")
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.5, times
+
+
+def test_teacher_folder_is_a_pipeline_of_its_own() -> None:
+    pipeline = WanPipeline.from_pretrained(WEIGHTS / "shapeworld")
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        EXAMPLE,
+        height=64,
+        width=64,
+        num_frames=17,
+        num_inference_steps=50,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).frames[0]
+    clip = np.rint(255 * np.asarray(frames)).astype(np.uint8)
+    assert score_clip(parse_caption(EXAMPLE), detect(clip), clip)["background"] == 1.0
+
+
+def test_bundle_says_how_it_was_made() -> None:
+    spec = read_spec(default_bundle_path())
+    assert spec.method == "codmd" and spec.ema and len(spec.timesteps) == 4
+    assert spec.base == "../shapeworld"
+    assert len(spec.config_sha256) == 64
+
+
+def test_printed_scores_are_the_measured_ones() -> None:
+    text = (WEIGHTS / "README.md").read_text(encoding="utf-8")
+    report = (WEIGHTS / "shapebench.md").read_text(encoding="utf-8")
+    printed = text.split("<!-- shapebench -->\n")[1]
+    assert printed == report
+    numbers = json.loads((WEIGHTS / "shapebench.json").read_text(encoding="utf-8"))
+    assert numbers["settings"]["num_captions"] >= 16
+
+
+def test_tracked_files_stay_below_40_mib() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
+    total = sum((ROOT / name.decode()).stat().st_size for name in listed.split(b"\0") if name)
+    assert total < 40 * 2**20

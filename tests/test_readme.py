@@ -1,0 +1,98 @@
+"""The README's examples run as printed, and the folders it lists are the folders there are."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+START_S = 300.0  # for a machine that has little to spare; it takes a few seconds
+# The examples talk to this machine; a proxy of the environment must not answer for it.
+DIRECT = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A real `codmd-serve` with the embedded student; yields host:port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "codmd_serve.cli", "serve", "--port", str(port)], cwd=ROOT, env=DIRECT
+    )
+    try:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5, trust_env=False).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        assert process.poll() is None, "the server ended"
+        yield f"localhost:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_curl_example_gives_an_mp4(server: str, tmp_path: Path) -> None:
+    (command,) = [block for block in blocks("bash") if block.startswith("curl")]
+    assert shutil.which("curl"), "curl is needed to run the README's example"
+    subprocess.run(
+        ["bash", "-ec", command.replace("localhost:8000", server)], cwd=tmp_path, check=True, timeout=120, env=DIRECT
+    )
+    assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_python_example_gives_an_mp4_and_prints_seed_and_times(server: str, tmp_path: Path) -> None:
+    (code,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("localhost:8000", server)],
+        cwd=tmp_path,
+        env=DIRECT,
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    assert (tmp_path / "b.mp4").read_bytes()[4:8] == b"ftyp"
+    assert re.match(r"1 .*denoise;dur=[\d.]+", done.stdout)
+
+
+def test_generate_example_writes_the_file(tmp_path: Path) -> None:
+    (command,) = [block for block in blocks("bash") if "codmd-serve generate" in block]
+    command = command.replace(".venv/bin/codmd-serve", f"{sys.executable} -m codmd_serve.cli")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True, timeout=120, env=environment)
+    assert (tmp_path / "out.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_distill_commands_of_the_readme_exist() -> None:
+    from distill.cli import COMMANDS
+
+    named = re.findall(r"codmd-distill (\w+)", README)
+    assert len(named) >= 5
+    assert set(named) <= set(COMMANDS)
+
+
+def test_tree_lists_every_folder_and_pictures_exist() -> None:
+    listed = set(re.findall(r"^    (\w+)/  ", README, re.MULTILINE))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    folders = {line.split("/")[0] for line in tracked.splitlines() if "/" in line and not line.startswith(".")}
+    assert listed == folders
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / picture).is_file(), picture
