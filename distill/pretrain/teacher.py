@@ -25,6 +25,7 @@ from distill.pretrain.stage import StageOptions, load_weights, run_stage
 from distill.pretrain.vae import to_pixels
 from distill.shapeworld.captions import canonical_caption, free_caption, sample_scene
 from distill.shapeworld.render import sample_clip
+from distill.shapeworld.schema import Scene
 
 CLIPS_PER_PART = 256
 ENCODE_BATCH = 8
@@ -42,22 +43,23 @@ class Latents:
     std: list[float]
 
 
-def training_clip(seed: int, index: int) -> tuple[str, np.ndarray]:
-    """Caption and uint8 (17, 64, 64, 3) pixels of training clip `index`; the same for the same arguments."""
+def _draw(seed: int, index: int) -> tuple[str, Scene, np.random.Generator]:
+    """Caption and scene of training clip `index`, and the generator that goes on to draw its pixels."""
     rng = np.random.default_rng([seed, 3, index])
     scene = sample_scene(rng)
     caption = free_caption(scene, rng) if rng.random() < FREE_SHARE else canonical_caption(scene)
+    return caption, scene, rng
+
+
+def training_clip(seed: int, index: int) -> tuple[str, np.ndarray]:
+    """Caption and uint8 (17, 64, 64, 3) pixels of training clip `index`; the same for the same arguments."""
+    caption, scene, rng = _draw(seed, index)
     return caption, sample_clip(scene, rng)
 
 
 def training_captions(seed: int, num_clips: int) -> list[str]:
     """Captions of all training clips, without rendering them."""
-    captions = []
-    for index in range(num_clips):
-        rng = np.random.default_rng([seed, 3, index])
-        scene = sample_scene(rng)
-        captions.append(free_caption(scene, rng) if rng.random() < FREE_SHARE else canonical_caption(scene))
-    return captions
+    return [_draw(seed, index)[0] for index in range(num_clips)]
 
 
 def encode_clips(vae: AutoencoderKLWan, num_clips: int, seed: int, options: StageOptions) -> Latents | None:
