@@ -119,12 +119,17 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     import torch
 
     from distill.data import encode_prompt_data
+    from distill.networks import load_part
     from distill.pretrain.pipeline import save_scheduler, save_text, save_transformer, save_vae
     from distill.pretrain.teacher import encode_clips, train_transformer, training_captions
     from distill.pretrain.text import train_text_encoder
     from distill.pretrain.vae import train_vae
 
     vae = train_vae(config.vae, config.seed, options["vae"], config.start)
+    if vae is not None and config.vae.decoder_only:
+        # The encoder is the start's, and so are the statistics of its latents.
+        kept = load_part(type(vae), config.start, "vae").config
+        save_vae(pipeline, vae, list(kept.latents_mean), list(kept.latents_std))
     if vae is None or until == "vae":
         return "vae"
     text = train_text_encoder(config.text, config.seed, options["text"], config.start)

@@ -37,6 +37,7 @@ class VaeConfig:
     )
     learning_rate: float = 1e-3
     kl_weight: float = 1e-4  # of the mean over latent elements, in nats
+    decoder_only: bool = False  # keep the encoder: latents, and a transformer trained on them, stay valid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,25 @@ def tiny() -> PretrainConfig:
     )
 
 
-PRESETS = {"shapeworld": PretrainConfig, "tiny": tiny}
+def more() -> PretrainConfig:
+    """Go on from a trained pipeline named by --start: sharper VAE on full-length clips, then a longer-trained teacher."""
+    return PretrainConfig(
+        vae=VaeConfig(phases=(VaePhase(num_frames=17, batch_size=2, num_steps=600),)),
+        text=TextConfig(num_steps=0),
+        transformer=TransformerConfig(num_clips=4096, num_steps=6000),
+    )
+
+
+def decoder() -> PretrainConfig:
+    """Train only the VAE's decoder of the pipeline named by --start, for use with --until vae."""
+    return PretrainConfig(
+        vae=VaeConfig(phases=(VaePhase(num_frames=17, batch_size=2, num_steps=1200),), decoder_only=True),
+        text=TextConfig(num_steps=0),
+        transformer=TransformerConfig(num_steps=0),
+    )
+
+
+PRESETS = {"shapeworld": PretrainConfig, "tiny": tiny, "more": more, "decoder": decoder}
 
 
 def config_to_dict(config: PretrainConfig) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class MatrixOptimizer:
         self.optimizers: list[torch.optim.Optimizer] = []
         if self.others:
             self.optimizers.append(
-                torch.optim.AdamW(self.others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+                torch.optim.AdamW(self.others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
             )
         if self.flat:
             muon = torch.optim.Muon(

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, unpatchify
 from torch import Tensor, nn
 
+from codmd_serve.errors import ConfigError
 from distill.pretrain.config import VaeConfig
 from distill.pretrain.stage import StageOptions, autocast, load_weights, run_stage
 from distill.shapeworld.captions import sample_scene
@@ -83,6 +84,7 @@ def train_vae(config: VaeConfig, seed: int, options: StageOptions, start: str = 
 
     Raises:
         CheckpointError: `start` has no VAE of this layout.
+        ConfigError: `decoder_only` without `start`.
     """
     torch.manual_seed(seed)
     vae = build_vae(config).to(options.device)
@@ -91,6 +93,11 @@ def train_vae(config: VaeConfig, seed: int, options: StageOptions, start: str = 
         load_weights(vae, start, "vae")
     if not config.phases:
         return vae.eval().requires_grad_(False)
+    if config.decoder_only:
+        if not start:
+            raise ConfigError("decoder_only keeps a trained encoder: name its pipeline with --start")
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
     ends = np.cumsum([phase.num_steps for phase in config.phases])
 
     def compute_loss(step: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from distill.pretrain import stage
 from distill.pretrain.command import add_teacher_arguments, run_teacher
-from distill.pretrain.config import PRESETS, VaeConfig, tiny
+from distill.pretrain.config import PRESETS, VaeConfig, VaePhase, tiny
 
 
 def teacher(*arguments: str) -> int:
@@ -103,6 +103,26 @@ def test_start_goes_on_from_the_weights_of_a_pipeline(
         assert torch.equal(tensor, got[name]), name
 
 
+def test_decoder_only_keeps_the_encoder_and_the_latent_statistics(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = (VaePhase(num_frames=5, batch_size=1, num_steps=2),)
+    config = dataclasses.replace(tiny(), vae=VaeConfig(base_dim=8, phases=phases, decoder_only=True))
+    monkeypatch.setitem(PRESETS, "tiny", lambda: config)
+    start = finished / "pipeline"
+    assert teacher("--out", str(tmp_path / "run"), "--start", str(start), "--until", "vae") == 0
+    before, after = (
+        load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+        for folder in (start, tmp_path / "run" / "pipeline")
+    )
+    changed = {name.split(".")[0] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {"post_quant_conv", "decoder"}
+    kept, made = (json.loads((f / "vae/config.json").read_text()) for f in (start, tmp_path / "run" / "pipeline"))
+    assert {key: value for key, value in made.items() if key != "_name_or_path"} == kept
+    assert teacher("--out", str(tmp_path / "alone"), "--until", "vae") == 2
+    assert "--start" in capsys.readouterr().err
+
+
 def test_start_of_another_layout_is_refused(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert teacher("--out", str(tmp_path / "a"), "--start", str(tmp_path / "nowhere")) == 2
     assert "no pipeline at" in capsys.readouterr().err
@@ -119,7 +139,7 @@ def test_time_budget_ends_every_stage_early(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "--preset must be one of shapeworld, tiny"),
+        (["--preset", "huge"], "--preset must be one of shapeworld, tiny, more, decoder"),
         (["--minutes", "0"], "--minutes must be positive"),
         (["--precision", "int4"], "--precision must be auto, fp32 or bf16"),
         (["--device", "cuda:77"], "no device cuda:77"),
