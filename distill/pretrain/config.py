@@ -108,7 +108,7 @@ def tiny() -> PretrainConfig:
 
 
 def more() -> PretrainConfig:
-    """Go on from a trained pipeline named by --start: sharper VAE on full-length clips, then a longer-trained teacher."""
+    """Go on from the pipeline named by --start: VAE on full-length clips, then more steps of the transformer."""
     return PretrainConfig(
         vae=VaeConfig(phases=(VaePhase(num_frames=17, batch_size=2, num_steps=600),)),
         text=TextConfig(num_steps=0),
