@@ -112,7 +112,7 @@ def more() -> PretrainConfig:
     return PretrainConfig(
         vae=VaeConfig(phases=(VaePhase(num_frames=17, batch_size=2, num_steps=600),)),
         text=TextConfig(num_steps=0),
-        transformer=TransformerConfig(num_clips=4096, num_steps=6000),
+        transformer=TransformerConfig(num_clips=4096, num_steps=6600),
     )
 
 
