@@ -15,8 +15,8 @@ import httpx
 
 EXAMPLES = [
     "a red circle moves right quickly on a black background",
-    "a yellow square and a blue ring move up slowly on a navy background",
-    "a white triangle stays still on a brown background",
+    "a blue circle moves up quickly on a gray background",
+    "a white circle stays still on a brown background",
 ]
 DEFAULT_SEED = 7
 MAX_SEED = 2**32 - 1

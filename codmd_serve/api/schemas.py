@@ -14,8 +14,8 @@ DEFAULT_BUDGET_FACTOR = 4
 QUALITY_CRF = {"low": 28, "medium": 23, "high": DEFAULT_CRF}
 EXAMPLES: list[JsonValue] = [
     {"prompt": "a red circle moves right quickly on a black background", "seed": 7},
-    {"prompt": "a yellow square and a blue ring move up slowly on a navy background"},
-    {"prompt": "a white triangle stays still on a brown background", "seed": 1, "quality": "medium"},
+    {"prompt": "a blue circle moves up quickly on a gray background"},
+    {"prompt": "a white circle stays still on a brown background", "seed": 1, "quality": "medium"},
 ]
 
 
