@@ -1,5 +1,5 @@
-"""codmd-serve on the command line: serve, generate, doctor; the one place that reads the environment, configures
-logging, and puts the page beside the API.
+"""codmd-serve on the command line: serve, generate, convert, doctor; the one place that reads the environment,
+configures logging, and puts the page beside the API.
 """
 
 import argparse
@@ -20,11 +20,12 @@ from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.config import DEFAULT_CRF, GenerateParams, ModelFacts, ServeConfig
+from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
 from codmd_serve.video import find_ffmpeg
 
 EXIT_BAD_INPUT = 2
-COMMANDS = ("serve", "generate", "doctor")
+COMMANDS = ("serve", "generate", "convert", "doctor")
 ENVIRONMENT_PREFIX = "CODMD_"
 ANY_HOST = ("0.0.0.0", "::")
 
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         for noisy in ("httpx", "httpcore", "uvicorn.error"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        status: int = {"serve": serve, "generate": generate, "doctor": doctor}[options.command](options)
+        run = {"serve": serve, "generate": generate, "convert": convert, "doctor": doctor}[options.command]
+        status: int = run(options)
         return status
     except CodmdError as error:
         print(f"codmd-serve: {error}", file=sys.stderr)
@@ -116,10 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Text to video with few-step distilled Wan students. Without a command: serve.",
     )
     parser.add_argument("--version", action="version", version=f"codmd-serve {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{serve,generate,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     serving = commands.add_parser("serve", help="serve POST /generate and the web page")
     generating = commands.add_parser("generate", help="make one video without a server")
     generating.add_argument("prompt", help="what to show")
+    add_convert_arguments(commands.add_parser("convert", help="make a student bundle of a published checkpoint"))
     examining = commands.add_parser("doctor", help="say what is installed and what would be used")
     for command, flags in ((serving, SERVE_FLAGS), (generating, GENERATE_FLAGS), (examining, MODEL_FLAGS)):
         for flag in flags:
@@ -291,6 +294,12 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Make a student bundle of a published checkpoint, and print what had to be guessed."""
+    with _ended_by_sigterm():
+        return run_convert(options)
 
 
 def _checked_output(name: str) -> Path:

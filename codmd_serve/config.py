@@ -53,7 +53,7 @@ class StepGrid:
 
 
 def wan_1_3b_grid() -> StepGrid:
-    """The published 4 steps of CoDMD and CausVid on Wan2.1-T2V-1.3B.
+    """The published 4 steps of CoDMD on Wan2.1-T2V-1.3B.
 
     The network is fed integers, but the state is at the nearest entry of a 1,000-entry shift-8 table, which is why
     sigma is not exactly timestep / 1000. A student trained so has to be sampled so.
@@ -65,12 +65,34 @@ def wan_1_3b_grid() -> StepGrid:
     )
 
 
+def causvid_grid() -> StepGrid:
+    """The published 3 steps of CausVid (bidirectional) and FastWan: those of `wan_1_3b_grid` without the second."""
+    full = wan_1_3b_grid()
+    return StepGrid(
+        sigmas=(full.sigmas[0], *full.sigmas[2:]),
+        timesteps=(full.timesteps[0], *full.timesteps[2:]),
+    )
+
+
 def wan_14b_grid() -> StepGrid:
     """The published 4 steps on Wan2.1-T2V-14B: shift 5 of 1, 3/4, 1/2, 1/4."""
     return StepGrid(
         sigmas=(1.0, 0.9375, 5 / 6, 0.625, 0.0),
         timesteps=(1000.0, 937.5, 5000 / 6, 625.0),
     )
+
+
+def rcm_grid() -> StepGrid:
+    """The published 4 steps of rCM: TrigFlow angles atan(80), 1.5, 1.4 and 1.
+
+    cos(angle) * x0 + sin(angle) * noise is (cos + sin) times a state at sigma = sin / (cos + sin), and the network is
+    fed 1000 * sigma. The first level is 80/81, not 1.
+
+    Source: rCM (arXiv 2510.08431); NVlabs/rcm@5b41aa9, inference defaults.
+    """
+    angles = (math.atan(80.0), 1.5, 1.4, 1.0)
+    sigmas = [math.sin(angle) / (math.cos(angle) + math.sin(angle)) for angle in angles]
+    return StepGrid(sigmas=(*sigmas, 0.0), timesteps=tuple(1000.0 * sigma for sigma in sigmas))
 
 
 def default_bundle_path() -> Path:

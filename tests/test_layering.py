@@ -22,6 +22,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.sampler": (*PURE, "codmd_serve.schedule"),
     "codmd_serve.wan": (*PURE, "codmd_serve.schedule", "codmd_serve.sampler", *WAN),
     "codmd_serve.engine": (*PURE, "codmd_serve.schedule", "codmd_serve.sampler", "codmd_serve.video", *WAN),
+    "codmd_serve.convert_cli": (*PURE, "codmd_serve.__version__", *WAN),
     "codmd_serve.worker": (*PURE, "codmd_serve.engine", *WAN),
     "codmd_serve.dispatcher": PURE,
     "codmd_serve.api": (*PURE, "codmd_serve.__version__", "codmd_serve.api", "codmd_serve.dispatcher"),

@@ -51,7 +51,8 @@ class StudentSpec:
         ema: whether the weights are the moving average.
         config_sha256: of the resolved training config; empty when unknown.
         package_version: of codmd-serve that wrote the bundle.
-        assumed: names of the fields that were guessed because the source of the weights does not record them.
+        assumed: names of the fields that were guessed because the source of the weights does not record them;
+            `attention` among them means that nothing said whether the weights are causal: they were taken not to be.
         vocabulary_note: one sentence for users whose prompt has words that the model never saw; empty for none.
 
     Raises:

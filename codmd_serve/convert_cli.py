@@ -1,0 +1,98 @@
+"""Arguments of `codmd-serve convert`, and what the command prints.
+
+Imports nothing heavy until the command runs, so that --help is quick.
+"""
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codmd_serve import __version__
+from codmd_serve.config import SAMPLERS
+from codmd_serve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from codmd_serve.wan.checkpoint import StudentSpec
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `codmd-serve convert`."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="a .pt or .safetensors file, or a diffusers folder")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="diffusers folder of the Wan pipeline that the student was distilled from",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist"
+    )
+    parser.add_argument(
+        "--method", help="codmd, causvid, self-forcing, rcm, fastwan or lightx2v; guessed from the keys when absent"
+    )
+    parser.add_argument(
+        "--timesteps",
+        type=_timesteps,
+        metavar="T,T,...",
+        help="what the network is fed, for example 1000,750,500,250; the method's when absent",
+    )
+    parser.add_argument("--sampler", choices=SAMPLERS, help="the method's when absent")
+    for name, unit in (("height", "pixels"), ("width", "pixels"), ("num-frames", "4k + 1"), ("fps", "per second")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{unit}, as trained; Wan's 480p when absent")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """Run `codmd-serve convert`; return 0.
+
+    Raises:
+        CheckpointError, ConfigError: what cannot be converted, in one line; nothing is written then.
+    """
+    from codmd_serve.wan.checkpoint import silence_libraries
+    from codmd_serve.wan.convert import ConvertOptions, convert
+
+    silence_libraries()
+    known = ConvertOptions(
+        method=options.method,
+        sampler=options.sampler,
+        timesteps=options.timesteps,
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+        fps=options.fps,
+    )
+    done = convert(options.file, options.base, options.output, known, __version__)
+    print(f"{options.file}: {done.looks}, {done.num_tensors} tensors")
+    for line in _assumptions(done.spec):
+        print(line)
+    print(f"{options.output}: ready; try codmd-serve generate PROMPT --bundle {options.output}")
+    return 0
+
+
+def _assumptions(spec: "StudentSpec") -> list[str]:
+    native = spec.native
+    values = {
+        "method": f"{spec.method} (--method)",
+        "sampler": f"{spec.sampler} (--sampler)",
+        "timesteps": f"{', '.join(f'{timestep:g}' for timestep in spec.timesteps)} (--timesteps)",
+        "sigmas": ", ".join(f"{sigma:.4g}" for sigma in spec.sigmas),
+        "native": f"{native.width}x{native.height}, {native.num_frames} frames at {native.fps} per second "
+        "(--width, --height, --num-frames, --fps)",
+        "step": f"{spec.step}, for unknown",
+        "ema": str(spec.ema).lower(),
+        "attention": "bidirectional; causal weights have the same names and would make broken videos",
+    }
+    lines = [f"  {name:<9} {values[name]}" for name in spec.assumed]
+    return ["assumed, because the file does not say it (kept in student.json):", *lines]
+
+
+def _timesteps(text: str) -> tuple[float, ...]:
+    wanted = f"--timesteps must be descending numbers in (0, 1000], for example 1000,750,500,250, got {text!r}"
+    try:
+        timesteps = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(wanted) from None
+    if timesteps[0] > 1000.0 or not all(high > low for high, low in pairwise((*timesteps, 0.0))):
+        raise ConfigError(wanted)
+    return timesteps
