@@ -1,4 +1,4 @@
-"""codmd-distill: train | export | teacher | eval | shapeworld; composes the commands and configures logging."""
+"""codmd-distill: train | export | plan | teacher | eval | shapeworld; composes the commands and configures logging."""
 
 import argparse
 import logging
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from distill.evaluate.command import add_eval_arguments, run_eval
+from distill.plan.command import add_plan_arguments, run_plan
 from distill.pretrain.command import add_teacher_arguments, run_teacher
 from distill.shapeworld.preview import add_preview_arguments, run_preview
 from distill.train_cli import add_export_arguments, add_train_arguments, run_export, run_train
@@ -14,6 +15,7 @@ from distill.train_cli import add_export_arguments, add_train_arguments, run_exp
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "train": ("distil a student from a teacher", add_train_arguments, run_train),
     "export": ("write the bundle of a checkpoint", add_export_arguments, run_export),
+    "plan": ("say what a run needs: memory per GPU, operations, hours", add_plan_arguments, run_plan),
     "teacher": ("train the ShapeWorld pipeline from nothing", add_teacher_arguments, run_teacher),
     "eval": ("score teachers and students on held-out captions", add_eval_arguments, run_eval),
     "shapeworld": ("look at the captioned world", add_preview_arguments, run_preview),

@@ -222,6 +222,17 @@ def latent_shape(base: str, native: NativeConfig, num_channels: int, patch_size:
     vae = _read_part_config(AutoencoderKLWan, base, "vae")
     # Published Wan2.1 folders leave these out; they are the defaults of the class.
     temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    return latent_grid(native, num_channels, patch_size, temporal, spatial)
+
+
+def latent_grid(
+    native: NativeConfig, num_channels: int, patch_size: tuple[int, ...], temporal: int, spatial: int
+) -> tuple[int, ...]:
+    """Return (C, F, H, W) of the latents of one native video, for a VAE that shrinks by `temporal` and `spatial`.
+
+    Raises:
+        ConfigError: the size is not on the grid of VAE and patches.
+    """
     for name, size, cell in (("height", native.height, patch_size[1]), ("width", native.width, patch_size[2])):
         if size % (spatial * cell):
             raise ConfigError(f"native.{name} must be a multiple of {spatial * cell}, got {size}")

@@ -10,6 +10,7 @@ from distill.cli import COMMANDS, build_parser, main
 ARGUMENTS = {
     "train": ["--out", "x"],
     "export": ["--run", "x", "--out", "y"],
+    "plan": ["--recipe", "wan_14b"],
     "teacher": ["--out", "x"],
     "eval": ["shapebench"],
     "shapeworld": ["preview"],

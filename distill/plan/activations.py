@@ -1,0 +1,106 @@
+"""Bytes of activations of a Wan transformer in training, in closed form; standard library only.
+
+The forms count what autograd keeps of diffusers' WanTransformer3DModel as `distill.networks` calls it: in float32, or
+under bf16 autocast with a float32 residual stream, float32 QK norms and compact cross-attention. Attention is a fused
+kernel, which keeps its inputs, its output and one log-sum-exp per head; nothing of S x S exists. Letters: S tokens on
+this GPU, T prompt positions, d width, f width of the feed-forward, H heads.
+
+Forms are for eager mode: a compiled block keeps less. RMS norms are counted as the composite that CPUs run; the fused
+one of CUDA keeps 12 S d bytes of a block less.
+"""
+
+from typing import TYPE_CHECKING
+
+from distill.plan.flops import Sequence
+
+if TYPE_CHECKING:
+    from distill.plan.architecture import Architecture
+
+
+def block_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
+    """Return what one block keeps for its backward, for one sample, its own input included.
+
+    Source: counted on diffusers 0.42 with saved_tensors_hooks, tensor by tensor; bytes per token and unit of width in
+    float32, then under bf16 autocast:
+
+        self-attention    input 4, 4; its norm 4, 4; the modulated input once 4, in bf16 for each of q, k, v 6;
+                          q and k before and after their norm 16, 16; rotated q, k and v 12, 6; output 4, 2;
+                          its projection, for the gate 4, 2
+        cross-attention   input 4, 4; its norm, the input of q 4, 2; q before, after, and scaled by its norm 12, 10;
+                          output 4, 2
+        feed-forward      input 4, 4; its norm 4, 4; the modulated input 4, 2; output, for the gate 4, 4;
+                          and f / d times the values before and after GELU 8, 4
+
+    with k (three times) and v of the prompt, 16 or 12 bytes each position, nine statistics of norms and two
+    log-sum-exps for every head.
+    """
+    d, f = architecture.dim, architecture.ffn_dim
+    is_wide = precision == "fp32"
+    token = (88 * d + 8 * f) if is_wide else (72 * d + 4 * f)
+    statistics = 4 * 9 + 4 * 2 * architecture.num_attention_heads
+    prompt = (16 if is_wide else 12) * d + 4
+    return sequence.tokens * (token + statistics) + sequence.prompt_tokens * prompt
+
+
+def input_bytes(architecture: "Architecture", sequence: Sequence) -> int:
+    """Return the size of one block's input, for one sample: the residual stream is float32 at either precision."""
+    return 4 * sequence.tokens * architecture.dim
+
+
+def outer_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
+    """Return what the layers around the blocks keep, for one sample: patches, text, last norm, projection."""
+    a, d = architecture, architecture.dim
+    width = 4 if precision == "fp32" else 2
+    patches = 4 * sequence.tokens * a.in_channels * a.patch_volume
+    return patches + sequence.prompt_tokens * width * (a.text_dim + 3 * d) + head_bytes(a, sequence)
+
+
+def head_bytes(architecture: "Architecture", sequence: Sequence) -> int:
+    """Return what the last norm and projection keep of that, for one sample; it is free before any block's backward."""
+    return sequence.tokens * (3 * 4 * architecture.dim + 2 * 4)
+
+
+def rotation_bytes(architecture: "Architecture", sequence: Sequence) -> int:
+    """Return the size of the float32 tables of the rotary embedding, which all samples and blocks share."""
+    return 2 * 4 * sequence.tokens * architecture.attention_head_dim
+
+
+def saved_bytes(architecture: "Architecture", sequence: Sequence, precision: str, *, checkpointing: bool) -> int:
+    """Return what a network keeps from its forward to its backward, for one sample.
+
+    Args:
+        architecture: sizes of the network.
+        sequence: lengths on one GPU.
+        precision: "fp32", or "bf16" for autocast.
+        checkpointing: keep only the input of each block.
+
+    Returns:
+        Bytes; neither casts of weights nor the tables of rotation.
+    """
+    block = input_bytes(architecture, sequence) if checkpointing else block_bytes(architecture, sequence, precision)
+    return architecture.num_layers * block + outer_bytes(architecture, sequence, precision)
+
+
+def forward_working_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
+    """Return the most that one block holds at once in a forward that keeps nothing, for one sample, input included.
+
+    It is reached in the rotation of q or k (float32: input, modulated input, q, k, v, the rotated half and its terms),
+    in the norm of cross-attention's q (bf16: input, residual, normed residual, self-attention's output, q, and the
+    norm's own three), or in GELU (input, residual, modulated residual, cross-attention's output, both sides of GELU).
+    What context parallelism exchanges around attention stays below that.
+    """
+    d, f = architecture.dim, architecture.ffn_dim
+    if precision == "fp32":
+        return sequence.tokens * max(30 * d, 16 * d + 8 * f)
+    return sequence.tokens * max(28 * d, 14 * d + 4 * f)
+
+
+def backward_working_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
+    """Return what the backward of a block adds at its worst to what the block kept, for one sample.
+
+    It is reached at the block's end: gradients of the residual and of the gated feed-forward with their product, or
+    the gradients on both sides of GELU.
+    """
+    d, f = architecture.dim, architecture.ffn_dim
+    gelu = (4 * d + 4 * f) if precision == "fp32" else (2 * d + 2 * f)
+    return sequence.tokens * max(12 * d, gelu)

@@ -1,0 +1,153 @@
+"""The Wan transformer that a plan is about: its sizes, its parameters and the tokens it sees.
+
+Reads configs and builds the network on the meta device; loads no weight, asks no hub, computes no cost.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from codmd_serve.errors import ConfigError
+from distill.config import DistillConfig
+from distill.networks import latent_grid, latent_shape, resolve_base, transformer_config
+
+_WAN_2_1 = {
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "patch_size": (1, 2, 2),
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+}
+# transformer/config.json of the published pipelines, so that a plan needs no download.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {**_WAN_2_1, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": {**_WAN_2_1, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+}
+PUBLISHED_VAE_SCALES = (4, 8)  # frames, pixels per latent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """Sizes of a text-to-video Wan transformer, named as in its config."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    freq_dim: int
+    patch_size: tuple[int, int, int]
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch_volume(self) -> int:
+        """Latent positions that become one token."""
+        frames, height, width = self.patch_size
+        return frames * height * width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterCounts:
+    """Numbers of parameters.
+
+    total is the whole network and block one of its blocks; cast are those that bf16 autocast copies (the linear
+    layers but those that `keep_sensitive_parts_float32` keeps); kept_fp32 stay float32 in a bf16 teacher; lora_width
+    is the sum of inputs and outputs of all linear layers in the blocks, so that LoRA of rank r has r * lora_width.
+    """
+
+    total: int
+    block: int
+    cast: int
+    kept_fp32: int
+    lora_width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is planned: settings, network and latents (C, F, H, W) of one sample."""
+
+    config: DistillConfig
+    architecture: Architecture
+    parameters: ParameterCounts
+    latents: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one sample."""
+        _, frames, height, width = self.latents
+        return frames * height * width // self.architecture.patch_volume
+
+
+def read_subject(config: DistillConfig) -> Subject:
+    """Find out what a run is about: from the base's configs when it is local, else from the published table.
+
+    Raises:
+        ConfigError: a base of unknown architecture, one that is not text to video, or a size off its grid.
+        CheckpointError: a base that cannot be, or whose configs cannot be read.
+    """
+    folder, is_local = resolve_base(config.base)
+    if not is_local and folder not in PUBLISHED:
+        raise ConfigError(
+            f"expected a base that is a folder or one of {', '.join(PUBLISHED)}, got {config.base}: "
+            "a plan downloads nothing, so fetch that pipeline's configs and name their folder with --set base=FOLDER"
+        )
+    network = transformer_config(config.base) if is_local else PUBLISHED[folder]
+    architecture = read_architecture(network)
+    if is_local:
+        latents = latent_shape(config.base, config.native, architecture.in_channels, architecture.patch_size)
+    else:
+        latents = latent_grid(config.native, architecture.in_channels, architecture.patch_size, *PUBLISHED_VAE_SCALES)
+    return Subject(
+        config=config, architecture=architecture, parameters=count_parameters(network), latents=tuple(latents)
+    )
+
+
+def read_architecture(network: Mapping[str, Any]) -> Architecture:
+    """Take the sizes from a transformer's config.
+
+    Raises:
+        ConfigError: a size is missing, or the network takes an image too.
+    """
+    if network.get("image_dim") is not None or network.get("added_kv_proj_dim") is not None:
+        raise ConfigError("expected a text-to-video Wan transformer, got one with image inputs: name another base")
+    names = Architecture.__dataclass_fields__.keys()
+    missing = sorted(names - network.keys())
+    if missing:
+        raise ConfigError(f"expected {missing[0]} in the transformer's config, which lacks it: repair the base")
+    return Architecture(**{**{name: network[name] for name in names}, "patch_size": tuple(network["patch_size"])})
+
+
+def count_parameters(network: Mapping[str, Any]) -> ParameterCounts:
+    """Build the transformer of a config on the meta device, where it takes no memory, and count its parameters."""
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel.from_config(dict(network))
+    embedder = transformer.condition_embedder
+    linears = [module for module in transformer.blocks.modules() if isinstance(module, nn.Linear)]
+    kept = set(transformer._keep_in_fp32_modules)
+    return ParameterCounts(
+        total=_count(transformer),
+        block=_count(transformer.blocks[0]),
+        cast=sum(_count(module) for module in (*linears, embedder.text_embedder)),
+        kept_fp32=sum(
+            parameter.numel() for name, parameter in transformer.named_parameters() if kept & set(name.split("."))
+        ),
+        lora_width=sum(linear.in_features + linear.out_features for linear in linears),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

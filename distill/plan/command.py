@@ -1,0 +1,100 @@
+"""`codmd-distill plan`: options in, table or JSON out; imports nothing heavy until it runs."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+
+from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from distill.plan.options import PlanOptions, flag
+
+HELP = {
+    "gpus": "GPUs; from 2 on every network is sharded over all of them, block by block",
+    "gpu_gib": "memory of one GPU, GiB",
+    "reserve_gib": "of it kept free for the CUDA context, NCCL, workspaces and fragmentation, GiB",
+    "activation_checkpointing": "keep only the input of each block, and compute the block again before its backward",
+    "lora_critic_rank": "train LoRA of this rank on the teacher's frozen weights as the critic; 0 is a full critic",
+    "master_dtype": "fp32 or bf16: weights, gradients and moments of student and critic",
+    "context_parallel": "GPUs that share the tokens of one sample",
+    "accumulate": "micro-batches whose gradients are added up for one update",
+    "prompt_tokens": "positions of a prompt, at most 512, which is Wan's padded length",
+    "tflops": "rate that one GPU is taken to reach, TFLOP/s",
+}
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `codmd-distill plan`: recipe and settings as for train, and every field of PlanOptions."""
+    parser.add_argument("--recipe", default="shapeworld", help="shapeworld (default), wan_1_3b or wan_14b")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="extend",
+        nargs="+",
+        default=[],
+        help="any setting of the recipe, for example batch_size=16 or native.num_frames=41",
+    )
+    for field in dataclasses.fields(PlanOptions):
+        kind = type(field.default)
+        text = f"{HELP[field.name]} (default {field.default})"
+        if kind is bool:
+            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag(field.name), type=kind, metavar=field.name.split("_")[-1].upper(), help=text)
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, sizes in bytes")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Run `codmd-distill plan`.
+
+    Returns:
+        0 with the plan printed, whether it fits or not; 2 for settings, options or a base that cannot work.
+    """
+    try:
+        return _plan(args)
+    except CodmdError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | CheckpointError) else 1
+
+
+def _plan(args: argparse.Namespace) -> int:
+    names = [field.name for field in dataclasses.fields(PlanOptions)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = PlanOptions(**given)
+
+    from codmd_serve.wan.checkpoint import silence_libraries
+    from distill.config import RECIPES, with_overrides
+    from distill.plan.architecture import read_subject
+    from distill.plan.planner import make_plan, smallest, suggest
+    from distill.plan.reference import reference_layout
+    from distill.plan.report import Report, as_json, as_text
+
+    if args.recipe not in RECIPES:
+        raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}, got {args.recipe!r}")
+    config = with_overrides(RECIPES[args.recipe](), args.settings)
+    silence_libraries()
+    subject = read_subject(config)
+    plan = make_plan(subject, options)
+    suggestion = None if plan.fits else suggest(subject, options)
+    report = Report(
+        plan=plan,
+        suggestion=suggestion,
+        smallest=None if plan.fits or suggestion else smallest(subject, options),
+        reference=reference_layout(subject, options),
+        command=_command(args, given),
+    )
+    print(json.dumps(as_json(report), indent=2) if args.json else as_text(report))
+    return 0
+
+
+def _command(args: argparse.Namespace, given: dict[str, object]) -> str:
+    words = ["codmd-distill", "plan", "--recipe", args.recipe]
+    for name, value in given.items():
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag("no_" + name))
+        else:
+            words += [flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
+    if args.settings:
+        words += ["--set", *args.settings]
+    return shlex.join(words)

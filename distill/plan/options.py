@@ -1,0 +1,69 @@
+"""What a plan varies beside the recipe: the machine, and options that no recipe has; standard library only.
+
+Knows no network. Every field of `PlanOptions` is an option of `codmd-distill plan`.
+"""
+
+from dataclasses import dataclass
+
+from codmd_serve.errors import ConfigError
+
+GIB = 1024**3
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """Machine and layout of a run.
+
+    Raises:
+        ConfigError: a value outside its range; the message names the option.
+    """
+
+    gpus: int = 1  # from 2 on every network is sharded over all of them: FSDP, one group per block
+    gpu_gib: float = 80.0
+    reserve_gib: float = 4.0  # CUDA context, NCCL, workspaces of libraries, fragmentation
+    activation_checkpointing: bool = True  # of every block
+    lora_critic_rank: int = 0  # of a critic on the teacher's frozen weights; 0 is a critic of its own
+    master_dtype: str = "fp32"  # weights, gradients and moments of student and critic
+    context_parallel: int = 1
+    accumulate: int = 1
+    prompt_tokens: int = 512  # Wan's padded length; training trims to the longest prompt of a batch
+    tflops: float = 400.0  # a GPU's, half of what large bf16 products reach on an H200
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "context_parallel", "accumulate"):
+            _check(name, getattr(self, name), 1, 10**6)
+        _check("prompt_tokens", self.prompt_tokens, 1, 512)
+        _check("lora_critic_rank", self.lora_critic_rank, 0, 4096)
+        _check("gpu_gib", self.gpu_gib, 0.1, 1e5)
+        _check("reserve_gib", self.reserve_gib, 0.0, self.gpu_gib)
+        _check("tflops", self.tflops, 1e-3, 1e6)
+        if self.master_dtype not in DTYPE_BYTES:
+            raise ConfigError(
+                f"{flag('master_dtype')} must be one of {', '.join(DTYPE_BYTES)}, got {self.master_dtype!r}"
+            )
+        if self.gpus % self.context_parallel:
+            raise ConfigError(
+                f"{flag('context_parallel')} must divide the {self.gpus} GPUs, got {self.context_parallel}: "
+                f"use one of {', '.join(str(degree) for degree in divisors(self.gpus))}"
+            )
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups of GPUs that each train on samples of their own."""
+        return self.gpus // self.context_parallel
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors of a number of at least 1, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{flag(name)} must be in {low:.10g}..{high:.10g}, got {value!r}")

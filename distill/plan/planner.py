@@ -1,0 +1,215 @@
+"""One plan from settings and options, and the least change of options that would make a run fit; pure arithmetic."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from codmd_serve.errors import ConfigError
+from distill.plan.architecture import Subject
+from distill.plan.flops import Sequence, iteration_flops, network_flops
+from distill.plan.memory import Load, Memory, num_moments, phase_bytes, precision_of, trained_parameters
+from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions, divisors, flag
+
+SUGGESTED_LORA_RANK = 64
+ITERATIONS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Memory of one GPU by phase and part in bytes, operations of one iteration on all GPUs together by part.
+
+    gathered_bytes is what one GPU receives in an iteration to assemble sharded weights and to reduce gradients.
+    """
+
+    subject: Subject
+    options: PlanOptions
+    load: Load
+    memory: Memory
+    flops: dict[str, float]
+    gathered_bytes: float
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Bytes of one GPU by phase."""
+        return {phase: sum(parts.values()) for phase, parts in self.memory.items()}
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.totals, key=lambda phase: self.totals[phase])
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What the worst phase leaves of a GPU; negative when it does not fit."""
+        return round(self.options.gpu_gib * GIB) - self.totals[self.peak_phase]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits."""
+        return self.headroom_bytes >= 0
+
+    @property
+    def seconds_per_iteration(self) -> float:
+        """Mean seconds of an iteration at the stated rate, with all communication hidden."""
+        return sum(self.flops.values()) / (self.options.gpus * self.options.tflops * 1e12)
+
+    @property
+    def hours_per_1000_iterations(self) -> float:
+        """The same in hours per 1000 iterations."""
+        return self.seconds_per_iteration * ITERATIONS / 3600
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suggestion:
+    """A plan that fits, and what has to be added to the command for it."""
+
+    plan: Plan
+    changes: tuple[str, ...]
+
+
+def make_plan(subject: Subject, options: PlanOptions) -> Plan:
+    """Plan a run.
+
+    Args:
+        subject: settings and network.
+        options: machine and layout.
+
+    Raises:
+        ConfigError: samples, tokens or heads that do not divide over the GPUs, or too large a rank.
+    """
+    load = _split(subject, options)
+    per_sample = _sample_flops(subject, options, load)
+    num_samples = load.samples * options.accumulate * options.gpus
+    return Plan(
+        subject=subject,
+        options=options,
+        load=load,
+        memory=phase_bytes(subject, options, load),
+        flops={part: num_samples * flops for part, flops in per_sample.items()},
+        gathered_bytes=_gathered_bytes(subject, options),
+    )
+
+
+def suggest(subject: Subject, options: PlanOptions) -> Suggestion | None:
+    """Find the least change of options that fits, on the same GPUs; None when there is none.
+
+    Changes of what is trained weigh most (LoRA critic, then no first moment, then a bf16 teacher), then
+    checkpointing, then context parallelism, then accumulation.
+    """
+    for candidate, changed in _alternatives(subject, options):
+        try:
+            plan = make_plan(candidate, changed)
+        except ConfigError:
+            continue
+        if plan.fits:
+            return Suggestion(plan=plan, changes=_changes(subject, options, plan))
+    return None
+
+
+def smallest(subject: Subject, options: PlanOptions) -> Plan:
+    """Return the plan that needs least memory of all that `suggest` looks at, the requested one included."""
+    plans = [make_plan(subject, options)]
+    for candidate, changed in _alternatives(subject, options):
+        try:
+            plans.append(make_plan(candidate, changed))
+        except ConfigError:
+            continue
+    return max(plans, key=lambda plan: plan.headroom_bytes)
+
+
+def _split(subject: Subject, options: PlanOptions) -> Load:
+    degree, heads, tokens = options.context_parallel, subject.architecture.num_attention_heads, subject.num_tokens
+    if heads % degree or tokens % degree:
+        usable = [value for value in divisors(options.gpus) if heads % value == 0 and tokens % value == 0]
+        raise ConfigError(
+            f"{flag('context_parallel')} must divide {heads} heads and {tokens} tokens, got {degree}: "
+            f"use one of {', '.join(str(value) for value in usable)}"
+        )
+    batch_size, groups = subject.config.batch_size, options.data_parallel * options.accumulate
+    if batch_size % groups:
+        shares = [value for value in divisors(batch_size) if value % options.data_parallel == 0]
+        counts = " or ".join(str(share // options.data_parallel) for share in shares)
+        advice = f"{flag('accumulate')} {counts}" if shares else f"fewer GPUs, a {flag('context_parallel')}"
+        raise ConfigError(
+            f"batch_size {batch_size} must split evenly over {options.data_parallel} data-parallel groups x "
+            f"{options.accumulate} micro-batches: use {advice}, or --set batch_size={-(-batch_size // groups) * groups}"
+        )
+    if options.lora_critic_rank > subject.architecture.dim:
+        raise ConfigError(
+            f"{flag('lora_critic_rank')} must be at most the width {subject.architecture.dim}, "
+            f"got {options.lora_critic_rank}: use 64, or 0 for a full critic"
+        )
+    sequence = Sequence(tokens=tokens // degree, context_tokens=tokens, prompt_tokens=options.prompt_tokens)
+    return Load(samples=batch_size // groups, sequence=sequence)
+
+
+def _sample_flops(subject: Subject, options: PlanOptions, load: Load) -> dict[str, float]:
+    config = subject.config
+    return iteration_flops(
+        network_flops(subject.architecture, load.sequence),
+        network_flops(subject.architecture, load.sequence, options.lora_critic_rank),
+        num_steps=len(config.grid().timesteps),
+        student_every_steps=config.student_every_steps,
+        is_guided=config.guidance_scale != 1.0,
+        checkpointing=options.activation_checkpointing,
+    )
+
+
+def _gathered_bytes(subject: Subject, options: PlanOptions) -> float:
+    """Every forward and every backward assembles the blocks once; a backward also reduces float32 gradients."""
+    config, parameters = subject.config, subject.parameters
+    blocks = subject.architecture.num_layers * parameters.block
+    width, teacher = DTYPE_BYTES[precision_of(config)], DTYPE_BYTES[config.teacher_dtype]
+    critic = teacher if options.lora_critic_rank else width
+    trained = trained_parameters(subject, options)
+    share, before_exit = 1.0 / config.student_every_steps, (len(config.grid().timesteps) - 1) / 2
+    student_passes = before_exit + 1 + share * (before_exit + 2)
+    per_micro_batch = blocks * (student_passes * width + (2 + share) * critic + share * teacher)
+    per_micro_batch += 4 * (share * trained["student"] + trained["critic"])
+    return options.accumulate * per_micro_batch * (options.gpus - 1) / options.gpus
+
+
+def _alternatives(subject: Subject, options: PlanOptions) -> Iterator[tuple[Subject, PlanOptions]]:
+    config = subject.config
+    optimizer = config.optimizer
+    no_momentum = dataclasses.replace(optimizer, betas=(0.0, optimizer.betas[1]))
+    teachers = [config.teacher_dtype]
+    if precision_of(config) == "bf16" and config.precision != "fp32":
+        teachers.append("bf16")
+    ranks = [options.lora_critic_rank]
+    if not options.lora_critic_rank and subject.architecture.dim >= SUGGESTED_LORA_RANK:
+        ranks.append(SUGGESTED_LORA_RANK)
+    for rank, moments, teacher, checkpointing, degree, accumulate in itertools.product(
+        ranks,
+        dict.fromkeys([optimizer, no_momentum]),
+        dict.fromkeys(teachers),
+        dict.fromkeys([options.activation_checkpointing, True]),
+        [degree for degree in divisors(options.gpus) if degree >= options.context_parallel],
+        [count for count in divisors(config.batch_size) if count >= options.accumulate],
+    ):
+        changed = dataclasses.replace(config, optimizer=moments, teacher_dtype=teacher)
+        yield (
+            dataclasses.replace(subject, config=changed),
+            dataclasses.replace(
+                options,
+                lora_critic_rank=rank,
+                activation_checkpointing=checkpointing,
+                context_parallel=degree,
+                accumulate=accumulate,
+            ),
+        )
+
+
+def _changes(subject: Subject, options: PlanOptions, plan: Plan) -> tuple[str, ...]:
+    changes = []
+    for name in ("activation_checkpointing", "context_parallel", "accumulate", "lora_critic_rank"):
+        value = getattr(plan.options, name)
+        if value != getattr(options, name):
+            changes.append(flag(name) if value is True else f"{flag(name)} {value}")
+    before, after = subject.config, plan.subject.config
+    if num_moments(before) != num_moments(after):
+        changes.append(f"--set optimizer.betas=[0,{after.optimizer.betas[1]:g}]")
+    if before.teacher_dtype != after.teacher_dtype:
+        changes.append(f"--set teacher_dtype={after.teacher_dtype}")
+    return tuple(changes)

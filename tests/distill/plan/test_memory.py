@@ -1,0 +1,180 @@
+"""A plan's memory, part by part and at its peak, against a real trainer of a small model on one device."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.config import DistillConfig, with_overrides
+from distill.data import PromptData
+from distill.networks import build_networks
+from distill.plan.architecture import Subject, read_subject
+from distill.plan.memory import PARTS, state_bytes
+from distill.plan.options import PlanOptions
+from distill.plan.planner import Plan, make_plan
+from distill.trainer import Trainer, native_latents
+
+CPU = torch.device("cpu")
+PROMPT_TOKENS = 16
+LONG = 'native={"height":128,"width":128,"num_frames":9,"fps":16}'
+
+
+@pytest.fixture(scope="module")
+def prompts() -> PromptData:
+    """Five prompts and the negative one, of 15 positions each: 16 when trimmed."""
+    rng = torch.Generator().manual_seed(3)
+    return PromptData(packed=torch.randn(6 * 15, 16, generator=rng), offsets=15 * torch.arange(7))
+
+
+@pytest.fixture
+def long_config(tiny_config: DistillConfig) -> DistillConfig:
+    """The tiny pipeline on a longer video, so that activations count: 3 x 16 x 16 latents, 192 tokens."""
+    return with_overrides(tiny_config, [LONG, "batch_size=4", "student_every_steps=1"])
+
+
+def new_trainer(config: DistillConfig, prompts: PromptData) -> Trainer:
+    return Trainer(config, build_networks(config, CPU), prompts, native_latents(config), CPU)
+
+
+def size(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def optimizer_bytes(trainer: Trainer) -> int:
+    states = [state for optimizer in trainer.optimizers.values() for state in optimizer.state.values()]
+    return size(value for state in states for value in state.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def planned(config: DistillConfig, **options: Any) -> Plan:
+    return make_plan(read_subject(config), PlanOptions(prompt_tokens=PROMPT_TOKENS, reserve_gib=0.0, **options))
+
+
+@pytest.mark.parametrize("teacher_dtype", ["fp32", "bf16"])
+def test_states_are_those_of_a_real_trainer(
+    tiny_config: DistillConfig, prompts: PromptData, teacher_dtype: str
+) -> None:
+    settings = ["optimizer.betas=[0.9,0.999]", "precision=bf16", f"teacher_dtype={teacher_dtype}"]
+    config = with_overrides(tiny_config, settings)
+    trainer = new_trainer(config, prompts)
+    gradients = {}
+    for role, optimizer in trainer.optimizers.items():
+        network = trainer.trained[role]
+
+        def note(*_: object, role: str = role, network: torch.nn.Module = network) -> None:
+            gradients[role] = size(parameter.grad for parameter in network.parameters())
+
+        optimizer.register_step_pre_hook(note)
+    trainer.iterate()
+    plan = planned(config)
+    memory, networks = plan.memory["student update"], trainer.networks
+    assert memory["student weights"] == size(networks.student.parameters())
+    assert memory["critic weights"] == size(networks.critic.parameters())
+    assert memory["teacher weights"] == size(networks.teacher.parameters())
+    assert memory["EMA"] == size(trainer.ema.shadow.values())
+    assert memory["optimizer"] == optimizer_bytes(trainer)
+    assert gradients == {role: plan.memory[f"{role} update"]["gradients"] for role in ("student", "critic")}
+
+
+def test_torch_keeps_the_first_moment_that_the_plan_leaves_out(tiny_config: DistillConfig, prompts: PromptData) -> None:
+    """The plan's note says so; when torch stops keeping it, the note has to go."""
+    config = with_overrides(tiny_config, ["optimizer.betas=[0,0.999]"])
+    trainer = new_trainer(config, prompts)
+    trainer.iterate()
+    assert optimizer_bytes(trainer) == 2 * planned(config).memory["student update"]["optimizer"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_of_an_iteration_is_within_15_percent(
+    long_config: DistillConfig, prompts: PromptData, live_bytes: Callable, precision: str, checkpointing: bool
+) -> None:
+    config = with_overrides(long_config, [f"precision={precision}", f"teacher_dtype={precision}"])
+    trainer = new_trainer(config, prompts)
+    if checkpointing:
+        for network in trainer.trained.values():
+            network.enable_gradient_checkpointing()  # type: ignore[operator]
+    trainer.iterate()
+    networks = trainer.networks
+    with live_bytes() as live:
+        for network in (networks.student, networks.critic, networks.teacher):
+            for tensor in network.parameters():
+                live.add(tensor)
+        for optimizer in trainer.optimizers.values():
+            for state in optimizer.state.values():
+                for tensor in state.values():
+                    live.add(tensor)
+        for tensor in trainer.ema.shadow.values():
+            live.add(tensor)
+        trainer.iterate()
+    plan = planned(with_overrides(config, ["optimizer.betas=[0.9,0.999]"]), activation_checkpointing=checkpointing)
+    assert plan.totals[plan.peak_phase] == pytest.approx(live.peak, rel=0.15)
+    parts = plan.memory[plan.peak_phase]
+    # Or the test would be one of weights.
+    assert parts["activations"] + parts["working set"] > 0.5 * plan.totals[plan.peak_phase]
+
+
+def big(tiny_config: DistillConfig, settings: list[str] | None = None) -> Subject:
+    return read_subject(with_overrides(tiny_config, ["batch_size=8", *(settings or [])]))
+
+
+def test_sharding_divides_states_and_gradients_and_adds_gathered_blocks(tiny_config: DistillConfig) -> None:
+    subject = big(tiny_config)
+    alone, shared = (make_plan(subject, PlanOptions(gpus=gpus, reserve_gib=0.0)) for gpus in (1, 4))
+    for part in ("student weights", "critic weights", "teacher weights", "optimizer", "EMA", "gradients"):
+        assert shared.memory["student update"][part] == -(-alone.memory["student update"][part] // 4)
+    assert alone.memory["student backward"]["weight copies"] == 0
+    parameters = subject.parameters
+    # Three blocks and the layers around them, in float32, then also a block's gradient that is being reduced.
+    around = parameters.total - 2 * parameters.block
+    assert shared.memory["student scores"]["weight copies"] == 4 * (3 * parameters.block + around)
+    assert shared.memory["student backward"]["weight copies"] == 4 * (4 * parameters.block + around)
+
+
+def test_lora_critic_has_small_states_on_the_teachers_weights(tiny_config: DistillConfig) -> None:
+    subject = big(tiny_config)
+    memory = make_plan(subject, PlanOptions(lora_critic_rank=4)).memory
+    factors = 4 * subject.parameters.lora_width
+    assert memory["critic update"]["critic weights"] == 4 * factors
+    assert memory["critic update"]["gradients"] == 4 * factors
+    assert memory["critic update"]["optimizer"] == 4 * (subject.parameters.total + factors)
+
+
+def test_no_first_moment_master_dtype_and_accumulation(tiny_config: DistillConfig) -> None:
+    plain = state_bytes(big(tiny_config, ["optimizer.betas=[0.9,0.999]"]), PlanOptions())
+    lean = state_bytes(big(tiny_config, ["optimizer.betas=[0,0.999]"]), PlanOptions())
+    assert plain["optimizer"] == 2 * lean["optimizer"]
+    halved = state_bytes(big(tiny_config), PlanOptions(master_dtype="bf16"))
+    full = state_bytes(big(tiny_config), PlanOptions())
+    assert [full[part] // halved[part] for part in ("student weights", "optimizer", "EMA")] == [2, 2, 1]
+    whole, parts = (make_plan(big(tiny_config), PlanOptions(accumulate=count)) for count in (1, 4))
+    assert parts.load.samples * 4 == whole.load.samples
+    few, many = (plan.memory["student scores"]["activations"] for plan in (parts, whole))
+    # All but the tables of rotation.
+    assert 4 * few == pytest.approx(many, rel=0.01)
+    # Gradients of earlier micro-batches are there while later ones run.
+    assert whole.memory["student scores"]["gradients"] == 0
+    assert parts.memory["student scores"]["gradients"] == parts.memory["student update"]["gradients"]
+
+
+def test_context_parallel_divides_activations(tiny_config: DistillConfig) -> None:
+    subject = big(tiny_config, [LONG])
+    plain, shared = (
+        make_plan(subject, PlanOptions(gpus=2, prompt_tokens=8, context_parallel=degree)) for degree in (1, 2)
+    )
+    # Half the samples' groups: a group of two has both GPUs' samples, and half the tokens of each.
+    assert shared.load.samples == 2 * plain.load.samples
+    assert shared.load.sequence.tokens * 2 == plain.load.sequence.tokens
+    sizes = [plan.memory["student scores"]["activations"] / plan.load.samples for plan in (plain, shared)]
+    assert 1.5 < sizes[0] / sizes[1] <= 2.0
+
+
+def test_every_phase_lists_every_part(tiny_config: DistillConfig, tmp_path: Path) -> None:
+    plan = make_plan(big(tiny_config), PlanOptions())
+    assert all(tuple(parts) == PARTS for parts in plan.memory.values())
+    assert plan.fits
+    tight = dataclasses.replace(plan.options, gpu_gib=0.1, reserve_gib=0.1)
+    assert not make_plan(plan.subject, tight).fits

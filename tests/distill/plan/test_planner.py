@@ -1,0 +1,184 @@
+"""Plans of the published recipes: the 14B fits 8 x 80 GB, the authors' layout of it does not, and why."""
+
+import dataclasses
+import json
+
+import pytest
+
+from codmd_serve.errors import ConfigError
+from distill.config import DistillConfig, shapeworld, wan_1_3b, wan_14b, with_overrides
+from distill.plan.architecture import PUBLISHED, Subject, count_parameters, read_subject
+from distill.plan.memory import PHASES
+from distill.plan.options import GIB, PlanOptions, divisors
+from distill.plan.planner import make_plan, smallest, suggest
+from distill.plan.reference import ReferenceLayout, reference_layout
+from distill.plan.report import Report, as_json, as_text, plan_notes
+
+EIGHT = PlanOptions(gpus=8, gpu_gib=80.0)
+STATES = ("student weights", "critic weights", "teacher weights", "optimizer", "EMA")
+AUTHORS_STATES = ("weights", "optimizer", "gradients")
+
+
+@pytest.fixture(scope="module")
+def subject_14b() -> Subject:
+    return read_subject(wan_14b())
+
+
+@pytest.fixture(scope="module")
+def authors_on_8(subject_14b: Subject) -> ReferenceLayout:
+    layout = reference_layout(subject_14b, EIGHT)
+    assert layout is not None
+    return layout
+
+
+def fitting_14b(options: PlanOptions = EIGHT) -> PlanOptions:
+    return dataclasses.replace(options, context_parallel=4, accumulate=16)
+
+
+@pytest.mark.parametrize(("base", "total"), [("1.3B", 1_418_996_800), ("14B", 14_288_491_584)])
+def test_published_table_gives_the_published_sizes(base: str, total: int) -> None:
+    counts = count_parameters(PUBLISHED[f"Wan-AI/Wan2.1-T2V-{base}-Diffusers"])
+    assert counts.total == total
+    if base == "14B":
+        # Rank 64 on every linear layer of the blocks.
+        assert 64 * counts.lora_width == 306_708_480
+
+
+def test_sizes_of_a_published_base_need_no_files(subject_14b: Subject) -> None:
+    assert subject_14b.latents == (16, 21, 60, 104)
+    assert subject_14b.num_tokens == 32_760
+
+
+def test_14b_fits_eight_gpus_with_full_critic_and_both_moments(subject_14b: Subject) -> None:
+    plan = make_plan(subject_14b, fitting_14b())
+    assert plan.fits
+    assert plan.load.samples * plan.options.data_parallel * plan.options.accumulate == 32
+    # fp32 student, critic, their moments and the average, bf16 teacher: 14.29 G x (8 + 16 + 4 + 2) B over 8 GPUs.
+    states = sum(plan.memory["critic update"][part] for part in STATES)
+    assert states == pytest.approx(14.288e9 * 30 / 8, rel=0.01)
+
+
+def test_suggestion_is_the_least_change_that_fits(subject_14b: Subject) -> None:
+    assert not make_plan(subject_14b, EIGHT).fits
+    suggestion = suggest(subject_14b, EIGHT)
+    assert suggestion is not None and suggestion.plan.fits
+    assert suggestion.changes == ("--context-parallel 4", "--accumulate 16")
+    # Less memory: what is trained has to change too.
+    small = suggest(subject_14b, dataclasses.replace(EIGHT, gpu_gib=48.0))
+    assert small is not None and small.plan.fits
+    assert any("lora" in change or "betas" in change for change in small.changes)
+
+
+def test_nothing_fits_one_consumer_gpu_and_the_report_says_the_least(subject_14b: Subject) -> None:
+    options = PlanOptions(gpus=1, gpu_gib=24.0)
+    assert suggest(subject_14b, options) is None
+    least = smallest(subject_14b, options)
+    assert least.options.activation_checkpointing and least.options.lora_critic_rank > 0
+    plan = make_plan(subject_14b, options)
+    text = as_text(Report(plan=plan, suggestion=None, smallest=least, reference=None, command="x"))
+    assert "No option makes it fit: the least is" in text
+
+
+def test_authors_layout_does_not_fit_8_and_fits_32(subject_14b: Subject, authors_on_8: ReferenceLayout) -> None:
+    assert authors_on_8.headroom_bytes < 0
+    # 537 GB of weights, moments and gradients (14.29 G x 36 B + 23 GB of text encoder).
+    states = sum(size for part, size in authors_on_8.parts.items() if part.split(":")[0] in AUTHORS_STATES)
+    assert 8 * states == pytest.approx(537e9, rel=0.01)
+    inputs = authors_on_8.parts["activations: inputs of checkpointed blocks, bf16"]
+    assert inputs == 40 * 32_760 * 5_120 * 2
+    on_32 = reference_layout(subject_14b, dataclasses.replace(EIGHT, gpus=32))
+    assert on_32 is not None and on_32.headroom_bytes > 0
+
+
+def test_a_recipe_of_ours_has_no_authors_layout() -> None:
+    assert reference_layout(read_subject(shapeworld()), PlanOptions()) is None
+
+
+def test_time_follows_rate_gpus_and_work(subject_14b: Subject) -> None:
+    plan = make_plan(subject_14b, fitting_14b())
+    faster = make_plan(subject_14b, dataclasses.replace(fitting_14b(), tflops=800.0))
+    assert faster.seconds_per_iteration == pytest.approx(plan.seconds_per_iteration / 2)
+    assert plan.hours_per_1000_iterations == pytest.approx(plan.seconds_per_iteration / 3.6)
+    total = sum(plan.flops.values())
+    # 8.2 forwards of 1.678 PFLOP for each of 32 samples; attention's backward is 2.5 forwards, not 2.
+    assert 1.0 < total / (8.2 * 32 * 1.678e15) < 1.15
+    without = make_plan(subject_14b, dataclasses.replace(fitting_14b(), activation_checkpointing=False))
+    assert "recomputation" in without.flops and without.flops["recomputation"] == 0
+    lora = make_plan(subject_14b, dataclasses.replace(fitting_14b(), lora_critic_rank=64))
+    assert lora.flops["critic backward"] < plan.flops["critic backward"]
+
+
+def test_fsdp_traffic_grows_with_micro_batches_and_is_none_on_one_gpu(subject_14b: Subject) -> None:
+    few, many = (
+        make_plan(subject_14b, dataclasses.replace(EIGHT, context_parallel=8, accumulate=count)) for count in (16, 32)
+    )
+    assert many.gathered_bytes == pytest.approx(2 * few.gathered_bytes)
+    assert make_plan(subject_14b, PlanOptions()).gathered_bytes == 0
+
+
+def test_text_and_json_say_the_same(subject_14b: Subject, authors_on_8: ReferenceLayout) -> None:
+    plan, suggestion = make_plan(subject_14b, EIGHT), suggest(subject_14b, EIGHT)
+    report = Report(
+        plan=plan, suggestion=suggestion, smallest=None, reference=authors_on_8, command="codmd-distill plan"
+    )
+    text, data = as_text(report), json.loads(json.dumps(as_json(report)))
+    assert "DOES NOT FIT" in text and f"{-plan.headroom_bytes / GIB:,.1f} GiB more than 80 GiB" in text
+    assert "codmd-distill plan --context-parallel 4 --accumulate 16" in text
+    assert "the authors' layout on these GPUs" in text and "Why: weights, moments and gradients take" in text
+    assert data["fits"] is False and data["suggestion"]["plan"]["fits"] is True
+    assert data["reference"]["fits"] is False
+    assert tuple(data["memory_bytes"]) == PHASES
+    assert data["total_bytes"][data["peak_phase"]] == 80 * GIB - data["headroom_bytes"]
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_notes_name_what_the_numbers_leave_open(subject_14b: Subject) -> None:
+    (relations,) = plan_notes(make_plan(subject_14b, fitting_14b()))
+    assert "relates all 32 samples and only 2 are there at once" in relations
+    lean = dataclasses.replace(subject_14b, config=with_overrides(wan_14b(), ["optimizer.betas=[0,0.999]"]))
+    options = dataclasses.replace(fitting_14b(), lora_critic_rank=64, master_dtype="bf16")
+    text = " ".join(plan_notes(make_plan(lean, options)))
+    for words in ("keeps a tensor for it all the same", "shares the teacher's weights", "bf16 master weights"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpus": 0}, r"--gpus must be in 1\.\.1000000, got 0"),
+        ({"gpus": 8, "context_parallel": 3}, "--context-parallel must divide the 8 GPUs, got 3: use one of 1, 2, 4, 8"),
+        ({"gpu_gib": 0.0}, "--gpu-gib must be"),
+        ({"lora_critic_rank": -1}, "--lora-critic-rank must be"),
+        ({"master_dtype": "fp8"}, "--master-dtype must be one of fp32, bf16, got 'fp8'"),
+        ({"prompt_tokens": 513}, "--prompt-tokens must be"),
+        ({"tflops": 0.0}, "--tflops must be"),
+        ({"reserve_gib": 90.0}, "--reserve-gib must be"),
+    ],
+)
+def test_options_out_of_range_name_the_option(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PlanOptions(**changes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        (wan_1_3b(), {"gpus": 8, "context_parallel": 8}, "12 heads and 32760 tokens, got 8: use one of 1, 2, 4"),
+        (wan_14b(), {"gpus": 16, "context_parallel": 16}, "40 heads"),
+        (wan_14b(), {"gpus": 6}, "batch_size 32 must split evenly over 6 .* batch_size=36"),
+        (wan_14b(), {"gpus": 8, "accumulate": 3}, "use --accumulate 1 or 2 or 4, or --set batch_size=48"),
+        (shapeworld(), {"lora_critic_rank": 512}, "at most the width 256"),
+    ],
+)
+def test_layouts_that_do_not_divide_say_what_would(recipe: DistillConfig, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(read_subject(recipe), PlanOptions(**changes))
+
+
+def test_unknown_base_is_refused_without_asking_a_hub() -> None:
+    with pytest.raises(ConfigError, match="a plan downloads nothing"):
+        read_subject(with_overrides(wan_14b(), ["base=somebody/some-wan"]))
+
+
+def test_divisors() -> None:
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
