@@ -193,12 +193,17 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_unbroken_one(
 
 
 def test_a_second_signal_is_not_swallowed() -> None:
-    with stop_signal() as received:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert received == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
+    # A shell starts its background jobs with SIGINT ignored, and these tests may be one.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with stop_signal() as received:
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert received == [signal.SIGINT]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_a_crash_loses_nothing_before_the_last_checkpoint(
