@@ -200,7 +200,7 @@ def _read_pickle(path: Path, is_zip: bool) -> dict[Any, Any]:
         ) from error
     except Exception as error:  # zip, pickle and torch each raise their own kinds
         raise CheckpointError(
-            f"{path} is truncated, damaged or no torch file ({_first_line(error)}); fetch it again"
+            f"{path} is truncated, damaged or no torch file ({_first_sentence(error)}); fetch it again"
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds one {type(state).__name__}, no dictionary of tensors: {EXPECTED}")
@@ -211,7 +211,7 @@ def _read_safetensors(path: Path) -> dict[Any, Any]:
     try:
         tensors: dict[Any, Any] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({_first_line(error)}); fetch it again") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({_first_sentence(error)}); fetch it again") from error
     return tensors
 
 
@@ -261,5 +261,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _first_sentence(error: Exception) -> str:
+    # torch goes on for several sentences.
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
