@@ -68,7 +68,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    clip_norm: float = 10.0
+    clip_norm: float | None = 10.0  # None (null in JSON) is off
     warmup_updates: int = 0  # linear, of each network's own updates
 
     def __post_init__(self) -> None:
@@ -77,7 +77,8 @@ class OptimizerConfig:
         for beta in self.betas:
             _check_range("optimizer.betas", beta, 0.0, 0.99999)
         _check_range("optimizer.weight_decay", self.weight_decay, 0.0, 1.0)
-        _check_range("optimizer.clip_norm", self.clip_norm, 1e-6, 1e6)
+        if self.clip_norm is not None:
+            _check_range("optimizer.clip_norm", self.clip_norm, 1e-6, 1e6)
         _check_range("optimizer.warmup_updates", self.warmup_updates, 0, 10**6)
 
 
@@ -357,6 +358,8 @@ def _build(kind: type, data: object, prefix: str) -> object:
 def _convert(hint: Any, value: object, key: str) -> object:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, f"{key}.")
+    if isinstance(hint, types.UnionType):  # "float | None" is the only kind there is
+        return None if value is None else _convert(typing.get_args(hint)[0], value, key)
     if isinstance(hint, types.GenericAlias):
         args = typing.get_args(hint)
         is_open = len(args) == 2 and args[1] is Ellipsis

@@ -118,7 +118,9 @@ class Trainer:
     def _update(self, role: str, result: StepResult) -> dict[str, Tensor]:
         network, optimizer, settings = self.trained[role], self.optimizers[role], self.config.optimizer
         result.loss.backward()  # type: ignore[no-untyped-call]
-        grad_norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+        # Clipping to infinity multiplies by 1 and still measures the norm.
+        clip_norm = math.inf if settings.clip_norm is None else settings.clip_norm
+        grad_norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
         # The one wait for the device per update: a poisoned update must not reach the weights.
         is_finite = bool((result.loss.detach() + grad_norm).isfinite())
         if is_finite:

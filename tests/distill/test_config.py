@@ -119,6 +119,8 @@ def test_overrides_reach_nested_keys_and_keep_kinds() -> None:
         ("score_sigma_min=0.99", "score_sigma_min"),
         ("native.height=0", "native.height"),
         ("ema.decay=1", "ema.decay"),
+        ("optimizer.clip_norm=0", "optimizer.clip_norm"),
+        ("optimizer.clip_norm=off", "optimizer.clip_norm"),
     ],
 )
 def test_bad_settings_are_refused_by_name(assignment: str, named: str) -> None:
@@ -150,3 +152,10 @@ def test_sha256_changes_with_any_setting() -> None:
     digests = {with_overrides(shapeworld(), [f"seed={seed}"]).sha256() for seed in range(3)}
     assert len(digests) == 3
     assert isinstance(shapeworld(), DistillConfig)
+
+
+def test_clipping_can_be_switched_off_and_stays_off_in_json() -> None:
+    config = with_overrides(shapeworld(), ["optimizer.clip_norm=null"])
+    assert config.optimizer.clip_norm is None
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    assert with_overrides(config, ["optimizer.clip_norm=3"]).optimizer.clip_norm == 3.0

@@ -150,6 +150,21 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
         assert whole == parts, name
 
 
+def test_without_clipping_the_gradient_is_used_as_it_is(
+    tiny_config: DistillConfig, new_trainer: Callable[[DistillConfig], Trainer]
+) -> None:
+    """A limit that is never reached and none at all give the same update; a low one does not."""
+    weights = {}
+    for limit in ("null", "1e6", "1e-6"):
+        # An eps above the gradients keeps AdamW from undoing the scale.
+        state = new_trainer(with_overrides(tiny_config, [f"optimizer.clip_norm={limit}", "optimizer.eps=1"]))
+        metrics = state.iterate()
+        assert float(metrics["critic_grad_norm"]) > 1e-3
+        weights[limit] = state.networks.critic.get_parameter("blocks.0.ffn.net.2.weight").detach().clone()
+    assert torch.equal(weights["null"], weights["1e6"])
+    assert not torch.equal(weights["null"], weights["1e-6"])
+
+
 def test_another_seed_gives_another_student(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
 ) -> None:
