@@ -21,6 +21,7 @@ from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.losses.copula import FEATURES
 
 METHODS = ("codmd", "dmd")
+EMA_KINDS = ("constant", "power")
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = ("fp32", "bf16")
 SCORE_WINDOWS = ("full", "above", "step")
@@ -84,12 +85,21 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmaConfig:
-    """Moving average of the student in float32; it ticks on student updates and is a plain copy before the start."""
+    """Moving average of the student in float32; it ticks on student updates and is a plain copy before the start.
+
+    kind "constant" forgets at the same rate for ever; "power" averages over the same share of all updates so far,
+    and then `length` counts and `decay` does not.
+    """
 
     decay: float
     start_update: int = 0
+    kind: str = "constant"
+    length: float = 0.1  # standard deviation of the averaged updates over their number
 
     def __post_init__(self) -> None:
+        _check_choice("ema.kind", self.kind, EMA_KINDS)
+        # Above .288 the weights of a power average would fall with the update's number.
+        _check_range("ema.length", self.length, 1e-3, 0.28)
         _check_range("ema.decay", self.decay, 0.0, 0.999999)
         _check_range("ema.start_update", self.start_update, 0, 10**7)
 

@@ -119,6 +119,8 @@ def test_overrides_reach_nested_keys_and_keep_kinds() -> None:
         ("score_sigma_min=0.99", "score_sigma_min"),
         ("native.height=0", "native.height"),
         ("ema.decay=1", "ema.decay"),
+        ("ema.kind=linear", "ema.kind"),
+        ("ema.length=0.3", "ema.length"),
         ("optimizer.clip_norm=0", "optimizer.clip_norm"),
         ("optimizer.clip_norm=off", "optimizer.clip_norm"),
     ],
