@@ -1,10 +1,10 @@
 """The training loop on one device: turns of student and critic, clipping, averages, logging, checkpoints, the bundle.
 
-Knows no mathematics of the method (step.py, losses/) and no command line (train_cli.py). A run is a function of its
-config: the random numbers of iteration n are drawn from (seed, n), so there is no generator state to save.
+Knows no mathematics of the methods (methods.py and what it names) and no command line (train_cli.py). A run is a
+function of its config: the random numbers of iteration n are drawn from (seed, n), so there is no generator state to
+save.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,9 @@ from distill.checkpoint import (
 )
 from distill.config import DistillConfig
 from distill.data import PromptData, batch_indices, cached_prompt_data
+from distill.methods import METHODS
 from distill.networks import Ema, Networks, build_networks, latent_shape, transformer_config
-from distill.step import StepResult, critic_step, draw_exit_step, draw_step, student_step
+from distill.step import StepResult
 
 ROLES = ("student", "critic")
 LOG_FILE = "log.jsonl"
@@ -95,23 +96,19 @@ class Trainer:
         }
 
     def iterate(self) -> dict[str, Tensor]:
-        """Do one iteration: the student's turn when it is due, always the critic's; return metrics, on the device.
+        """Do one iteration: the turns that the method gives to student and critic; return metrics, on the device.
 
         Raises:
             CodmdError: updates of one network were not finite too often in a row.
         """
-        config, step = self.config, self.step
+        config, step, method = self.config, self.step, METHODS[self.config.method]
+        turns = method.turns(config, step)
         indices = batch_indices(step, self.data.num_prompts, config.batch_size, config.seed)
         batch = self.data.batch(indices, self.device)
-        exit_step = draw_exit_step(step_rng(config.seed, "exit", step), len(config.grid().timesteps))
-        turns: list[tuple[str, Callable[..., StepResult]]] = [("critic", critic_step)]
-        due = step - config.critic_warmup_steps
-        if due >= 0 and due % config.student_every_steps == 0:
-            turns.insert(0, ("student", student_step))
         metrics: dict[str, Tensor] = {}
-        for role, compute in turns:
-            draws = draw_step(config, step_rng(config.seed, role, step), self.shape, exit_step, self.device)
-            metrics |= self._update(role, compute(self.networks, batch, draws, config))
+        for role in turns:
+            draws = method.draw(config, role, step, self.shape, self.device)
+            metrics |= self._update(role, method.steps[role](self.networks, batch, draws, config))
         self.step += 1
         return metrics
 
@@ -177,12 +174,6 @@ class Trainer:
         except (KeyError, RuntimeError, ValueError) as error:
             reason = (str(error).strip() or "no message").splitlines()[0]
             raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from error
-
-
-def step_rng(seed: int, role: str, step: int, rank: int = 0) -> torch.Generator:
-    """Return the CPU generator of one role in one iteration on one rank."""
-    digest = hashlib.sha256(f"{seed} {role} {step} {rank}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) -> RunOutcome:

@@ -12,13 +12,13 @@ import torch
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle
-from distill import trainer
 from distill.checkpoint import list_checkpoints, load_checkpoint
 from distill.config import DistillConfig, with_overrides
 from distill.data import cached_prompt_data
+from distill.methods import METHODS
 from distill.networks import build_networks
-from distill.step import StepResult
-from distill.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, step_rng, stop_signal
+from distill.step import StepResult, step_rng
+from distill.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, stop_signal
 
 CPU = torch.device("cpu")
 
@@ -68,18 +68,29 @@ def assert_identical(left: dict, right: dict) -> None:
         assert same, name
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, name: str, is_bad: Callable[[int], bool]) -> None:
-    """Let the calls of student_step or critic_step for which is_bad(call number) return a NaN loss."""
-    original = getattr(trainer, name)
+def replace_step(
+    monkeypatch: pytest.MonkeyPatch, role: str, wrap: Callable[[Callable[..., StepResult]], Callable[..., StepResult]]
+) -> None:
+    """Put wrap(step) in the place of the codmd step of a role."""
+    method = METHODS["codmd"]
+    steps = {**method.steps, role: wrap(method.steps[role])}
+    monkeypatch.setitem(METHODS, "codmd", dataclasses.replace(method, steps=steps))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, role: str, is_bad: Callable[[int], bool]) -> None:
+    """Let the steps of a role for which is_bad(call number) return a NaN loss."""
     calls = []
 
-    def poisoned(*args: object) -> StepResult:
-        calls.append(1)
-        result = original(*args)
-        factor = float("nan") if is_bad(len(calls) - 1) else 1.0
-        return dataclasses.replace(result, loss=result.loss * factor)
+    def wrap(original: Callable[..., StepResult]) -> Callable[..., StepResult]:
+        def poisoned(*args: object) -> StepResult:
+            calls.append(1)
+            result = original(*args)
+            factor = float("nan") if is_bad(len(calls) - 1) else 1.0
+            return dataclasses.replace(result, loss=result.loss * factor)
 
-    monkeypatch.setattr(trainer, name, poisoned)
+        return poisoned
+
+    replace_step(monkeypatch, role, wrap)
 
 
 def test_a_run_ends_in_a_bundle_a_log_and_a_checkpoint(
@@ -185,16 +196,18 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_unbroken_one(
     config = with_overrides(tiny_config, ["save_every_steps=100"])
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        original = trainer.critic_step
         calls = []
 
-        def interrupting(*args: object) -> StepResult:
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), number)
-            return original(*args)
+        def wrap(original: Callable[..., StepResult]) -> Callable[..., StepResult]:
+            def interrupting(*args: object) -> StepResult:
+                calls.append(1)
+                if len(calls) == 3:
+                    os.kill(os.getpid(), number)
+                return original(*args)
 
-        patch.setattr(trainer, "critic_step", interrupting)
+            return interrupting
+
+        replace_step(patch, "critic", wrap)
         outcome = run(config, tmp_path / "cut")
     assert (outcome.step, outcome.signal_number, outcome.bundle) == (3, number, None)
     assert not (tmp_path / "cut" / "bundle").exists()
@@ -225,9 +238,11 @@ def test_a_crash_loses_nothing_before_the_last_checkpoint(
         def crash(*_: object) -> StepResult:
             raise MemoryError("crash")
 
-        original = trainer.critic_step
-        steps = iter([original] * 5 + [crash])
-        patch.setattr(trainer, "critic_step", lambda *args: next(steps)(*args))
+        def wrap(original: Callable[..., StepResult]) -> Callable[..., StepResult]:
+            steps = iter([original] * 5 + [crash])
+            return lambda *args: next(steps)(*args)
+
+        replace_step(patch, "critic", wrap)
         with pytest.raises(MemoryError):
             run(tiny_config, tmp_path / "crashed")
     outcome = run(tiny_config, tmp_path / "crashed", resume=True)
@@ -245,7 +260,7 @@ def test_a_poisoned_update_is_skipped_and_counted(
     monkeypatch: pytest.MonkeyPatch,
     role: str,
 ) -> None:
-    poison(monkeypatch, f"{role}_step", lambda call: call == 1)
+    poison(monkeypatch, role, lambda call: call == 1)
     outcome = run(tiny_config, tmp_path / "run")
     assert outcome.num_skipped == 1
     assert outcome.num_student_updates == (2 if role == "student" else 3)
@@ -260,7 +275,7 @@ def test_a_poisoned_update_leaves_weights_and_optimizer_alone(
     state = new_trainer(tiny_config)
     state.iterate()
     before = {name: tensor.clone() for name, tensor in state.networks.critic.state_dict().items()}
-    poison(monkeypatch, "critic_step", lambda call: True)
+    poison(monkeypatch, "critic", lambda call: True)
     metrics = state.iterate()
     assert metrics == {}
     assert_identical(before, state.networks.critic.state_dict())
@@ -271,7 +286,7 @@ def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_overrides(tiny_config, ["max_nonfinite_in_row=2", "max_steps=20"])
-    poison(monkeypatch, "critic_step", lambda call: call >= 3)
+    poison(monkeypatch, "critic", lambda call: call >= 3)
     with pytest.raises(CodmdError, match="critic was not finite 2 times in a row, the last at step 4"):
         run(config, tmp_path / "run")
     state = final_state(tmp_path / "run")
