@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from codmd_serve.config import SAMPLERS, StepGrid
@@ -20,7 +21,8 @@ from codmd_serve.errors import ConfigError
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.losses.copula import FEATURES
 
-METHODS = ("codmd", "dmd")
+METHODS = ("codmd", "dmd", "rcm", "dcm")
+CONSISTENCY_METHODS = ("rcm", "dcm")
 EMA_KINDS = ("constant", "power")
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = ("fp32", "bf16")
@@ -58,6 +60,51 @@ class CopulaConfig:
         _check_range("copula.grid", self.grid, 1, 64)
         for name in ("scale", "weight_frame", "weight_batch"):
             _check_range(f"copula.{name}", getattr(self, name), 0.0, 1e4)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RcmConfig:
+    """Settings of the methods rcm and dcm: a consistency term on samples of the teacher, and distribution matching.
+
+    The consistency term weighs scm_weight * sqrt(N / 2.0e6) for latents of N elements, which at Wan's size is the
+    published 100: its gradient does not grow with N, that of the summed matching term grows with sqrt(N).
+    """
+
+    scm_weight: float = 100.0
+    dmd_weight: float = 1.0  # 0 is a plain consistency model, without critic
+    # log tan(theta) of the consistency term ~ N(theta_mean, theta_std^2); published .7 is -.8 + .5 * log(21 frames).
+    theta_mean: float = 0.7
+    theta_std: float = 1.6
+    warmup_steps: int = 0  # first iterations: consistency term alone, its tangent growing from 0 to 1 (rcm)
+    discrete_steps: int = 48  # dcm: parts that the quarter turn from clean to noise is cut into
+    # The student's steps, where `timesteps` is empty: atan(sigma_max), then sample_thetas.
+    sigma_max: float = 80.0
+    sample_thetas: tuple[float, ...] = (1.5, 1.4, 1.0)
+    # Euler steps of the teacher behind each training latent, and how they are shifted.
+    data_steps: int = 50
+    data_shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        _check_range("rcm.scm_weight", self.scm_weight, 1e-6, 1e6)
+        _check_range("rcm.dmd_weight", self.dmd_weight, 0.0, 1e6)
+        _check_range("rcm.theta_mean", self.theta_mean, -10.0, 10.0)
+        _check_range("rcm.theta_std", self.theta_std, 0.0, 10.0)
+        _check_range("rcm.warmup_steps", self.warmup_steps, 0, 10**9)
+        _check_range("rcm.discrete_steps", self.discrete_steps, 2, 10**6)
+        _check_range("rcm.sigma_max", self.sigma_max, 1e-3, 1e6)
+        thetas = (math.atan(self.sigma_max), *self.sample_thetas)
+        if not all(high > low for high, low in pairwise((*thetas, 0.0))):
+            raise ConfigError(
+                "rcm.sample_thetas must descend from below atan(rcm.sigma_max) to above 0, "
+                f"got {list(self.sample_thetas)} under {thetas[0]:.6g}"
+            )
+        _check_range("rcm.data_steps", self.data_steps, 1, 10_000)
+        _check_range("rcm.data_shift", self.data_shift, 1e-3, 1e3)
+
+    def levels(self) -> tuple[float, ...]:
+        """Noise levels sigma of the student's steps, without the last 0: tan(theta) / (1 + tan(theta))."""
+        ratios = (self.sigma_max, *(math.tan(theta) for theta in self.sample_thetas))
+        return tuple(ratio / (1.0 + ratio) for ratio in ratios)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +187,8 @@ class DistillConfig:
     guidance_scale: float  # uncond + guidance_scale * (cond - uncond)
     negative_prompt: str = ""
     sampler: str = "sde"
-    # The student's steps are timesteps, or where that is empty, 1000 * shift of step_levels.
+    # The student's steps are timesteps, or where that is empty, 1000 * shift of step_levels; of rcm and dcm, the
+    # angles in `rcm`.
     timesteps: tuple[float, ...] = ()
     step_levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     step_shift: float = 1.0
@@ -150,6 +198,7 @@ class DistillConfig:
     score_window: str = "full"  # which noise levels judge which exit step: step.score_window
     reference_compat: bool = False  # the authors' behaviour where ours departs from it
     copula: CopulaConfig = field(default_factory=CopulaConfig)
+    rcm: RcmConfig = field(default_factory=RcmConfig)
     prompts: str = ""  # txt or jsonl file; empty means captions drawn from the shapeworld grammar
     num_captions: int = 4096  # how many of those
     precision: str = "auto"
@@ -186,8 +235,24 @@ class DistillConfig:
             )
         if self.teacher_dtype == "bf16" and self.precision == "fp32":
             raise ConfigError("teacher_dtype bf16 needs precision bf16: a bf16 teacher runs under autocast")
+        self._check_method()
         self._check_batch_term()
         self.grid()
+
+    def _check_method(self) -> None:
+        if self.method in CONSISTENCY_METHODS:
+            if self.score_window != "full":
+                raise ConfigError(
+                    f"score_window must be full for method {self.method}, got {self.score_window!r}: "
+                    "its rollouts stop at random levels, not at the steps that the windows lie between"
+                )
+            if self.rcm.dmd_weight > 0 and self.student_every_steps < 2:
+                raise ConfigError(
+                    f"student_every_steps must be 2 or more for method {self.method}, got {self.student_every_steps}: "
+                    "an iteration trains either student or critic, so the critic would never be trained"
+                )
+        if self.method not in ("codmd", "dmd") and self.reference_compat:
+            raise ConfigError(f"reference_compat is of methods codmd and dmd, got method {self.method!r}")
 
     def _check_batch_term(self) -> None:
         smallest = 2 if self.reference_compat else 3
@@ -203,9 +268,11 @@ class DistillConfig:
         Raises:
             ConfigError: steps that do not descend from at most 1 to above 0.
         """
-        timesteps = self.timesteps or tuple(
-            NUM_TRAIN_TIMESTEPS * shift_sigma(level, self.step_shift) for level in self.step_levels
-        )
+        if self.method in CONSISTENCY_METHODS:
+            levels = self.rcm.levels()
+        else:
+            levels = tuple(shift_sigma(level, self.step_shift) for level in self.step_levels)
+        timesteps = self.timesteps or tuple(NUM_TRAIN_TIMESTEPS * level for level in levels)
         if self.reference_compat:
             sigmas = tuple(reference_sigma(timestep) for timestep in timesteps)
         else:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +37,7 @@ from distill.checkpoint import (
 )
 from distill.config import DistillConfig
 from distill.data import PromptData, batch_indices, cached_prompt_data
+from distill.latents import TeacherLatents, cached_teacher_latents
 from distill.methods import METHODS
 from distill.networks import Ema, Networks, build_networks, latent_shape, transformer_config
 from distill.step import StepResult
@@ -73,9 +74,16 @@ class Trainer:
     """State of a run and one iteration of it."""
 
     def __init__(
-        self, config: DistillConfig, networks: Networks, data: PromptData, shape: tuple[int, ...], device: torch.device
+        self,
+        config: DistillConfig,
+        networks: Networks,
+        data: PromptData,
+        shape: tuple[int, ...],
+        device: torch.device,
+        latents: TeacherLatents | None = None,
     ) -> None:
         self.config, self.networks, self.data, self.device = config, networks, data, device
+        self.latents = latents
         self.shape = (config.batch_size, *shape)
         self.step = 0
         self.updates = dict.fromkeys(ROLES, 0)
@@ -100,11 +108,14 @@ class Trainer:
 
         Raises:
             CodmdError: updates of one network were not finite too often in a row.
+            CheckpointError: samples of the teacher that the method needs cannot be read.
         """
         config, step, method = self.config, self.step, METHODS[self.config.method]
         turns = method.turns(config, step)
         indices = batch_indices(step, self.data.num_prompts, config.batch_size, config.seed)
         batch = self.data.batch(indices, self.device)
+        if self.latents is not None and "student" in turns:
+            batch = replace(batch, x0=self.latents.batch(indices, self.device))
         metrics: dict[str, Tensor] = {}
         for role in turns:
             draws = method.draw(config, role, step, self.shape, self.device)
@@ -191,8 +202,13 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     """
     _check_out(config, options.out, resume)
     shape = native_latents(config)
-    data = cached_prompt_data(config, options.cache_dir or options.out / "cache", options.device)
-    trainer = Trainer(config, build_networks(config, options.device), data, shape, options.device)
+    cache_dir, device = options.cache_dir or options.out / "cache", options.device
+    data = cached_prompt_data(config, cache_dir, device)
+    networks = build_networks(config, device)
+    latents = None
+    if METHODS[config.method].needs_x0:
+        latents = cached_teacher_latents(config, networks, data, shape, cache_dir, device)
+    trainer = Trainer(config, networks, data, shape, device, latents)
     elapsed_s = 0.0
     checkpoints = list_checkpoints(options.out) if resume else []
     if checkpoints:

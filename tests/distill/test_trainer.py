@@ -15,8 +15,8 @@ from codmd_serve.wan.checkpoint import load_bundle
 from distill.checkpoint import list_checkpoints, load_checkpoint
 from distill.config import DistillConfig, with_overrides
 from distill.data import cached_prompt_data
-from distill.methods import METHODS
-from distill.networks import build_networks
+from distill.methods import METHODS, with_method
+from distill.networks import build_networks, load_transformer
 from distill.step import StepResult, step_rng
 from distill.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, stop_signal
 
@@ -159,6 +159,58 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     for name in ("student.json", "transformer/diffusion_pytorch_model.safetensors"):
         whole, parts = ((tmp_path / kind / "bundle" / name).read_bytes() for kind in ("whole", "parts"))
         assert whole == parts, name
+
+
+@pytest.fixture(params=["rcm", "dcm"])
+def other_method(request: pytest.FixtureRequest, tiny_config: DistillConfig) -> DistillConfig:
+    """A run of 7 iterations: 2 of warm-up, 3 of the student and 2 of the critic after it."""
+    config = with_method(tiny_config, request.param)
+    settings = ["max_steps=7", "rcm.warmup_steps=2", "rcm.data_steps=2", "save_every_steps=100"]
+    return with_overrides(config, settings)
+
+
+def test_other_methods_train_resume_exactly_and_end_in_a_bundle_on_their_grid(
+    other_method: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    whole = run(other_method, tmp_path / "whole")
+    for cut in (1, 4):  # inside the warm-up of rcm and after it
+        run(with_overrides(other_method, [f"max_steps={cut}"]), tmp_path / "parts", resume=cut > 1)
+    parts = run(other_method, tmp_path / "parts", resume=True)
+    assert parts == dataclasses.replace(whole, elapsed_s=parts.elapsed_s, bundle=parts.bundle)
+    assert (whole.step, whole.num_skipped) == (7, 0)
+    assert whole.num_student_updates == 5
+    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+    for name in ("student.json", "transformer/diffusion_pytorch_model.safetensors"):
+        one, other = ((tmp_path / kind / "bundle" / name).read_bytes() for kind in ("whole", "parts"))
+        assert one == other, name
+    assert whole.bundle is not None
+    bundle = load_bundle(whole.bundle)
+    assert bundle.spec.method == other_method.method
+    assert bundle.spec.sigmas == other_method.grid().sigmas
+    assert bundle.spec.timesteps == other_method.grid().timesteps
+    base = load_transformer(other_method.base, torch.float32)
+    weight = "blocks.0.ffn.net.2.weight"
+    assert not torch.equal(bundle.transformer.get_parameter(weight), base.get_parameter(weight))
+
+
+def test_other_methods_log_their_terms(
+    other_method: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    run(other_method, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    names = {"loss_scm", "tangent_norm"}
+    assert names | {"student_loss", "critic_loss", "loss_dmd", "score_gap_abs_mean"} <= records[1].keys()
+    assert all(value is None or isinstance(value, int | float) for record in records for value in record.values())
+
+
+def test_turns_of_rcm_leave_the_critic_alone_with_its_sample(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    config = with_overrides(with_method(tiny_config, "rcm"), ["rcm.warmup_steps=2", "rcm.data_steps=2", "max_steps=8"])
+    run(config, tmp_path / "run")
+    state = final_state(tmp_path / "run")
+    assert state["updates"] == {"student": 5, "critic": 3}
+    assert state["ema"]["num_updates"] == 5
 
 
 def test_without_clipping_the_gradient_is_used_as_it_is(
