@@ -21,7 +21,7 @@ from codmd_serve.errors import ConfigError
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.losses.copula import FEATURES
 
-METHODS = ("codmd", "dmd", "rcm", "dcm")
+METHODS = ("codmd", "dmd", "rcm", "dcm", "dp-dmd")
 CONSISTENCY_METHODS = ("rcm", "dcm")
 EMA_KINDS = ("constant", "power")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -105,6 +105,22 @@ class RcmConfig:
         """Noise levels sigma of the student's steps, without the last 0: tan(theta) / (1 + tan(theta))."""
         ratios = (self.sigma_max, *(math.tan(theta) for theta in self.sample_thetas))
         return tuple(ratio / (1.0 + ratio) for ratio in ratios)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DpDmdConfig:
+    """Settings of the method dp-dmd: the student's first flow leads to where the teacher is after some of its steps."""
+
+    weight: float = 0.05
+    teacher_steps: int = 30  # Euler steps of the teacher's whole way
+    match_step: int = 10  # after how many of them it is met
+    shift: float = 3.0  # of the teacher's steps
+
+    def __post_init__(self) -> None:
+        _check_range("dp_dmd.weight", self.weight, 0.0, 1e4)
+        _check_range("dp_dmd.teacher_steps", self.teacher_steps, 1, 10_000)
+        _check_range("dp_dmd.match_step", self.match_step, 1, self.teacher_steps)
+        _check_range("dp_dmd.shift", self.shift, 1e-3, 1e3)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +215,7 @@ class DistillConfig:
     reference_compat: bool = False  # the authors' behaviour where ours departs from it
     copula: CopulaConfig = field(default_factory=CopulaConfig)
     rcm: RcmConfig = field(default_factory=RcmConfig)
+    dp_dmd: DpDmdConfig = field(default_factory=DpDmdConfig)
     prompts: str = ""  # txt or jsonl file; empty means captions drawn from the shapeworld grammar
     num_captions: int = 4096  # how many of those
     precision: str = "auto"
@@ -253,6 +270,8 @@ class DistillConfig:
                 )
         if self.method not in ("codmd", "dmd") and self.reference_compat:
             raise ConfigError(f"reference_compat is of methods codmd and dmd, got method {self.method!r}")
+        if self.method == "dp-dmd" and len(self.grid().timesteps) < 2:
+            raise ConfigError("timesteps or step_levels must be 2 or more for method dp-dmd: the first is not matched")
 
     def _check_batch_term(self) -> None:
         smallest = 2 if self.reference_compat else 3

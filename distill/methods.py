@@ -12,6 +12,7 @@ import torch
 from distill.config import CONSISTENCY_METHODS, DistillConfig
 from distill.consistency_step import draw_rcm, rcm_critic_step, rcm_student_step, rcm_turns
 from distill.step import StepDraws, StepResult, critic_step, draw_exit_step, draw_step, step_rng, student_step
+from distill.trajectory_step import dp_dmd_student_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +38,12 @@ def dmd_turns(config: DistillConfig, step: int) -> tuple[str, ...]:
 
 
 def draw_dmd(config: DistillConfig, role: str, step: int, shape: tuple[int, ...], device: torch.device) -> StepDraws:
-    """Draw one turn of codmd or dmd; student and critic of an iteration stop at the same exit step."""
-    exit_step = draw_exit_step(step_rng(config.seed, "exit", step), len(config.grid().timesteps))
+    """Draw one turn of codmd, dmd or dp-dmd; student and critic of an iteration stop at the same exit step.
+
+    dp-dmd never stops at the first: that is not matched, and the critic learns what is matched.
+    """
+    num_steps, first = len(config.grid().timesteps), int(config.method == "dp-dmd")
+    exit_step = draw_exit_step(step_rng(config.seed, "exit", step), num_steps, first)
     return draw_step(config, step_rng(config.seed, role, step), shape, exit_step, device)
 
 
@@ -51,6 +56,7 @@ METHODS: dict[str, Method] = {
     "dmd": _MATCHING,
     "rcm": _CONSISTENCY,
     "dcm": _CONSISTENCY,
+    "dp-dmd": replace(_MATCHING, steps={"student": dp_dmd_student_step, "critic": critic_step}),
 }
 
 
@@ -59,7 +65,7 @@ def with_method(config: DistillConfig, method: str) -> DistillConfig:
 
     Args:
         config: a recipe as it comes, made for codmd or dmd.
-        method: codmd and dmd change nothing else; rcm and dcm also change steps, noise levels, optimizer and
+        method: codmd, dmd and dp-dmd change nothing else; rcm and dcm also change steps, noise levels, optimizer and
             average, and on the Wan recipes learning rates, batch, guidance and length.
 
     Raises:

@@ -68,9 +68,9 @@ def step_rng(seed: int, role: str, step: int, rank: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def draw_exit_step(rng: torch.Generator, num_steps: int) -> int:
-    """Draw a rollout's last step, uniform in 0..num_steps - 1; `rng` must be in one state on all ranks."""
-    return int(torch.randint(num_steps, (), generator=rng))
+def draw_exit_step(rng: torch.Generator, num_steps: int, first: int = 0) -> int:
+    """Draw a rollout's last step, uniform in first..num_steps - 1; `rng` must be in one state on all ranks."""
+    return int(torch.randint(first, num_steps, (), generator=rng))
 
 
 def draw_step(

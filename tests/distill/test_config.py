@@ -137,6 +137,10 @@ def test_overrides_reach_nested_keys_and_keep_kinds() -> None:
         ("rcm.sample_thetas=[NaN]", "rcm.sample_thetas"),
         ("rcm.data_steps=0", "rcm.data_steps"),
         ("rcm.data_shift=0", "rcm.data_shift"),
+        ("dp_dmd.weight=-1", "dp_dmd.weight"),
+        ("dp_dmd.match_step=31", "dp_dmd.match_step"),
+        ("dp_dmd.teacher_steps=0", "dp_dmd.teacher_steps"),
+        ("dp_dmd.shift=0", "dp_dmd.shift"),
         ("method=rcm", "score_window"),
     ],
 )
@@ -180,7 +184,8 @@ def test_clipping_can_be_switched_off_and_stays_off_in_json() -> None:
 
 def test_settings_saved_before_the_newer_methods_still_load() -> None:
     data = config_to_dict(shapeworld())
-    del data["rcm"]
+    for key in ("rcm", "dp_dmd"):
+        del data[key]
     for key in ("kind", "length"):
         del data["ema"][key]
     assert config_from_dict(data) == shapeworld()
@@ -203,3 +208,10 @@ def test_rcm_refuses_settings_that_leave_a_network_untrained_or_mean_nothing(met
         with_overrides(config, ["score_window=above"])
     with pytest.raises(ConfigError, match="reference_compat"):
         with_overrides(config, ["reference_compat=true"])
+
+
+def test_dp_dmd_needs_a_step_after_the_first() -> None:
+    with pytest.raises(ConfigError, match="timesteps"):
+        with_overrides(shapeworld(), ["method=dp-dmd", "timesteps=[1000]"])
+    with pytest.raises(ConfigError, match="reference_compat"):
+        with_overrides(shapeworld(), ["method=dp-dmd", "reference_compat=true"])

@@ -17,7 +17,7 @@ def test_every_method_of_the_config_has_an_entry() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-@pytest.mark.parametrize("method", ["codmd", "dmd"])
+@pytest.mark.parametrize("method", ["codmd", "dmd", "dp-dmd"])
 def test_matching_methods_change_nothing_else_of_a_recipe(recipe: str, method: str) -> None:
     changed = configuration.config_to_dict(with_method(RECIPES[recipe](), method))
     assert changed == configuration.config_to_dict(RECIPES[recipe]()) | {"method": method}
@@ -59,5 +59,5 @@ def test_rcm_on_shapeworld_fits_its_latents() -> None:
 
 
 def test_unknown_method_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="method must be one of codmd, dmd, rcm, dcm, got 'gan'"):
+    with pytest.raises(ConfigError, match="method must be one of codmd, dmd, rcm, dcm, dp-dmd, got 'gan'"):
         with_method(shapeworld(), "gan")

@@ -161,12 +161,12 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
         assert whole == parts, name
 
 
-@pytest.fixture(params=["rcm", "dcm"])
+@pytest.fixture(params=["rcm", "dcm", "dp-dmd"])
 def other_method(request: pytest.FixtureRequest, tiny_config: DistillConfig) -> DistillConfig:
-    """A run of 7 iterations: 2 of warm-up, 3 of the student and 2 of the critic after it."""
+    """A run of 7 iterations: for rcm and dcm 2 of warm-up, 3 of the student and 2 of the critic after it."""
     config = with_method(tiny_config, request.param)
-    settings = ["max_steps=7", "rcm.warmup_steps=2", "rcm.data_steps=2", "save_every_steps=100"]
-    return with_overrides(config, settings)
+    settings = ["max_steps=7", "rcm.warmup_steps=2", "rcm.data_steps=2", "dp_dmd.teacher_steps=3"]
+    return with_overrides(config, [*settings, "dp_dmd.match_step=2", "save_every_steps=100"])
 
 
 def test_other_methods_train_resume_exactly_and_end_in_a_bundle_on_their_grid(
@@ -178,7 +178,7 @@ def test_other_methods_train_resume_exactly_and_end_in_a_bundle_on_their_grid(
     parts = run(other_method, tmp_path / "parts", resume=True)
     assert parts == dataclasses.replace(whole, elapsed_s=parts.elapsed_s, bundle=parts.bundle)
     assert (whole.step, whole.num_skipped) == (7, 0)
-    assert whole.num_student_updates == 5
+    assert whole.num_student_updates == (4 if other_method.method == "dp-dmd" else 5)
     assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
     for name in ("student.json", "transformer/diffusion_pytorch_model.safetensors"):
         one, other = ((tmp_path / kind / "bundle" / name).read_bytes() for kind in ("whole", "parts"))
@@ -198,7 +198,7 @@ def test_other_methods_log_their_terms(
 ) -> None:
     run(other_method, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    names = {"loss_scm", "tangent_norm"}
+    names = {"dp-dmd": {"loss_trajectory"}}.get(other_method.method, {"loss_scm", "tangent_norm"})
     assert names | {"student_loss", "critic_loss", "loss_dmd", "score_gap_abs_mean"} <= records[1].keys()
     assert all(value is None or isinstance(value, int | float) for record in records for value in record.values())
 
