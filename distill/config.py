@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from codmd_serve.config import SAMPLERS, StepGrid
@@ -20,7 +21,9 @@ from codmd_serve.errors import ConfigError
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.losses.copula import FEATURES
 
-METHODS = ("codmd", "dmd")
+METHODS = ("codmd", "dmd", "rcm", "dcm", "dp-dmd")
+CONSISTENCY_METHODS = ("rcm", "dcm")
+EMA_KINDS = ("constant", "power")
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = ("fp32", "bf16")
 SCORE_WINDOWS = ("full", "above", "step")
@@ -60,6 +63,67 @@ class CopulaConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RcmConfig:
+    """Settings of the methods rcm and dcm: a consistency term on samples of the teacher, and distribution matching.
+
+    The consistency term weighs scm_weight * sqrt(N / 2.0e6) for latents of N elements, which at Wan's size is the
+    published 100: its gradient does not grow with N, that of the summed matching term grows with sqrt(N).
+    """
+
+    scm_weight: float = 100.0
+    dmd_weight: float = 1.0  # 0 is a plain consistency model, without critic
+    # log tan(theta) of the consistency term ~ N(theta_mean, theta_std^2); published .7 is -.8 + .5 * log(21 frames).
+    theta_mean: float = 0.7
+    theta_std: float = 1.6
+    warmup_steps: int = 0  # first iterations: consistency term alone, its tangent growing from 0 to 1 (rcm)
+    discrete_steps: int = 48  # dcm: parts that the quarter turn from clean to noise is cut into
+    # The student's steps, where `timesteps` is empty: atan(sigma_max), then sample_thetas.
+    sigma_max: float = 80.0
+    sample_thetas: tuple[float, ...] = (1.5, 1.4, 1.0)
+    # Euler steps of the teacher behind each training latent, and how they are shifted.
+    data_steps: int = 50
+    data_shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        _check_range("rcm.scm_weight", self.scm_weight, 1e-6, 1e6)
+        _check_range("rcm.dmd_weight", self.dmd_weight, 0.0, 1e6)
+        _check_range("rcm.theta_mean", self.theta_mean, -10.0, 10.0)
+        _check_range("rcm.theta_std", self.theta_std, 0.0, 10.0)
+        _check_range("rcm.warmup_steps", self.warmup_steps, 0, 10**9)
+        _check_range("rcm.discrete_steps", self.discrete_steps, 2, 10**6)
+        _check_range("rcm.sigma_max", self.sigma_max, 1e-3, 1e6)
+        thetas = (math.atan(self.sigma_max), *self.sample_thetas)
+        if not all(high > low for high, low in pairwise((*thetas, 0.0))):
+            raise ConfigError(
+                "rcm.sample_thetas must descend from below atan(rcm.sigma_max) to above 0, "
+                f"got {list(self.sample_thetas)} under {thetas[0]:.6g}"
+            )
+        _check_range("rcm.data_steps", self.data_steps, 1, 10_000)
+        _check_range("rcm.data_shift", self.data_shift, 1e-3, 1e3)
+
+    def levels(self) -> tuple[float, ...]:
+        """Noise levels sigma of the student's steps, without the last 0: tan(theta) / (1 + tan(theta))."""
+        ratios = (self.sigma_max, *(math.tan(theta) for theta in self.sample_thetas))
+        return tuple(ratio / (1.0 + ratio) for ratio in ratios)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DpDmdConfig:
+    """Settings of the method dp-dmd: the student's first flow leads to where the teacher is after some of its steps."""
+
+    weight: float = 0.05
+    teacher_steps: int = 30  # Euler steps of the teacher's whole way
+    match_step: int = 10  # after how many of them it is met
+    shift: float = 3.0  # of the teacher's steps
+
+    def __post_init__(self) -> None:
+        _check_range("dp_dmd.weight", self.weight, 0.0, 1e4)
+        _check_range("dp_dmd.teacher_steps", self.teacher_steps, 1, 10_000)
+        _check_range("dp_dmd.match_step", self.match_step, 1, self.teacher_steps)
+        _check_range("dp_dmd.shift", self.shift, 1e-3, 1e3)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW of student and critic. betas[0] = 0 is the other published choice."""
 
@@ -68,7 +132,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    clip_norm: float = 10.0
+    clip_norm: float | None = 10.0  # None (null in JSON) is off
     warmup_updates: int = 0  # linear, of each network's own updates
 
     def __post_init__(self) -> None:
@@ -77,18 +141,28 @@ class OptimizerConfig:
         for beta in self.betas:
             _check_range("optimizer.betas", beta, 0.0, 0.99999)
         _check_range("optimizer.weight_decay", self.weight_decay, 0.0, 1.0)
-        _check_range("optimizer.clip_norm", self.clip_norm, 1e-6, 1e6)
+        if self.clip_norm is not None:
+            _check_range("optimizer.clip_norm", self.clip_norm, 1e-6, 1e6)
         _check_range("optimizer.warmup_updates", self.warmup_updates, 0, 10**6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmaConfig:
-    """Moving average of the student in float32; it ticks on student updates and is a plain copy before the start."""
+    """Moving average of the student in float32; it ticks on student updates and is a plain copy before the start.
+
+    kind "constant" forgets at the same rate for ever; "power" averages over the same share of all updates so far,
+    and then `length` counts and `decay` does not.
+    """
 
     decay: float
     start_update: int = 0
+    kind: str = "constant"
+    length: float = 0.1  # standard deviation of the averaged updates over their number
 
     def __post_init__(self) -> None:
+        _check_choice("ema.kind", self.kind, EMA_KINDS)
+        # Above .288 the weights of a power average would fall with the update's number.
+        _check_range("ema.length", self.length, 1e-3, 0.28)
         _check_range("ema.decay", self.decay, 0.0, 0.999999)
         _check_range("ema.start_update", self.start_update, 0, 10**7)
 
@@ -129,7 +203,8 @@ class DistillConfig:
     guidance_scale: float  # uncond + guidance_scale * (cond - uncond)
     negative_prompt: str = ""
     sampler: str = "sde"
-    # The student's steps are timesteps, or where that is empty, 1000 * shift of step_levels.
+    # The student's steps are timesteps, or where that is empty, 1000 * shift of step_levels; of rcm and dcm, the
+    # angles in `rcm`.
     timesteps: tuple[float, ...] = ()
     step_levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     step_shift: float = 1.0
@@ -139,6 +214,8 @@ class DistillConfig:
     score_window: str = "full"  # which noise levels judge which exit step: step.score_window
     reference_compat: bool = False  # the authors' behaviour where ours departs from it
     copula: CopulaConfig = field(default_factory=CopulaConfig)
+    rcm: RcmConfig = field(default_factory=RcmConfig)
+    dp_dmd: DpDmdConfig = field(default_factory=DpDmdConfig)
     prompts: str = ""  # txt or jsonl file; empty means captions drawn from the shapeworld grammar
     num_captions: int = 4096  # how many of those
     precision: str = "auto"
@@ -175,8 +252,26 @@ class DistillConfig:
             )
         if self.teacher_dtype == "bf16" and self.precision == "fp32":
             raise ConfigError("teacher_dtype bf16 needs precision bf16: a bf16 teacher runs under autocast")
+        self._check_method()
         self._check_batch_term()
         self.grid()
+
+    def _check_method(self) -> None:
+        if self.method in CONSISTENCY_METHODS:
+            if self.score_window != "full":
+                raise ConfigError(
+                    f"score_window must be full for method {self.method}, got {self.score_window!r}: "
+                    "its rollouts stop at random levels, not at the steps that the windows lie between"
+                )
+            if self.rcm.dmd_weight > 0 and self.student_every_steps < 2:
+                raise ConfigError(
+                    f"student_every_steps must be 2 or more for method {self.method}, got {self.student_every_steps}: "
+                    "an iteration trains either student or critic, so the critic would never be trained"
+                )
+        if self.method not in ("codmd", "dmd") and self.reference_compat:
+            raise ConfigError(f"reference_compat is of methods codmd and dmd, got method {self.method!r}")
+        if self.method == "dp-dmd" and len(self.grid().timesteps) < 2:
+            raise ConfigError("timesteps or step_levels must be 2 or more for method dp-dmd: the first is not matched")
 
     def _check_batch_term(self) -> None:
         smallest = 2 if self.reference_compat else 3
@@ -192,9 +287,11 @@ class DistillConfig:
         Raises:
             ConfigError: steps that do not descend from at most 1 to above 0.
         """
-        timesteps = self.timesteps or tuple(
-            NUM_TRAIN_TIMESTEPS * shift_sigma(level, self.step_shift) for level in self.step_levels
-        )
+        if self.method in CONSISTENCY_METHODS:
+            levels = self.rcm.levels()
+        else:
+            levels = tuple(shift_sigma(level, self.step_shift) for level in self.step_levels)
+        timesteps = self.timesteps or tuple(NUM_TRAIN_TIMESTEPS * level for level in levels)
         if self.reference_compat:
             sigmas = tuple(reference_sigma(timestep) for timestep in timesteps)
         else:
@@ -357,6 +454,8 @@ def _build(kind: type, data: object, prefix: str) -> object:
 def _convert(hint: Any, value: object, key: str) -> object:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, f"{key}.")
+    if isinstance(hint, types.UnionType):  # "float | None" is the only kind there is
+        return None if value is None else _convert(typing.get_args(hint)[0], value, key)
     if isinstance(hint, types.GenericAlias):
         args = typing.get_args(hint)
         is_open = len(args) == 2 and args[1] is Ellipsis

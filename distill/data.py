@@ -34,10 +34,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Embeddings of one iteration, (B, L, D) float32 on the training device, trimmed by `compact_prompt_embeds`."""
+    """Embeddings of one iteration, (B, L, D) float32 on the training device, trimmed by `compact_prompt_embeds`.
+
+    x0 (B, C, F, H, W), float32 on the same device, are samples of the teacher for these prompts, where the method is
+    trained on them.
+    """
 
     prompt_embeds: Tensor
     negative_prompt_embeds: Tensor
+    x0: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +140,7 @@ def cached_prompt_data(config: DistillConfig, cache_dir: Path, device: torch.dev
         CheckpointError: the text encoder cannot be loaded.
     """
     prompts = [*load_prompts(config), config.negative_prompt]
-    key = _cache_key(prompts, config)
+    key = prompt_key(prompts, config)
     path = cache_dir / f"prompt-embeds-{key[:16]}.safetensors"
     cached = _read_cache(path, key)
     if cached is not None:
@@ -188,16 +193,24 @@ def _read_cache(path: Path, key: str) -> PromptData | None:
         return None
 
 
-def _cache_key(prompts: list[str], config: DistillConfig) -> str:
+def prompt_key(prompts: list[str], config: DistillConfig) -> str:
+    """Return a digest of prompts and of the text encoder of the config's base."""
     folder, is_local = resolve_base(config.base)
     digest = hashlib.sha256(json.dumps([prompts, config.text_dtype, None if is_local else folder]).encode())
     if is_local:
-        # An encoder trained anew keeps its name and size; the first and last MiB tell it apart without reading 20 GB.
-        for subfolder in ("tokenizer", "text_encoder"):
-            for path in sorted((Path(folder) / subfolder).glob("*")):
-                digest.update(f"{path.name} {path.stat().st_size}".encode())
-                with path.open("rb") as file:
-                    digest.update(file.read(HASHED_BYTES))
-                    file.seek(max(path.stat().st_size - HASHED_BYTES, 0))
-                    digest.update(file.read(HASHED_BYTES))
+        add_module_files(digest, Path(folder), ("tokenizer", "text_encoder"))
     return digest.hexdigest()
+
+
+def add_module_files(digest: "hashlib._Hash", folder: Path, subfolders: tuple[str, ...]) -> None:
+    """Let a digest tell modules apart that have the same name and size, without reading 20 GB.
+
+    A module trained anew keeps both, so the first and the last MiB of each file count as well.
+    """
+    for subfolder in subfolders:
+        for path in sorted((folder / subfolder).glob("*")):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(HASHED_BYTES))
+                file.seek(max(path.stat().st_size - HASHED_BYTES, 0))
+                digest.update(file.read(HASHED_BYTES))

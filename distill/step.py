@@ -1,16 +1,19 @@
-"""One student step and one critic step: batch and random draws in, loss and metrics out.
+"""One student step and one critic step of codmd and dmd, and the parts of them that the other methods share.
 
-Deterministic: every random number comes in through `StepDraws`. Knows neither optimizers nor files.
+Batch and random draws in, loss and metrics out. Deterministic: every random number comes in through `StepDraws`. Knows
+neither optimizers nor files.
 
 Layout: B batch, C channels, F latent frames, H, W latent pixels, L prompt positions, D text width.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from codmd_serve.sampler import rollout
+from codmd_serve.config import StepGrid
+from codmd_serve.sampler import Denoise, rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0, shift_sigma
 from distill.config import DistillConfig, reference_sigma
 from distill.data import Batch
@@ -47,9 +50,27 @@ class StepResult:
     metrics: dict[str, Tensor]
 
 
-def draw_exit_step(rng: torch.Generator, num_steps: int) -> int:
-    """Draw the step at which this iteration's rollouts stop, uniformly; `rng` must be in one state on all ranks."""
-    return int(torch.randint(num_steps, (), generator=rng))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """What teacher and critic say of a student sample that was noised again, (B, C, F, H, W), without gradient.
+
+    direction is that of `dmd_direction`; teacher_x0 (guided) and critic_x0 are their clean predictions.
+    """
+
+    direction: Tensor
+    teacher_x0: Tensor
+    critic_x0: Tensor
+
+
+def step_rng(seed: int, role: str, step: int, rank: int = 0) -> torch.Generator:
+    """Return the CPU generator of one role in one iteration on one rank."""
+    digest = hashlib.sha256(f"{seed} {role} {step} {rank}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def draw_exit_step(rng: torch.Generator, num_steps: int, first: int = 0) -> int:
+    """Draw a rollout's last step, uniform in first..num_steps - 1; `rng` must be in one state on all ranks."""
+    return int(torch.randint(first, num_steps, (), generator=rng))
 
 
 def draw_step(
@@ -136,32 +157,14 @@ def student_step(networks: Networks, batch: Batch, draws: StepDraws, config: Dis
         config: the run's settings.
 
     Returns:
-        Loss and metrics loss_dmd, loss_frame, loss_batch, score_gap_abs_mean (how far critic and teacher are apart
-        in x0) and x0_std_ratio (spread of the student's sample over the guided teacher's).
+        Loss and metrics loss_dmd, those of `score_metrics` and, for codmd, loss_frame and loss_batch.
     """
-    student_x0 = _student_sample(networks, batch, draws, config, with_grad=True)
-    with torch.no_grad():
-        latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
-        critic_flow = denoiser(networks.critic, networks.precision)(latents, draws.score_timestep, batch.prompt_embeds)
-        teacher_flow = guided_teacher_flow(
-            denoiser(networks.teacher, networks.precision),
-            latents,
-            draws.score_timestep,
-            batch.prompt_embeds,
-            batch.negative_prompt_embeds,
-            config.guidance_scale,
-        )
-        teacher_x0 = flow_to_x0(latents, teacher_flow, draws.score_sigma)
-        critic_x0 = flow_to_x0(latents, critic_flow, draws.score_sigma)
-        direction = dmd_direction(student_x0, latents, teacher_flow, critic_flow, draws.score_sigma)
-    loss_dmd = dmd_loss(student_x0, direction)
-    relational, relational_metrics = _relational_loss(student_x0, teacher_x0, critic_x0, draws, config)
-    metrics = {
-        "loss_dmd": loss_dmd.detach(),
-        **relational_metrics,
-        "score_gap_abs_mean": (critic_x0 - teacher_x0).abs().mean(),
-        "x0_std_ratio": student_x0.detach().std() / teacher_x0.std(),
-    }
+    denoise = denoiser(networks.student, networks.precision)
+    student_x0 = student_sample(denoise, batch, draws, config.grid(), config.sampler, with_grad=True)
+    scores = score_sample(networks, batch, student_x0, draws, config)
+    loss_dmd = dmd_loss(student_x0, scores.direction)
+    relational, relational_metrics = _relational_loss(student_x0, scores, draws, config)
+    metrics = {"loss_dmd": loss_dmd.detach(), **relational_metrics, **score_metrics(student_x0, scores)}
     return StepResult(loss=loss_dmd + relational, metrics=metrics)
 
 
@@ -177,38 +180,75 @@ def critic_step(networks: Networks, batch: Batch, draws: StepDraws, config: Dist
     Returns:
         Loss, no further metrics.
     """
-    student_x0 = _student_sample(networks, batch, draws, config, with_grad=False)
+    denoise = denoiser(networks.student, networks.precision)
+    student_x0 = student_sample(denoise, batch, draws, config.grid(), config.sampler, with_grad=False)
     latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
     flow_pred = denoiser(networks.critic, networks.precision)(latents, draws.score_timestep, batch.prompt_embeds)
     return StepResult(loss=flow_loss(flow_pred, student_x0, draws.score_noise), metrics={})
 
 
-def _student_sample(
-    networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig, *, with_grad: bool
+def student_sample(
+    denoise: Denoise, batch: Batch, draws: StepDraws, grid: StepGrid, sampler: str, *, with_grad: bool
 ) -> Tensor:
-    grid = config.grid()
+    """Roll the student out to the drawn exit step; with_grad: whether that step, and only that, carries gradient.
+
+    Returns:
+        x0_pred (B, C, F, H, W) of the exit step, float32 or wider.
+    """
     return rollout(
-        denoiser(networks.student, networks.precision),
+        denoise,
         draws.rollout_noise,
         batch.prompt_embeds,
         grid.sigmas,
         grid.timesteps,
-        sampler=config.sampler,
+        sampler=sampler,
         exit_step=draws.exit_step,
         grad_exit_step=with_grad,
     )
 
 
+def score_sample(
+    networks: Networks, batch: Batch, student_x0: Tensor, draws: StepDraws, config: DistillConfig
+) -> Scores:
+    """Noise a student sample to the drawn level and let guided teacher and critic look at it, without gradient."""
+    with torch.no_grad():
+        latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
+        critic_flow = denoiser(networks.critic, networks.precision)(latents, draws.score_timestep, batch.prompt_embeds)
+        teacher_flow = guided_teacher_flow(
+            denoiser(networks.teacher, networks.precision),
+            latents,
+            draws.score_timestep,
+            batch.prompt_embeds,
+            batch.negative_prompt_embeds,
+            config.guidance_scale,
+        )
+        return Scores(
+            direction=dmd_direction(student_x0, latents, teacher_flow, critic_flow, draws.score_sigma),
+            teacher_x0=flow_to_x0(latents, teacher_flow, draws.score_sigma),
+            critic_x0=flow_to_x0(latents, critic_flow, draws.score_sigma),
+        )
+
+
+def score_metrics(student_x0: Tensor, scores: Scores) -> dict[str, Tensor]:
+    """Return score_gap_abs_mean, how far critic and teacher are apart in x0, and x0_std_ratio, the spread of the
+    student's sample over the guided teacher's; detached scalars.
+    """
+    return {
+        "score_gap_abs_mean": (scores.critic_x0 - scores.teacher_x0).abs().mean(),
+        "x0_std_ratio": student_x0.detach().std() / scores.teacher_x0.std(),
+    }
+
+
 def _relational_loss(
-    student_x0: Tensor, teacher_x0: Tensor, critic_x0: Tensor, draws: StepDraws, config: DistillConfig
+    student_x0: Tensor, scores: Scores, draws: StepDraws, config: DistillConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     copula = config.copula
     if config.method == "dmd":
         return student_x0.new_zeros(()), {}
     terms = copula_terms(
         student_x0,
-        teacher_x0,
-        critic_x0,
+        scores.teacher_x0,
+        scores.critic_x0,
         use_frame=copula.weight_frame > 0,
         use_batch=copula.weight_batch > 0,
         temperature=copula.temperature,

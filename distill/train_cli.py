@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill train`."""
     parser.add_argument("--recipe", help="shapeworld (default), wan_1_3b or wan_14b")
-    parser.add_argument("--method", help="codmd or dmd; default: the recipe's")
+    parser.add_argument(
+        "--method",
+        help="codmd, dmd, rcm, dcm or dp-dmd, with the settings published for it; default: the recipe's",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the bundle goes to OUT/bundle")
     parser.add_argument("--seed", type=int, help="default: the recipe's")
     parser.add_argument("--minutes", type=float, help="time budget, over all resumptions together")
@@ -136,6 +139,7 @@ def resolve_config(args: argparse.Namespace, device: "torch.device") -> "Distill
     """
     from distill.checkpoint import read_config
     from distill.config import RECIPES, with_overrides
+    from distill.methods import with_method
     from distill.networks import resolve_precision
 
     if args.resume:
@@ -147,6 +151,8 @@ def resolve_config(args: argparse.Namespace, device: "torch.device") -> "Distill
         if recipe not in RECIPES:
             raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
         config = RECIPES[recipe]()
+        if args.method is not None:
+            config = with_method(config, args.method)
     flags = {"method": args.method, "seed": args.seed, "max_steps": args.max_steps}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     config = with_overrides(config, [*args.settings, *given])

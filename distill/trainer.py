@@ -1,10 +1,10 @@
 """The training loop on one device: turns of student and critic, clipping, averages, logging, checkpoints, the bundle.
 
-Knows no mathematics of the method (step.py, losses/) and no command line (train_cli.py). A run is a function of its
-config: the random numbers of iteration n are drawn from (seed, n), so there is no generator state to save.
+Knows no mathematics of the methods (methods.py and what it names) and no command line (train_cli.py). A run is a
+function of its config: the random numbers of iteration n are drawn from (seed, n), so there is no generator state to
+save.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -12,9 +12,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,8 +37,10 @@ from distill.checkpoint import (
 )
 from distill.config import DistillConfig
 from distill.data import PromptData, batch_indices, cached_prompt_data
+from distill.latents import TeacherLatents, cached_teacher_latents
+from distill.methods import METHODS
 from distill.networks import Ema, Networks, build_networks, latent_shape, transformer_config
-from distill.step import StepResult, critic_step, draw_exit_step, draw_step, student_step
+from distill.step import StepResult
 
 ROLES = ("student", "critic")
 LOG_FILE = "log.jsonl"
@@ -72,9 +74,16 @@ class Trainer:
     """State of a run and one iteration of it."""
 
     def __init__(
-        self, config: DistillConfig, networks: Networks, data: PromptData, shape: tuple[int, ...], device: torch.device
+        self,
+        config: DistillConfig,
+        networks: Networks,
+        data: PromptData,
+        shape: tuple[int, ...],
+        device: torch.device,
+        latents: TeacherLatents | None = None,
     ) -> None:
         self.config, self.networks, self.data, self.device = config, networks, data, device
+        self.latents = latents
         self.shape = (config.batch_size, *shape)
         self.step = 0
         self.updates = dict.fromkeys(ROLES, 0)
@@ -95,30 +104,31 @@ class Trainer:
         }
 
     def iterate(self) -> dict[str, Tensor]:
-        """Do one iteration: the student's turn when it is due, always the critic's; return metrics, on the device.
+        """Do one iteration: the turns that the method gives to student and critic; return metrics, on the device.
 
         Raises:
             CodmdError: updates of one network were not finite too often in a row.
+            CheckpointError: samples of the teacher that the method needs cannot be read.
         """
-        config, step = self.config, self.step
+        config, step, method = self.config, self.step, METHODS[self.config.method]
+        turns = method.turns(config, step)
         indices = batch_indices(step, self.data.num_prompts, config.batch_size, config.seed)
         batch = self.data.batch(indices, self.device)
-        exit_step = draw_exit_step(step_rng(config.seed, "exit", step), len(config.grid().timesteps))
-        turns: list[tuple[str, Callable[..., StepResult]]] = [("critic", critic_step)]
-        due = step - config.critic_warmup_steps
-        if due >= 0 and due % config.student_every_steps == 0:
-            turns.insert(0, ("student", student_step))
+        if self.latents is not None and "student" in turns:
+            batch = replace(batch, x0=self.latents.batch(indices, self.device))
         metrics: dict[str, Tensor] = {}
-        for role, compute in turns:
-            draws = draw_step(config, step_rng(config.seed, role, step), self.shape, exit_step, self.device)
-            metrics |= self._update(role, compute(self.networks, batch, draws, config))
+        for role in turns:
+            draws = method.draw(config, role, step, self.shape, self.device)
+            metrics |= self._update(role, method.steps[role](self.networks, batch, draws, config))
         self.step += 1
         return metrics
 
     def _update(self, role: str, result: StepResult) -> dict[str, Tensor]:
         network, optimizer, settings = self.trained[role], self.optimizers[role], self.config.optimizer
         result.loss.backward()  # type: ignore[no-untyped-call]
-        grad_norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+        # Clipping to infinity multiplies by 1 and still measures the norm.
+        clip_norm = math.inf if settings.clip_norm is None else settings.clip_norm
+        grad_norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
         # The one wait for the device per update: a poisoned update must not reach the weights.
         is_finite = bool((result.loss.detach() + grad_norm).isfinite())
         if is_finite:
@@ -177,12 +187,6 @@ class Trainer:
             raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from error
 
 
-def step_rng(seed: int, role: str, step: int, rank: int = 0) -> torch.Generator:
-    """Return the CPU generator of one role in one iteration on one rank."""
-    digest = hashlib.sha256(f"{seed} {role} {step} {rank}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) -> RunOutcome:
     """Train until max_steps, the time budget or a signal; write checkpoints and, unless interrupted, the bundle.
 
@@ -198,8 +202,13 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     """
     _check_out(config, options.out, resume)
     shape = native_latents(config)
-    data = cached_prompt_data(config, options.cache_dir or options.out / "cache", options.device)
-    trainer = Trainer(config, build_networks(config, options.device), data, shape, options.device)
+    cache_dir, device = options.cache_dir or options.out / "cache", options.device
+    data = cached_prompt_data(config, cache_dir, device)
+    networks = build_networks(config, device)
+    latents = None
+    if METHODS[config.method].needs_x0:
+        latents = cached_teacher_latents(config, networks, data, shape, cache_dir, device)
+    trainer = Trainer(config, networks, data, shape, device, latents)
     elapsed_s = 0.0
     checkpoints = list_checkpoints(options.out) if resume else []
     if checkpoints:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -119,6 +120,28 @@ def test_overrides_reach_nested_keys_and_keep_kinds() -> None:
         ("score_sigma_min=0.99", "score_sigma_min"),
         ("native.height=0", "native.height"),
         ("ema.decay=1", "ema.decay"),
+        ("ema.kind=linear", "ema.kind"),
+        ("ema.length=0.3", "ema.length"),
+        ("optimizer.clip_norm=0", "optimizer.clip_norm"),
+        ("optimizer.clip_norm=off", "optimizer.clip_norm"),
+        ("rcm.scm_weight=0", "rcm.scm_weight"),
+        ("rcm.dmd_weight=-1", "rcm.dmd_weight"),
+        ("rcm.theta_mean=NaN", "rcm.theta_mean"),
+        ("rcm.theta_std=-1", "rcm.theta_std"),
+        ("rcm.warmup_steps=-1", "rcm.warmup_steps"),
+        ("rcm.discrete_steps=1", "rcm.discrete_steps"),
+        ("rcm.sigma_max=0", "rcm.sigma_max"),
+        ("rcm.sigma_max=10", "rcm.sample_thetas"),
+        ("rcm.sample_thetas=[1.4,1.5]", "rcm.sample_thetas"),
+        ("rcm.sample_thetas=[1.5,0]", "rcm.sample_thetas"),
+        ("rcm.sample_thetas=[NaN]", "rcm.sample_thetas"),
+        ("rcm.data_steps=0", "rcm.data_steps"),
+        ("rcm.data_shift=0", "rcm.data_shift"),
+        ("dp_dmd.weight=-1", "dp_dmd.weight"),
+        ("dp_dmd.match_step=31", "dp_dmd.match_step"),
+        ("dp_dmd.teacher_steps=0", "dp_dmd.teacher_steps"),
+        ("dp_dmd.shift=0", "dp_dmd.shift"),
+        ("method=rcm", "score_window"),
     ],
 )
 def test_bad_settings_are_refused_by_name(assignment: str, named: str) -> None:
@@ -150,3 +173,45 @@ def test_sha256_changes_with_any_setting() -> None:
     digests = {with_overrides(shapeworld(), [f"seed={seed}"]).sha256() for seed in range(3)}
     assert len(digests) == 3
     assert isinstance(shapeworld(), DistillConfig)
+
+
+def test_clipping_can_be_switched_off_and_stays_off_in_json() -> None:
+    config = with_overrides(shapeworld(), ["optimizer.clip_norm=null"])
+    assert config.optimizer.clip_norm is None
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    assert with_overrides(config, ["optimizer.clip_norm=3"]).optimizer.clip_norm == 3.0
+
+
+def test_settings_saved_before_the_newer_methods_still_load() -> None:
+    data = config_to_dict(shapeworld())
+    for key in ("rcm", "dp_dmd"):
+        del data[key]
+    for key in ("kind", "length"):
+        del data["ema"][key]
+    assert config_from_dict(data) == shapeworld()
+
+
+def test_rcm_steps_are_angles_unless_timesteps_are_given() -> None:
+    config = with_overrides(shapeworld(), ["score_window=full", "method=rcm"])
+    tangents = (80.0, math.tan(1.5), math.tan(1.4), math.tan(1.0))
+    assert config.grid().sigmas == pytest.approx((*(value / (1 + value) for value in tangents), 0.0))
+    assert with_overrides(config, ["timesteps=[900,300]"]).grid().sigmas == (0.9, 0.3, 0.0)
+
+
+@pytest.mark.parametrize("method", ["rcm", "dcm"])
+def test_rcm_refuses_settings_that_leave_a_network_untrained_or_mean_nothing(method: str) -> None:
+    config = with_overrides(shapeworld(), ["score_window=full", f"method={method}"])
+    with pytest.raises(ConfigError, match="student_every_steps"):
+        with_overrides(config, ["student_every_steps=1"])
+    assert with_overrides(config, ["student_every_steps=1", "rcm.dmd_weight=0"]).student_every_steps == 1
+    with pytest.raises(ConfigError, match="score_window"):
+        with_overrides(config, ["score_window=above"])
+    with pytest.raises(ConfigError, match="reference_compat"):
+        with_overrides(config, ["reference_compat=true"])
+
+
+def test_dp_dmd_needs_a_step_after_the_first() -> None:
+    with pytest.raises(ConfigError, match="timesteps"):
+        with_overrides(shapeworld(), ["method=dp-dmd", "timesteps=[1000]"])
+    with pytest.raises(ConfigError, match="reference_compat"):
+        with_overrides(shapeworld(), ["method=dp-dmd", "reference_compat=true"])

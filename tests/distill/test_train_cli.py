@@ -46,6 +46,30 @@ def test_train_resume_and_export(settings: list[str], tmp_path: Path, capsys: py
     assert read_spec(tmp_path / "student").step == 1
 
 
+def test_method_brings_its_settings_and_those_on_the_command_line_win(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = [setting for setting in settings if not setting.startswith("optimizer")]
+    arguments = ["--out", str(tmp_path / "run"), "--method", "rcm", "--dry-run"]
+    assert train(*arguments, "--set", "rcm.sigma_max=200", *others) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["config"]["method"], shown["config"]["optimizer"]["clip_norm"]) == ("rcm", None)
+    assert shown["config"]["ema"]["kind"] == "power"
+    assert shown["derived"]["sigmas"][0] == pytest.approx(200 / 201)
+
+
+def test_resuming_with_the_method_named_keeps_the_runs_settings(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    quick = ["rcm.data_steps=1", "rcm.warmup_steps=1", "ema.length=0.2"]
+    assert train("--out", out, "--method", "rcm", "--max-steps", "1", "--set", *settings, *quick) == 0
+    assert train("--out", out, "--method", "rcm", "--resume", "--max-steps", "2") == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["ema"]["length"] == 0.2
+    assert train("--out", out, "--method", "dcm", "--resume", "--max-steps", "3") == 2
+    assert "another method" in capsys.readouterr().err
+
+
 def test_dry_run_prints_the_settings_and_writes_nothing(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

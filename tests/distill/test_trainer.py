@@ -12,13 +12,13 @@ import torch
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle
-from distill import trainer
 from distill.checkpoint import list_checkpoints, load_checkpoint
 from distill.config import DistillConfig, with_overrides
 from distill.data import cached_prompt_data
-from distill.networks import build_networks
-from distill.step import StepResult
-from distill.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, step_rng, stop_signal
+from distill.methods import METHODS, with_method
+from distill.networks import build_networks, load_transformer
+from distill.step import StepResult, step_rng
+from distill.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, stop_signal
 
 CPU = torch.device("cpu")
 
@@ -68,18 +68,29 @@ def assert_identical(left: dict, right: dict) -> None:
         assert same, name
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, name: str, is_bad: Callable[[int], bool]) -> None:
-    """Let the calls of student_step or critic_step for which is_bad(call number) return a NaN loss."""
-    original = getattr(trainer, name)
+def replace_step(
+    monkeypatch: pytest.MonkeyPatch, role: str, wrap: Callable[[Callable[..., StepResult]], Callable[..., StepResult]]
+) -> None:
+    """Put wrap(step) in the place of the codmd step of a role."""
+    method = METHODS["codmd"]
+    steps = {**method.steps, role: wrap(method.steps[role])}
+    monkeypatch.setitem(METHODS, "codmd", dataclasses.replace(method, steps=steps))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, role: str, is_bad: Callable[[int], bool]) -> None:
+    """Let the steps of a role for which is_bad(call number) return a NaN loss."""
     calls = []
 
-    def poisoned(*args: object) -> StepResult:
-        calls.append(1)
-        result = original(*args)
-        factor = float("nan") if is_bad(len(calls) - 1) else 1.0
-        return dataclasses.replace(result, loss=result.loss * factor)
+    def wrap(original: Callable[..., StepResult]) -> Callable[..., StepResult]:
+        def poisoned(*args: object) -> StepResult:
+            calls.append(1)
+            result = original(*args)
+            factor = float("nan") if is_bad(len(calls) - 1) else 1.0
+            return dataclasses.replace(result, loss=result.loss * factor)
 
-    monkeypatch.setattr(trainer, name, poisoned)
+        return poisoned
+
+    replace_step(monkeypatch, role, wrap)
 
 
 def test_a_run_ends_in_a_bundle_a_log_and_a_checkpoint(
@@ -150,6 +161,73 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
         assert whole == parts, name
 
 
+@pytest.fixture(params=["rcm", "dcm", "dp-dmd"])
+def other_method(request: pytest.FixtureRequest, tiny_config: DistillConfig) -> DistillConfig:
+    """A run of 7 iterations: for rcm and dcm 2 of warm-up, 3 of the student and 2 of the critic after it."""
+    config = with_method(tiny_config, request.param)
+    settings = ["max_steps=7", "rcm.warmup_steps=2", "rcm.data_steps=2", "dp_dmd.teacher_steps=3"]
+    return with_overrides(config, [*settings, "dp_dmd.match_step=2", "save_every_steps=100"])
+
+
+def test_other_methods_train_resume_exactly_and_end_in_a_bundle_on_their_grid(
+    other_method: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    whole = run(other_method, tmp_path / "whole")
+    for cut in (1, 4):  # inside the warm-up of rcm and after it
+        run(with_overrides(other_method, [f"max_steps={cut}"]), tmp_path / "parts", resume=cut > 1)
+    parts = run(other_method, tmp_path / "parts", resume=True)
+    assert parts == dataclasses.replace(whole, elapsed_s=parts.elapsed_s, bundle=parts.bundle)
+    assert (whole.step, whole.num_skipped) == (7, 0)
+    assert whole.num_student_updates == (4 if other_method.method == "dp-dmd" else 5)
+    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+    for name in ("student.json", "transformer/diffusion_pytorch_model.safetensors"):
+        one, other = ((tmp_path / kind / "bundle" / name).read_bytes() for kind in ("whole", "parts"))
+        assert one == other, name
+    assert whole.bundle is not None
+    bundle = load_bundle(whole.bundle)
+    assert bundle.spec.method == other_method.method
+    assert bundle.spec.sigmas == other_method.grid().sigmas
+    assert bundle.spec.timesteps == other_method.grid().timesteps
+    base = load_transformer(other_method.base, torch.float32)
+    weight = "blocks.0.ffn.net.2.weight"
+    assert not torch.equal(bundle.transformer.get_parameter(weight), base.get_parameter(weight))
+
+
+def test_other_methods_log_their_terms(
+    other_method: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    run(other_method, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    names = {"dp-dmd": {"loss_trajectory"}}.get(other_method.method, {"loss_scm", "tangent_norm"})
+    assert names | {"student_loss", "critic_loss", "loss_dmd", "score_gap_abs_mean"} <= records[1].keys()
+    assert all(value is None or isinstance(value, int | float) for record in records for value in record.values())
+
+
+def test_turns_of_rcm_leave_the_critic_alone_with_its_sample(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    config = with_overrides(with_method(tiny_config, "rcm"), ["rcm.warmup_steps=2", "rcm.data_steps=2", "max_steps=8"])
+    run(config, tmp_path / "run")
+    state = final_state(tmp_path / "run")
+    assert state["updates"] == {"student": 5, "critic": 3}
+    assert state["ema"]["num_updates"] == 5
+
+
+def test_without_clipping_the_gradient_is_used_as_it_is(
+    tiny_config: DistillConfig, new_trainer: Callable[[DistillConfig], Trainer]
+) -> None:
+    """A limit that is never reached and none at all give the same update; a low one does not."""
+    weights = {}
+    for limit in ("null", "1e6", "1e-6"):
+        # An eps above the gradients keeps AdamW from undoing the scale.
+        state = new_trainer(with_overrides(tiny_config, [f"optimizer.clip_norm={limit}", "optimizer.eps=1"]))
+        metrics = state.iterate()
+        assert float(metrics["critic_grad_norm"]) > 1e-3
+        weights[limit] = state.networks.critic.get_parameter("blocks.0.ffn.net.2.weight").detach().clone()
+    assert torch.equal(weights["null"], weights["1e6"])
+    assert not torch.equal(weights["null"], weights["1e-6"])
+
+
 def test_another_seed_gives_another_student(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
 ) -> None:
@@ -170,16 +248,18 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_unbroken_one(
     config = with_overrides(tiny_config, ["save_every_steps=100"])
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        original = trainer.critic_step
         calls = []
 
-        def interrupting(*args: object) -> StepResult:
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), number)
-            return original(*args)
+        def wrap(original: Callable[..., StepResult]) -> Callable[..., StepResult]:
+            def interrupting(*args: object) -> StepResult:
+                calls.append(1)
+                if len(calls) == 3:
+                    os.kill(os.getpid(), number)
+                return original(*args)
 
-        patch.setattr(trainer, "critic_step", interrupting)
+            return interrupting
+
+        replace_step(patch, "critic", wrap)
         outcome = run(config, tmp_path / "cut")
     assert (outcome.step, outcome.signal_number, outcome.bundle) == (3, number, None)
     assert not (tmp_path / "cut" / "bundle").exists()
@@ -215,9 +295,11 @@ def test_a_crash_loses_nothing_before_the_last_checkpoint(
         def crash(*_: object) -> StepResult:
             raise MemoryError("crash")
 
-        original = trainer.critic_step
-        steps = iter([original] * 5 + [crash])
-        patch.setattr(trainer, "critic_step", lambda *args: next(steps)(*args))
+        def wrap(original: Callable[..., StepResult]) -> Callable[..., StepResult]:
+            steps = iter([original] * 5 + [crash])
+            return lambda *args: next(steps)(*args)
+
+        replace_step(patch, "critic", wrap)
         with pytest.raises(MemoryError):
             run(tiny_config, tmp_path / "crashed")
     outcome = run(tiny_config, tmp_path / "crashed", resume=True)
@@ -235,7 +317,7 @@ def test_a_poisoned_update_is_skipped_and_counted(
     monkeypatch: pytest.MonkeyPatch,
     role: str,
 ) -> None:
-    poison(monkeypatch, f"{role}_step", lambda call: call == 1)
+    poison(monkeypatch, role, lambda call: call == 1)
     outcome = run(tiny_config, tmp_path / "run")
     assert outcome.num_skipped == 1
     assert outcome.num_student_updates == (2 if role == "student" else 3)
@@ -250,7 +332,7 @@ def test_a_poisoned_update_leaves_weights_and_optimizer_alone(
     state = new_trainer(tiny_config)
     state.iterate()
     before = {name: tensor.clone() for name, tensor in state.networks.critic.state_dict().items()}
-    poison(monkeypatch, "critic_step", lambda call: True)
+    poison(monkeypatch, "critic", lambda call: True)
     metrics = state.iterate()
     assert metrics == {}
     assert_identical(before, state.networks.critic.state_dict())
@@ -261,7 +343,7 @@ def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_overrides(tiny_config, ["max_nonfinite_in_row=2", "max_steps=20"])
-    poison(monkeypatch, "critic_step", lambda call: call >= 3)
+    poison(monkeypatch, "critic", lambda call: call >= 3)
     with pytest.raises(CodmdError, match="critic was not finite 2 times in a row, the last at step 4"):
         run(config, tmp_path / "run")
     state = final_state(tmp_path / "run")

@@ -1,0 +1,175 @@
+"""Samples of the teacher to train on: one for each training prompt, made once, cached on disk in shards.
+
+Knows no loss and no training loop. Layout: N samples, B batch, C channels, F latent frames, H, W latent pixels.
+
+CACHE/teacher-latents-KEY/00000.safetensors      samples of prompts 0 to 63, complete or absent
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from codmd_serve.errors import CheckpointError
+from codmd_serve.sampler import rollout
+from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
+from distill.config import DistillConfig
+from distill.data import PromptData, add_module_files, load_prompts, prompt_key
+from distill.networks import Networks, denoiser, guided_teacher_flow, resolve_base
+from distill.step import step_rng
+
+SHARD_SIZE = 64
+SAMPLE_BATCH = 16
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherLatents:
+    """A folder of shards; sample i is row i % SHARD_SIZE of shard i // SHARD_SIZE."""
+
+    folder: Path
+
+    def batch(self, indices: list[int], device: torch.device) -> Tensor:
+        """Read the samples of some prompts, (B, C, F, H, W) float32.
+
+        Raises:
+            CheckpointError: a shard has gone or is damaged.
+        """
+        return torch.stack([self._sample(index) for index in indices]).to(device)
+
+    def _sample(self, index: int) -> Tensor:
+        shard, row = divmod(index, SHARD_SIZE)
+        path = shard_path(self.folder, shard)
+        try:
+            # Memory-mapped: of a shard, only the row is read.
+            with safe_open(path, framework="pt") as file:
+                sample: Tensor = file.get_slice("x0")[row]
+        except (SafetensorError, OSError, IndexError) as error:
+            raise CheckpointError(f"teacher sample {index} cannot be read from {path}: {error}") from error
+        return sample
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Return the file of a shard."""
+    return folder / f"{shard:05d}.safetensors"
+
+
+def cached_teacher_latents(
+    config: DistillConfig,
+    networks: Networks,
+    data: PromptData,
+    shape: tuple[int, ...],
+    cache_dir: Path,
+    device: torch.device,
+) -> TeacherLatents:
+    """Return samples of the teacher for all training prompts, sampling those that the cache does not have.
+
+    Args:
+        config: rcm.data_steps Euler steps, shifted by rcm.data_shift, guided by guidance_scale; its precision must be
+            resolved.
+        networks: the teacher is sampled.
+        data: embeddings of the prompts.
+        shape: (C, F, H, W) of the latents.
+        cache_dir: the shards go to a folder in it, whose name follows from all that they depend on. The run's seed is
+            not among it: noise is a function of the prompt's position.
+        device: where the networks are.
+
+    Returns:
+        The samples, all on disk.
+
+    Raises:
+        CheckpointError: a shard cannot be written, or a sample is not finite.
+
+    An interrupted call has lost the shard it was at; the next call goes on there.
+    """
+    folder = cache_dir / f"teacher-latents-{_cache_key(config)[:16]}"
+    num_shards = -(-data.num_prompts // SHARD_SIZE)
+    sizes = [min(SHARD_SIZE, data.num_prompts - shard * SHARD_SIZE) for shard in range(num_shards)]
+    wanted = [
+        shard for shard, size in enumerate(sizes) if not _holds_samples(shard_path(folder, shard), (size, *shape))
+    ]
+    if wanted:
+        logger.info("sampling teacher prompts=%d shards=%d folder=%s", data.num_prompts, len(wanted), folder.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for shard in tqdm(wanted, desc="samples of the teacher", unit="shard", disable=None, dynamic_ncols=True):
+            x0 = _sample_shard(config, networks, data, shard, (sizes[shard], *shape), device)
+            partial = shard_path(folder, shard).with_suffix(".partial")
+            save_file({"x0": x0}, partial)
+            partial.rename(shard_path(folder, shard))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"samples of the teacher cannot be written to {folder}: {error}") from error
+    return TeacherLatents(folder=folder)
+
+
+def _sample_shard(
+    config: DistillConfig,
+    networks: Networks,
+    data: PromptData,
+    shard: int,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> Tensor:
+    noise = torch.randn(shape, generator=step_rng(0, "teacher-latents", shard))
+    teacher = denoiser(networks.teacher, networks.precision)
+    settings = config.rcm
+    levels = [1.0 - index / settings.data_steps for index in range(settings.data_steps + 1)]
+    sigmas = [shift_sigma(level, settings.data_shift) for level in levels]
+    parts = []
+    for start in range(0, shape[0], SAMPLE_BATCH):
+        part = noise[start : start + SAMPLE_BATCH].to(device)
+        first = shard * SHARD_SIZE + start
+        batch = data.batch(list(range(first, first + len(part))), device)
+
+        def denoise(
+            latents: Tensor, timestep_B: Tensor, embeds_BLD: Tensor, negative_BLD: Tensor = batch.negative_prompt_embeds
+        ) -> Tensor:
+            return guided_teacher_flow(teacher, latents, timestep_B, embeds_BLD, negative_BLD, config.guidance_scale)
+
+        timesteps = [NUM_TRAIN_TIMESTEPS * sigma for sigma in sigmas[:-1]]
+        with torch.no_grad():
+            parts.append(rollout(denoise, part[None], batch.prompt_embeds, sigmas, timesteps, sampler="ode").cpu())
+    x0 = torch.cat(parts).float()
+    if not bool(x0.isfinite().all()):
+        raise CheckpointError(f"samples of the teacher {config.base} are not finite: check its weights and precision")
+    return x0
+
+
+def _holds_samples(path: Path, shape: tuple[int, ...]) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = tuple(file.get_slice("x0").get_shape())
+    except (SafetensorError, OSError) as error:
+        logger.warning("shard made anew path=%s reason=%s", path.name, error)
+        return False
+    return found == shape
+
+
+def _cache_key(config: DistillConfig) -> str:
+    folder, is_local = resolve_base(config.base)
+    prompts = [*load_prompts(config), config.negative_prompt]
+    settings = [
+        prompt_key(prompts, config),
+        dataclasses.asdict(config.native),
+        config.rcm.data_steps,
+        config.rcm.data_shift,
+        config.guidance_scale,
+        config.teacher_dtype,
+        config.precision,
+        None if is_local else folder,
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    if is_local:
+        add_module_files(digest, Path(folder), ("transformer",))
+    return digest.hexdigest()

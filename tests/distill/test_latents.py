@@ -1,0 +1,133 @@
+"""Samples of the teacher: made once, whole or not at all, the same whoever asks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from codmd_serve.errors import CheckpointError
+from codmd_serve.sampler import rollout
+from distill import latents
+from distill.config import DistillConfig, with_overrides
+from distill.data import PromptData, cached_prompt_data
+from distill.latents import TeacherLatents, cached_teacher_latents
+from distill.methods import with_method
+from distill.networks import Networks, denoiser, guided_teacher_flow
+from distill.step import step_rng
+
+CPU = torch.device("cpu")
+SHAPE = (4, 3, 4, 4)
+
+
+@pytest.fixture
+def config(tiny_config: DistillConfig) -> DistillConfig:
+    return with_overrides(with_method(tiny_config, "rcm"), ["rcm.data_steps=3"])
+
+
+@pytest.fixture
+def data(config: DistillConfig, tmp_path: Path) -> PromptData:
+    return cached_prompt_data(config, tmp_path / "cache", CPU)
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents, "SHARD_SIZE", 2)
+
+
+def make(config: DistillConfig, networks: Networks, data: PromptData, cache: Path) -> TeacherLatents:
+    return cached_teacher_latents(config, networks, data, SHAPE, cache, CPU)
+
+
+def test_samples_are_those_of_the_guided_teacher(
+    config: DistillConfig, tiny_networks: Networks, data: PromptData, tmp_path: Path
+) -> None:
+    made = make(config, tiny_networks, data, tmp_path)
+    assert sorted(path.name for path in made.folder.iterdir()) == [f"0000{shard}.safetensors" for shard in range(3)]
+    got = made.batch([3, 0, 3], CPU)
+    assert got.shape == (3, *SHAPE) and got.dtype == torch.float32
+    assert torch.equal(got[0], got[2])
+    batch = data.batch([2, 3], CPU)
+    noise = torch.randn((2, *SHAPE), generator=step_rng(0, "teacher-latents", 1))
+
+    def guided(x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
+        teacher = denoiser(tiny_networks.teacher, "fp32")
+        return guided_teacher_flow(teacher, x, timestep_B, embeds_BLD, batch.negative_prompt_embeds, 3.0)
+
+    sigmas = [3 * u / (1 + 2 * u) for u in (1, 2 / 3, 1 / 3, 0)]
+    with torch.no_grad():
+        want = rollout(
+            guided, noise[None], batch.prompt_embeds, sigmas, [1000 * sigma for sigma in sigmas[:-1]], sampler="ode"
+        )
+    torch.testing.assert_close(got[0], want[1])
+
+
+def test_made_once_and_completed_after_an_interruption(
+    config: DistillConfig,
+    tiny_networks: Networks,
+    data: PromptData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = make(config, tiny_networks, data, tmp_path)
+    before = whole.batch(list(range(5)), CPU)
+    last, damaged = whole.folder / "00002.safetensors", whole.folder / "00001.safetensors"
+    last.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    sampled = []
+    original = latents._sample_shard
+    monkeypatch.setattr(latents, "_sample_shard", lambda *args: sampled.append(args[3]) or original(*args))
+    assert torch.equal(make(config, tiny_networks, data, tmp_path).batch(list(range(5)), CPU), before)
+    assert sampled == [1, 2]
+    make(config, tiny_networks, data, tmp_path)
+    assert sampled == [1, 2]
+
+
+def test_other_settings_get_other_samples_and_other_seeds_the_same(
+    config: DistillConfig, tiny_networks: Networks, data: PromptData, tmp_path: Path
+) -> None:
+    folders = {
+        make(with_overrides(config, [setting]), tiny_networks, data, tmp_path).folder
+        for setting in ("rcm.data_steps=4", "rcm.data_shift=2", "guidance_scale=2", "seed=0")
+    }
+    assert len(folders) == 4
+    assert make(with_overrides(config, ["seed=7", "method=dcm"]), tiny_networks, data, tmp_path).folder in folders
+
+
+def test_a_teacher_that_yields_no_numbers_is_refused(
+    config: DistillConfig, tiny_networks: Networks, data: PromptData, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        tiny_networks.teacher.proj_out.bias.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="not finite"):
+        make(config, tiny_networks, data, tmp_path)
+    assert not list(tmp_path.glob("teacher-latents-*/*"))
+
+
+def test_full_disk_leaves_no_shard(
+    config: DistillConfig,
+    tiny_networks: Networks,
+    data: PromptData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(latents, "save_file", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        make(config, tiny_networks, data, tmp_path)
+    assert not list(tmp_path.glob("teacher-latents-*/*.safetensors"))
+
+
+def test_a_shard_that_has_gone_is_named(
+    config: DistillConfig, tiny_networks: Networks, data: PromptData, tmp_path: Path
+) -> None:
+    made = make(config, tiny_networks, data, tmp_path)
+    path = made.folder / "00001.safetensors"
+    save_file({"x0": load_file(path)["x0"][:1].clone()}, path)
+    with pytest.raises(CheckpointError, match="teacher sample 3 cannot be read"):
+        made.batch([3], CPU)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="teacher sample 2 cannot be read"):
+        made.batch([2], CPU)

@@ -1,0 +1,124 @@
+"""The student step of dp-dmd: the first step follows the teacher, matching starts at the second."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from codmd_serve.sampler import rollout
+from distill.config import DistillConfig, with_overrides
+from distill.data import Batch
+from distill.losses.trajectory import trajectory_loss
+from distill.methods import draw_dmd, with_method
+from distill.networks import Networks, denoiser, guided_teacher_flow
+from distill.step import StepDraws, draw_step, student_step
+from distill.trajectory_step import dp_dmd_student_step, early_trajectory, teacher_levels
+
+CPU = torch.device("cpu")
+SHAPE = (3, 4, 3, 4, 4)
+
+
+@pytest.fixture
+def config(tiny_config: DistillConfig) -> DistillConfig:
+    return with_overrides(
+        with_method(tiny_config, "dp-dmd"), ["dp_dmd.teacher_steps=6", "dp_dmd.match_step=2", "dp_dmd.shift=3"]
+    )
+
+
+@pytest.fixture
+def batch() -> Batch:
+    embeds = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(5))
+    embeds[:, :, 6:] = 0
+    return Batch(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
+
+
+def drawn(config: DistillConfig, exit_step: int) -> StepDraws:
+    return draw_step(config, torch.Generator().manual_seed(0), SHAPE, exit_step, CPU)
+
+
+def part_ways(networks: Networks) -> None:
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for network in (networks.student, networks.critic):
+            for parameter in network.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
+
+
+def test_exit_steps_leave_the_first_one_out(config: DistillConfig) -> None:
+    exits = [draw_dmd(config, "critic", step, (1, 1, 1, 1, 1), CPU).exit_step for step in range(600)]
+    counts = torch.bincount(torch.tensor(exits), minlength=4)
+    assert counts.tolist() == [0, *(pytest.approx(200, abs=40) for _ in range(3))]
+
+
+def test_teacher_levels_are_those_of_its_whole_way(config: DistillConfig) -> None:
+    assert teacher_levels(config) == pytest.approx((1.0, 3 * (5 / 6) / (1 + 2 * 5 / 6), 3 * (2 / 3) / (1 + 2 * 2 / 3)))
+    low = with_overrides(config, ["timesteps=[900,500]", "dp_dmd.match_step=6"])
+    assert teacher_levels(low)[0] == 0.9
+    assert teacher_levels(low)[-1] == 0.0
+    assert list(teacher_levels(low)) == sorted(teacher_levels(low), reverse=True)
+
+
+def test_early_trajectory_is_where_the_euler_sampler_passes(
+    tiny_networks: Networks, config: DistillConfig, batch: Batch
+) -> None:
+    """The sampler tells x0 only; of a state and the next one, x0 gives the flow and so the state."""
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    levels = teacher_levels(config)
+
+    def guided(latents: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
+        teacher = denoiser(tiny_networks.teacher, "fp32")
+        return guided_teacher_flow(teacher, latents, timestep_B, embeds_BLD, batch.negative_prompt_embeds, 3.0)
+
+    with torch.no_grad():
+        whole = early_trajectory(tiny_networks, batch, start, (*levels, 0.0), 3.0)
+        timesteps = [1000 * sigma for sigma in levels]
+        want = rollout(guided, start[None], batch.prompt_embeds, (*levels, 0.0), timesteps, sampler="ode")
+    torch.testing.assert_close(whole, want)
+
+
+def test_loss_is_zero_when_the_student_is_the_teacher_and_so_is_its_trajectory(
+    tiny_networks: Networks, config: DistillConfig, batch: Batch
+) -> None:
+    """An unguided teacher met after one step moves along the flow that the untrained student has; the critic agrees."""
+    config = with_overrides(config, ["guidance_scale=1", "dp_dmd.match_step=1"])
+    result = dp_dmd_student_step(tiny_networks, batch, drawn(config, 2), config)
+    assert float(result.metrics["loss_trajectory"]) < 1e-10
+    assert float(result.loss.detach()) < 1e-9
+    result.loss.backward()
+    largest = max(float(p.grad.abs().max()) for p in tiny_networks.student.parameters() if p.grad is not None)
+    assert largest < 1e-5
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+@pytest.mark.parametrize("exit_step", [1, 3])
+def test_gradient_is_that_of_dmd_plus_the_first_step(
+    tiny_networks: Networks, config: DistillConfig, batch: Batch, exit_step: int, sampler: str
+) -> None:
+    part_ways(tiny_networks)
+    config = with_overrides(config, [f"sampler={sampler}", "dp_dmd.weight=2"])
+    draws = drawn(config, exit_step)
+    calls: list[int] = []
+    hook = tiny_networks.student.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))
+    result = dp_dmd_student_step(tiny_networks, batch, draws, config)
+    hook.remove()
+    assert calls == [3] * (exit_step + 1)  # the first step's forward serves both terms
+    parameters = list(tiny_networks.student.parameters())
+    got = torch.autograd.grad(result.loss, parameters)
+    dmd = student_step(tiny_networks, batch, draws, dataclasses.replace(config, method="dmd"))
+    start = draws.rollout_noise[0]
+    flow = denoiser(tiny_networks.student, "fp32")(start, torch.full((3,), 1000.0), batch.prompt_embeds)
+    levels = teacher_levels(config)
+    state = early_trajectory(tiny_networks, batch, start, levels, config.guidance_scale)
+    first = trajectory_loss(flow, start, state, 1.0, levels[-1])
+    want = torch.autograd.grad(dmd.loss + 2 * first, parameters)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert float(result.metrics["loss_dmd"]) == pytest.approx(float(dmd.metrics["loss_dmd"]))
+    assert set(result.metrics) == {"loss_dmd", "loss_trajectory", "score_gap_abs_mean", "x0_std_ratio"}
+
+
+def test_only_the_student_gets_a_gradient(tiny_networks: Networks, config: DistillConfig, batch: Batch) -> None:
+    dp_dmd_student_step(tiny_networks, batch, drawn(config, 1), config).loss.backward()
+    assert any(parameter.grad is not None for parameter in tiny_networks.student.parameters())
+    for network in (tiny_networks.critic, tiny_networks.teacher):
+        assert all(parameter.grad is None for parameter in network.parameters())
