@@ -30,7 +30,11 @@ logger = logging.getLogger(__name__)
 def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill teacher`."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the pipeline goes to OUT/pipeline")
-    parser.add_argument("--preset", default="shapeworld", help="shapeworld (default) or tiny, which learns nothing")
+    parser.add_argument(
+        "--preset",
+        default="shapeworld",
+        help="shapeworld (default); more or decoder, which go on from --start; or tiny, which learns nothing",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", default="", help="pipeline folder to go on training from; default: from nothing")
     parser.add_argument("--minutes", type=float, help="time budget of all stages, over all resumptions together")
