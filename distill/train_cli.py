@@ -40,6 +40,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of all networks")
     parser.add_argument("--cache", type=Path, help="folder of prompt embeddings; default: OUT/cache")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the settings, write nothing")
 
@@ -101,7 +102,7 @@ def _train(args: argparse.Namespace) -> int:
         summary = {"latents": native_latents(config), "prompts": len(load_prompts(config)), "device": str(device)}
         print(describe(config, summary))
         return 0
-    options = RunOptions(out=args.out, device=device, minutes=args.minutes, cache_dir=args.cache)
+    options = RunOptions(out=args.out, device=device, minutes=args.minutes, cache_dir=args.cache, compiled=args.compile)
     outcome = run_training(config, options, resume=args.resume)
     done = f"{outcome.step} steps, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
     if outcome.signal_number is not None:

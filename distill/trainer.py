@@ -39,7 +39,7 @@ from distill.config import DistillConfig
 from distill.data import PromptData, batch_indices, cached_prompt_data
 from distill.latents import TeacherLatents, cached_teacher_latents
 from distill.methods import METHODS
-from distill.networks import Ema, Networks, build_networks, latent_shape, transformer_config
+from distill.networks import Ema, Networks, build_networks, compile_blocks, latent_shape, transformer_config
 from distill.step import StepResult
 
 ROLES = ("student", "critic")
@@ -56,6 +56,7 @@ class RunOptions:
     device: torch.device
     minutes: float | None = None  # of training, over all resumptions together
     cache_dir: Path | None = None  # of prompt embeddings; None is OUT/cache
+    compiled: bool = False  # torch.compile the blocks of all networks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +206,9 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     cache_dir, device = options.cache_dir or options.out / "cache", options.device
     data = cached_prompt_data(config, cache_dir, device)
     networks = build_networks(config, device)
+    if options.compiled:
+        for network in (networks.student, networks.critic, networks.teacher):
+            compile_blocks(network)
     latents = None
     if METHODS[config.method].needs_x0:
         latents = cached_teacher_latents(config, networks, data, shape, cache_dir, device)

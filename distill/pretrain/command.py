@@ -43,6 +43,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (autocast)")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
 
 
 def run_teacher(args: argparse.Namespace) -> int:
@@ -87,6 +88,7 @@ def _teacher(args: argparse.Namespace) -> int:
                 precision=resolve_precision(args.precision, device),
                 budget_s=None if args.minutes is None else 60 * args.minutes * share,
                 stop=lambda: bool(received),
+                compiled=args.compile,
             )
             for stage, share in BUDGET_SHARES.items()
         }

@@ -108,11 +108,11 @@ def tiny() -> PretrainConfig:
 
 
 def more() -> PretrainConfig:
-    """Go on from the pipeline named by --start: VAE on full-length clips, then more steps of the transformer."""
+    """Go on with the transformer of the pipeline named by --start, on more clips; its other parts stay as they are."""
     return PretrainConfig(
-        vae=VaeConfig(phases=(VaePhase(num_frames=17, batch_size=2, num_steps=600),)),
+        vae=VaeConfig(phases=()),
         text=TextConfig(num_steps=0),
-        transformer=TransformerConfig(num_clips=4096, num_steps=6600),
+        transformer=TransformerConfig(num_clips=5120, num_steps=16000),
     )
 
 

@@ -38,6 +38,7 @@ class StageOptions:
         folder: of checkpoints and logs.
         device: cpu or cuda.
         precision: fp32 or bf16 (autocast).
+        compiled: torch.compile the transformer's blocks.
         budget_s: seconds over all resumptions; None runs all steps.
         stop: asked between two steps.
     """
@@ -47,6 +48,7 @@ class StageOptions:
     precision: str
     budget_s: float | None
     stop: Callable[[], bool]
+    compiled: bool = False
 
 
 def autocast(options: StageOptions) -> torch.autocast:

@@ -19,7 +19,7 @@ from codmd_serve.errors import CheckpointError
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
 from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.data import PromptData
-from distill.networks import denoiser, keep_sensitive_parts_float32
+from distill.networks import compile_blocks, denoiser, keep_sensitive_parts_float32
 from distill.pretrain.config import TransformerConfig
 from distill.pretrain.stage import StageOptions, load_weights, run_stage
 from distill.pretrain.vae import to_pixels
@@ -153,6 +153,8 @@ def train_transformer(
         load_weights(transformer, start, "transformer")
     keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
     transformer.to(options.device).train()
+    if options.compiled:
+        compile_blocks(transformer)
     denoise = denoiser(transformer, options.precision)
 
     def compute_loss(step: int, _progress: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """Loading and calling the three networks: exact guidance, mixed precision close to float32, moving average."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from distill.networks import (
     Ema,
     Networks,
     build_networks,
+    compile_blocks,
     denoiser,
     ema_decay,
     guided_teacher_flow,
@@ -52,6 +54,31 @@ def test_loaded_network_equals_stock_on_padded_prompts(tiny_networks: Networks, 
         want = stock(latents, timestep, padded, return_dict=False)[0]
         got = denoiser(tiny_networks.teacher, "fp32")(latents, timestep, prompts)
     assert float((got - want).norm() / want.norm()) < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own when its compiler is imported and traces
+def test_compiled_blocks_compute_and_train_the_same(tiny_networks: Networks) -> None:
+    eager = copy.deepcopy(tiny_networks.student)
+    compiled = compile_blocks(tiny_networks.student)
+    assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in eager.named_parameters()]
+    latents, timestep, prompts, _ = inputs()
+    flows = []
+    for network in (eager, compiled):
+        flow = denoiser(network, "fp32")(latents, timestep, prompts)
+        flow.square().mean().backward()
+        flows.append(flow.detach())
+    torch.testing.assert_close(flows[1], flows[0], rtol=1e-5, atol=1e-5)
+    for (name, want), (_, got) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
+        assert want.grad is not None
+        assert got.grad is not None
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_compiling_without_a_compiler_says_so(tiny_networks: Networks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"no-such-compiler is not there; install it or leave --compile out"):
+        compile_blocks(tiny_networks.student)
 
 
 def test_guided_flow_in_one_call_equals_two(tiny_networks: Networks) -> None:
