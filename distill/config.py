@@ -326,15 +326,16 @@ def shapeworld() -> DistillConfig:
         recipe="shapeworld",
         base="weights/shapeworld",
         native=NativeConfig(height=64, width=64, num_frames=17, fps=16),
-        optimizer=OptimizerConfig(student_lr=5e-5, critic_lr=1e-4, betas=(0.0, 0.999)),
+        optimizer=OptimizerConfig(student_lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.999)),
         ema=EmaConfig(decay=0.97),
         batch_size=16,
         max_steps=4000,
-        student_every_steps=5,
+        student_every_steps=4,
         guidance_scale=3.0,
         step_shift=3.0,
         score_shift=3.0,
         score_window="step",
+        bundle_dtype="fp16",
     )
 
 
