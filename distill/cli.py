@@ -14,7 +14,7 @@ from distill.train_cli import add_export_arguments, add_train_arguments, run_exp
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "train": ("distil a student from a teacher", add_train_arguments, run_train),
-    "export": ("write the bundle of a checkpoint", add_export_arguments, run_export),
+    "export": ("write the student of a checkpoint, for codmd-serve or diffusers", add_export_arguments, run_export),
     "plan": ("say what a run needs: memory per GPU, operations, hours", add_plan_arguments, run_plan),
     "teacher": ("train the ShapeWorld pipeline from nothing", add_teacher_arguments, run_teacher),
     "eval": ("score teachers and students on held-out captions", add_eval_arguments, run_eval),

@@ -61,19 +61,26 @@ def run_train(args: argparse.Namespace) -> int:
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill export`."""
     parser.add_argument("--run", type=Path, required=True, help="folder of a run")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle; one that exists is replaced")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; one that exists is replaced")
+    parser.add_argument(
+        "--format",
+        choices=("bundle", "pipeline"),
+        default="bundle",
+        help="a bundle for codmd-serve (default), or a complete folder for diffusers.WanPipeline.from_pretrained",
+    )
     parser.add_argument("--step", type=int, help="checkpoint to take; default: the newest")
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Run `codmd-distill export`: write the student bundle of a run from a checkpoint; return 0, or 2 on bad input."""
-    from distill.checkpoint import export_bundle
+    """Run `codmd-distill export`: write the student of a run from a checkpoint; return 0, or 2 on bad input."""
+    from distill.checkpoint import export_bundle, export_pipeline
 
+    export = export_pipeline if args.format == "pipeline" else export_bundle
     try:
-        step = export_bundle(args.run, args.out, args.step)
+        step = export(args.run, args.out, args.step)
     except CodmdError as error:
         return _report(error)
-    print(f"bundle {args.out} from step {step}")
+    print(f"{args.format} {args.out} from step {step}")
     return 0
 
 

@@ -34,6 +34,7 @@ from distill.checkpoint import (
     save_checkpoint,
     write_bundle,
     write_config,
+    write_pipeline,
 )
 from distill.config import DistillConfig
 from distill.data import PromptData, batch_indices, cached_prompt_data
@@ -226,6 +227,7 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     if signal_number is None:
         bundle = options.out / "bundle"
         write_bundle(bundle, config, trainer.ema.shadow, trainer.updates["student"])
+        write_pipeline(bundle, options.out / "pipeline")
     return RunOutcome(
         step=trainer.step,
         num_student_updates=trainer.updates["student"],
