@@ -91,7 +91,9 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep_last: 
     folder = run_dir / "checkpoints" / f"{STEP_PREFIX}{step:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        # What killed saves left behind, of this step or of others, would fill the disk for ever.
+        for rest in folder.parent.glob(f".{STEP_PREFIX}*.partial"):
+            shutil.rmtree(rest, ignore_errors=True)
         partial.mkdir(parents=True)
         with (partial / STATE_FILE).open("wb") as file:
             torch.save(state, file)
