@@ -1,6 +1,9 @@
 """Run folders on disk: checkpoints to resume from, and the student bundle at the end; knows nothing of the loop.
 
 RUN/config.json                    the resolved DistillConfig
+RUN/log.jsonl, curves.png          means of all metrics, and their plot (trainer.py, curves.py)
+RUN/tensorboard/                   the same, and the previews
+RUN/previews/                      pictures of the averaged student (previews.py)
 RUN/checkpoints/step-00000200/     state.pt, complete or absent
 RUN/bundle/                        the student, once the run has ended
 RUN/pipeline/                      the same as a complete diffusers folder, where the stock pipeline can sample it

@@ -85,6 +85,6 @@ if __name__ == "__main__":
     arm(chosen)
     run_training(
         config_from_dict(json.loads(Path(config_path).read_text(encoding="utf-8"))),
-        RunOptions(out=Path(out), device=torch.device("cpu"), cache_dir=Path(cache)),
+        RunOptions(out=Path(out), device=torch.device("cpu"), cache_dir=Path(cache), preview_every_steps=0),
         resume=False,
     )

@@ -106,6 +106,7 @@ def test_dry_run_prints_the_settings_and_writes_nothing(
         (["--minutes", "0"], "--minutes"),
         (["--minutes", "nan"], "--minutes"),
         (["--threads", "0"], "--threads"),
+        (["--preview-every", "-1"], "--preview-every"),
         (["--device", "tpu9"], "--device"),
         (["--device", "cuda:99"], "no device cuda:99"),
         (["--resume"], "holds no run"),
