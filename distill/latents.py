@@ -42,7 +42,7 @@ class TeacherLatents:
         """Read the samples of some prompts, (B, C, F, H, W) float32.
 
         Raises:
-            CheckpointError: a shard has gone or is damaged.
+            CheckpointError: a shard has gone or is damaged, or a sample is not finite.
         """
         return torch.stack([self._sample(index) for index in indices]).to(device)
 
@@ -55,6 +55,10 @@ class TeacherLatents:
                 sample: Tensor = file.get_slice("x0")[row]
         except (SafetensorError, OSError, IndexError) as error:
             raise CheckpointError(f"teacher sample {index} cannot be read from {path}: {error}") from error
+        if not bool(sample.isfinite().all()):
+            raise CheckpointError(
+                f"teacher sample {index} in {path} is not finite: delete the file to have it made anew"
+            )
         return sample
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -34,12 +35,15 @@ from distill.checkpoint import (
     save_checkpoint,
     write_bundle,
     write_config,
+    write_pipeline,
 )
 from distill.config import DistillConfig
+from distill.curves import CURVES_FILE, plot_curves
 from distill.data import PromptData, batch_indices, cached_prompt_data
 from distill.latents import TeacherLatents, cached_teacher_latents
 from distill.methods import METHODS
 from distill.networks import Ema, Networks, build_networks, compile_blocks, latent_shape, transformer_config
+from distill.previews import Previews
 from distill.step import StepResult
 
 ROLES = ("student", "critic")
@@ -57,6 +61,7 @@ class RunOptions:
     minutes: float | None = None  # of training, over all resumptions together
     cache_dir: Path | None = None  # of prompt embeddings; None is OUT/cache
     compiled: bool = False  # torch.compile the blocks of all networks
+    preview_every_steps: int = 200  # pictures of the averaged student, and one at the end; 0 makes none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +231,7 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     if signal_number is None:
         bundle = options.out / "bundle"
         write_bundle(bundle, config, trainer.ema.shadow, trainer.updates["student"])
+        write_pipeline(bundle, options.out / "pipeline")
     return RunOutcome(
         step=trainer.step,
         num_student_updates=trainer.updates["student"],
@@ -260,7 +266,8 @@ def _check_out(config: DistillConfig, out: Path, resume: bool) -> None:
 
 def _loop(trainer: Trainer, options: RunOptions, elapsed_before_s: float) -> tuple[int | None, float]:
     """Iterate until done; return the signal that ended it, if one did, and the seconds trained so far."""
-    config, start = trainer.config, time.monotonic()
+    config, start, every = trainer.config, time.monotonic(), options.preview_every_steps
+    previews = Previews(config, options.out, trainer.data, trainer.shape[1:], trainer.device) if every else None
     budget_s = math.inf if options.minutes is None else 60 * options.minutes
 
     def elapsed_s() -> float:
@@ -269,9 +276,14 @@ def _loop(trainer: Trainer, options: RunOptions, elapsed_before_s: float) -> tup
     def save() -> None:
         state = {"trainer": trainer.state_dict(), "elapsed_s": elapsed_s()}
         save_checkpoint(options.out, trainer.step, state, config.keep_last)
+        plot_curves(options.out / LOG_FILE, options.out / CURVES_FILE)
+
+    def preview() -> None:
+        if previews is not None:
+            log.show(previews.write(trainer.step, trainer.networks.student, trainer.ema.shadow), trainer.step)
 
     with stop_signal() as received, RunLog(options.out, config, trainer.step, budget_s) as log:
-        saved_step = trainer.step
+        saved_step, shown_step = trainer.step, -1
         while trainer.step < config.max_steps and elapsed_s() < budget_s and not received:
             log.add(trainer.iterate())
             is_last = trainer.step == config.max_steps or bool(received) or elapsed_s() >= budget_s
@@ -280,8 +292,13 @@ def _loop(trainer: Trainer, options: RunOptions, elapsed_before_s: float) -> tup
             if trainer.step % config.save_every_steps == 0:
                 save()
                 saved_step = trainer.step
+            if every and trainer.step % every == 0 and not received:
+                preview()
+                shown_step = trainer.step
         if saved_step != trainer.step:
             save()
+        if shown_step != trainer.step and not received:  # whoever sent a signal does not wait for pictures
+            preview()
         return (received[0] if received else None), elapsed_s()
 
 
@@ -363,6 +380,11 @@ class RunLog:
         self.bar.set_postfix_str(line)
         logger.info("step=%d %s", step, line)
         self.sums, self.window_start, self.window_step = {}, now, step
+
+    def show(self, picture: np.ndarray | None, step: int) -> None:
+        """Put a preview, uint8 (rows, columns, 3), on TensorBoard."""
+        if picture is not None:
+            self.board.add_image("preview", picture, step, dataformats="HWC")
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:
