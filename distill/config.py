@@ -32,8 +32,18 @@ PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = ("fp32", "bf16")
 SCORE_WINDOWS = ("full", "above", "step")
 BUNDLE_DTYPES = ("fp32", "bf16", "fp16")
-# Settings that a resumed run may change: none of them alters what an iteration computes.
-RESUMABLE = ("max_steps", "save_every_steps", "log_every_steps", "keep_last", "max_nonfinite_in_row", "bundle_dtype")
+# Settings that a resumed run may change: none of them alters what an iteration computes, but for rounding.
+RESUMABLE = (
+    "max_steps",
+    "save_every_steps",
+    "log_every_steps",
+    "keep_last",
+    "max_nonfinite_in_row",
+    "bundle_dtype",
+    "accumulate",
+    "activation_checkpointing",
+    "context_parallel",
+)
 # The authors look sigma up in this table for both model sizes, whatever shift the scores are drawn with.
 REFERENCE_TABLE_SHIFT = 8.0
 
@@ -60,7 +70,12 @@ class DistillConfig:
     ema: EmaConfig
     method: str = "codmd"
     seed: int = 0
-    batch_size: int
+    batch_size: int  # of one update, over all processes and parts
+    accumulate: int = 1  # parts that each process computes its share of a batch in, one after the other
+    activation_checkpointing: bool = False  # keep only the inputs of blocks, compute them again for the gradient
+    context_parallel: int = 1  # processes that share their samples and split their tokens; CUDA only
+    lora_critic_rank: int = 0  # of a critic on the teacher's frozen weights; 0 is a critic of its own
+    lora_critic_alpha: float = 64.0  # what such a critic adds weighs alpha / rank
     max_steps: int  # iterations; each trains the critic, every student_every_steps-th the student too
     student_every_steps: int = 5
     critic_warmup_steps: int = 0  # iterations before the first student update
@@ -103,8 +118,10 @@ class DistillConfig:
         check_range("seed", self.seed, 0, 2**63 - 1)
         for name in ("batch_size", "max_steps", "student_every_steps", "num_captions", "max_nonfinite_in_row"):
             check_range(name, getattr(self, name), 1, 10**9)
-        for name in ("log_every_steps", "save_every_steps", "keep_last"):
+        for name in ("log_every_steps", "save_every_steps", "keep_last", "accumulate", "context_parallel"):
             check_range(name, getattr(self, name), 1, 10**9)
+        check_range("lora_critic_rank", self.lora_critic_rank, 0, 4096)
+        check_range("lora_critic_alpha", self.lora_critic_alpha, 1e-3, 1e6)
         check_range("critic_warmup_steps", self.critic_warmup_steps, 0, 10**9)
         check_range("guidance_scale", self.guidance_scale, 0.0, 100.0)
         check_range("step_shift", self.step_shift, 1e-3, 1e3)
@@ -121,6 +138,11 @@ class DistillConfig:
         self.grid()
 
     def _check_method(self) -> None:
+        if self.method == "rcm" and self.context_parallel > 1:
+            raise ConfigError(
+                f"context_parallel must be 1 for method rcm, got {self.context_parallel}: attention over split tokens "
+                "has no forward-mode derivative"
+            )
         if self.method in CONSISTENCY_METHODS:
             if self.score_window != "full":
                 raise ConfigError(
@@ -224,6 +246,7 @@ def wan_1_3b() -> DistillConfig:
         teacher_dtype="bf16",
         precision="bf16",
         text_dtype="bf16",
+        activation_checkpointing=True,
     )
 
 
