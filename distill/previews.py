@@ -42,29 +42,38 @@ class Previews:
         data: embeddings; the first prompts are shown.
         shape: (C, F, H, W) of the latents.
         device: where the student is. The VAE is there while it decodes only.
+        is_first: whether this process writes. All processes of a run have to call `write`: they sample together.
 
     Raises:
         CheckpointError: the base has no complete VAE.
     """
 
     def __init__(
-        self, config: DistillConfig, out: Path, data: PromptData, shape: tuple[int, ...], device: torch.device
+        self,
+        config: DistillConfig,
+        out: Path,
+        data: PromptData,
+        shape: tuple[int, ...],
+        device: torch.device,
+        is_first: bool = True,
     ) -> None:
+        self.is_first = is_first
         self.config, self.folder, self.device = config, out / PREVIEW_DIR, device
         self.prompts = load_prompts(config)[:NUM_PROMPTS]
         self.embeds_BLD = data.batch(list(range(len(self.prompts))), device).prompt_embeds
         size = (len(config.grid().timesteps), len(self.prompts), *shape)
         self.noise = torch.randn(size, generator=step_rng(config.seed, "preview", 0))
-        self.vae = load_part(AutoencoderKLWan, config.base, "vae", torch_dtype=torch.float32)
-        self.vae.requires_grad_(False).eval()
+        if is_first:
+            self.vae = load_part(AutoencoderKLWan, config.base, "vae", torch_dtype=torch.float32)
+            self.vae.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def clips(self, student: nn.Module, average: Mapping[str, Tensor]) -> np.ndarray:
-        """Sample the student with the weights of `average`, uint8 (B, T, H, W, 3); its own weights stay as they are."""
+    def sample(self, student: nn.Module, average: Mapping[str, Tensor]) -> Tensor:
+        """Latents (B, C, F, H, W) of the student with the weights of `average`; its own weights stay as they are."""
         grid = self.config.grid()
         # Not through compiled blocks: another batch size would have them compiled again, for training as well.
         with averaged_weights(student, average), torch.compiler.set_stance("force_eager"):
-            x0_pred = rollout(
+            return rollout(
                 denoiser(student, self.config.precision),
                 self.noise.to(self.device),
                 self.embeds_BLD,
@@ -72,9 +81,13 @@ class Previews:
                 grid.timesteps,
                 sampler=self.config.sampler,
             )
+
+    @torch.no_grad()
+    def clips(self, latents_BCFHW: Tensor) -> np.ndarray:
+        """Decode to uint8 (B, T, H, W, 3), in the first process."""
         self.vae.to(self.device)
         # One by one: decoding a batch of large videos takes more memory than a training step.
-        decoded = [torch.cat([part.cpu() for part in decode_frames(self.vae, x0[None])], dim=1) for x0 in x0_pred]
+        decoded = [torch.cat([part.cpu() for part in decode_frames(self.vae, x0[None])], dim=1) for x0 in latents_BCFHW]
         self.vae.to("cpu")
         clips: np.ndarray = torch.cat(decoded).numpy()
         return clips
@@ -88,11 +101,14 @@ class Previews:
             average: its moving average by parameter name.
 
         Returns:
-            The picture, uint8 (rows, columns, 3), or None where it could not be made: that is logged, and training can
-            do without it.
+            The picture, uint8 (rows, columns, 3), or None in other processes than the first and where it could not be
+            made: that is logged, and training can do without it.
         """
+        latents_BCFHW = self.sample(student, average)
+        if not self.is_first:
+            return None
         try:
-            picture = filmstrips(self.clips(student, average))
+            picture = filmstrips(self.clips(latents_BCFHW))
             self.folder.mkdir(exist_ok=True)
             (self.folder / "prompts.txt").write_text("".join(f"{text}\n" for text in self.prompts), encoding="utf-8")
             partial = self.folder / ".partial.png"

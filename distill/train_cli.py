@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from distill.config import DistillConfig
+    from distill.processes import Processes
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +101,7 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     from codmd_serve.wan.checkpoint import silence_libraries
-    from distill.data import load_prompts
-    from distill.trainer import RunOptions, native_latents, run_training
+    from distill.processes import process_group
 
     silence_libraries()
     if args.threads is not None:
@@ -114,9 +114,24 @@ def _train(args: argparse.Namespace) -> int:
         raise ConfigError(f"--preview-every must be 0 or more, got {args.preview_every}")
     device = resolve_device(args.device)
     config = resolve_config(args, device)
+    with process_group(device, config) as processes:
+        return _train_with(args, config, processes)
+
+
+def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
+    from distill.data import load_prompts
+    from distill.trainer import RunOptions, native_latents, run_training
+
+    device = processes.device
     if args.dry_run:
-        summary = {"latents": native_latents(config), "prompts": len(load_prompts(config)), "device": str(device)}
-        print(describe(config, summary))
+        summary = {
+            "latents": native_latents(config),
+            "prompts": len(load_prompts(config)),
+            "device": str(device),
+            "processes": processes.world_size,
+        }
+        if processes.is_first:
+            print(describe(config, summary))
         return 0
     options = RunOptions(
         out=args.out,
@@ -125,13 +140,16 @@ def _train(args: argparse.Namespace) -> int:
         cache_dir=args.cache,
         compiled=args.compile,
         preview_every_steps=args.preview_every,
+        processes=processes,
     )
     outcome = run_training(config, options, resume=args.resume)
     done = f"{outcome.step} steps, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
     if outcome.signal_number is not None:
-        print(f"interrupted after {done}; go on with --resume --out {args.out}", file=sys.stderr)
+        if processes.is_first:
+            print(f"interrupted after {done}; go on with --resume --out {args.out}", file=sys.stderr)
         return 128 + outcome.signal_number
-    print(f"bundle {outcome.bundle} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
+    if processes.is_first:
+        print(f"bundle {outcome.bundle} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
     return 0
 
 
