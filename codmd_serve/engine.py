@@ -26,7 +26,7 @@ from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.checkpoint import Bundle, load_bundle
 from codmd_serve.wan.text import encode_prompts, prompt_warnings
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
-from codmd_serve.wan.vae import decode_frames, latent_shape
+from codmd_serve.wan.vae import StreamingDecoder, latent_shape
 
 NUM_PROMPTS_CACHED = 256
 
@@ -62,6 +62,7 @@ class Engine:
     def __init__(self, bundle: Bundle, transformer: FewStepTransformer, facts: ModelFacts) -> None:
         self.bundle = bundle
         self.transformer = transformer
+        self.decoder = StreamingDecoder(bundle.vae)
         self.facts = facts
         self._embed = functools.lru_cache(maxsize=NUM_PROMPTS_CACHED)(self._embed_uncached)
 
@@ -140,7 +141,7 @@ class Engine:
         self, params: GenerateParams, x0_pred: Tensor, clock: "_StageClock", report: OnProgress
     ) -> Iterator[memoryview]:
         num_done = 0
-        for frames_BTHWC in decode_frames(self.bundle.vae, x0_pred):
+        for frames_BTHWC in self.decoder.frames(x0_pred):
             chunk = frames_BTHWC[0].cpu().numpy()
             if chunk.shape[1:] != (params.height, params.width, 3):
                 made = "x".join(map(str, chunk.shape[1:]))
