@@ -22,10 +22,11 @@ from codmd_serve.config import DEFAULT_CRF, DTYPES, GenerateParams, ModelFacts
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
 from codmd_serve.sampler import rollout
 from codmd_serve.video import find_ffmpeg, write_video
-from codmd_serve.wan.attention import compact_prompt_embeds, use_compact_cross_attention
+from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.checkpoint import Bundle, load_bundle
 from codmd_serve.wan.text import encode_prompts, prompt_warnings
-from codmd_serve.wan.vae import decode_frames, latent_shape
+from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
+from codmd_serve.wan.vae import StreamingDecoder, latent_shape
 
 NUM_PROMPTS_CACHED = 256
 
@@ -50,15 +51,24 @@ class GenerateResult:
 
 
 class Engine:
-    """A warm student on one device. Not thread-safe: one owner, one video at a time."""
+    """A warm student on one device. Not thread-safe: one owner, one video at a time.
 
-    def __init__(self, bundle: Bundle, facts: ModelFacts) -> None:
+    Args:
+        bundle: its transformer is not used; its weights went into `transformer`.
+        transformer: built for the timesteps of the bundle.
+        facts: as reported to clients.
+    """
+
+    def __init__(self, bundle: Bundle, transformer: FewStepTransformer, facts: ModelFacts) -> None:
         self.bundle = bundle
+        self.transformer = transformer
+        self.decoder = StreamingDecoder(bundle.vae)
         self.facts = facts
         self._embed = functools.lru_cache(maxsize=NUM_PROMPTS_CACHED)(self._embed_uncached)
 
-    def _embed_uncached(self, prompt: str) -> Tensor:
-        return compact_prompt_embeds(encode_prompts(self.bundle.tokenizer, self.bundle.text_encoder, [prompt]))
+    def _embed_uncached(self, prompt: str) -> PromptCache:
+        embeds_BLD = encode_prompts(self.bundle.tokenizer, self.bundle.text_encoder, [prompt])
+        return self.transformer.encode_prompt(compact_prompt_embeds(embeds_BLD))
 
     @torch.inference_mode()
     def generate(self, params: GenerateParams, path: Path, on_progress: OnProgress | None = None) -> GenerateResult:
@@ -76,10 +86,10 @@ class Engine:
         report = on_progress or _nothing
         clock = _StageClock(self.facts.device)
         try:
-            embeds_BLD = self._embed(params.prompt)
+            prompt = self._embed(params.prompt)
             clock.stop("text")
             report("text", 1, 1)
-            x0_pred = self._denoise(params, embeds_BLD, report)
+            x0_pred = self._denoise(params, prompt, report)
             clock.stop("denoise")
             frames = self._decoded(params, x0_pred, clock, report)
             comment = json.dumps({"bundle": self.facts.name, **asdict(params)})
@@ -102,25 +112,22 @@ class Engine:
             raise GenerationError(f"out of memory at {shape}; ask for fewer pixels", "out_of_memory") from error
         return GenerateResult(timings_ms=clock.milliseconds, warnings=self._warnings(params))
 
-    def _denoise(self, params: GenerateParams, embeds_BLD: Tensor, report: OnProgress) -> Tensor:
-        spec, transformer = self.bundle.spec, self.bundle.transformer
+    def _denoise(self, params: GenerateParams, prompt: PromptCache, report: OnProgress) -> Tensor:
+        spec, transformer = self.bundle.spec, self.transformer
         num_steps = len(spec.timesteps)
         shape = latent_shape(self.bundle.vae, params.height, params.width, params.num_frames)
         noise = draw_noise(params.seed, (num_steps, 1, *shape)).to(transformer.device)
+        # The rollout calls once per step, in order; what a timestep does to the network was computed at load.
+        step_indices = iter(range(num_steps))
 
-        def denoise(latents: Tensor, timestep_B: Tensor, prompt_embeds: Tensor) -> Tensor:
-            flow_pred: Tensor = transformer(
-                hidden_states=latents.to(transformer.dtype),
-                timestep=timestep_B,
-                encoder_hidden_states=prompt_embeds,
-                return_dict=False,
-            )[0]
+        def denoise(latents: Tensor, _timestep_B: Tensor, _prompt_embeds: Tensor) -> Tensor:
+            flow_pred: Tensor = transformer(latents, next(step_indices), prompt)
             return flow_pred
 
         x0_pred = rollout(
             denoise,
             noise,
-            embeds_BLD.to(transformer.dtype),
+            noise.new_empty(0),
             spec.sigmas,
             spec.timesteps,
             sampler=spec.sampler,
@@ -134,7 +141,7 @@ class Engine:
         self, params: GenerateParams, x0_pred: Tensor, clock: "_StageClock", report: OnProgress
     ) -> Iterator[memoryview]:
         num_done = 0
-        for frames_BTHWC in decode_frames(self.bundle.vae, x0_pred):
+        for frames_BTHWC in self.decoder.frames(x0_pred):
             chunk = frames_BTHWC[0].cpu().numpy()
             if chunk.shape[1:] != (params.height, params.width, 3):
                 made = "x".join(map(str, chunk.shape[1:]))
@@ -177,10 +184,10 @@ def load_engine(path: Path, device: str = "auto", dtype: str = "auto") -> Engine
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     bundle = load_bundle(path, chosen_dtype, chosen_device)
-    use_compact_cross_attention(bundle.transformer)
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
-    engine = Engine(bundle, facts)
+    transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps)
+    engine = Engine(bundle, transformer, facts)
     try:
         warm_s = _warm(engine)
     except CodmdError:

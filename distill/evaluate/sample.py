@@ -23,7 +23,7 @@ from codmd_serve.sampler import Denoise, rollout
 from codmd_serve.wan.attention import compact_prompt_embeds, use_compact_cross_attention
 from codmd_serve.wan.checkpoint import load_bundle
 from codmd_serve.wan.text import encode_prompts
-from codmd_serve.wan.vae import decode_frames, latent_shape
+from codmd_serve.wan.vae import StreamingDecoder, latent_shape
 from distill.networks import denoiser, guided_teacher_flow, load_part, resolve_base
 from distill.shapeworld.captions import parse_caption
 from distill.shapeworld.render import sample_clip
@@ -285,5 +285,5 @@ def _batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
 
 
 def _decode(vae: Any, latents_BCFHW: Tensor) -> np.ndarray:
-    pixels: np.ndarray = torch.cat(list(decode_frames(vae, latents_BCFHW)), dim=1).cpu().numpy()
+    pixels: np.ndarray = torch.cat(list(StreamingDecoder(vae).frames(latents_BCFHW)), dim=1).cpu().numpy()
     return pixels

@@ -17,6 +17,7 @@ from codmd_serve.config import MAX_SEED, GenerateParams
 from codmd_serve.engine import Engine, choose_device, choose_dtype, draw_noise, load_engine
 from codmd_serve.errors import CancelledError, CheckpointError, CodmdError, ConfigError, GenerationError
 from codmd_serve.sampler import rollout
+from codmd_serve.wan import vae as vae_module
 from codmd_serve.wan.checkpoint import StudentSpec, save_bundle
 from codmd_serve.wan.vae import to_uint8
 
@@ -60,7 +61,7 @@ def test_generate_equals_the_parts_of_diffusers_put_together(
         )
         vae = tiny_pipeline.vae
         mean, std = (torch.tensor(vae.config[k]).reshape(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
-        whole = to_uint8(vae.decode(x0_pred * std + mean).sample)
+        whole = to_uint8(vae.decode(x0_pred * std + mean).sample).permute(0, 2, 3, 4, 1)
     got = torch.frombuffer(bytearray(b"".join(seen)), dtype=torch.uint8).reshape(9, 32, 48, 3)
     # The trimmed prompt is attended to in another order of sums; one level is the rounding of that.
     assert (got.int() - whole[0].int()).abs().max() <= 1
@@ -89,7 +90,16 @@ def test_the_video_says_how_to_make_it_again(engine: Engine, tmp_path: Path) -> 
     )
 
 
-def test_progress_is_told_stage_by_stage_and_every_stage_is_timed(engine: Engine, tmp_path: Path) -> None:
+def decode_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of one latent frame, so that there is a time between two of them in a short video."""
+    monkeypatch.setattr(vae_module, "FIRST_CHUNK", 1)
+    monkeypatch.setattr(vae_module, "CHUNK", 1)
+
+
+def test_progress_is_told_stage_by_stage_and_every_stage_is_timed(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode_one_by_one(monkeypatch)
     seen: list[tuple[str, int, int]] = []
     result = engine.generate(PARAMS, tmp_path / "a.mp4", lambda *step: seen.append(step))
     assert seen == [
@@ -102,7 +112,10 @@ def test_progress_is_told_stage_by_stage_and_every_stage_is_timed(engine: Engine
 
 
 @pytest.mark.parametrize("at", [("text", 1), ("denoise", 2), ("decode", 5)])
-def test_cancelling_leaves_nothing_and_disturbs_nothing(engine: Engine, tmp_path: Path, at: tuple[str, int]) -> None:
+def test_cancelling_leaves_nothing_and_disturbs_nothing(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: tuple[str, int]
+) -> None:
+    decode_one_by_one(monkeypatch)
     before = video_of(engine, tmp_path / "a.mp4")
     folder = tmp_path / "cancelled"
     folder.mkdir()
@@ -138,7 +151,7 @@ def test_out_of_memory_is_an_error_of_its_job_and_the_next_one_works(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "decode_frames", exhausted)
+        patch.setattr(engine.decoder, "frames", exhausted)
         with pytest.raises(GenerationError, match="out of memory at 48x32, 9 frames; ask for fewer") as caught:
             engine.generate(PARAMS, tmp_path / "a.mp4")
     assert caught.value.code == "out_of_memory"
@@ -152,7 +165,7 @@ def test_another_runtime_error_is_not_taken_for_out_of_memory(
     def broken(*_: object) -> Iterator[torch.Tensor]:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(engine_module, "decode_frames", broken)
+    monkeypatch.setattr(engine.decoder, "frames", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         engine.generate(PARAMS, tmp_path / "a.mp4")
 

@@ -1,0 +1,260 @@
+"""The student's forward pass, rebuilt from a WanTransformer3DModel for a fixed list of steps; knows no sampler.
+
+What four fixed steps and no guidance make possible, all of it `same math` (other order of rounding, no other formula):
+
+- the modulation of every block at every step is a constant, computed at load in float32 and folded into LayerNorm;
+- keys and values of the prompt are computed once per prompt, not once per step;
+- queries, keys and values of a token are one matrix product, normalised and rotated together;
+- rotary tables are computed once per shape;
+- patches enter and leave by a matrix product instead of a convolution.
+
+Legend: B batch, C channels, F latent frames, H and W latent rows and columns, N tokens, L prompt positions, D width,
+G heads, E width of a head, S steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from codmd_serve.errors import ConfigError
+from codmd_serve.wan.attention import NUM_PROMPT_POSITIONS, pad_logit_bias
+
+NUM_SHAPES_CACHED = 8
+
+# (query_BNGE, key_BMGE, value_BMGE, logit bias that broadcasts to (B, G, N, M) or None) -> (B, N, G, E)
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCache:
+    """What the network keeps of a prompt: per block the keys and values (B, L, G, E), and the bias of their logits."""
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    logit_bias: Tensor | None
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
+    """Attention by torch's own choice of kernel; (B, N, G, E) in and out."""
+    out = functional.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=logit_bias
+    )
+    return out.transpose(1, 2)
+
+
+class FewStepTransformer(nn.Module):
+    """A text-to-video Wan transformer that knows the timesteps it will be called at.
+
+    Takes over the weights of `source`, block by block, and leaves it empty: at no time are there two copies of more
+    than one block.
+
+    Args:
+        source: any size, any floating dtype; its device is kept.
+        timesteps: S numbers, as the student was trained to be fed.
+        num_positions: prompt positions the network was trained to attend to.
+        attend: the attention kernel.
+
+    Raises:
+        ConfigError: an image-to-video network, or no timesteps.
+
+    Source: diffusers, WanTransformer3DModel.forward.
+    """
+
+    def __init__(
+        self,
+        source: WanTransformer3DModel,
+        timesteps: Sequence[float],
+        *,
+        num_positions: int = NUM_PROMPT_POSITIONS,
+        attend: Attend = sdpa,
+    ) -> None:
+        super().__init__()
+        if source.config.image_dim is not None or source.config.added_kv_proj_dim is not None:
+            raise ConfigError("expected a text-to-video Wan transformer, got one that also reads an image")
+        if not timesteps:
+            raise ConfigError("timesteps must hold at least one step, got none")
+        self.config: Any = source.config
+        self.num_positions, self.attend = num_positions, attend
+        self.dtype: torch.dtype = source.proj_out.weight.dtype
+        self._rope = source.rope
+        self._tables: dict[tuple[int, int, int], Tensor] = {}
+        with torch.no_grad():
+            self._take(source, timesteps)
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.proj_out.weight.device
+        return device
+
+    def _take(self, source: WanTransformer3DModel, timesteps: Sequence[float]) -> None:
+        embedder = source.condition_embedder
+        self.text_embedder = embedder.text_embedder
+        temb_SD, modulation_S6D = _time_modulation(embedder, timesteps, source.device)
+        patch = source.patch_embedding
+        self.patch_weight = nn.Parameter(patch.weight.flatten(1))
+        self.patch_bias = patch.bias
+        self.proj_out = source.proj_out
+        out_S2D = source.scale_shift_table.float() + temb_SD[:, None]
+        self.register_buffer("out_shift_SD", out_S2D[:, 0].contiguous(), persistent=False)
+        self.register_buffer("out_scale_SD", 1 + out_S2D[:, 1], persistent=False)
+        self.blocks = nn.ModuleList()
+        for index in range(len(source.blocks)):
+            self.blocks.append(_Block(source.blocks[index], modulation_S6D, self.attend))
+            source.blocks[index] = nn.Identity()
+
+    @torch.no_grad()
+    def encode_prompt(self, embeds_BLD: Tensor) -> PromptCache:
+        """Compute what all steps need of the prompts.
+
+        Args:
+            embeds_BLD: (B, L, text width), full-length or trimmed by `compact_prompt_embeds`, of any floating dtype.
+        """
+        num_kept = embeds_BLD.shape[1]
+        text = self.text_embedder(embeds_BLD.to(self.device, self.dtype))
+        bias = None
+        if num_kept < self.num_positions:
+            bias = pad_logit_bias(num_kept, self.num_positions, like=text)[None, None, None]
+        return PromptCache(tuple(block.prompt_keys_values(text) for block in self.blocks), bias)
+
+    @torch.no_grad()
+    def forward(self, latents_BCFHW: Tensor, step_index: int, prompt: PromptCache) -> Tensor:
+        """Flow prediction of step `step_index`, (B, C, F, H, W) in the dtype of the weights.
+
+        Args:
+            latents_BCFHW: (B, C, F, H, W), any floating dtype; sides divisible by the patch.
+            step_index: 0..S-1, into the timesteps given at construction.
+            prompt: of the same B prompts.
+        """
+        tokens_BND = self._patches(latents_BCFHW)
+        hidden = functional.linear(tokens_BND, self.patch_weight, self.patch_bias)
+        table = self._rotary_table(latents_BCFHW.shape)
+        for block, (key, value) in zip(self.blocks, prompt.keys_values, strict=True):
+            hidden = block(hidden, step_index, table, key, value, prompt.logit_bias)
+        hidden = _layer_norm(hidden, self.out_scale_SD[step_index], self.out_shift_SD[step_index], self.config.eps)
+        return self._unpatch(self.proj_out(hidden), latents_BCFHW.shape)
+
+    def _patches(self, latents: Tensor) -> Tensor:
+        batch, channels, frames, height, width = latents.shape
+        t, h, w = self.config.patch_size
+        split = latents.to(self.dtype).reshape(batch, channels, frames // t, t, height // h, h, width // w, w)
+        return split.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, channels * t * h * w)
+
+    def _unpatch(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
+        batch, _, frames, height, width = shape
+        t, h, w = self.config.patch_size
+        split = tokens.reshape(batch, frames // t, height // h, width // w, t, h, w, -1)
+        return split.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames, height, width)
+
+    def _rotary_table(self, shape: Sequence[int]) -> Tensor:
+        """Unit complex numbers (1, N, 1, E/2), one per token and pair of channels; all heads share them."""
+        key = (shape[2], shape[3], shape[4])
+        if key not in self._tables:
+            if len(self._tables) >= NUM_SHAPES_CACHED:
+                self._tables.pop(next(iter(self._tables)))
+            cos, sin = self._rope(torch.empty(1, 1, *key, device=self.device))
+            # Both tables hold every number twice, for the two channels of a pair.
+            self._tables[key] = torch.complex(cos[..., 0::2].float(), sin[..., 1::2].float()).to(self.device)
+        return self._tables[key]
+
+
+class _Block(nn.Module):
+    """One WanTransformerBlock whose modulation is known for every step."""
+
+    def __init__(self, source: Any, modulation_S6D: Tensor, attend: Attend) -> None:
+        super().__init__()
+        self.attend, self.num_heads = attend, source.attn1.heads
+        self.eps, self.qk_eps = source.norm1.eps, source.attn1.norm_q.eps
+        self_attn, cross = source.attn1, source.attn2
+        self.qkv = _joined(self_attn.to_q, self_attn.to_k, self_attn.to_v)
+        self.qk_weight = nn.Parameter(torch.stack([self_attn.norm_q.weight, self_attn.norm_k.weight]).float())
+        self.attn_out = self_attn.to_out[0]
+        self.cross_q, self.cross_kv, self.cross_out = cross.to_q, _joined(cross.to_k, cross.to_v), cross.to_out[0]
+        self.cross_q_weight = nn.Parameter(cross.norm_q.weight.float())
+        self.cross_k_weight = nn.Parameter(cross.norm_k.weight.float())
+        self.cross_norm = None if isinstance(source.norm2, nn.Identity) else source.norm2
+        self.ffn_in, self.ffn_out = source.ffn.net[0].proj, source.ffn.net[2]
+        table = source.scale_shift_table.float() + modulation_S6D
+        for index, name in enumerate(("shift", "scale", "gate", "ffn_shift", "ffn_scale", "ffn_gate")):
+            values_SD = table[:, index] + 1 if name.endswith("scale") else table[:, index]
+            self.register_buffer(f"{name}_SD", values_SD.contiguous(), persistent=False)
+
+    def prompt_keys_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = self.cross_kv(text_BLD).chunk(2, dim=-1)
+        return self._heads(_rms_norm(key, self.cross_k_weight, self.qk_eps)), self._heads(value).contiguous()
+
+    def forward(
+        self, hidden: Tensor, step: int, table: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None
+    ) -> Tensor:
+        normed = _layer_norm(hidden, self.scale_SD[step], self.shift_SD[step], self.eps)
+        attended = self.attn_out(self._self_attention(normed, table))
+        hidden = _gated(hidden, attended, self.gate_SD[step])
+        normed = hidden
+        if self.cross_norm is not None:
+            normed = _layer_norm(hidden, self.cross_norm.weight, self.cross_norm.bias, self.cross_norm.eps)
+        query = self._heads(_rms_norm(self.cross_q(normed), self.cross_q_weight, self.qk_eps))
+        hidden = hidden + self.cross_out(self.attend(query, key, value, logit_bias).flatten(2))
+        normed = _layer_norm(hidden, self.ffn_scale_SD[step], self.ffn_shift_SD[step], self.eps)
+        widened = functional.gelu(self.ffn_in(normed), approximate="tanh")
+        return _gated(hidden, self.ffn_out(widened), self.ffn_gate_SD[step])
+
+    def _self_attention(self, normed: Tensor, table: Tensor) -> Tensor:
+        qkv = self.qkv(normed).unflatten(-1, (3, -1))
+        # Queries and keys together: normalised over all heads, then rotated as complex numbers in float32.
+        query_key = _rms_norm(qkv[:, :, :2], self.qk_weight, self.qk_eps, keep_float32=True)
+        pairs = query_key.unflatten(-1, (self.num_heads, -1, 2))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * table[:, :, None]).flatten(-2).to(normed.dtype)
+        return self.attend(turned[:, :, 0], turned[:, :, 1], self._heads(qkv[:, :, 2]), None).flatten(2)
+
+    def _heads(self, features: Tensor) -> Tensor:
+        return features.unflatten(-1, (self.num_heads, -1))
+
+
+def _time_modulation(embedder: Any, timesteps: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Time embedding (S, D) and the six modulation vectors it gives, (S, 6, D), in float32 whatever the weights are."""
+    steps = torch.tensor(list(timesteps), dtype=torch.float32, device=device)
+    frequencies = embedder.timesteps_proj(steps).float()
+    first, second = embedder.time_embedder.linear_1, embedder.time_embedder.linear_2
+    temb_SD = _float_linear(functional.silu(_float_linear(frequencies, first)), second)
+    modulation = _float_linear(functional.silu(temb_SD), embedder.time_proj)
+    return temb_SD, modulation.unflatten(1, (6, -1))
+
+
+def _float_linear(features: Tensor, layer: nn.Linear) -> Tensor:
+    return functional.linear(features, layer.weight.float(), layer.bias.float())
+
+
+def _joined(*layers: nn.Linear) -> nn.Linear:
+    """One linear layer whose output is theirs, side by side."""
+    weight = torch.cat([layer.weight for layer in layers])
+    joined = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+    return joined
+
+
+def _layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm in float32, returned in the dtype of `hidden`; weight and bias are float32."""
+    normed = functional.layer_norm(hidden.float(), weight.shape, weight.float(), bias.float(), eps)
+    return normed.to(hidden.dtype)
+
+
+def _rms_norm(features: Tensor, weight: Tensor, eps: float, keep_float32: bool = False) -> Tensor:
+    """RMSNorm in float32 over the last dimension: torch's own is six operators on a CPU, this one is three."""
+    wide = features.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = (length.square_() * (1.0 / wide.shape[-1])).add_(eps).rsqrt_()
+    normed = (wide * scale).mul_(weight)
+    return normed if keep_float32 else normed.to(features.dtype)
+
+
+def _gated(hidden: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """hidden + gate * update, in float32, returned in the dtype of `hidden`."""
+    if hidden.dtype == torch.float32:
+        return torch.addcmul(hidden, update, gate)
+    return torch.addcmul(hidden.float(), update.float(), gate).to(hidden.dtype)
