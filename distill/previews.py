@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from codmd_serve.sampler import rollout
-from codmd_serve.wan.vae import decode_frames
+from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
 from distill.data import PromptData, load_prompts
 from distill.networks import denoiser, load_part
@@ -87,7 +87,8 @@ class Previews:
         """Decode to uint8 (B, T, H, W, 3), in the first process."""
         self.vae.to(self.device)
         # One by one: decoding a batch of large videos takes more memory than a training step.
-        decoded = [torch.cat([part.cpu() for part in decode_frames(self.vae, x0[None])], dim=1) for x0 in latents_BCFHW]
+        decoder = StreamingDecoder(self.vae)
+        decoded = [torch.cat([part.cpu() for part in decoder.frames(x0[None])], dim=1) for x0 in latents_BCFHW]
         self.vae.to("cpu")
         clips: np.ndarray = torch.cat(decoded).numpy()
         return clips

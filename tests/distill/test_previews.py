@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from codmd_serve.sampler import rollout
 from codmd_serve.wan.attention import use_compact_cross_attention
 from codmd_serve.wan.checkpoint import load_bundle
-from codmd_serve.wan.vae import decode_frames
+from codmd_serve.wan.vae import StreamingDecoder
 from distill.checkpoint import list_checkpoints, load_checkpoint
 from distill.config import DistillConfig, with_overrides
 from distill.data import cached_prompt_data
@@ -82,7 +82,7 @@ def test_last_preview_is_what_the_bundle_makes_of_the_same_noise(
     spec = bundle.spec
     with torch.no_grad():
         x0 = rollout(denoise, previews.noise, previews.embeds_BLD, spec.sigmas, spec.timesteps, sampler=spec.sampler)
-        clips = torch.cat(list(decode_frames(bundle.vae, x0)), dim=1).numpy()
+        clips = torch.cat(list(StreamingDecoder(bundle.vae).frames(x0)), dim=1).numpy()
     shown = np.asarray(Image.open(out / "previews" / "step-00000003.png"))
     assert shown.shape == (4 * 32, 6 * 32, 3)
     # The same sums, but decoding one by one may take other kernels: at most one level apart.

@@ -18,7 +18,7 @@ from codmd_serve.wan.attention import compact_prompt_embeds, use_compact_cross_a
 from codmd_serve.wan.checkpoint import StudentSpec, load_bundle, read_spec, save_bundle
 from codmd_serve.wan.pipeline import save_pipeline
 from codmd_serve.wan.text import encode_prompts
-from codmd_serve.wan.vae import decode_frames, latent_shape
+from codmd_serve.wan.vae import StreamingDecoder, latent_shape
 
 PROMPT = "a red circle moves right quickly on a black background"
 
@@ -37,7 +37,7 @@ def our_frames(path: Path, seed: int) -> np.ndarray:
 
     with torch.no_grad():
         x0_pred = rollout(denoise, noise, embeds, spec.sigmas, spec.timesteps, sampler=spec.sampler)
-        return torch.cat(list(decode_frames(bundle.vae, x0_pred)), dim=1)[0].numpy()
+        return torch.cat(list(StreamingDecoder(bundle.vae).frames(x0_pred)), dim=1)[0].numpy()
 
 
 def stock_frames(folder: Path, spec: StudentSpec, seed: int, *, with_generator: bool = False) -> np.ndarray:
