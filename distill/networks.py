@@ -106,7 +106,7 @@ def compile_blocks(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
     compiler = os.environ.get("CXX", "g++")
     if on_cpu and shutil.which(compiler) is None:
         raise ConfigError(
-            f"--compile needs a C++ compiler, {compiler} was not found; install it or leave --compile out"
+            f"--compile needs a C++ compiler, {compiler} is not there; install it or leave --compile out"
         )
     for block in transformer.blocks:
         block.compile()
