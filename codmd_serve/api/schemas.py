@@ -15,7 +15,7 @@ QUALITY_CRF = {"low": 28, "medium": 23, "high": DEFAULT_CRF}
 EXAMPLES: list[JsonValue] = [
     {"prompt": "a red circle moves right quickly on a black background", "seed": 7},
     {"prompt": "a blue circle moves up quickly on a gray background"},
-    {"prompt": "a white circle stays still on a brown background", "seed": 1, "quality": "medium"},
+    {"prompt": "a green circle moves down quickly on a black background", "seed": 1, "quality": "medium"},
 ]
 
 
