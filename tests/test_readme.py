@@ -101,7 +101,7 @@ def test_generate_example_writes_the_file(tmp_path: Path) -> None:
 def test_distill_commands_of_the_readme_exist() -> None:
     from distill.cli import COMMANDS
 
-    named = re.findall(r"codmd-distill (\w+)", README)
+    named = re.findall(r"codmd-distill ([a-z][\w-]*)", README)
     assert len(named) >= 5
     assert set(named) <= set(COMMANDS)
 
