@@ -158,8 +158,9 @@ def count_operators(contestant: Contestant, params: GenerateParams, path: Path) 
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
         contestant.run(params, path)
-    on_device = torch.cuda.is_available()
     seen = [event for event in profiler.key_averages() if event.key.startswith("aten::")]
+    # A CPU contestant on a CUDA machine leaves nothing on the device.
+    on_device = any(event.self_device_time_total > 0 for event in seen)
     cost = {event.key: event.self_device_time_total if on_device else event.self_cpu_time_total for event in seen}
     total = sum(cost.values()) or 1.0
     calls = {event.key: event.count for event in seen}
