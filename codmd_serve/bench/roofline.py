@@ -1,7 +1,7 @@
 """The roofline of one row as a picture: what the machine does at most, and where the stages are below it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,11 @@ LEFT, TOP, RIGHT, BOTTOM = 130, 60, 260, 80
 INK, GRID, ROOF = (30, 30, 30), (225, 225, 225), (120, 120, 120)
 # Told apart without colour by the shape of their marks.
 MARKS = (("circle", (0, 90, 181)), ("square", (220, 50, 32)), ("triangle", (90, 90, 90)))
+
+
+# (FLOP per byte, FLOP per second) -> x and y in pixels
+Place = Callable[[float, float], tuple[float, float]]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +77,21 @@ def draw_roofline(path: Path, title: str, flop_per_s: float, bytes_per_s: float,
     image.save(path, optimize=True)
 
 
-def _draw_points(draw: "ImageDraw.ImageDraw", font: object, points: Sequence[Point], place: object) -> None:
+def _draw_points(draw: ImageDraw.ImageDraw, font: Font, points: Sequence[Point], place: Place) -> None:
     contestants = list(dict.fromkeys(point.contestant for point in points))
-    assert callable(place)
     for index, name in enumerate(contestants):
         legend = (WIDTH - RIGHT + 20, TOP + 12 + 24 * index)
         _mark(draw, legend, *MARKS[index])
-        draw.text((legend[0] + 14, legend[1]), name, INK, font, "lm")  # type: ignore[arg-type]
+        draw.text((legend[0] + 14, legend[1]), name, INK, font, "lm")
     for point in points:
         at = place(point.flop_per_byte, point.flop_per_s)
         index = contestants.index(point.contestant)
         _mark(draw, at, *MARKS[index])
         if index == 0:
-            draw.text((at[0] + 10, at[1]), point.stage, INK, font, "lm")  # type: ignore[arg-type]
+            draw.text((at[0] + 10, at[1]), point.stage, INK, font, "lm")
 
 
-def _mark(draw: "ImageDraw.ImageDraw", at: tuple[float, float], shape: str, colour: tuple[int, int, int]) -> None:
+def _mark(draw: ImageDraw.ImageDraw, at: tuple[float, float], shape: str, colour: tuple[int, int, int]) -> None:
     x, y = at
     if shape == "circle":
         draw.ellipse([x - 6, y - 6, x + 6, y + 6], colour)
