@@ -28,6 +28,7 @@ Written by `codmd-serve bench` from the `performance-*.json` beside it; run the 
   pass 100% where a stage avoids work that was counted. Bytes are weights, inputs and outputs only.
 - `encode` is what is waited for: we encode while the next frames are decoded.
 - Operator calls include those that operators make themselves.
+- Processor time is what counts on a CPU that is busy with other work: waiting for the processor is not in it.
 """
 
 
@@ -167,6 +168,9 @@ def _facts(row: Row) -> list[str]:
             f"- Cold start: {cold['ready_s']:.1f} s from the start of the process to /ready; "
             f"peak memory {said or 'unknown'}; weights on disk {size(cold['weights_bytes'])}."
         )
+    times = ", ".join(f"{name} {duration(entry['cpu_ms']['median'])}" for name, entry in row["contestants"].items())
+    against = ", ".join(f"{name} / ours {_quartiles(entry['cpu'])}" for name, entry in row["ratios"].items())
+    lines.append(f"- Processor time per request, encoder included: {times}" + (f"; {against}." if against else "."))
     for name, entry in row["contestants"].items():
         if entry["memory_bytes"] is not None:
             held = "" if entry["held_bytes"] is None else f"{size(entry['held_bytes'])} held and "
@@ -201,6 +205,8 @@ def _targets(row: Row) -> list[str]:
     for target, value in found:
         shown = "not measured" if value is None else f"{value:.3g} {target.unit}"
         verdict = "" if value is None else ("met" if is_met(target, value) else f"missed: {_next_step(row)}")
+        if verdict and row["machine"]["is_busy"]:
+            verdict = f"on a busy machine, to be made again: {verdict}"
         lines.append(
             f"| {target.text} | {target.bar:g} {target.unit} | {target.stretch:g} {target.unit} | {shown} | {verdict} |"
         )

@@ -1,7 +1,7 @@
 """One row of the results: load, measure, count, write.
 
 JSON of a row: row, name, command, date, machine, versions, request, load_average, cold_start (or null), load_s,
-ceilings, work (per stage: flop, num_bytes, floor_ms), contestants (per name: stages_ms and total_ms as spreads,
+ceilings, work (per stage: flop, num_bytes, floor_ms), contestants (per name: stages_ms, total_ms and cpu_ms as spreads,
 device_ms and memory_bytes as spreads or null, held_bytes or null, num_forwards), ratios (per opponent and stage, of
 pairs), pairs (raw), operators (per name: calls, top), left_out (sentences), picture, seconds.
 """
@@ -130,7 +130,7 @@ def _bundle(run: _Run) -> Iterator[Path]:
 
 
 def _measured(run: _Run, bundle: Path) -> Row:
-    spec = read_spec(bundle)
+    spec, versions = read_spec(bundle), _versions()
     date = datetime.now(UTC)
     cold = None
     if run.config.cold_start:
@@ -153,7 +153,7 @@ def _measured(run: _Run, bundle: Path) -> Row:
     return {
         "date": date.strftime("%Y-%m-%d %H:%M UTC"),
         "machine": _machine(run, load["before"]),
-        "versions": _versions(),
+        "versions": versions,
         "request": {
             **{name: getattr(params, name) for name in ("height", "width", "num_frames", "fps", "crf")},
             "dtype": str(run.dtype).removeprefix("torch."),
@@ -254,6 +254,7 @@ def _summed_up(found: _Measured, held_bytes: int | None) -> Row:
             "num_forwards": found.contestants[name].num_forwards,
             "stages_ms": {stage: _spread([trial.stages_ms[stage] for trial in trials]) for stage in STAGES},
             "total_ms": _spread([trial.total_ms for trial in trials]),
+            "cpu_ms": _spread([trial.cpu_ms for trial in trials]),
             "device_ms": _spread(device_ms) if device_ms else None,
             "memory_bytes": _spread(memory) if memory else None,
             "held_bytes": held_bytes if name == "ours" else None,
@@ -268,6 +269,7 @@ def _summed_up(found: _Measured, held_bytes: int | None) -> Row:
 
 def _ratios(pairs: Sequence[Pair]) -> Row:
     ratios: Row = {"total": _spread([pair.ratio for pair in pairs])}
+    ratios["cpu"] = _spread([pair.other.cpu_ms / pair.ours.cpu_ms for pair in pairs])
     for stage in STAGES:
         both = [(pair.other.stages_ms[stage], pair.ours.stages_ms[stage]) for pair in pairs]
         ratios[stage] = _spread([other / ours for other, ours in both]) if all(ours for _, ours in both) else None

@@ -1,6 +1,7 @@
 """Timed requests in turns, what they sum up to, and the operators behind them; knows nothing of who runs them."""
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +24,14 @@ class Trial:
     Args:
         stages_ms: wall-clock milliseconds per stage, each ended by waiting for the device.
         total_ms: wall-clock milliseconds from the prompt to the finished file.
+        cpu_ms: processor time of this process and of the encoder; other work on the machine hardly changes it.
         device_ms: the same between two CUDA events; None on a CPU.
         memory_bytes: device memory that this request took above what was there before it; None on a CPU.
     """
 
     stages_ms: dict[str, float]
     total_ms: float
+    cpu_ms: float
     device_ms: float | None
     memory_bytes: int | None
 
@@ -98,12 +101,13 @@ def requests(params: GenerateParams, prompts: Sequence[str]) -> Iterator[Generat
 
 def timed(contestant: Contestant, params: GenerateParams, path: Path, device: torch.device) -> Trial:
     """Run one request; the mp4 goes to `path`."""
+    cpu_s = _cpu_s()
     if device.type != "cuda":
         start_s = time.perf_counter()
         stages = contestant.run(params, path)
-        return Trial(
-            stages_ms=stages, total_ms=1000 * (time.perf_counter() - start_s), device_ms=None, memory_bytes=None
-        )
+        total_ms = 1000 * (time.perf_counter() - start_s)
+        cpu_ms = 1000 * (_cpu_s() - cpu_s)
+        return Trial(stages_ms=stages, total_ms=total_ms, cpu_ms=cpu_ms, device_ms=None, memory_bytes=None)
     begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -116,9 +120,16 @@ def timed(contestant: Contestant, params: GenerateParams, path: Path, device: to
     return Trial(
         stages_ms=stages,
         total_ms=1000 * (time.perf_counter() - start_s),
+        cpu_ms=1000 * (_cpu_s() - cpu_s),
         device_ms=begun.elapsed_time(ended),
         memory_bytes=torch.cuda.max_memory_allocated(device) - before,
     )
+
+
+def _cpu_s() -> float:
+    """Processor seconds of this process and of the children it has waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def run_pairs(

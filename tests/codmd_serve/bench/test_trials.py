@@ -12,7 +12,7 @@ PARAMS = GenerateParams(prompt="", seed=0, height=32, width=32, num_frames=9, fp
 
 
 def trial(total_ms: float) -> Trial:
-    return Trial(stages_ms={"text": total_ms}, total_ms=total_ms, device_ms=None, memory_bytes=None)
+    return Trial(stages_ms={"text": total_ms}, total_ms=total_ms, cpu_ms=total_ms, device_ms=None, memory_bytes=None)
 
 
 def test_pairs_alternate_and_share_prompt_and_seed() -> None:
