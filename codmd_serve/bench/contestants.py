@@ -100,8 +100,7 @@ class Diffusers:
         times.append(_now_s(device))
         frames = self._decoded(latents)
         times.append(_now_s(device))
-        sizes = {"height": params.height, "width": params.width}
-        write_video([frames.tobytes()], path, fps=params.fps, crf=params.crf, **sizes)
+        write_video([frames.tobytes()], path, height=params.height, width=params.width, fps=params.fps, crf=params.crf)
         times.append(_now_s(device))
         return {stage: 1000 * (times[index + 1] - times[index]) for index, stage in enumerate(STAGES)}
 
