@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test check format clean
+.PHONY: serve test check format gpu-report clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
@@ -22,6 +22,14 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Limits add up to less than 9 minutes with the tests. A row that is there for this commit and device is kept, so a second call goes on.
+GPU_BENCH := $(BIN)/codmd-serve bench --device cuda --resume --work build/bench --teacher-pairs 1
+gpu-report: $(STAMP)
+	$(BIN)/python -m pytest -m gpu || test $$? -eq 5
+	$(GPU_BENCH) --limit-s 60
+	$(GPU_BENCH) --limit-s 240 --pairs 5 --random-weights wan-1.3b
+	$(GPU_BENCH) --limit-s 160 --pairs 2 --random-weights wan-14b
 
 clean:
 	rm -rf $(VENV)

@@ -1,4 +1,4 @@
-"""codmd-serve on the command line: serve, generate, convert, doctor; the one place that reads the environment,
+"""codmd-serve on the command line: serve, generate, bench, convert, doctor; the one place that reads the environment,
 configures logging, and puts the page beside the API.
 """
 
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from codmd_serve import __version__
+from codmd_serve.bench.command import add_bench_arguments, run_bench
 from codmd_serve.config import DEFAULT_CRF, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
 from codmd_serve.video import find_ffmpeg
 
 EXIT_BAD_INPUT = 2
-COMMANDS = ("serve", "generate", "convert", "doctor")
+COMMANDS = ("serve", "generate", "bench", "convert", "doctor")
 ENVIRONMENT_PREFIX = "CODMD_"
 ANY_HOST = ("0.0.0.0", "::")
 
@@ -95,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         for noisy in ("httpx", "httpcore", "uvicorn.error"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        if options.command == "bench":
+            with _ended_by_sigterm():
+                return run_bench(options, words)
         run = {"serve": serve, "generate": generate, "convert": convert, "doctor": doctor}[options.command]
         status: int = run(options)
         return status
@@ -122,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     serving = commands.add_parser("serve", help="serve POST /generate and the web page")
     generating = commands.add_parser("generate", help="make one video without a server")
     generating.add_argument("prompt", help="what to show")
+    add_bench_arguments(commands.add_parser("bench", help="measure this machine, also against diffusers"))
     add_convert_arguments(commands.add_parser("convert", help="make a student bundle of a published checkpoint"))
     examining = commands.add_parser("doctor", help="say what is installed and what would be used")
     for command, flags in ((serving, SERVE_FLAGS), (generating, GENERATE_FLAGS), (examining, MODEL_FLAGS)):

@@ -1,0 +1,230 @@
+"""Rows of results as text: a section of the table for each, and how it stands to its targets.
+
+Knows the JSON of a row (see `row.py`) and nothing of how it was measured.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from codmd_serve.bench.units import count, duration, percent, rate, size
+
+Row = dict[str, Any]
+
+STAGE_ROWS = ("text", "denoise", "decode", "encode", "total")
+
+PREFACE = """\
+# Performance
+
+Written by `codmd-serve bench` from the `performance-*.json` beside it; run the command of a section to make it again.
+
+- Requests of the two sides alternate with the same prompt and seed, so that a busy machine hits both. A ratio is taken
+  per pair of neighbours; shown are the median and, in brackets, the quartiles.
+- Both sides have the same weights, shape and dtype and end with the same encoder. `diffusers` is the eager WanPipeline
+  on the student's own noise levels, one forward pass per step, 512 prompt positions; `teacher` is the same pipeline
+  with 50 steps and guidance, two forward passes per step.
+- Work is counted on the modules of diffusers. The floor of a stage is its work at the rates of a large matrix product
+  and a large copy on this machine, measured in the same run; "of floor" is the floor over the measured time, and can
+  pass 100% where a stage avoids work that was counted. Bytes are weights, inputs and outputs only.
+- `encode` is what is waited for: we encode while the next frames are decoded.
+- Operator calls include those that operators make themselves.
+- Processor time is what counts on a CPU that is busy with other work: waiting for the processor is not in it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A bar of the project's plan.
+
+    Args:
+        text: what is compared.
+        name: of the bundle or preset that it is for.
+        device: what the device's name must contain.
+        bar, stretch: numbers to reach.
+        is_ceiling: whether lower is better.
+        unit: `s`, `%` or `x`.
+        value: from a row; None when it was not measured.
+    """
+
+    text: str
+    name: str
+    device: str
+    bar: float
+    stretch: float
+    is_ceiling: bool
+    unit: str
+    value: Callable[[Row], float | None]
+
+
+def _ratio(other: str) -> Callable[[Row], float | None]:
+    return lambda row: row["ratios"][other]["total"]["median"] if other in row["ratios"] else None
+
+
+def _of_floor(stage: str) -> Callable[[Row], float | None]:
+    return lambda row: 100 * row["work"][stage]["floor_ms"] / row["contestants"]["ours"]["stages_ms"][stage]["median"]
+
+
+def _total_s(row: Row) -> float | None:
+    milliseconds: float = row["contestants"]["ours"]["total_ms"]["median"]
+    return milliseconds / 1000
+
+
+TARGETS = (
+    Target("text to mp4", "wan-1.3b", "H200", 2.9, 2.3, True, "s", _total_s),
+    Target("denoise, share of the measured peak", "wan-1.3b", "H200", 70, 80, False, "%", _of_floor("denoise")),
+    Target("decode, share of the measured peak", "wan-1.3b", "H200", 35, 60, False, "%", _of_floor("decode")),
+    Target("end to end against diffusers", "wan-1.3b", "H200", 2.0, 3.0, False, "x", _ratio("diffusers")),
+    Target("end to end against the 50-step teacher", "wan-1.3b", "H200", 25, 35, False, "x", _ratio("teacher")),
+    Target("end to end against diffusers", "shapeworld-codmd", "cpu", 1.5, 2.5, False, "x", _ratio("diffusers")),
+)
+
+
+def document(rows: Sequence[Row]) -> str:
+    """All rows as one Markdown text, rows in order of their names."""
+    return "\n".join([PREFACE, *(section(row) for row in sorted(rows, key=lambda row: str(row["row"])))])
+
+
+def section(row: Row) -> str:
+    """One row as Markdown."""
+    versions = ", ".join(f"{name} {value}" for name, value in row["versions"].items() if value)
+    lines = [
+        f"## {row['row']}",
+        "",
+        f"`{row['command']}`, {row['date']}, {row['machine']['text']}; {versions}.",
+        f"{row['request']['text']}. {_noise(row)}",
+        "",
+        *_stages(row),
+        "",
+        f"Ceilings: {rate(row['ceilings']['flop_per_s'])} in {row['request']['dtype']}, "
+        f"{row['ceilings']['bytes_per_s'] / 1e9:.3g} GB/s. Picture: [roofline]({row['picture']}).",
+        "",
+        *_facts(row),
+        *_targets(row),
+        *_profile(row),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def short_table(row: Row) -> str:
+    """What the command prints last."""
+    return "\n".join([f"{row['row']}: {row['request']['text']}", *_stages(row), "", *_targets(row), _noise(row)])
+
+
+def _noise(row: Row) -> str:
+    load, cores = row["load_average"], row["machine"]["cores"]
+    busiest = max(load.values())
+    spreads = ", ".join(
+        f"{name} {percent(entry['total_ms']['relative'])}" for name, entry in row["contestants"].items()
+    )
+    state = "The machine was busy with other work" if row["machine"]["is_busy"] else "The machine was free"
+    return (
+        f"{state}: load average before {load['before']:.1f}, up to {busiest:.1f}, on {cores} cores; "
+        f"quartile distance of the totals: {spreads}."
+    )
+
+
+def _stages(row: Row) -> list[str]:
+    others = [name for name in row["contestants"] if name != "ours"]
+    head = ["stage", "ours", *others, *(f"{name} / ours" for name in others), "work", "floor", "ours, reached"]
+    head += [f"{name}, of floor" for name in ("ours", *others[:1])]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for stage in STAGE_ROWS:
+        work = row["work"].get(stage)
+        times = {name: _times(entry, stage) for name, entry in row["contestants"].items()}
+        cells = [stage, *(duration(entry["median"]) for entry in times.values())]
+        cells += [_quartiles(row["ratios"][name][stage]) for name in others]
+        if work is None:
+            cells += ["", "", "", *("" for _ in ("ours", *others[:1]))]
+        else:
+            ours_ms = times["ours"]["median"]
+            cells += [f"{count(work['flop'])}FLOP", duration(work["floor_ms"]), rate(1000 * work["flop"] / ours_ms)]
+            cells += [percent(work["floor_ms"] / times[name]["median"]) for name in ("ours", *others[:1])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _times(contestant: Row, stage: str) -> Row:
+    entry: Row = contestant["total_ms"] if stage == "total" else contestant["stages_ms"][stage]
+    return entry
+
+
+def _quartiles(spread: Row | None) -> str:
+    if spread is None:
+        return ""
+    return f"{spread['median']:.2f}x ({spread['q25']:.2f} to {spread['q75']:.2f}, {_counted(spread['count'], 'pair')})"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _facts(row: Row) -> list[str]:
+    lines = []
+    cold = row["cold_start"]
+    if cold is not None:
+        peaks = [("host", cold["host_peak_bytes"]), ("device", cold["device_peak_bytes"])]
+        said = ", ".join(f"{name} {size(peak)}" for name, peak in peaks if peak is not None)
+        lines.append(
+            f"- Cold start: {cold['ready_s']:.1f} s from the start of the process to /ready; "
+            f"peak memory {said or 'unknown'}; weights on disk {size(cold['weights_bytes'])}."
+        )
+    times = ", ".join(f"{name} {duration(entry['cpu_ms']['median'])}" for name, entry in row["contestants"].items())
+    against = ", ".join(f"{name} / ours {_quartiles(entry['cpu'])}" for name, entry in row["ratios"].items())
+    lines.append(f"- Processor time per request, encoder included: {times}" + (f"; {against}." if against else "."))
+    for name, entry in row["contestants"].items():
+        if entry["memory_bytes"] is not None:
+            held = "" if entry["held_bytes"] is None else f"{size(entry['held_bytes'])} held and "
+            lines.append(
+                f"- Device memory, {name}: {held}{size(entry['memory_bytes']['highest'])} more during a request."
+            )
+    calls = {name: operators["calls"] for name, operators in row["operators"].items()}
+    if calls:
+        lines.append(
+            "- Operator calls per request: " + ", ".join(f"{name} {number:,}" for name, number in calls.items()) + "."
+        )
+    lines += [f"- Left out: {reason}." for reason in row["left_out"]]
+    return [*lines, ""] if lines else []
+
+
+def targets_of(row: Row) -> list[tuple[Target, float | None]]:
+    """The bars that are meant for this row, and what it reached."""
+    meant = [target for target in TARGETS if target.name == row["name"] and target.device in row["machine"]["device"]]
+    return [(target, target.value(row)) for target in meant]
+
+
+def is_met(target: Target, value: float) -> bool:
+    """Whether the bar is reached."""
+    return value <= target.bar if target.is_ceiling else value >= target.bar
+
+
+def _targets(row: Row) -> list[str]:
+    found = targets_of(row)
+    if not found:
+        return []
+    lines = ["| target | bar | stretch | reached | |", "|---|---|---|---|---|"]
+    for target, value in found:
+        shown = "not measured" if value is None else f"{value:.3g} {target.unit}"
+        verdict = "" if value is None else ("met" if is_met(target, value) else f"missed: {_next_step(row)}")
+        if verdict and row["machine"]["is_busy"]:
+            verdict = f"on a busy machine, to be made again: {verdict}"
+        lines.append(
+            f"| {target.text} | {target.bar:g} {target.unit} | {target.stretch:g} {target.unit} | {shown} | {verdict} |"
+        )
+    return [*lines, ""]
+
+
+def _next_step(row: Row) -> str:
+    ours = row["contestants"]["ours"]
+    stages = {name: entry["median"] for name, entry in ours["stages_ms"].items()}
+    stage = max(stages, key=lambda name: stages[name])
+    share = percent(stages[stage] / ours["total_ms"]["median"])
+    top = row["operators"]["ours"]["top"]
+    return f"{stage} is {share} of the request, {top[0][0]} {percent(top[0][2])} of the time in operators; start there"
+
+
+def _profile(row: Row) -> list[str]:
+    lines = []
+    for name, operators in row["operators"].items():
+        shown = ", ".join(f"{key} {percent(share)} ({calls:,})" for key, calls, share in operators["top"])
+        lines.append(f"Time of their own in operators, {name} (calls): {shown}.")
+    return lines

@@ -1,0 +1,365 @@
+"""One row of the results: load, measure, count, write.
+
+JSON of a row: row, name, command, date, machine, versions, request, load_average, cold_start (or null), load_s,
+ceilings, work (per stage: flop, num_bytes, floor_ms), contestants (per name: stages_ms, total_ms and cpu_ms as spreads,
+device_ms and memory_bytes as spreads or null, held_bytes or null, num_forwards), ratios (per opponent and stage, of
+pairs), pairs (raw), operators (per name: calls, top), left_out (sentences), picture, seconds.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codmd_serve import __version__
+from codmd_serve.bench.cold import measure_cold_start
+from codmd_serve.bench.contestants import (
+    STAGES,
+    TEACHER_GUIDANCE,
+    TEACHER_STEPS,
+    Contestant,
+    Diffusers,
+    Ours,
+    student_scheduler,
+    teacher_scheduler,
+)
+from codmd_serve.bench.floor import Ceilings, Work, measure_ceilings, text_work, transformer_work, vae_work
+from codmd_serve.bench.options import BenchConfig
+from codmd_serve.bench.report import Row, document, short_table
+from codmd_serve.bench.roofline import Point, draw_roofline
+from codmd_serve.bench.trials import (
+    Pair,
+    Spread,
+    Trial,
+    count_operators,
+    requests,
+    run_pairs,
+    spread_of,
+    timed,
+)
+from codmd_serve.bench.weights import PROMPTS, random_bundle
+from codmd_serve.config import DEFAULT_CRF, GenerateParams
+from codmd_serve.engine import Engine, choose_device, choose_dtype, load_engine
+from codmd_serve.errors import ConfigError
+from codmd_serve.wan.checkpoint import load_bundle, read_spec, resolve_base
+from codmd_serve.wan.vae import latent_shape
+
+# The teacher comes last and is the slowest: this share of the time is for what comes before it.
+SHARE_BEFORE_TEACHER = 0.6
+# A machine whose run queue is this much longer than its cores is doing something else.
+BUSY_LOAD = 0.5
+
+
+@dataclass(slots=True)
+class _Run:
+    """What one measurement carries from step to step."""
+
+    config: BenchConfig
+    device: torch.device
+    dtype: torch.dtype
+    folder: Path
+    start_s: float = field(default_factory=time.perf_counter)
+    left_out: list[str] = field(default_factory=list)
+    loads: list[float] = field(default_factory=lambda: [os.getloadavg()[0]])
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start_s
+
+    def look_at_load(self) -> None:
+        self.loads.append(os.getloadavg()[0])
+
+
+def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
+    """Measure, write `performance-ROW.json`, `performance-ROW.png` and `performance.md`; return the short table.
+
+    Args:
+        config: what to measure.
+        folder: exists and can be written to.
+        command: as it is to be published.
+
+    Raises:
+        CodmdError: what cannot be measured here; nothing is written then.
+    """
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    name = config.random_weights or Path(config.bundle).resolve().name
+    shape = "x".join(str(size) for size in (config.width, config.height, config.num_frames) if size)
+    row_name = "-".join(word for word in (name, device.type, shape) if word)
+    file = folder / f"performance-{row_name}.json"
+    if config.resume and _is_current(file, device):
+        return short_table(json.loads(file.read_text(encoding="utf-8")))
+    with tempfile.TemporaryDirectory(prefix="codmd-bench-") as temporary:
+        run = _Run(config, device, dtype, Path(temporary))
+        with _bundle(run) as bundle:
+            row = _measured(run, bundle)
+    row |= {"row": row_name, "name": name, "command": command, "picture": file.with_suffix(".png").name}
+    _draw(folder / row["picture"], row)
+    file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    rows = [json.loads(other.read_text(encoding="utf-8")) for other in sorted(folder.glob("performance-*.json"))]
+    (folder / "performance.md").write_text(document(rows), encoding="utf-8")
+    return short_table(row)
+
+
+def _is_current(file: Path, device: torch.device) -> bool:
+    if not file.is_file():
+        return False
+    row = json.loads(file.read_text(encoding="utf-8"))
+    return bool(row["versions"] == _versions() and row["machine"]["device"] == _device_name(device))
+
+
+@contextmanager
+def _bundle(run: _Run) -> Iterator[Path]:
+    if not run.config.random_weights:
+        yield Path(run.config.bundle)
+        return
+    work = Path(run.config.work) if run.config.work else run.folder
+    work.mkdir(parents=True, exist_ok=True)
+    with random_bundle(run.config.random_weights, work, run.device, run.dtype) as bundle:
+        yield bundle
+
+
+def _measured(run: _Run, bundle: Path) -> Row:
+    spec, versions = read_spec(bundle), _versions()
+    date = datetime.now(UTC)
+    cold = None
+    if run.config.cold_start:
+        base, is_local = resolve_base(bundle, spec.base)
+        parts = [Path(base) / "text_encoder", Path(base) / "vae"] if is_local else []
+        timeout_s = max(60.0, float(run.config.limit_s))
+        cold = measure_cold_start(bundle, [bundle / "transformer", *parts], run.device, run.dtype, timeout_s)
+    held = _held_bytes(run.device)
+    engine = load_engine(bundle, str(run.device), str(run.dtype).removeprefix("torch."))
+    held = None if held is None else (_held_bytes(run.device) or 0) - held
+    params = _params(run.config, engine)
+    ours = Ours(engine)
+    ceilings = measure_ceilings(run.device, run.dtype)
+    work = _work(engine, params, run.dtype)
+    measured = _against(run, bundle, ours, params)
+    ceilings = ceilings.best(measure_ceilings(run.device, run.dtype))
+    run.look_at_load()
+    load = {"before": run.loads[0], "highest": max(run.loads)}
+    size = f"{params.width}x{params.height}, {params.num_frames} frames"
+    return {
+        "date": date.strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": _machine(run, load["before"]),
+        "versions": versions,
+        "request": {
+            **{name: getattr(params, name) for name in ("height", "width", "num_frames", "fps", "crf")},
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "num_steps": ours.num_forwards,
+            "execution": engine.facts.execution,
+            "attention": engine.facts.attention,
+            "text": f"{size}, {ours.num_forwards} steps, {str(run.dtype).removeprefix('torch.')}, text to mp4",
+        },
+        "load_average": load,
+        "cold_start": None if cold is None else asdict(cold),
+        "load_s": engine.facts.load_s,
+        "ceilings": asdict(ceilings),
+        "work": {stage: {**asdict(entry), "floor_ms": 1000 * ceilings.floor_s(entry)} for stage, entry in work.items()},
+        **_summed_up(measured, held),
+        "left_out": run.left_out,
+        "seconds": run.seconds(),
+    }
+
+
+@dataclass(slots=True)
+class _Measured:
+    """Trials by contestant, pairs by opponent, operators by contestant."""
+
+    contestants: dict[str, Contestant]
+    trials: dict[str, list[Trial]]
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    operators: dict[str, Any] = field(default_factory=dict)
+
+
+def _against(run: _Run, bundle: Path, ours: Ours, params: GenerateParams) -> _Measured:
+    asked = requests(params, PROMPTS)
+    video = run.folder / "bench.mp4"
+    found = _Measured(contestants={"ours": ours}, trials={})
+
+    def time_by(name: str) -> Any:
+        return lambda given: timed(found.contestants[name], given, video, run.device)
+
+    before_teacher_s = run.config.limit_s * SHARE_BEFORE_TEACHER
+    ours.run(next(asked), video)
+    if run.config.against == "none":
+        trials = [time_by("ours")(next(asked))]
+        while len(trials) < run.config.pairs and run.seconds() < run.config.limit_s:
+            trials.append(time_by("ours")(next(asked)))
+        found.trials["ours"] = trials
+        found.operators["ours"] = count_operators(ours, next(asked), video)
+        return found
+    stock = load_bundle(bundle, run.dtype, run.device)
+    found.contestants["diffusers"] = Diffusers(stock, student_scheduler(stock.spec), ours.num_forwards, 1.0)
+    found.contestants["diffusers"].run(next(asked), video)
+    pairs = run_pairs(
+        time_by("ours"),
+        time_by("diffusers"),
+        asked,
+        most=run.config.pairs,
+        may_go_on=lambda: run.seconds() < before_teacher_s,
+    )
+    if len(pairs) < run.config.pairs:
+        run.left_out.append(f"{run.config.pairs - len(pairs)} of {run.config.pairs} pairs, for want of time")
+    run.look_at_load()
+    found.pairs["diffusers"] = pairs
+    found.trials = {"ours": [pair.ours for pair in pairs], "diffusers": [pair.other for pair in pairs]}
+    for name in ("ours", "diffusers"):
+        found.operators[name] = count_operators(found.contestants[name], next(asked), video)
+    if run.config.teacher_pairs:
+        # The student's weights: what they say does not change what a step costs, and a third copy would not fit.
+        teacher = Diffusers(stock, teacher_scheduler(), TEACHER_STEPS, TEACHER_GUIDANCE)
+        _against_teacher(run, found, teacher, asked, time_by)
+    return found
+
+
+def _against_teacher(run: _Run, found: _Measured, teacher: Diffusers, asked: Iterator[GenerateParams], by: Any) -> None:
+    per_forward_s = spread_of([trial.stages_ms["denoise"] for trial in found.trials["diffusers"]]).median / 1000
+    per_forward_s /= found.contestants["diffusers"].num_forwards
+    expected_s = per_forward_s * teacher.num_forwards
+    if run.seconds() + expected_s > run.config.limit_s:
+        run.left_out.append(
+            f"the 50-step teacher, which would have taken about {expected_s:.0f} s more than there were"
+        )
+        return
+    found.contestants["teacher"] = teacher
+    found.pairs["teacher"] = run_pairs(
+        by("ours"),
+        by("teacher"),
+        asked,
+        most=run.config.teacher_pairs,
+        may_go_on=lambda: run.seconds() + expected_s < run.config.limit_s,
+    )
+    found.trials["teacher"] = [pair.other for pair in found.pairs["teacher"]]
+    run.look_at_load()
+
+
+def _summed_up(found: _Measured, held_bytes: int | None) -> Row:
+    contestants = {}
+    for name, trials in found.trials.items():
+        device_ms = [trial.device_ms for trial in trials if trial.device_ms is not None]
+        memory = [float(trial.memory_bytes) for trial in trials if trial.memory_bytes is not None]
+        contestants[name] = {
+            "num_forwards": found.contestants[name].num_forwards,
+            "stages_ms": {stage: _spread([trial.stages_ms[stage] for trial in trials]) for stage in STAGES},
+            "total_ms": _spread([trial.total_ms for trial in trials]),
+            "cpu_ms": _spread([trial.cpu_ms for trial in trials]),
+            "device_ms": _spread(device_ms) if device_ms else None,
+            "memory_bytes": _spread(memory) if memory else None,
+            "held_bytes": held_bytes if name == "ours" else None,
+        }
+    return {
+        "contestants": contestants,
+        "ratios": {name: _ratios(pairs) for name, pairs in found.pairs.items()},
+        "pairs": {name: [asdict(pair) for pair in pairs] for name, pairs in found.pairs.items()},
+        "operators": {name: asdict(count) for name, count in found.operators.items()},
+    }
+
+
+def _ratios(pairs: Sequence[Pair]) -> Row:
+    ratios: Row = {"total": _spread([pair.ratio for pair in pairs])}
+    ratios["cpu"] = _spread([pair.other.cpu_ms / pair.ours.cpu_ms for pair in pairs])
+    for stage in STAGES:
+        both = [(pair.other.stages_ms[stage], pair.ours.stages_ms[stage]) for pair in pairs]
+        ratios[stage] = _spread([other / ours for other, ours in both]) if all(ours for _, ours in both) else None
+    return ratios
+
+
+def _spread(values: Sequence[float]) -> Row:
+    spread: Spread = spread_of(values)
+    return {**asdict(spread), "relative": spread.relative}
+
+
+def _params(config: BenchConfig, engine: Engine) -> GenerateParams:
+    facts = engine.facts
+    height, width = config.height or facts.height, config.width or facts.width
+    num_frames = config.num_frames or facts.num_frames
+    if height % facts.size_multiple or width % facts.size_multiple or (num_frames - 1) % facts.frame_multiple:
+        raise ConfigError(
+            f"{facts.name} needs height and width that are multiples of {facts.size_multiple} and "
+            f"{facts.frame_multiple}k + 1 frames, got {height}, {width} and {num_frames}"
+        )
+    return GenerateParams(
+        prompt=PROMPTS[0], seed=0, height=height, width=width, num_frames=num_frames, fps=facts.fps, crf=DEFAULT_CRF
+    )
+
+
+def _work(engine: Engine, params: GenerateParams, dtype: torch.dtype) -> dict[str, Work]:
+    vae, text_encoder = engine.bundle.vae, engine.bundle.text_encoder
+    latents = latent_shape(vae, params.height, params.width, params.num_frames)
+    one = transformer_work(engine.transformer.config, latents, dtype)
+    return {
+        "text": text_work(text_encoder.config, dtype),
+        "denoise": one.times(len(engine.bundle.spec.timesteps)),
+        "decode": vae_work(vae.config, latents, vae.dtype),
+    }
+
+
+def _held_bytes(device: torch.device) -> int | None:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _machine(run: _Run, load: float) -> Row:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = models[0] if models else platform.machine()
+    device, threads = _device_name(run.device), torch.get_num_threads()
+    on = "" if device == "cpu" else f"{device}, "
+    return {
+        "device": device,
+        "processor": processor,
+        "cores": cores,
+        "threads": threads,
+        "is_busy": load > BUSY_LOAD * cores,
+        "text": f"{on}{processor}, {cores} cores, torch threads: {threads}, {platform.system()}",
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "diffusers", "transformers")
+    return {
+        "codmd-serve": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in names},
+        "CUDA": torch.version.cuda or "",
+    }
+
+
+def _commit() -> str:
+    """Of the checkout that this file lies in; empty outside one."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _draw(path: Path, row: Row) -> None:
+    points = []
+    for name, entry in row["contestants"].items():
+        if name == "teacher":  # other work than what was counted
+            continue
+        for stage, work in row["work"].items():
+            seconds = entry["stages_ms"][stage]["median"] / 1000
+            points.append(Point(name, stage, work["flop"] / work["num_bytes"], work["flop"] / seconds))
+    ceilings = Ceilings(**row["ceilings"])
+    title = f"{row['row']}, {row['machine']['device']}, {row['request']['dtype']}"
+    draw_roofline(path, title, ceilings.flop_per_s, ceilings.bytes_per_s, points)
