@@ -105,9 +105,7 @@ def compile_blocks(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
     on_cpu = next(transformer.parameters()).device.type == "cpu"
     compiler = os.environ.get("CXX", "g++")
     if on_cpu and shutil.which(compiler) is None:
-        raise ConfigError(
-            f"--compile needs a C++ compiler, {compiler} is not there; install it or leave --compile out"
-        )
+        raise ConfigError(f"--compile needs a C++ compiler, {compiler} is not there; install it or leave --compile out")
     for block in transformer.blocks:
         block.compile()
     return transformer
