@@ -105,13 +105,18 @@ def test_shares_add_up_and_the_ratio_is_of_all_trials() -> None:
 
 
 def test_command_measures_prints_and_writes(
-    config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: DistillConfig,
+    arms: list[Arm],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     parser = argparse.ArgumentParser()
     add_bench_step_arguments(parser)
     assert run_bench_step(parser.parse_args(["--trials", "3"])) == 2
     assert "multiple of 4" in capsys.readouterr().err
     monkeypatch.setattr(bench_step, "bench_config", lambda _base, _batch_size: config)
+    monkeypatch.setattr(bench_step, "build_arms", lambda _config: arms)  # a loss of fresh copies is mostly rounding
     assert run_bench_step(parser.parse_args(["--trials", "4", "--json", str(tmp_path / "step.json")])) == 0
     report = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
     assert list(report["cpu_s"]) == list(VARIANTS)
