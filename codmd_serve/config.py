@@ -13,6 +13,8 @@ MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 4000
 DEFAULT_CRF = 18
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Fields of ServeConfig that the engine is loaded with; a worker is told them by these names.
+ENGINE_SETTINGS = ("device", "dtype", "attention")
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
@@ -119,6 +121,7 @@ class ServeConfig:
     port: int = 8000
     device: str = "auto"
     dtype: str = "auto"
+    attention: str = "auto"
     queue_size: int = 16
     max_pixels: int = 0
     max_body_bytes: int = 65536
@@ -178,7 +181,7 @@ class ModelFacts:
 
     Args:
         name: of the bundle.
-        device, dtype, attention, execution: what runs it; execution is eager or graph.
+        device, dtype, attention, execution: what runs it; attention is a kernel, or two as `self+prompt`.
         num_steps: of the sampler.
         height, width, num_frames, fps: what the bundle was trained to make.
         size_multiple: height and width must be multiples of it.

@@ -24,6 +24,7 @@ from codmd_serve.sampler import rollout
 from codmd_serve.video import find_ffmpeg, write_video
 from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.checkpoint import Bundle, load_bundle
+from codmd_serve.wan.kernels import AttentionShape, check_attention_name, choose_attention
 from codmd_serve.wan.text import encode_prompts, prompt_warnings
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 from codmd_serve.wan.vae import StreamingDecoder, latent_shape
@@ -166,27 +167,31 @@ class Engine:
         return warnings
 
 
-def load_engine(path: Path, device: str = "auto", dtype: str = "auto") -> Engine:
+def load_engine(path: Path, device: str = "auto", dtype: str = "auto", *, attention: str = "auto") -> Engine:
     """Load a bundle and make its native video once, so that the first request finds everything warm.
 
     Args:
         path: the bundle folder.
         device: auto (cuda where there is one), cpu, cuda or cuda:N.
         dtype: auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float16.
+        attention: auto (the fastest right one that is installed), or the name of a kernel.
 
     Raises:
         CheckpointError: the bundle cannot be loaded.
-        ConfigError: no such device, or no ffmpeg.
+        ConfigError: no such device or kernel, or no ffmpeg.
         GenerationError: the bundle loads, but its native video cannot be made here.
     """
     start_s = time.perf_counter()
     find_ffmpeg()
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
+    check_attention_name(attention, chosen_device)
     bundle = load_bundle(path, chosen_dtype, chosen_device)
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
-    transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps)
+    chosen = choose_attention(attention, _attention_shape(bundle), chosen_device, chosen_dtype)
+    facts = replace(facts, attention=chosen.name)
+    transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
     engine = Engine(bundle, transformer, facts)
     try:
         warm_s = _warm(engine)
@@ -283,7 +288,7 @@ def _describe(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Model
         name=bundle.path.resolve().name,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype=str(dtype).removeprefix("torch."),
-        attention="sdpa",
+        attention="",
         execution="eager",
         num_steps=len(bundle.spec.timesteps),
         height=native.height,
@@ -296,6 +301,16 @@ def _describe(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Model
         max_num_frames=(config.rope_max_seq_len - 1) * vae.scale_factor_temporal + 1,
         service_s=0.0,
         load_s=0.0,
+    )
+
+
+def _attention_shape(bundle: Bundle) -> AttentionShape:
+    native, config = bundle.spec.native, bundle.transformer.config
+    _, *latent = latent_shape(bundle.vae, native.height, native.width, native.num_frames)
+    return AttentionShape(
+        num_tokens=math.prod(size // patch for size, patch in zip(latent, config.patch_size, strict=True)),
+        num_heads=config.num_attention_heads,
+        head_width=config.attention_head_dim,
     )
 
 

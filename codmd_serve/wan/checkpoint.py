@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from codmd_serve.config import check_step_grid
 from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.wan.kernels import AttentionShape
 
 SPEC_FILE = "student.json"
 
@@ -158,6 +159,32 @@ def resolve_base(bundle: Path, base: str) -> tuple[str, bool]:
     if not is_hub_id:
         raise CheckpointError(f"the base pipeline of {bundle} is missing: expected a folder at {folder}")
     return base, False
+
+
+def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionShape:
+    """What the transformer of a bundle attends to in its native video, read from its configuration alone.
+
+    Args:
+        bundle: folder; the compression of its VAE is taken as Wan's 8 x 8 x 4.
+        max_tokens: an upper bound to the number of tokens that is returned.
+
+    Raises:
+        CheckpointError: no such bundle, or a configuration that does not say.
+    """
+    spec = read_spec(bundle)
+    try:
+        config = json.loads((bundle / "transformer" / "config.json").read_text(encoding="utf-8"))
+        frames, height, width = config["patch_size"]
+        native = spec.native
+        rows, columns = native.height // 8 // height, native.width // 8 // width
+        num_tokens = ((native.num_frames - 1) // 4 + 1) // frames * rows * columns
+        return AttentionShape(
+            num_tokens=min(num_tokens, max_tokens or num_tokens),
+            num_heads=config["num_attention_heads"],
+            head_width=config["attention_head_dim"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {_first_line(error)}") from error
 
 
 def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bundle:
