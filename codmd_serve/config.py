@@ -14,7 +14,8 @@ MAX_PROMPT_CHARS = 4000
 DEFAULT_CRF = 18
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Fields of ServeConfig that the engine is loaded with; a worker is told them by these names.
-ENGINE_SETTINGS = ("device", "dtype", "attention")
+ENGINE_SETTINGS = ("device", "dtype", "attention", "execution")
+EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
@@ -122,6 +123,7 @@ class ServeConfig:
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
+    execution: str = "auto"
     queue_size: int = 16
     max_pixels: int = 0
     max_body_bytes: int = 65536
@@ -146,6 +148,8 @@ class ServeConfig:
                 raise ConfigError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.execution not in EXECUTIONS:
+            raise ConfigError(f"execution must be one of {', '.join(EXECUTIONS)}, got {self.execution!r}")
         if self.host not in LOOPBACK_HOSTS and not self.allow_remote_without_auth:
             raise ConfigError(
                 f"refusing to listen on {self.host}: there is no authentication, so anybody who reaches this address "
@@ -189,6 +193,8 @@ class ModelFacts:
         frame_multiple: num_frames is a multiple of it, plus one.
         service_s: seconds that the native video took, warm.
         load_s: seconds from start to warm.
+        fallback: why execution is not what was asked for; empty when it is.
+        max_video_px: height * width * num_frames that the memory of the device has room for; 0 is unknown.
     """
 
     name: str
@@ -207,3 +213,5 @@ class ModelFacts:
     max_num_frames: int
     service_s: float
     load_s: float
+    fallback: str = ""
+    max_video_px: int = 0

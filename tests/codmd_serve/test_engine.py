@@ -238,6 +238,13 @@ def test_load_engine_uses_the_attention_that_was_named(tiny_bundle: Path, tmp_pa
     assert video_of(named, tmp_path / "a.mp4")
 
 
+def test_a_graph_that_cannot_be_recorded_is_told_and_the_video_is_made(tiny_bundle: Path, tmp_path: Path) -> None:
+    asked = load_engine(tiny_bundle, "cpu", execution="graph")
+    assert asked.facts.execution == "eager"
+    assert asked.facts.fallback == "RuntimeError: CUDA graphs need a CUDA device, got cpu"
+    assert video_of(asked, tmp_path / "a.mp4")
+
+
 def test_load_engine_refuses_an_unknown_attention_before_it_loads() -> None:
     with pytest.raises(ConfigError, match="attention 'flashy' is unknown for cpu; known: auto, native"):
         load_engine(Path("/nowhere"), "cpu", attention="flashy")
