@@ -59,6 +59,8 @@ MODEL_FLAGS = (
     _serve_flag("device", "auto, cpu, cuda or cuda:N"),
     _serve_flag("dtype", "auto (bfloat16 on cuda, else float32), float32, bfloat16 or float16"),
     _serve_flag("execution", "auto (what is fastest on the device), eager, graph, compiled or compiled+graph"),
+    _serve_flag("text_encoder", "auto, gpu, cpu, or offload: on the cpu, lent to the device while it encodes"),
+    _serve_flag("text_cache", "folder that keeps prompt embeddings over restarts; empty is memory only"),
     _serve_flag("attention", "auto (the fastest that is installed and right) or a kernel of `doctor`'s table"),
 )
 SERVE_FLAGS = (

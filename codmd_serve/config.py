@@ -14,7 +14,8 @@ MAX_PROMPT_CHARS = 4000
 DEFAULT_CRF = 18
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Fields of ServeConfig that the engine is loaded with; a worker is told them by these names.
-ENGINE_SETTINGS = ("device", "dtype", "attention", "execution")
+ENGINE_SETTINGS = ("device", "dtype", "attention", "execution", "text_encoder", "text_cache")
+TEXT_ENCODERS = ("auto", "gpu", "cpu", "offload")
 EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
@@ -124,6 +125,8 @@ class ServeConfig:
     dtype: str = "auto"
     attention: str = "auto"
     execution: str = "auto"
+    text_encoder: str = "auto"
+    text_cache: str = ""
     queue_size: int = 16
     max_pixels: int = 0
     max_body_bytes: int = 65536
@@ -150,6 +153,8 @@ class ServeConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.execution not in EXECUTIONS:
             raise ConfigError(f"execution must be one of {', '.join(EXECUTIONS)}, got {self.execution!r}")
+        if self.text_encoder not in TEXT_ENCODERS:
+            raise ConfigError(f"text_encoder must be one of {', '.join(TEXT_ENCODERS)}, got {self.text_encoder!r}")
         if self.host not in LOOPBACK_HOSTS and not self.allow_remote_without_auth:
             raise ConfigError(
                 f"refusing to listen on {self.host}: there is no authentication, so anybody who reaches this address "

@@ -6,7 +6,6 @@ host, which is nothing on large videos and most of the time on small ones.
 Legend: S steps, B batch, C channels, F latent frames, H and W latent rows and columns, L prompt positions.
 """
 
-import hashlib
 import logging
 import statistics
 import time
@@ -20,6 +19,7 @@ from codmd_serve.cuda_graph import CudaRecorder, Graphs, Key, Record
 from codmd_serve.errors import ConfigError
 from codmd_serve.sampler import OnStep, rollout
 from codmd_serve.wan.checkpoint import StudentSpec
+from codmd_serve.wan.text import fingerprint
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 
 # Prompts are padded up to one of these, so that three graphs serve every prompt. Longer ones cost next to nothing:
@@ -27,7 +27,6 @@ from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 PROMPT_SIZES = (32, 128, 512)
 WORTH_IT = 0.98  # of the time without; below, a graph or a compiled block pays for its memory
 NUM_TIMED = 3
-NUM_VALUES_HASHED = 4096
 
 log = logging.getLogger(__name__)
 
@@ -42,17 +41,6 @@ def choose_execution(name: str, device: torch.device) -> str:
         raise ConfigError(f"execution must be one of {', '.join(EXECUTIONS)}, got {name!r}")
     # On a CPU nothing waits for the host, and compiling takes longer than most videos.
     return "eager" if name == "auto" and device.type == "cpu" else name
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """64 hexadecimal digits that tell weights apart: names, shapes, dtypes, and up to 4,096 values of every tensor."""
-    digest = hashlib.blake2b(digest_size=32)
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().flatten()
-        values = flat[:: max(1, len(flat) // NUM_VALUES_HASHED)][:NUM_VALUES_HASHED]
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class DenoiseLoop:

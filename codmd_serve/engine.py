@@ -22,14 +22,14 @@ from codmd_serve.config import DEFAULT_CRF, DTYPES, GenerateParams, ModelFacts
 from codmd_serve.denoise import DenoiseLoop, choose_execution
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
 from codmd_serve.video import find_ffmpeg, write_video
-from codmd_serve.wan.attention import compact_prompt_embeds, pad_prompt_embeds
+from codmd_serve.wan.attention import pad_prompt_embeds
 from codmd_serve.wan.checkpoint import Bundle, load_bundle
 from codmd_serve.wan.kernels import AttentionShape, check_attention_name, choose_attention
-from codmd_serve.wan.text import encode_prompts, prompt_warnings
+from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder, prompt_warnings
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 from codmd_serve.wan.vae import StreamingDecoder, latent_shape
 
-NUM_PROMPTS_CACHED = 256
+NUM_PROMPTS_READY = 8  # keys and values of one prompt are up to 94 MB at the size of Wan 1.3B
 MEMORY_SHARE = 0.9  # of what is free; the rest is for fragments, workspaces and the driver
 
 # (stage, done, total): text 1 of 1, denoise k of num_steps, decode frames of num_frames. May raise CancelledError.
@@ -60,21 +60,28 @@ class Engine:
         transformer: built for the timesteps of the bundle.
         facts: as reported to clients.
         execution: as `DenoiseLoop` takes it; takes effect at warm-up.
+        embedder: of the bundle's text encoder; None is one that remembers in memory only.
     """
 
     def __init__(
-        self, bundle: Bundle, transformer: FewStepTransformer, facts: ModelFacts, execution: str = "eager"
+        self,
+        bundle: Bundle,
+        transformer: FewStepTransformer,
+        facts: ModelFacts,
+        *,
+        execution: str = "eager",
+        embedder: PromptEmbedder | None = None,
     ) -> None:
         self.bundle = bundle
         self.transformer = transformer
         self.loop = DenoiseLoop(transformer, bundle.spec, execution=execution)
         self.decoder = StreamingDecoder(bundle.vae)
         self.facts = facts
-        self._embed = functools.lru_cache(maxsize=NUM_PROMPTS_CACHED)(self._embed_uncached)
+        self.embedder = embedder or PromptEmbedder(bundle.tokenizer, bundle.text_encoder)
+        self._embed = functools.lru_cache(maxsize=NUM_PROMPTS_READY)(self._embed_uncached)
 
     def _embed_uncached(self, prompt: str) -> PromptCache:
-        embeds_BLD = encode_prompts(self.bundle.tokenizer, self.bundle.text_encoder, [prompt])
-        embeds_BLD = pad_prompt_embeds(compact_prompt_embeds(embeds_BLD), self.loop.prompt_sizes)
+        embeds_BLD = pad_prompt_embeds(self.embedder(prompt), self.loop.prompt_sizes)
         return self.transformer.encode_prompt(embeds_BLD)
 
     @torch.inference_mode()
@@ -169,7 +176,14 @@ class Engine:
 
 
 def load_engine(
-    path: Path, device: str = "auto", dtype: str = "auto", *, attention: str = "auto", execution: str = "auto"
+    path: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    attention: str = "auto",
+    execution: str = "auto",
+    text_encoder: str = "auto",
+    text_cache: str = "",
 ) -> Engine:
     """Load a bundle and make its native video once, so that the first request finds everything warm.
 
@@ -179,6 +193,8 @@ def load_engine(
         dtype: auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float16.
         attention: auto (the fastest right one that is installed), or the name of a kernel.
         execution: auto (what is fastest; eager on a CPU), eager, graph, compiled or compiled+graph.
+        text_encoder: auto (gpu where its weights leave room, else offload), gpu, cpu or offload.
+        text_cache: folder for embeddings; empty is memory only.
 
     Raises:
         CheckpointError: the bundle cannot be loaded.
@@ -191,13 +207,16 @@ def load_engine(
     chosen_dtype = choose_dtype(dtype, chosen_device)
     chosen_execution = choose_execution(execution, chosen_device)
     check_attention_name(attention, chosen_device)
-    bundle = load_bundle(path, chosen_dtype, chosen_device)
+    choose_text_encoder(text_encoder, chosen_device, 0, 0, 0)  # a wrong name shall not cost a load
+    free_bytes = torch.cuda.mem_get_info(chosen_device)[0] if chosen_device.type == "cuda" else 0
+    bundle = load_bundle(path, chosen_dtype, chosen_device, text_device="cpu")
+    embedder = _embedder(bundle, chosen_device, text_encoder, text_cache, free_bytes)
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
     chosen = choose_attention(attention, _attention_shape(bundle), chosen_device, chosen_dtype)
     facts = replace(facts, attention=chosen.name)
     transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
-    engine = Engine(bundle, transformer, facts, chosen_execution)
+    engine = Engine(bundle, transformer, facts, execution=chosen_execution, embedder=embedder)
     try:
         warm_s, max_video_px = _warm(engine)
     except CodmdError:
@@ -214,6 +233,22 @@ def load_engine(
         load_s=time.perf_counter() - start_s,
     )
     return engine
+
+
+def _embedder(bundle: Bundle, device: torch.device, place: str, cache: str, free_bytes: int) -> PromptEmbedder:
+    """Put the text encoder where it was asked to be, or where it fits."""
+    sizes = [sum(p.nbytes for p in module.parameters()) for module in (bundle.transformer, bundle.vae)]
+    encoder_bytes = sum(p.nbytes for p in bundle.text_encoder.parameters())
+    chosen = choose_text_encoder(place, device, encoder_bytes, sum(sizes), free_bytes)
+    log.info("text_encoder=%s asked=%s weights_gib=%.1f", chosen, place, encoder_bytes / 2**30)
+    if chosen == "gpu":
+        bundle.text_encoder.to(device)
+    return PromptEmbedder(
+        bundle.tokenizer,
+        bundle.text_encoder,
+        lend_to=device if chosen == "offload" else None,
+        folder=Path(cache) if cache else None,
+    )
 
 
 def _warm(engine: Engine) -> tuple[float, int]:

@@ -187,13 +187,20 @@ def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionSha
         raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {_first_line(error)}") from error
 
 
-def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bundle:
+def load_bundle(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    text_device: torch.device | str | None = None,
+) -> Bundle:
     """Load a student and the modules of its base.
 
     Args:
         path: the bundle folder.
-        dtype: of transformer and text encoder. The VAE stays float32: in bfloat16 its clamp shows as banding.
+        dtype: of transformer and text encoder, which takes bfloat16 for float16. The VAE stays float32: in bfloat16 its
+            clamp shows as banding.
         device: where the modules go.
+        text_device: where the text encoder goes; None is `device`.
 
     Raises:
         CheckpointError: anything missing, truncated, of another kind, or parts that do not fit each other.
@@ -203,7 +210,9 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.de
     base, is_local = resolve_base(path, spec.base)
     transformer = load_module(WanTransformer3DModel, path, "transformer", True, torch_dtype=dtype)
     vae = load_module(AutoencoderKLWan, base, "vae", is_local, torch_dtype=torch.float32)
-    text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", is_local, dtype=dtype)
+    # UMT5 was trained in bfloat16; its activations leave the range of float16.
+    text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", is_local, dtype=text_dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=is_local)
     except (OSError, ValueError, KeyError) as error:
@@ -218,8 +227,8 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.de
         raise CheckpointError(
             f"the tokenizer of {base} has {len(tokenizer)} tokens, its text encoder {text_encoder.config.vocab_size}"
         )
-    for module in (transformer, vae, text_encoder):
-        module.requires_grad_(False).eval().to(device)
+    for module, place in ((transformer, device), (vae, device), (text_encoder, text_device or device)):
+        module.requires_grad_(False).eval().to(place)
     return Bundle(
         path=path, spec=spec, tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae
     )

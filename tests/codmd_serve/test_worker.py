@@ -72,7 +72,7 @@ def test_cancelling_from_inside_is_the_same() -> None:
 
 def test_a_bundle_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_engine(*_: object, **settings: str) -> None:
-        assert settings == dict.fromkeys(ENGINE_SETTINGS, "auto")
+        assert settings.keys() == set(ENGINE_SETTINGS)
         raise CheckpointError("the bundle is truncated")
 
     monkeypatch.setattr(engine_module, "load_engine", load_engine)
