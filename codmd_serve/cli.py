@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
     options: dict[str, Any] = {"default": _from_environment(flag)}
-    shown = "" if flag.default is None else f"default: {flag.default}; "
+    shown = "" if flag.default in (None, "") else f"default: {flag.default}; "
     options["help"] = f"{flag.help} ({shown}also ${flag.variable})".replace("%", "%%")
     if flag.kind is bool:
         options["action"] = argparse.BooleanOptionalAction

@@ -136,8 +136,8 @@ class DenoiseLoop:
         log.info("execution=%s asked=%s fallback=%r", self.execution, self._asked, self.fallback)
 
     def _warm_compiled(self, noise: Tensor, prompts: Sequence[PromptCache], least_s: float) -> float:
-        self.transformer.compile_blocks()
         try:
+            self.transformer.compile_blocks()
             for prompt in prompts:
                 self._run(noise, prompt, None, True)
             compiled_s = self._timed(lambda: self._run(noise, prompts[0], None, True))

@@ -78,8 +78,9 @@ class Engine:
         self.decoder = StreamingDecoder(bundle.vae)
         self.facts = facts
         self.embedder = embedder or PromptEmbedder(bundle.tokenizer, bundle.text_encoder)
-        self._embed = functools.lru_cache(maxsize=NUM_PROMPTS_READY)(self._embed_uncached)
+        self.embed = functools.lru_cache(maxsize=NUM_PROMPTS_READY)(self._embed_uncached)
 
+    @torch.inference_mode()
     def _embed_uncached(self, prompt: str) -> PromptCache:
         embeds_BLD = pad_prompt_embeds(self.embedder(prompt), self.loop.prompt_sizes)
         return self.transformer.encode_prompt(embeds_BLD)
@@ -100,7 +101,7 @@ class Engine:
         report = on_progress or _nothing
         clock = _StageClock(self.facts.device)
         try:
-            prompt = self._embed(params.prompt)
+            prompt = self.embed(params.prompt)
             clock.stop("text")
             report("text", 1, 1)
             x0_pred = self._denoise(params, prompt, report)
@@ -264,7 +265,8 @@ def _warm(engine: Engine) -> tuple[float, int]:
         crf=DEFAULT_CRF,
     )
     with tempfile.TemporaryDirectory(prefix="codmd-warm-") as folder:
-        resident_bytes = _peak_bytes(device)
+        engine.embed(params.prompt)  # first, or an encoder that is lent to the device would be taken for activations
+        resident_bytes = _allocated_bytes(device)
         # Eager, and before anything is recorded: libraries choose their kernels, and activations take what they take.
         engine.generate(params, Path(folder) / "warm.mp4")
         needed_bytes = _peak_bytes(device) - resident_bytes
@@ -275,13 +277,16 @@ def _warm(engine: Engine) -> tuple[float, int]:
     return time.perf_counter() - warm_s, max_video_px
 
 
-def _peak_bytes(device: torch.device) -> int:
-    """Most memory that was allocated since the last call; 0 on a CPU, where nobody counts."""
+def _allocated_bytes(device: torch.device) -> int:
+    """Memory that is allocated now, where `_peak_bytes` counts from; 0 on a CPU, where nobody counts."""
     if device.type != "cuda":
         return 0
-    peak_bytes: int = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    return peak_bytes
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _affordable_px(params: GenerateParams, device: torch.device, needed_bytes: int) -> int:

@@ -147,8 +147,10 @@ def lent_to(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
     tensors = [*itertools.chain(module.parameters(), module.buffers())]
     homes = [tensor.data for tensor in tensors]
     try:
-        for tensor, home in zip(tensors, homes, strict=True):
-            tensor.data = home.to(device)
+        # A parameter cannot take over a tensor that was made in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor, home in zip(tensors, homes, strict=True):
+                tensor.data = home.to(device)
         yield
     finally:
         for tensor, home in zip(tensors, homes, strict=True):

@@ -104,6 +104,18 @@ def test_an_engine_serves_from_its_graph_and_gives_the_same_video(tiny_bundle: P
     assert all(len(video) > 1000 for video in videos)
 
 
+def test_a_text_encoder_gives_the_same_wherever_it_lives(tiny_bundle: Path) -> None:
+    embeds = {}
+    for place in ("gpu", "offload", "cpu"):
+        engine = load_engine(tiny_bundle, "cuda", "float32", execution="eager", text_encoder=place)
+        assert engine.bundle.text_encoder.device.type == ("cuda" if place == "gpu" else "cpu")
+        with torch.inference_mode():  # as a request runs
+            embeds[place] = engine.embedder("a red circle moves")
+    assert torch.equal(embeds["gpu"], embeds["offload"])
+    # Another device sums in another order.
+    torch.testing.assert_close(embeds["cpu"], embeds["gpu"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_fastest_right_kernel_of_the_device_is_found(dtype: torch.dtype) -> None:
     shape = AttentionShape(num_tokens=4096, num_heads=12, head_width=128)
