@@ -41,7 +41,8 @@ def rollout(
         timesteps: num_steps numbers fed to the network, as float32 of shape (B,).
         sampler: `sde` re-noises x0_pred with fresh noise, `ode` is an Euler step along the flow.
         exit_step: stop after this step index; None is the last one.
-        grad_exit_step: whether the exit step carries gradient. The steps before it never do.
+        grad_exit_step: whether the exit step carries gradient, unless the caller has switched gradients off. The steps
+            before it never do.
         on_step: called after each step with the step index and the detached x0_pred.
 
     Returns:
@@ -56,7 +57,7 @@ def rollout(
     last_step = _check(noise, sigmas, timesteps, sampler, exit_step)
     latents = sigmas[0] * noise[0].to(torch.promote_types(noise.dtype, torch.float32))
     for step_index in range(last_step + 1):
-        with torch.set_grad_enabled(grad_exit_step and step_index == last_step):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and grad_exit_step and step_index == last_step):
             timestep_B = torch.full((latents.shape[0],), timesteps[step_index], device=latents.device)
             flow_pred = denoise(latents, timestep_B, prompt_embeds)
             x0_pred = flow_to_x0(latents, flow_pred, sigmas[step_index])

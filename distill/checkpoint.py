@@ -1,11 +1,16 @@
 """Run folders on disk: checkpoints to resume from, and the student bundle at the end; knows nothing of the loop.
 
 RUN/config.json                    the resolved DistillConfig
+RUN/log.jsonl, curves.png          means of all metrics, and their plot (trainer.py, curves.py)
+RUN/tensorboard/                   the same, and the previews
+RUN/previews/                      pictures of the averaged student (previews.py)
 RUN/checkpoints/step-00000200/     state.pt, complete or absent
 RUN/bundle/                        the student, once the run has ended
+RUN/pipeline/                      the same as a complete diffusers folder, where the stock pipeline can sample it
 """
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,12 +23,15 @@ from torch import Tensor
 import codmd_serve
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
+from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
 from distill.config import RESUMABLE, DistillConfig, config_from_dict, config_to_dict
 from distill.networks import TORCH_DTYPES, resolve_base, transformer_config
 
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.pt"
 STEP_PREFIX = "step-"
+
+logger = logging.getLogger(__name__)
 
 
 def write_config(run_dir: Path, config: DistillConfig) -> None:
@@ -86,7 +94,9 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep_last: 
     folder = run_dir / "checkpoints" / f"{STEP_PREFIX}{step:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        # What killed saves left behind, of this step or of others, would fill the disk for ever.
+        for rest in folder.parent.glob(f".{STEP_PREFIX}*.partial"):
+            shutil.rmtree(rest, ignore_errors=True)
         partial.mkdir(parents=True)
         with (partial / STATE_FILE).open("wb") as file:
             torch.save(state, file)
@@ -198,6 +208,43 @@ def export_bundle(run_dir: Path, bundle_dir: Path, step: int | None = None) -> i
     state = load_checkpoint(folders[chosen])
     trainer = state["trainer"]
     write_bundle(bundle_dir, config, trainer["ema"]["shadow"], trainer["updates"]["student"])
+    return chosen
+
+
+def write_pipeline(bundle: Path, folder: Path) -> None:
+    """Write a bundle as a diffusers folder where the stock pipeline can sample it, and say so where it cannot.
+
+    Raises:
+        CheckpointError: the base is gone or incomplete, or the folder cannot be written.
+    """
+    try:
+        save_pipeline(bundle, folder)
+    except ConfigError as error:
+        logger.warning("no diffusers folder written reason=%s", error)
+
+
+def export_pipeline(run_dir: Path, folder: Path, step: int | None = None) -> int:
+    """Write the student of a run as a folder that the stock `diffusers.WanPipeline` loads.
+
+    Args:
+        run_dir: the run's folder.
+        folder: where to; one that exists is replaced.
+        step: which checkpoint; None is the newest.
+
+    Returns:
+        The step taken.
+
+    Raises:
+        ConfigError: there is no run, or the stock pipeline cannot sample its student.
+        CheckpointError: no such checkpoint, it is damaged, or the folder cannot be written.
+    """
+    check_stock_pipeline(read_config(run_dir).grid().sigmas)
+    bundle = folder.absolute().with_name(f".{folder.name}.bundle-{os.getpid()}")
+    try:
+        chosen = export_bundle(run_dir, bundle, step)
+        save_pipeline(bundle, folder)
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
     return chosen
 
 

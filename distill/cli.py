@@ -1,4 +1,4 @@
-"""codmd-distill: train | export | plan | teacher | eval | shapeworld; composes the commands and configures logging."""
+"""codmd-distill: train | export | bench-step | plan | teacher | eval | shapeworld: composes them, sets up logging."""
 
 import argparse
 import logging
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from distill.bench_step import add_bench_step_arguments, run_bench_step
 from distill.evaluate.command import add_eval_arguments, run_eval
 from distill.plan.command import add_plan_arguments, run_plan
 from distill.pretrain.command import add_teacher_arguments, run_teacher
@@ -14,7 +15,8 @@ from distill.train_cli import add_export_arguments, add_train_arguments, run_exp
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "train": ("distil a student from a teacher", add_train_arguments, run_train),
-    "export": ("write the bundle of a checkpoint", add_export_arguments, run_export),
+    "export": ("write the student of a checkpoint, for codmd-serve or diffusers", add_export_arguments, run_export),
+    "bench-step": ("time our iteration beside the authors'", add_bench_step_arguments, run_bench_step),
     "plan": ("say what a run needs: memory per GPU, operations, hours", add_plan_arguments, run_plan),
     "teacher": ("train the ShapeWorld pipeline from nothing", add_teacher_arguments, run_teacher),
     "eval": ("score teachers and students on held-out captions", add_eval_arguments, run_eval),

@@ -13,23 +13,37 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from codmd_serve.config import SAMPLERS, StepGrid
 from codmd_serve.errors import ConfigError
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
-from distill.losses.copula import FEATURES
+from distill.settings import CopulaConfig as CopulaConfig
+from distill.settings import DpDmdConfig as DpDmdConfig
+from distill.settings import EmaConfig as EmaConfig
+from distill.settings import NativeConfig as NativeConfig
+from distill.settings import OptimizerConfig as OptimizerConfig
+from distill.settings import RcmConfig as RcmConfig
+from distill.settings import check_choice, check_range
 
 METHODS = ("codmd", "dmd", "rcm", "dcm", "dp-dmd")
 CONSISTENCY_METHODS = ("rcm", "dcm")
-EMA_KINDS = ("constant", "power")
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = ("fp32", "bf16")
 SCORE_WINDOWS = ("full", "above", "step")
 BUNDLE_DTYPES = ("fp32", "bf16", "fp16")
-# Settings that a resumed run may change: none of them alters what an iteration computes.
-RESUMABLE = ("max_steps", "save_every_steps", "log_every_steps", "keep_last", "max_nonfinite_in_row", "bundle_dtype")
+# Settings that a resumed run may change: none of them alters what an iteration computes, but for rounding.
+RESUMABLE = (
+    "max_steps",
+    "save_every_steps",
+    "log_every_steps",
+    "keep_last",
+    "max_nonfinite_in_row",
+    "bundle_dtype",
+    "accumulate",
+    "activation_checkpointing",
+    "context_parallel",
+)
 # The authors look sigma up in this table for both model sizes, whatever shift the scores are drawn with.
 REFERENCE_TABLE_SHIFT = 8.0
 
@@ -39,146 +53,6 @@ WAN_NEGATIVE_PROMPT = (
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"  # noqa: RUF001
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CopulaConfig:
-    """The relational term; its weight in the loss is scale * (weight_frame * frame + weight_batch * batch)."""
-
-    scale: float = 0.1
-    weight_frame: float = 1.0
-    weight_batch: float = 0.0
-    temperature: float = 0.1
-    features: str = "mean"  # "spatial" sees motion that keeps channel means
-    grid: int = 2  # cells per side of "spatial"
-    shared_sigma: bool = False  # one score noise level per batch: relations of samples then share their cause
-    permute: bool = False  # control arm: teacher frames and samples shuffled before their relations are taken
-
-    def __post_init__(self) -> None:
-        _check_choice("copula.features", self.features, FEATURES)
-        _check_range("copula.temperature", self.temperature, 1e-4, 10.0)
-        _check_range("copula.grid", self.grid, 1, 64)
-        for name in ("scale", "weight_frame", "weight_batch"):
-            _check_range(f"copula.{name}", getattr(self, name), 0.0, 1e4)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RcmConfig:
-    """Settings of the methods rcm and dcm: a consistency term on samples of the teacher, and distribution matching.
-
-    The consistency term weighs scm_weight * sqrt(N / 2.0e6) for latents of N elements, which at Wan's size is the
-    published 100: its gradient does not grow with N, that of the summed matching term grows with sqrt(N).
-    """
-
-    scm_weight: float = 100.0
-    dmd_weight: float = 1.0  # 0 is a plain consistency model, without critic
-    # log tan(theta) of the consistency term ~ N(theta_mean, theta_std^2); published .7 is -.8 + .5 * log(21 frames).
-    theta_mean: float = 0.7
-    theta_std: float = 1.6
-    warmup_steps: int = 0  # first iterations: consistency term alone, its tangent growing from 0 to 1 (rcm)
-    discrete_steps: int = 48  # dcm: parts that the quarter turn from clean to noise is cut into
-    # The student's steps, where `timesteps` is empty: atan(sigma_max), then sample_thetas.
-    sigma_max: float = 80.0
-    sample_thetas: tuple[float, ...] = (1.5, 1.4, 1.0)
-    # Euler steps of the teacher behind each training latent, and how they are shifted.
-    data_steps: int = 50
-    data_shift: float = 3.0
-
-    def __post_init__(self) -> None:
-        _check_range("rcm.scm_weight", self.scm_weight, 1e-6, 1e6)
-        _check_range("rcm.dmd_weight", self.dmd_weight, 0.0, 1e6)
-        _check_range("rcm.theta_mean", self.theta_mean, -10.0, 10.0)
-        _check_range("rcm.theta_std", self.theta_std, 0.0, 10.0)
-        _check_range("rcm.warmup_steps", self.warmup_steps, 0, 10**9)
-        _check_range("rcm.discrete_steps", self.discrete_steps, 2, 10**6)
-        _check_range("rcm.sigma_max", self.sigma_max, 1e-3, 1e6)
-        thetas = (math.atan(self.sigma_max), *self.sample_thetas)
-        if not all(high > low for high, low in pairwise((*thetas, 0.0))):
-            raise ConfigError(
-                "rcm.sample_thetas must descend from below atan(rcm.sigma_max) to above 0, "
-                f"got {list(self.sample_thetas)} under {thetas[0]:.6g}"
-            )
-        _check_range("rcm.data_steps", self.data_steps, 1, 10_000)
-        _check_range("rcm.data_shift", self.data_shift, 1e-3, 1e3)
-
-    def levels(self) -> tuple[float, ...]:
-        """Noise levels sigma of the student's steps, without the last 0: tan(theta) / (1 + tan(theta))."""
-        ratios = (self.sigma_max, *(math.tan(theta) for theta in self.sample_thetas))
-        return tuple(ratio / (1.0 + ratio) for ratio in ratios)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DpDmdConfig:
-    """Settings of the method dp-dmd: the student's first flow leads to where the teacher is after some of its steps."""
-
-    weight: float = 0.05
-    teacher_steps: int = 30  # Euler steps of the teacher's whole way
-    match_step: int = 10  # after how many of them it is met
-    shift: float = 3.0  # of the teacher's steps
-
-    def __post_init__(self) -> None:
-        _check_range("dp_dmd.weight", self.weight, 0.0, 1e4)
-        _check_range("dp_dmd.teacher_steps", self.teacher_steps, 1, 10_000)
-        _check_range("dp_dmd.match_step", self.match_step, 1, self.teacher_steps)
-        _check_range("dp_dmd.shift", self.shift, 1e-3, 1e3)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """AdamW of student and critic. betas[0] = 0 is the other published choice."""
-
-    student_lr: float
-    critic_lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float | None = 10.0  # None (null in JSON) is off
-    warmup_updates: int = 0  # linear, of each network's own updates
-
-    def __post_init__(self) -> None:
-        for name in ("student_lr", "critic_lr", "eps"):
-            _check_range(f"optimizer.{name}", getattr(self, name), 1e-12, 1.0)
-        for beta in self.betas:
-            _check_range("optimizer.betas", beta, 0.0, 0.99999)
-        _check_range("optimizer.weight_decay", self.weight_decay, 0.0, 1.0)
-        if self.clip_norm is not None:
-            _check_range("optimizer.clip_norm", self.clip_norm, 1e-6, 1e6)
-        _check_range("optimizer.warmup_updates", self.warmup_updates, 0, 10**6)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EmaConfig:
-    """Moving average of the student in float32; it ticks on student updates and is a plain copy before the start.
-
-    kind "constant" forgets at the same rate for ever; "power" averages over the same share of all updates so far,
-    and then `length` counts and `decay` does not.
-    """
-
-    decay: float
-    start_update: int = 0
-    kind: str = "constant"
-    length: float = 0.1  # standard deviation of the averaged updates over their number
-
-    def __post_init__(self) -> None:
-        _check_choice("ema.kind", self.kind, EMA_KINDS)
-        # Above .288 the weights of a power average would fall with the update's number.
-        _check_range("ema.length", self.length, 1e-3, 0.28)
-        _check_range("ema.decay", self.decay, 0.0, 0.999999)
-        _check_range("ema.start_update", self.start_update, 0, 10**7)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NativeConfig:
-    """The video trained on: pixels, frames, frames per second."""
-
-    height: int
-    width: int
-    num_frames: int
-    fps: int
-
-    def __post_init__(self) -> None:
-        for name in ("height", "width", "num_frames", "fps"):
-            _check_range(f"native.{name}", getattr(self, name), 1, 10_000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +70,12 @@ class DistillConfig:
     ema: EmaConfig
     method: str = "codmd"
     seed: int = 0
-    batch_size: int
+    batch_size: int  # of one update, over all processes and parts
+    accumulate: int = 1  # parts that each process computes its share of a batch in, one after the other
+    activation_checkpointing: bool = False  # keep only the inputs of blocks, compute them again for the gradient
+    context_parallel: int = 1  # processes that share their samples and split their tokens; CUDA only
+    lora_critic_rank: int = 0  # of a critic on the teacher's frozen weights; 0 is a critic of its own
+    lora_critic_alpha: float = 64.0  # what such a critic adds weighs alpha / rank
     max_steps: int  # iterations; each trains the critic, every student_every_steps-th the student too
     student_every_steps: int = 5
     critic_warmup_steps: int = 0  # iterations before the first student update
@@ -229,22 +108,24 @@ class DistillConfig:
     vocabulary_note: str = ""
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
-        _check_choice("sampler", self.sampler, SAMPLERS)
-        _check_choice("score_window", self.score_window, SCORE_WINDOWS)
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check_choice("teacher_dtype", self.teacher_dtype, DTYPES)
-        _check_choice("text_dtype", self.text_dtype, DTYPES)
-        _check_choice("bundle_dtype", self.bundle_dtype, BUNDLE_DTYPES)
-        _check_range("seed", self.seed, 0, 2**63 - 1)
+        check_choice("method", self.method, METHODS)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("score_window", self.score_window, SCORE_WINDOWS)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("teacher_dtype", self.teacher_dtype, DTYPES)
+        check_choice("text_dtype", self.text_dtype, DTYPES)
+        check_choice("bundle_dtype", self.bundle_dtype, BUNDLE_DTYPES)
+        check_range("seed", self.seed, 0, 2**63 - 1)
         for name in ("batch_size", "max_steps", "student_every_steps", "num_captions", "max_nonfinite_in_row"):
-            _check_range(name, getattr(self, name), 1, 10**9)
-        for name in ("log_every_steps", "save_every_steps", "keep_last"):
-            _check_range(name, getattr(self, name), 1, 10**9)
-        _check_range("critic_warmup_steps", self.critic_warmup_steps, 0, 10**9)
-        _check_range("guidance_scale", self.guidance_scale, 0.0, 100.0)
-        _check_range("step_shift", self.step_shift, 1e-3, 1e3)
-        _check_range("score_shift", self.score_shift, 1e-3, 1e3)
+            check_range(name, getattr(self, name), 1, 10**9)
+        for name in ("log_every_steps", "save_every_steps", "keep_last", "accumulate", "context_parallel"):
+            check_range(name, getattr(self, name), 1, 10**9)
+        check_range("lora_critic_rank", self.lora_critic_rank, 0, 4096)
+        check_range("lora_critic_alpha", self.lora_critic_alpha, 1e-3, 1e6)
+        check_range("critic_warmup_steps", self.critic_warmup_steps, 0, 10**9)
+        check_range("guidance_scale", self.guidance_scale, 0.0, 100.0)
+        check_range("step_shift", self.step_shift, 1e-3, 1e3)
+        check_range("score_shift", self.score_shift, 1e-3, 1e3)
         if not 0.0 < self.score_sigma_min < self.score_sigma_max <= 1.0:
             raise ConfigError(
                 "expected 0 < score_sigma_min < score_sigma_max <= 1, "
@@ -257,6 +138,11 @@ class DistillConfig:
         self.grid()
 
     def _check_method(self) -> None:
+        if self.method == "rcm" and self.context_parallel > 1:
+            raise ConfigError(
+                f"context_parallel must be 1 for method rcm, got {self.context_parallel}: attention over split tokens "
+                "has no forward-mode derivative"
+            )
         if self.method in CONSISTENCY_METHODS:
             if self.score_window != "full":
                 raise ConfigError(
@@ -326,15 +212,16 @@ def shapeworld() -> DistillConfig:
         recipe="shapeworld",
         base="weights/shapeworld",
         native=NativeConfig(height=64, width=64, num_frames=17, fps=16),
-        optimizer=OptimizerConfig(student_lr=5e-5, critic_lr=1e-4, betas=(0.0, 0.999)),
+        optimizer=OptimizerConfig(student_lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.999)),
         ema=EmaConfig(decay=0.97),
         batch_size=16,
         max_steps=4000,
-        student_every_steps=5,
+        student_every_steps=4,
         guidance_scale=3.0,
         step_shift=3.0,
         score_shift=3.0,
         score_window="step",
+        bundle_dtype="fp16",
     )
 
 
@@ -360,6 +247,7 @@ def wan_1_3b() -> DistillConfig:
         teacher_dtype="bf16",
         precision="bf16",
         text_dtype="bf16",
+        activation_checkpointing=True,
     )
 
 
@@ -469,13 +357,3 @@ def _convert(hint: Any, value: object, key: str) -> object:
     if type(value) is not hint:
         raise ConfigError(f"{key} must be of type {hint.__name__}, got {value!r}")
     return value
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_range(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{key} must be in {low:g}..{high:g}, got {value!r}")

@@ -37,6 +37,7 @@ from distill.step import (
     StepDraws,
     StepResult,
     draw_step,
+    sample_noise,
     score_metrics,
     score_sample,
     step_rng,
@@ -88,7 +89,12 @@ def rcm_turns(config: DistillConfig, step: int) -> tuple[str, ...]:
 
 
 def draw_rcm(
-    config: DistillConfig, role: str, step: int, shape: tuple[int, ...], device: torch.device
+    config: DistillConfig,
+    role: str,
+    step: int,
+    shape: tuple[int, ...],
+    device: torch.device,
+    positions: range | None = None,
 ) -> RcmDraws | RolloutDraws:
     """Draw everything random in one step.
 
@@ -96,8 +102,9 @@ def draw_rcm(
         config: gives seed and laws.
         role: "student" or "critic".
         step: iteration.
-        shape: (B, C, F, H, W) of the latents.
+        shape: (B, C, F, H, W) of the whole batch's latents.
         device: where the numbers go.
+        positions: places of the batch to draw for; None is all of them.
 
     Returns:
         `RcmDraws` for the student, `RolloutDraws` for the critic.
@@ -107,16 +114,18 @@ def draw_rcm(
     rng = step_rng(config.seed, role, step)
     # An own stream: the levels are those of the whole batch, so they have to be equal on all ranks.
     level_rng = step_rng(config.seed, "levels", step)
+    places = range(shape[0]) if positions is None else positions
+    rollout_steps = rollout_length(config, role, step)
     if role == "critic":
-        return _draw_rollout(config, rng, level_rng, rollout_length(config, role, step), shape, device)
+        return _draw_rollout(config, rng, level_rng, rollout_steps, shape, device, places)
     settings = config.rcm
     log_ratio = settings.theta_mean + settings.theta_std * torch.randn(shape[0], generator=rng)
-    data_noise = torch.randn(shape, generator=rng)
+    data_noise = sample_noise(rng, shape[1:], places)
     rollout = None
     if step >= settings.warmup_steps and settings.dmd_weight > 0:
-        rollout = _draw_rollout(config, rng, level_rng, rollout_length(config, role, step), shape, device)
+        rollout = _draw_rollout(config, rng, level_rng, rollout_steps, shape, device, places)
     return RcmDraws(
-        theta=log_ratio.exp().atan().to(device),
+        theta=log_ratio[places.start : places.stop].exp().atan().to(device),
         data_noise=data_noise.to(device),
         tangent_ratio=min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0,
         rollout=rollout,
@@ -142,12 +151,13 @@ def _draw_rollout(
     num_steps: int,
     shape: tuple[int, ...],
     device: torch.device,
+    positions: range,
 ) -> RolloutDraws:
     # float64: two equal levels in one grid, which no sampler accepts, are then out of the question.
     levels = torch.rand(num_steps - 1, generator=level_rng, dtype=torch.float64).sort(descending=True).values
     sigmas = (1.0, *(shift_sigma(level, config.score_shift) for level in levels.tolist()))
     grid = StepGrid(sigmas=(*sigmas, 0.0), timesteps=tuple(NUM_TRAIN_TIMESTEPS * sigma for sigma in sigmas))
-    return RolloutDraws(grid=grid, draws=draw_step(config, rng, shape, num_steps - 1, device))
+    return RolloutDraws(grid=grid, draws=draw_step(config, rng, shape, num_steps - 1, device, positions))
 
 
 def rcm_student_step(networks: Networks, batch: Batch, draws: RcmDraws, config: DistillConfig) -> StepResult:

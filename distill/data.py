@@ -22,8 +22,9 @@ from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH, clean_prompt, encode_prompts
 from distill.config import DistillConfig
-from distill.networks import TORCH_DTYPES, load_part, resolve_base
+from distill.networks import TORCH_DTYPES, load_part, resolve_base, transformer_config
 from distill.shapeworld.captions import sample_caption
+from distill.shards import read_shard_prompts, read_shards, shard_paths
 
 ENCODE_BATCH = 64
 HASHED_BYTES = 1 << 20
@@ -91,7 +92,7 @@ def batch_indices(position: int, num_prompts: int, batch_size: int, seed: int) -
 
 
 def load_prompts(config: DistillConfig) -> list[str]:
-    """Return the training prompts: lines of a txt, rows of a jsonl, or captions of the shapeworld grammar.
+    """Return the training prompts: of a txt, a jsonl or tar shards, or captions of the shapeworld grammar.
 
     Raises:
         ConfigError: the file is missing, empty, of another kind, or has a row without prompt; the message says where.
@@ -99,13 +100,15 @@ def load_prompts(config: DistillConfig) -> list[str]:
     if not config.prompts:
         rng = np.random.default_rng(config.seed)
         return [sample_caption(rng, split="train") for _ in range(config.num_captions)]
-    path = Path(config.prompts)
+    path, shards = Path(config.prompts), shard_paths(config.prompts)
+    if shards:
+        return read_shard_prompts(shards)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts {path} cannot be read: {error}") from error
     if path.suffix not in (".txt", ".jsonl"):
-        raise ConfigError(f"prompts must be a .txt or .jsonl file, got {path.name}")
+        raise ConfigError(f"prompts must be a .txt, .jsonl or .tar file or a folder of .tar files, got {path.name}")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if path.suffix == ".txt":
         prompts = [line.strip() for _, line in numbered]
@@ -139,7 +142,21 @@ def cached_prompt_data(config: DistillConfig, cache_dir: Path, device: torch.dev
         ConfigError: the prompts cannot be read.
         CheckpointError: the text encoder cannot be loaded.
     """
-    prompts = [*load_prompts(config), config.negative_prompt]
+    shards = shard_paths(config.prompts)
+    # Shards bring their embeddings, so that only the negative prompt is left to encode.
+    prompts = [config.negative_prompt] if shards else [*load_prompts(config), config.negative_prompt]
+    data = _encoded_prompt_data(prompts, config, cache_dir, device)
+    if not shards:
+        return data
+    samples = read_shards(shards, int(transformer_config(config.base)["text_dim"]))
+    packed = [*(embeds for _, embeds in samples), data.packed.float()]
+    offsets = torch.tensor([0, *map(len, packed)]).cumsum(0)
+    return PromptData(packed=torch.cat(packed), offsets=offsets)
+
+
+def _encoded_prompt_data(
+    prompts: list[str], config: DistillConfig, cache_dir: Path, device: torch.device
+) -> PromptData:
     key = prompt_key(prompts, config)
     path = cache_dir / f"prompt-embeds-{key[:16]}.safetensors"
     cached = _read_cache(path, key)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
 from distill.data import PromptData, add_module_files, load_prompts, prompt_key
 from distill.networks import Networks, denoiser, guided_teacher_flow, resolve_base
+from distill.processes import ALONE, Processes
 from distill.step import step_rng
 
 SHARD_SIZE = 64
@@ -42,7 +44,7 @@ class TeacherLatents:
         """Read the samples of some prompts, (B, C, F, H, W) float32.
 
         Raises:
-            CheckpointError: a shard has gone or is damaged.
+            CheckpointError: a shard has gone or is damaged, or a sample is not finite.
         """
         return torch.stack([self._sample(index) for index in indices]).to(device)
 
@@ -55,6 +57,10 @@ class TeacherLatents:
                 sample: Tensor = file.get_slice("x0")[row]
         except (SafetensorError, OSError, IndexError) as error:
             raise CheckpointError(f"teacher sample {index} cannot be read from {path}: {error}") from error
+        if not bool(sample.isfinite().all()):
+            raise CheckpointError(
+                f"teacher sample {index} in {path} is not finite: delete the file to have it made anew"
+            )
         return sample
 
 
@@ -70,6 +76,7 @@ def cached_teacher_latents(
     shape: tuple[int, ...],
     cache_dir: Path,
     device: torch.device,
+    processes: Processes = ALONE,
 ) -> TeacherLatents:
     """Return samples of the teacher for all training prompts, sampling those that the cache does not have.
 
@@ -82,6 +89,7 @@ def cached_teacher_latents(
         cache_dir: the shards go to a folder in it, whose name follows from all that they depend on. The run's seed is
             not among it: noise is a function of the prompt's position.
         device: where the networks are.
+        processes: of the run; if the teacher is sharded over them, all compute all samples and the first writes them.
 
     Returns:
         The samples, all on disk.
@@ -97,18 +105,25 @@ def cached_teacher_latents(
     wanted = [
         shard for shard, size in enumerate(sizes) if not _holds_samples(shard_path(folder, shard), (size, *shape))
     ]
-    if wanted:
+    # Nobody writes before all have looked.
+    processes.greatest(len(wanted))
+    if wanted and processes.is_first:
         logger.info("sampling teacher prompts=%d shards=%d folder=%s", data.num_prompts, len(wanted), folder.name)
+    hidden = None if processes.is_first else True
+    for shard in tqdm(wanted, desc="samples of the teacher", unit="shard", disable=hidden, dynamic_ncols=True):
+        x0 = _sample_shard(config, networks, data, shard, (sizes[shard], *shape), device)
+        processes.first_does(partial(_write_shard, folder, shard, x0))
+    return TeacherLatents(folder=folder)
+
+
+def _write_shard(folder: Path, shard: int, x0: Tensor) -> None:
+    unfinished = shard_path(folder, shard).with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for shard in tqdm(wanted, desc="samples of the teacher", unit="shard", disable=None, dynamic_ncols=True):
-            x0 = _sample_shard(config, networks, data, shard, (sizes[shard], *shape), device)
-            partial = shard_path(folder, shard).with_suffix(".partial")
-            save_file({"x0": x0}, partial)
-            partial.rename(shard_path(folder, shard))
+        save_file({"x0": x0}, unfinished)
+        unfinished.rename(shard_path(folder, shard))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"samples of the teacher cannot be written to {folder}: {error}") from error
-    return TeacherLatents(folder=folder)
 
 
 def _sample_shard(

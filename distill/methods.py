@@ -20,15 +20,18 @@ class Method:
     """What the loop has to know of a method.
 
     turns: (config, step) -> roles trained in that iteration, in order.
-    draw: (config, role, step, shape, device) -> the random numbers of one turn, a function of its arguments alone.
+    draw: (config, role, step, shape, device, positions) -> the random numbers of one turn for those places of the
+        batch, a function of its arguments alone.
     steps: by role, (networks, batch, draws, config) -> loss and metrics.
     needs_x0: whether the student's batches carry samples of the teacher.
+    relates_samples: whether the student's step takes `relate` of `student_step`.
     """
 
     turns: Callable[[DistillConfig, int], tuple[str, ...]]
-    draw: Callable[[DistillConfig, str, int, tuple[int, ...], torch.device], Any]
+    draw: Callable[[DistillConfig, str, int, tuple[int, ...], torch.device, range | None], Any]
     steps: Mapping[str, Callable[..., StepResult]]
     needs_x0: bool = False
+    relates_samples: bool = False
 
 
 def dmd_turns(config: DistillConfig, step: int) -> tuple[str, ...]:
@@ -37,14 +40,21 @@ def dmd_turns(config: DistillConfig, step: int) -> tuple[str, ...]:
     return ("student", "critic") if due >= 0 and due % config.student_every_steps == 0 else ("critic",)
 
 
-def draw_dmd(config: DistillConfig, role: str, step: int, shape: tuple[int, ...], device: torch.device) -> StepDraws:
+def draw_dmd(
+    config: DistillConfig,
+    role: str,
+    step: int,
+    shape: tuple[int, ...],
+    device: torch.device,
+    positions: range | None = None,
+) -> StepDraws:
     """Draw one turn of codmd, dmd or dp-dmd; student and critic of an iteration stop at the same exit step.
 
     dp-dmd never stops at the first: that is not matched, and the critic learns what is matched.
     """
     num_steps, first = len(config.grid().timesteps), int(config.method == "dp-dmd")
     exit_step = draw_exit_step(step_rng(config.seed, "exit", step), num_steps, first)
-    return draw_step(config, step_rng(config.seed, role, step), shape, exit_step, device)
+    return draw_step(config, step_rng(config.seed, role, step), shape, exit_step, device, positions)
 
 
 _MATCHING = Method(turns=dmd_turns, draw=draw_dmd, steps={"student": student_step, "critic": critic_step})
@@ -52,7 +62,7 @@ _CONSISTENCY = Method(
     turns=rcm_turns, draw=draw_rcm, steps={"student": rcm_student_step, "critic": rcm_critic_step}, needs_x0=True
 )
 METHODS: dict[str, Method] = {
-    "codmd": _MATCHING,
+    "codmd": replace(_MATCHING, relates_samples=True),
     "dmd": _MATCHING,
     "rcm": _CONSISTENCY,
     "dcm": _CONSISTENCY,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from codmd_serve.config import default_bundle_path
@@ -23,7 +24,10 @@ from codmd_serve.sampler import Denoise
 from codmd_serve.wan.attention import use_compact_cross_attention
 from codmd_serve.wan.checkpoint import load_module
 from distill.config import DistillConfig, EmaConfig, NativeConfig
+from distill.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
 from distill.losses.dmd import guided_flow
+from distill.processes import ALONE, Processes
+from distill.sharding import load_sharded, sharded_like
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,33 +37,61 @@ class Networks:
     """The three networks of distribution matching, same architecture, same starting weights.
 
     student and critic train in float32; teacher is frozen, float32 or bfloat16. `precision` is what all of them are
-    called in: fp32, or bf16 autocast.
+    called in: fp32, or bf16 autocast. A critic of low rank holds the teacher itself, with adapters that only its own
+    calls switch on.
     """
 
     student: WanTransformer3DModel
-    critic: WanTransformer3DModel
+    critic: WanTransformer3DModel | AdaptedCritic
     teacher: WanTransformer3DModel
     precision: str
 
+    def transformers(self) -> list[WanTransformer3DModel]:
+        """Return the transformers there are: two when the critic holds the teacher."""
+        own = [] if isinstance(self.critic, AdaptedCritic) else [self.critic]
+        return [self.student, self.teacher, *own]
 
-def build_networks(config: DistillConfig, device: torch.device) -> Networks:
-    """Load the base three times: trainable student and critic, frozen teacher.
+
+def build_networks(config: DistillConfig, device: torch.device, processes: Processes = ALONE) -> Networks:
+    """Load the base three times: trainable student and critic, frozen teacher; or twice, with a critic of low rank.
 
     Args:
         config: names base and dtypes; its precision must be resolved.
         device: where the networks go.
+        processes: over which they are sharded, if there are several.
 
     Raises:
         CheckpointError: the base is missing or broken.
         ConfigError: the base is not text to video.
     """
-    teacher = load_transformer(config.base, TORCH_DTYPES[config.teacher_dtype]).requires_grad_(False)
-    student, critic = (load_transformer(config.base, torch.float32).requires_grad_(True) for _ in range(2))
-    for network in (student, critic, teacher):
-        keep_sensitive_parts_float32(use_compact_cross_attention(network))
-        network.to(device)
-    # Wan has no dropout; eval makes that independent of a base whose config says otherwise.
-    return Networks(student=student.eval(), critic=critic.eval(), teacher=teacher.eval(), precision=config.precision)
+    switch = Switch()
+
+    def build(dtype: torch.dtype, is_trained: bool, has_adapters: bool = False) -> WanTransformer3DModel:
+        def load() -> WanTransformer3DModel:
+            return load_transformer(config.base, dtype)
+
+        def prepare(transformer: WanTransformer3DModel) -> None:
+            # Wan has no dropout; eval makes that independent of a base whose config says otherwise.
+            transformer.eval().requires_grad_(is_trained)
+            keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
+            if has_adapters:
+                add_adapters(transformer, switch, config.lora_critic_rank, config.lora_critic_alpha)
+
+        if processes.mesh is None:
+            network = load()
+            prepare(network)
+            network.to(device)
+        else:
+            network = load_sharded(load, prepare, transformer_config(config.base), processes)
+        if config.activation_checkpointing and (is_trained or has_adapters):
+            checkpoint_activations(network, switch)
+        return network
+
+    is_low_rank = config.lora_critic_rank > 0
+    teacher = build(TORCH_DTYPES[config.teacher_dtype], is_trained=False, has_adapters=is_low_rank)
+    student = build(torch.float32, is_trained=True)
+    critic = AdaptedCritic(teacher, switch) if is_low_rank else build(torch.float32, is_trained=True)
+    return Networks(student=student, critic=critic, teacher=teacher, precision=config.precision)
 
 
 def compile_blocks(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
@@ -74,21 +106,28 @@ def compile_blocks(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
     compiler = os.environ.get("CXX", "g++")
     if on_cpu and shutil.which(compiler) is None:
         raise ConfigError(
-            f"--compile needs a C++ compiler, {compiler} was not found; install it or leave --compile out"
+            f"--compile needs a C++ compiler, {compiler} is not there; install it or leave --compile out"
         )
-    transformer.compile_repeated_blocks()
+    for block in transformer.blocks:
+        block.compile()
     return transformer
 
 
-def denoiser(transformer: WanTransformer3DModel, precision: str) -> Denoise:
+def denoiser(transformer: WanTransformer3DModel | AdaptedCritic, precision: str) -> Denoise:
     """Wrap a network as the sampler's `denoise`, in bf16 autocast when `precision` is "bf16".
 
     Each call opens its own autocast region: a longer one would reuse bf16 weights that were cast without gradient by
     the no-grad steps of a rollout, and the exit step would silently train nothing.
     """
 
+    # Sharded weights are there for the time of their block; autocast's cache would keep the casts of them all.
+    keeps_casts = not isinstance(
+        transformer.base if isinstance(transformer, AdaptedCritic) else transformer, FSDPModule
+    )
+
     def denoise(latents: Tensor, timestep_B: Tensor, prompt_embeds_BLD: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        is_on, device_type = precision == "bf16", latents.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=is_on, cache_enabled=keeps_casts):
             output: Tensor = transformer(latents, timestep_B, prompt_embeds_BLD, return_dict=False)[0]
         return output
 
@@ -264,6 +303,30 @@ def latent_grid(
     return num_channels, num_latent_frames, native.height // spatial, native.width // spatial
 
 
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def load_parameters(parameters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
+    """Set parameters to saved whole tensors, in place.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    if parameters.keys() != saved.keys():
+        unmatched = sorted(parameters.keys() ^ saved.keys())
+        raise CheckpointError(f"the saved network is another one: {len(unmatched)} names differ, as {unmatched[0]}")
+    for name, parameter in parameters.items():
+        if parameter.shape != saved[name].shape:
+            raise CheckpointError(
+                f"the saved network is another one: {name} has shape {tuple(saved[name].shape)}, "
+                f"expected {tuple(parameter.shape)}"
+            )
+        parameter.copy_(sharded_like(saved[name], parameter))
+
+
 def ema_decay(config: EmaConfig, update: int) -> float:
     """Return the share of the average that stays at update number `update`, counted from 1.
 
@@ -322,4 +385,4 @@ class Ema:
             raise CheckpointError("the saved moving average belongs to another network")
         self.num_updates = int(state["num_updates"])
         for name, tensor in self.shadow.items():
-            tensor.copy_(state["shadow"][name])
+            tensor.copy_(sharded_like(state["shadow"][name], tensor))

@@ -7,6 +7,7 @@ Layout: B batch, C channels, F latent frames, H, W latent pixels, L prompt posit
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,10 +63,27 @@ class Scores:
     critic_x0: Tensor
 
 
-def step_rng(seed: int, role: str, step: int, rank: int = 0) -> torch.Generator:
-    """Return the CPU generator of one role in one iteration on one rank."""
-    digest = hashlib.sha256(f"{seed} {role} {step} {rank}".encode()).digest()
+def step_rng(seed: int, role: str, step: int, position: int = 0) -> torch.Generator:
+    """Return the CPU generator of one role in one iteration, for one place in the batch where that matters."""
+    digest = hashlib.sha256(f"{seed} {role} {step} {position}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def sample_noise(rng: torch.Generator, shape: tuple[int, ...], positions: range) -> Tensor:
+    """Draw N(0, 1) for some places of the batch, each from a stream of its own.
+
+    Args:
+        rng: in one state for all who compute a part of the batch; moves on by one number.
+        shape: of one sample's noise.
+        positions: places in the whole batch.
+
+    Returns:
+        (number of positions, *shape) float32: the same for a place whoever draws it, and nobody draws the noise of
+        others, which for 64 videos of Wan's size would take seconds.
+    """
+    seed = int(torch.randint(2**62, (), generator=rng))
+    rows = [torch.randn(shape, generator=step_rng(seed, "sample", 0, position)) for position in positions]
+    return torch.stack(rows)
 
 
 def draw_exit_step(rng: torch.Generator, num_steps: int, first: int = 0) -> int:
@@ -74,30 +92,41 @@ def draw_exit_step(rng: torch.Generator, num_steps: int, first: int = 0) -> int:
 
 
 def draw_step(
-    config: DistillConfig, rng: torch.Generator, shape: tuple[int, ...], exit_step: int, device: torch.device
+    config: DistillConfig,
+    rng: torch.Generator,
+    shape: tuple[int, ...],
+    exit_step: int,
+    device: torch.device,
+    positions: range | None = None,
 ) -> StepDraws:
-    """Draw everything random in one step.
+    """Draw everything random in one step, for the whole batch or some places of it.
 
     Args:
         config: gives the noise-level law and the control arm.
         rng: a CPU generator, so that a run draws the same numbers on every kind of device.
-        shape: (B, C, F, H, W) of the latents.
+        shape: (B, C, F, H, W) of the whole batch's latents.
         exit_step: from `draw_exit_step`.
         device: where the numbers go.
+        positions: places of the batch to draw for; None is all of them.
+
+    Returns:
+        Draws whose B is the number of positions, but for batch_permutation, which is the whole batch's.
     """
     batch_size, num_frames = shape[0], shape[2]
-    noise = torch.randn((exit_step + 2, *shape), generator=rng).to(device)
+    places = range(batch_size) if positions is None else positions
+    own = slice(places.start, places.stop)
+    noise = sample_noise(rng, (exit_step + 2, *shape[1:]), places).movedim(1, 0).contiguous().to(device)
     sigma, timestep = draw_score_level(config, rng, batch_size, exit_step)
     frame_permutation = batch_permutation = None
     if config.copula.permute:
-        frame_permutation = torch.rand((batch_size, num_frames), generator=rng).argsort(dim=1).to(device)
+        frame_permutation = torch.rand((batch_size, num_frames), generator=rng).argsort(dim=1)[own].to(device)
         batch_permutation = torch.randperm(batch_size, generator=rng).to(device)
     return StepDraws(
         exit_step=exit_step,
         rollout_noise=noise[:-1],
         score_noise=noise[-1],
-        score_sigma=sigma.to(device),
-        score_timestep=timestep.to(device),
+        score_sigma=sigma[own].to(device),
+        score_timestep=timestep[own].to(device),
         frame_permutation=frame_permutation,
         batch_permutation=batch_permutation,
     )
@@ -147,7 +176,13 @@ def score_window(config: DistillConfig, exit_step: int) -> tuple[float, float]:
     return low, high
 
 
-def student_step(networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig) -> StepResult:
+def student_step(
+    networks: Networks,
+    batch: Batch,
+    draws: StepDraws,
+    config: DistillConfig,
+    relate: Callable[[Tensor], Tensor] | None = None,
+) -> StepResult:
     """Distribution matching plus, for method "codmd", the relational term, on one student sample.
 
     Args:
@@ -155,6 +190,7 @@ def student_step(networks: Networks, batch: Batch, draws: StepDraws, config: Dis
         batch: prompts.
         draws: random numbers.
         config: the run's settings.
+        relate: where these samples are a part of the batch, gives features of the whole; see `copula_terms`.
 
     Returns:
         Loss and metrics loss_dmd, those of `score_metrics` and, for codmd, loss_frame and loss_batch.
@@ -163,7 +199,7 @@ def student_step(networks: Networks, batch: Batch, draws: StepDraws, config: Dis
     student_x0 = student_sample(denoise, batch, draws, config.grid(), config.sampler, with_grad=True)
     scores = score_sample(networks, batch, student_x0, draws, config)
     loss_dmd = dmd_loss(student_x0, scores.direction)
-    relational, relational_metrics = _relational_loss(student_x0, scores, draws, config)
+    relational, relational_metrics = _relational_loss(student_x0, scores, draws, config, relate)
     metrics = {"loss_dmd": loss_dmd.detach(), **relational_metrics, **score_metrics(student_x0, scores)}
     return StepResult(loss=loss_dmd + relational, metrics=metrics)
 
@@ -240,7 +276,11 @@ def score_metrics(student_x0: Tensor, scores: Scores) -> dict[str, Tensor]:
 
 
 def _relational_loss(
-    student_x0: Tensor, scores: Scores, draws: StepDraws, config: DistillConfig
+    student_x0: Tensor,
+    scores: Scores,
+    draws: StepDraws,
+    config: DistillConfig,
+    relate: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     copula = config.copula
     if config.method == "dmd":
@@ -257,6 +297,7 @@ def _relational_loss(
         reference_compat=config.reference_compat,
         frame_permutation_BF=draws.frame_permutation,
         batch_permutation_B=draws.batch_permutation,
+        relate=relate,
     )
     loss = copula.scale * (copula.weight_frame * terms.frame + copula.weight_batch * terms.batch)
     return loss, {"loss_frame": terms.frame.detach(), "loss_batch": terms.batch.detach()}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from distill.config import DistillConfig
+    from distill.processes import Processes
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,13 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of all networks")
+    parser.add_argument(
+        "--preview-every",
+        type=int,
+        default=200,
+        metavar="STEPS",
+        help="a picture of the averaged student in OUT/previews, and one at the end (default 200); 0 makes none",
+    )
     parser.add_argument("--cache", type=Path, help="folder of prompt embeddings; default: OUT/cache")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the settings, write nothing")
 
@@ -61,19 +69,26 @@ def run_train(args: argparse.Namespace) -> int:
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill export`."""
     parser.add_argument("--run", type=Path, required=True, help="folder of a run")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle; one that exists is replaced")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; one that exists is replaced")
+    parser.add_argument(
+        "--format",
+        choices=("bundle", "pipeline"),
+        default="bundle",
+        help="a bundle for codmd-serve (default), or a complete folder for diffusers.WanPipeline.from_pretrained",
+    )
     parser.add_argument("--step", type=int, help="checkpoint to take; default: the newest")
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Run `codmd-distill export`: write the student bundle of a run from a checkpoint; return 0, or 2 on bad input."""
-    from distill.checkpoint import export_bundle
+    """Run `codmd-distill export`: write the student of a run from a checkpoint; return 0, or 2 on bad input."""
+    from distill.checkpoint import export_bundle, export_pipeline
 
+    export = export_pipeline if args.format == "pipeline" else export_bundle
     try:
-        step = export_bundle(args.run, args.out, args.step)
+        step = export(args.run, args.out, args.step)
     except CodmdError as error:
         return _report(error)
-    print(f"bundle {args.out} from step {step}")
+    print(f"{args.format} {args.out} from step {step}")
     return 0
 
 
@@ -86,8 +101,7 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     from codmd_serve.wan.checkpoint import silence_libraries
-    from distill.data import load_prompts
-    from distill.trainer import RunOptions, native_latents, run_training
+    from distill.processes import process_group
 
     silence_libraries()
     if args.threads is not None:
@@ -96,19 +110,46 @@ def _train(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.minutes is not None and not args.minutes > 0:
         raise ConfigError(f"--minutes must be above 0, got {args.minutes}")
+    if args.preview_every < 0:
+        raise ConfigError(f"--preview-every must be 0 or more, got {args.preview_every}")
     device = resolve_device(args.device)
     config = resolve_config(args, device)
+    with process_group(device, config) as processes:
+        return _train_with(args, config, processes)
+
+
+def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
+    from distill.data import load_prompts
+    from distill.trainer import RunOptions, native_latents, run_training
+
+    device = processes.device
     if args.dry_run:
-        summary = {"latents": native_latents(config), "prompts": len(load_prompts(config)), "device": str(device)}
-        print(describe(config, summary))
+        summary = {
+            "latents": native_latents(config),
+            "prompts": len(load_prompts(config)),
+            "device": str(device),
+            "processes": processes.world_size,
+        }
+        if processes.is_first:
+            print(describe(config, summary))
         return 0
-    options = RunOptions(out=args.out, device=device, minutes=args.minutes, cache_dir=args.cache, compiled=args.compile)
+    options = RunOptions(
+        out=args.out,
+        device=device,
+        minutes=args.minutes,
+        cache_dir=args.cache,
+        compiled=args.compile,
+        preview_every_steps=args.preview_every,
+        processes=processes,
+    )
     outcome = run_training(config, options, resume=args.resume)
     done = f"{outcome.step} steps, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
     if outcome.signal_number is not None:
-        print(f"interrupted after {done}; go on with --resume --out {args.out}", file=sys.stderr)
+        if processes.is_first:
+            print(f"interrupted after {done}; go on with --resume --out {args.out}", file=sys.stderr)
         return 128 + outcome.signal_number
-    print(f"bundle {outcome.bundle} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
+    if processes.is_first:
+        print(f"bundle {outcome.bundle} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
     return 0
 
 

@@ -1,18 +1,17 @@
-"""The training loop on one device: turns of student and critic, clipping, averages, logging, checkpoints, the bundle.
+"""The training loop of each process: turns of student and critic, clipping, averages, logging, checkpoints, the bundle.
 
 Knows no mathematics of the methods (methods.py and what it names) and no command line (train_cli.py). A run is a
 function of its config: the random numbers of iteration n are drawn from (seed, n), so there is no generator state to
 save.
 """
 
-import json
 import logging
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torch.distributed.tensor import DTensor
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from distill.checkpoint import (
@@ -34,16 +32,31 @@ from distill.checkpoint import (
     save_checkpoint,
     write_bundle,
     write_config,
+    write_pipeline,
 )
 from distill.config import DistillConfig
+from distill.curves import CURVES_FILE, plot_curves
 from distill.data import PromptData, batch_indices, cached_prompt_data
 from distill.latents import TeacherLatents, cached_teacher_latents
 from distill.methods import METHODS
-from distill.networks import Ema, Networks, build_networks, compile_blocks, latent_shape, transformer_config
+from distill.networks import (
+    Ema,
+    Networks,
+    build_networks,
+    compile_blocks,
+    latent_shape,
+    load_parameters,
+    trained_parameters,
+    transformer_config,
+)
+from distill.previews import Previews
+from distill.processes import ALONE, Processes
+from distill.relations import BatchRelations
+from distill.run_log import LOG_FILE, RunLog
+from distill.sharding import check_tokens, shard_optimizer_state, split_tokens
 from distill.step import StepResult
 
 ROLES = ("student", "critic")
-LOG_FILE = "log.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +70,8 @@ class RunOptions:
     minutes: float | None = None  # of training, over all resumptions together
     cache_dir: Path | None = None  # of prompt embeddings; None is OUT/cache
     compiled: bool = False  # torch.compile the blocks of all networks
+    preview_every_steps: int = 200  # pictures of the averaged student, and one at the end; 0 makes none
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,9 +97,10 @@ class Trainer:
         shape: tuple[int, ...],
         device: torch.device,
         latents: TeacherLatents | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.networks, self.data, self.device = config, networks, data, device
-        self.latents = latents
+        self.latents, self.processes = latents, processes
         self.shape = (config.batch_size, *shape)
         self.step = 0
         self.updates = dict.fromkeys(ROLES, 0)
@@ -92,10 +108,11 @@ class Trainer:
         self.nonfinite_in_row = dict.fromkeys(ROLES, 0)
         self.ema = Ema(networks.student, config.ema)
         self.trained: dict[str, nn.Module] = {"student": networks.student, "critic": networks.critic}
+        self.parameters = {role: trained_parameters(self.trained[role]) for role in ROLES}
         self.learning_rates = {"student": config.optimizer.student_lr, "critic": config.optimizer.critic_lr}
         self.optimizers = {
             role: torch.optim.AdamW(
-                self.trained[role].parameters(),
+                list(self.parameters[role].values()),
                 lr=self.learning_rates[role],
                 betas=config.optimizer.betas,
                 eps=config.optimizer.eps,
@@ -111,27 +128,63 @@ class Trainer:
             CodmdError: updates of one network were not finite too often in a row.
             CheckpointError: samples of the teacher that the method needs cannot be read.
         """
-        config, step, method = self.config, self.step, METHODS[self.config.method]
-        turns = method.turns(config, step)
-        indices = batch_indices(step, self.data.num_prompts, config.batch_size, config.seed)
-        batch = self.data.batch(indices, self.device)
-        if self.latents is not None and "student" in turns:
-            batch = replace(batch, x0=self.latents.batch(indices, self.device))
         metrics: dict[str, Tensor] = {}
-        for role in turns:
-            draws = method.draw(config, role, step, self.shape, self.device)
-            metrics |= self._update(role, method.steps[role](self.networks, batch, draws, config))
+        for role in METHODS[self.config.method].turns(self.config, self.step):
+            metrics |= self._update(role, self._differentiate(role))
         self.step += 1
         return metrics
 
-    def _update(self, role: str, result: StepResult) -> dict[str, Tensor]:
-        network, optimizer, settings = self.trained[role], self.optimizers[role], self.config.optimizer
-        result.loss.backward()  # type: ignore[no-untyped-call]
+    def _differentiate(self, role: str) -> dict[str, Tensor]:
+        """Leave the gradient of the whole batch's loss, averaged over processes, in the parameters of a role.
+
+        Returns:
+            The loss, as {role}_loss, and the step's metrics, means over parts and processes; equal in all processes.
+        """
+        config, relate = self.config, None
+        if role == "student" and self._has_batch_term() and self.processes.num_data * config.accumulate > 1:
+            relations = BatchRelations(config, self.processes)
+            relate = relations.of_part
+            if config.accumulate > 1:
+                # The parts' features first: the gradient of each depends on those of all others.
+                with torch.no_grad():
+                    for part in range(config.accumulate):
+                        self._compute(role, part, relations.collect)
+        sums: dict[str, Tensor] = {}
+        for part in range(config.accumulate):
+            result = self._compute(role, part, None if relate is None else relate(part))
+            # Processes that split their tokens have a share of the gradient each, and would be averaged over.
+            share = self.processes.context_parallel / config.accumulate
+            (result.loss if share == 1.0 else share * result.loss).backward()  # type: ignore[no-untyped-call]
+            for name, value in {f"{role}_loss": result.loss.detach(), **result.metrics}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        means = self.processes.mean(torch.stack([value.float() for value in sums.values()]) / config.accumulate)
+        return dict(zip(sums, means.unbind(), strict=True))
+
+    def _has_batch_term(self) -> bool:
+        copula = self.config.copula
+        return METHODS[self.config.method].relates_samples and copula.scale * copula.weight_batch > 0
+
+    def _compute(self, role: str, part: int, relate: Callable[[Tensor], Tensor] | None) -> StepResult:
+        config, step, method = self.config, self.step, METHODS[self.config.method]
+        positions = self.processes.positions(config.batch_size, config.accumulate, part)
+        indices = batch_indices(step, self.data.num_prompts, config.batch_size, config.seed)
+        own = indices[positions.start : positions.stop]
+        batch = self.data.batch(own, self.device)
+        if self.latents is not None and role == "student":
+            batch = replace(batch, x0=self.latents.batch(own, self.device))
+        draws = method.draw(config, role, step, self.shape, self.device, positions)
+        extra = () if relate is None else (relate,)
+        return method.steps[role](self.networks, batch, draws, config, *extra)
+
+    def _update(self, role: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        parameters, optimizer, settings = self.parameters[role], self.optimizers[role], self.config.optimizer
         # Clipping to infinity multiplies by 1 and still measures the norm.
         clip_norm = math.inf if settings.clip_norm is None else settings.clip_norm
-        grad_norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+        grad_norm = nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         # The one wait for the device per update: a poisoned update must not reach the weights.
-        is_finite = bool((result.loss.detach() + grad_norm).isfinite())
+        is_finite = bool((metrics[f"{role}_loss"] + grad_norm).isfinite())
         if is_finite:
             warmup = min(1.0, (self.updates[role] + 1) / max(settings.warmup_updates, 1))
             for group in optimizer.param_groups:
@@ -139,12 +192,11 @@ class Trainer:
             optimizer.step()
             self.updates[role] += 1
             if role == "student":
-                self.ema.update(network)
+                self.ema.update(self.networks.student)
         # At once, not before the next backward: the student's gradients would sit in memory for all critic turns.
         optimizer.zero_grad(set_to_none=True)
         self._count_nonfinite(role, is_finite)
-        own = {f"{role}_loss": result.loss.detach(), f"{role}_grad_norm": grad_norm.detach()}
-        return own | result.metrics if is_finite else {}
+        return metrics | {f"{role}_grad_norm": grad_norm.detach()} if is_finite else {}
 
     def _count_nonfinite(self, role: str, is_finite: bool) -> None:
         self.nonfinite_in_row[role] = 0 if is_finite else self.nonfinite_in_row[role] + 1
@@ -159,16 +211,17 @@ class Trainer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on."""
-        return {
+        """Everything that the next iteration depends on, for any number of processes; whole in the first of them."""
+        own = {
             "step": self.step,
             "updates": dict(self.updates),
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": dict(self.nonfinite_in_row),
             "ema": self.ema.state_dict(),
-            "networks": {role: self.trained[role].state_dict() for role in ROLES},
+            "networks": {role: {name: item.detach() for name, item in self.parameters[role].items()} for role in ROLES},
             "optimizers": {role: self.optimizers[role].state_dict() for role in ROLES},
         }
+        return self.processes.full(own)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`.
@@ -178,12 +231,13 @@ class Trainer:
         """
         try:
             for role in ROLES:
-                self.trained[role].load_state_dict(state["networks"][role])
-                self.optimizers[role].load_state_dict(state["optimizers"][role])
+                load_parameters(self.parameters[role], state["networks"][role])
+                moments = shard_optimizer_state(state["optimizers"][role], self.parameters[role].values())
+                self.optimizers[role].load_state_dict(moments)
             self.ema.load_state_dict(state["ema"])
             self.step, self.num_skipped = int(state["step"]), int(state["num_skipped"])
             self.updates, self.nonfinite_in_row = dict(state["updates"]), dict(state["nonfinite_in_row"])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, IndexError, RuntimeError, ValueError, CheckpointError) as error:
             reason = (str(error).strip() or "no message").splitlines()[0]
             raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from error
 
@@ -201,31 +255,41 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         CheckpointError: base or checkpoint broken, or a checkpoint that cannot be written.
         CodmdError: training diverged; the last good checkpoint stays.
     """
-    _check_out(config, options.out, resume)
+    processes, device = options.processes, options.device
+    processes.first_does(lambda: _check_out(config, options.out, resume))
     shape = native_latents(config)
-    cache_dir, device = options.cache_dir or options.out / "cache", options.device
+    cache_dir = options.cache_dir or options.out / "cache"
+    # The first process fills the cache, the others read it.
+    processes.first_does(lambda: cached_prompt_data(config, cache_dir, device))
     data = cached_prompt_data(config, cache_dir, device)
-    networks = build_networks(config, device)
+    networks = build_networks(config, device, processes)
+    if config.context_parallel > 1:
+        split_tokens(networks.transformers(), config, processes)
     if options.compiled:
-        for network in (networks.student, networks.critic, networks.teacher):
+        for network in networks.transformers():
             compile_blocks(network)
     latents = None
     if METHODS[config.method].needs_x0:
-        latents = cached_teacher_latents(config, networks, data, shape, cache_dir, device)
-    trainer = Trainer(config, networks, data, shape, device, latents)
+        latents = cached_teacher_latents(config, networks, data, shape, cache_dir, device, processes)
+    trainer = Trainer(config, networks, data, shape, device, latents, processes)
     elapsed_s = 0.0
     checkpoints = list_checkpoints(options.out) if resume else []
     if checkpoints:
         state = load_checkpoint(checkpoints[-1])
         trainer.load_state_dict(state["trainer"])
         elapsed_s = float(state["elapsed_s"])
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_config(options.out, config)
+    processes.first_does(lambda: _start_folder(options.out, config))
     signal_number, elapsed_s = _loop(trainer, options, elapsed_s)
     bundle = None
     if signal_number is None:
         bundle = options.out / "bundle"
-        write_bundle(bundle, config, trainer.ema.shadow, trainer.updates["student"])
+        average = processes.full(trainer.ema.shadow)
+
+        def export() -> None:
+            write_bundle(bundle, config, average, trainer.updates["student"])
+            write_pipeline(bundle, options.out / "pipeline")
+
+        processes.first_does(export)
     return RunOutcome(
         step=trainer.step,
         num_student_updates=trainer.updates["student"],
@@ -241,10 +305,19 @@ def native_latents(config: DistillConfig) -> tuple[int, ...]:
 
     Raises:
         CheckpointError: the base is missing or has no transformer.
-        ConfigError: the size is off the grid of VAE and patches.
+        ConfigError: the size is off the grid of VAE and patches, or its tokens cannot be split as wanted.
     """
     architecture = transformer_config(config.base)
-    return latent_shape(config.base, config.native, architecture["in_channels"], tuple(architecture["patch_size"]))
+    patch = tuple(architecture["patch_size"])
+    shape = latent_shape(config.base, config.native, architecture["in_channels"], patch)
+    num_tokens = math.prod(size // cell for size, cell in zip(shape[1:], patch, strict=True))
+    check_tokens(config, architecture["num_attention_heads"], num_tokens)
+    return shape
+
+
+def _start_folder(out: Path, config: DistillConfig) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_config(out, config)
 
 
 def _check_out(config: DistillConfig, out: Path, resume: bool) -> None:
@@ -259,30 +332,64 @@ def _check_out(config: DistillConfig, out: Path, resume: bool) -> None:
 
 
 def _loop(trainer: Trainer, options: RunOptions, elapsed_before_s: float) -> tuple[int | None, float]:
-    """Iterate until done; return the signal that ended it, if one did, and the seconds trained so far."""
-    config, start = trainer.config, time.monotonic()
+    """Iterate until done; return the signal that ended it, if one did, and the seconds trained so far.
+
+    Processes have their own clocks and get their own signals, so after each iteration they agree whether to stop.
+    """
+    config, processes, start = trainer.config, trainer.processes, time.monotonic()
     budget_s = math.inf if options.minutes is None else 60 * options.minutes
 
     def elapsed_s() -> float:
         return elapsed_before_s + time.monotonic() - start
 
-    def save() -> None:
-        state = {"trainer": trainer.state_dict(), "elapsed_s": elapsed_s()}
-        save_checkpoint(options.out, trainer.step, state, config.keep_last)
+    def stopped() -> tuple[int, bool]:
+        number, is_over = processes.greatest(received[0] if received else 0, int(elapsed_s() >= budget_s))
+        return number, bool(number or is_over or trainer.step >= config.max_steps)
 
-    with stop_signal() as received, RunLog(options.out, config, trainer.step, budget_s) as log:
-        saved_step = trainer.step
-        while trainer.step < config.max_steps and elapsed_s() < budget_s and not received:
+    with stop_signal() as received, RunLog(options.out, config, trainer.step, budget_s, processes.is_first) as log:
+        outputs = _Outputs(trainer, options, log)
+        signal_number, is_last = stopped()
+        while not is_last:
             log.add(trainer.iterate())
-            is_last = trainer.step == config.max_steps or bool(received) or elapsed_s() >= budget_s
+            signal_number, is_last = stopped()
             if is_last or trainer.step % config.log_every_steps == 0:
-                log.write(trainer, elapsed_s())
-            if trainer.step % config.save_every_steps == 0:
-                save()
-                saved_step = trainer.step
-        if saved_step != trainer.step:
-            save()
-        return (received[0] if received else None), elapsed_s()
+                log.write(trainer.step, trainer.updates["student"], trainer.num_skipped, elapsed_s())
+            if trainer.step % config.save_every_steps == 0 or is_last:
+                outputs.save(elapsed_s())
+            # Whoever sent a signal does not wait for pictures.
+            if outputs.is_preview_due(is_last) and not signal_number:
+                outputs.preview()
+        return (signal_number or None), elapsed_s()
+
+
+class _Outputs:
+    """Checkpoints, curves and previews of a run; every process calls it, the first one writes."""
+
+    def __init__(self, trainer: Trainer, options: RunOptions, log: RunLog) -> None:
+        self.trainer, self.out, self.log, self.every = trainer, options.out, log, options.preview_every_steps
+        self.previews: Previews | None = None
+        if self.every:
+            is_first = trainer.processes.is_first
+            self.previews = Previews(
+                trainer.config, options.out, trainer.data, trainer.shape[1:], trainer.device, is_first
+            )
+
+    def save(self, elapsed_s: float) -> None:
+        trainer, state = self.trainer, {"trainer": self.trainer.state_dict(), "elapsed_s": elapsed_s}
+
+        def write() -> None:
+            save_checkpoint(self.out, trainer.step, state, trainer.config.keep_last)
+            plot_curves(self.out / LOG_FILE, self.out / CURVES_FILE)
+
+        trainer.processes.first_does(write)
+
+    def is_preview_due(self, is_last: bool) -> bool:
+        return self.every > 0 and (is_last or self.trainer.step % self.every == 0)
+
+    def preview(self) -> None:
+        if self.previews is not None:
+            trainer = self.trainer
+            self.log.show(self.previews.write(trainer.step, trainer.networks.student, trainer.ema.shadow), trainer.step)
 
 
 @contextmanager
@@ -305,72 +412,3 @@ def stop_signal() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-class RunLog:
-    """Means of the metrics since the last line, to log.jsonl, TensorBoard and the progress bar."""
-
-    def __init__(self, out: Path, config: DistillConfig, step: int, budget_s: float) -> None:
-        self.config, self.budget_s = config, budget_s
-        self.path = out / LOG_FILE
-        _keep_lines_up_to(self.path, step)
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
-        bar = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-        # disable=None: no bar where nobody watches; the log lines stay.
-        self.bar = tqdm(total=config.max_steps, initial=step, disable=None, bar_format=bar, dynamic_ncols=True)
-        self.sums: dict[str, tuple[Tensor, int]] = {}
-        self.window_start, self.window_step = time.monotonic(), step
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        self.board.close()
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Take in one iteration's metrics, without waiting for the device."""
-        for name, value in metrics.items():
-            total, count = self.sums.get(name, (torch.zeros_like(value), 0))
-            self.sums[name] = (total + value, count + 1)
-        self.bar.update(1)
-
-    def write(self, trainer: Trainer, elapsed_s: float) -> None:
-        """Write one line of means and start the next window."""
-        step = trainer.step
-        num_iterations, now = step - self.window_step, time.monotonic()
-        seconds = max(now - self.window_start, 1e-9)
-        means = {name: float(total) / count for name, (total, count) in self.sums.items()}
-        samples_per_s = num_iterations * self.config.batch_size / seconds
-        remaining_s = min((self.config.max_steps - step) * seconds / num_iterations, self.budget_s - elapsed_s)
-        record: dict[str, Any] = {
-            "step": step,
-            "student_updates": trainer.updates["student"],
-            "num_skipped": trainer.num_skipped,
-            "elapsed_s": round(elapsed_s, 3),
-            "samples_per_s": round(samples_per_s, 3),
-            "eta_s": round(max(remaining_s, 0.0), 1),
-            **{name: value if math.isfinite(value) else None for name, value in means.items()},
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in means.items():
-            self.board.add_scalar(name, value, step)
-        self.board.add_scalar("samples_per_s", samples_per_s, step)
-        shown = {name: means.get(name, math.nan) for name in ("student_loss", "student_grad_norm", "critic_loss")}
-        text = " ".join(f"{name}={value:.4g}" for name, value in shown.items())
-        line = f"{text} samples/s={samples_per_s:.3g} eta={tqdm.format_interval(record['eta_s'])}"
-        self.bar.set_postfix_str(line)
-        logger.info("step=%d %s", step, line)
-        self.sums, self.window_start, self.window_step = {}, now, step
-
-
-def _keep_lines_up_to(path: Path, step: int) -> None:
-    """Drop lines that a resumed run will write again."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.rename(path)

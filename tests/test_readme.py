@@ -13,6 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from codmd_serve.config import default_bundle_path
+from codmd_serve.wan.pipeline import save_pipeline
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 START_S = 300.0  # for a machine that has little to spare; it takes a few seconds
@@ -59,7 +62,7 @@ def test_curl_example_gives_an_mp4(server: str, tmp_path: Path) -> None:
 
 
 def test_python_example_gives_an_mp4_and_prints_seed_and_times(server: str, tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    (code,) = [block for block in blocks("python") if "httpx" in block]
     done = subprocess.run(
         [sys.executable, "-c", code.replace("localhost:8000", server)],
         cwd=tmp_path,
@@ -71,6 +74,20 @@ def test_python_example_gives_an_mp4_and_prints_seed_and_times(server: str, tmp_
     )
     assert (tmp_path / "b.mp4").read_bytes()[4:8] == b"ftyp"
     assert re.match(r"1 .*denoise;dur=[\d.]+", done.stdout)
+
+
+def test_diffusers_example_gives_an_mp4(tmp_path: Path) -> None:
+    (code,) = [block for block in blocks("python") if "WanPipeline" in block]
+    assert "runs/codmd/pipeline" in code
+    save_pipeline(default_bundle_path(), tmp_path / "pipeline")
+    subprocess.run(
+        [sys.executable, "-c", code.replace("runs/codmd/pipeline", str(tmp_path / "pipeline"))],
+        cwd=tmp_path,
+        env=DIRECT | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=120,
+    )
+    assert (tmp_path / "c.mp4").read_bytes()[4:8] == b"ftyp"
 
 
 def test_generate_example_writes_the_file(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -271,13 +273,21 @@ def save_bundle(path: Path, transformer: Any, spec: StudentSpec) -> None:
         transformer: a WanTransformer3DModel.
         spec: becomes student.json.
     """
+    with fresh_folder(path) as fresh:
+        transformer.save_pretrained(fresh / "transformer")
+        (fresh / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `path` when the block ends well, and is gone when it does not."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        transformer.save_pretrained(fresh / "transformer")
-        (fresh / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
+        fresh.mkdir()
+        yield fresh
         if path.exists():
             path.rename(old)
         fresh.rename(path)

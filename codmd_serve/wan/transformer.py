@@ -64,6 +64,10 @@ class FewStepTransformer(nn.Module):
     Source: diffusers, WanTransformer3DModel.forward.
     """
 
+    # (S, D) each
+    out_shift: Tensor
+    out_scale: Tensor
+
     def __init__(
         self,
         source: WanTransformer3DModel,
@@ -101,9 +105,9 @@ class FewStepTransformer(nn.Module):
         self.patch_bias = patch.bias
         self.proj_out = source.proj_out
         out_S2D = source.scale_shift_table.float() + temb_SD[:, None]
-        self.register_buffer("out_shift_SD", out_S2D[:, 0].contiguous(), persistent=False)
-        self.register_buffer("out_scale_SD", 1 + out_S2D[:, 1], persistent=False)
-        self.blocks = nn.ModuleList()
+        self.register_buffer("out_shift", out_S2D[:, 0].contiguous(), persistent=False)
+        self.register_buffer("out_scale", 1 + out_S2D[:, 1], persistent=False)
+        self.blocks: Any = nn.ModuleList()
         for index in range(len(source.blocks)):
             self.blocks.append(_Block(source.blocks[index], modulation_S6D, self.attend))
             source.blocks[index] = nn.Identity()
@@ -139,7 +143,7 @@ class FewStepTransformer(nn.Module):
         for block, (key, value) in zip(self.blocks, prompt.keys_values, strict=True):
             run = block if is_compiled else block.forward
             hidden = run(hidden, block.modulation(step_index), table, key, value, prompt.logit_bias)
-        hidden = _layer_norm(hidden, self.out_scale_SD[step_index], self.out_shift_SD[step_index], self.config.eps)
+        hidden = _layer_norm(hidden, self.out_scale[step_index], self.out_shift[step_index], self.config.eps)
         return self._unpatch(self.proj_out(hidden), latents_BCFHW.shape)
 
     def _patches(self, latents: Tensor) -> Tensor:
@@ -174,6 +178,14 @@ class FewStepTransformer(nn.Module):
 class _Block(nn.Module):
     """One WanTransformerBlock whose modulation is known for every step."""
 
+    # (S, D) each, a scale with its 1 added
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+    ffn_shift: Tensor
+    ffn_scale: Tensor
+    ffn_gate: Tensor
+
     def __init__(self, source: Any, modulation_S6D: Tensor, attend: Attend) -> None:
         super().__init__()
         self.attend, self.num_heads = attend, source.attn1.heads
@@ -190,7 +202,7 @@ class _Block(nn.Module):
         table = source.scale_shift_table.float() + modulation_S6D
         for index, name in enumerate(("shift", "scale", "gate", "ffn_shift", "ffn_scale", "ffn_gate")):
             values_SD = table[:, index] + 1 if name.endswith("scale") else table[:, index]
-            self.register_buffer(f"{name}_SD", values_SD.contiguous(), persistent=False)
+            self.register_buffer(name, values_SD.contiguous(), persistent=False)
 
     def prompt_keys_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
         key, value = self.cross_kv(text_BLD).chunk(2, dim=-1)
@@ -198,7 +210,7 @@ class _Block(nn.Module):
 
     def modulation(self, step: int) -> tuple[Tensor, ...]:
         """Six vectors (D,) of a step. As tensors, or compiled code would be compiled anew for every step."""
-        tables = (self.shift_SD, self.scale_SD, self.gate_SD, self.ffn_shift_SD, self.ffn_scale_SD, self.ffn_gate_SD)
+        tables = (self.shift, self.scale, self.gate, self.ffn_shift, self.ffn_scale, self.ffn_gate)
         return tuple(table[step] for table in tables)
 
     def forward(
@@ -224,15 +236,15 @@ class _Block(nn.Module):
         return _gated(hidden, self.ffn_out(widened), ffn_gate)
 
     def _self_attention(self, normed: Tensor, table: Tensor) -> Tensor:
-        qkv = self.qkv(normed).unflatten(-1, (3, -1))
+        qkv = _split_last(self.qkv(normed), 3, -1)
         # Queries and keys together: normalised over all heads, then rotated in float32.
         query_key = _rms_norm(qkv[:, :, :2], self.qk_weight, self.qk_eps, keep_float32=True)
-        pairs = query_key.unflatten(-1, (self.num_heads, -1, 2))
+        pairs = _split_last(query_key, self.num_heads, -1, 2)
         turned = _rotated(pairs, table[:, :, None]).flatten(-2).to(normed.dtype)
         return self.attend(turned[:, :, 0], turned[:, :, 1], self._heads(qkv[:, :, 2]), None).flatten(2)
 
     def _heads(self, features: Tensor) -> Tensor:
-        return features.unflatten(-1, (self.num_heads, -1))
+        return _split_last(features, self.num_heads, -1)
 
 
 def _time_modulation(embedder: Any, timesteps: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -242,7 +254,12 @@ def _time_modulation(embedder: Any, timesteps: Sequence[float], device: torch.de
     first, second = embedder.time_embedder.linear_1, embedder.time_embedder.linear_2
     temb_SD = _float_linear(functional.silu(_float_linear(frequencies, first)), second)
     modulation = _float_linear(functional.silu(temb_SD), embedder.time_proj)
-    return temb_SD, modulation.unflatten(1, (6, -1))
+    return temb_SD, _split_last(modulation, 6, -1)
+
+
+def _split_last(features: Tensor, *sizes: int) -> Tensor:
+    """Split the last dimension into several."""
+    return features.reshape(*features.shape[:-1], *sizes)
 
 
 def _float_linear(features: Tensor, layer: nn.Linear) -> Tensor:
@@ -269,7 +286,7 @@ def _rms_norm(features: Tensor, weight: Tensor, eps: float, keep_float32: bool =
     wide = features.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = (length.square_() * (1.0 / wide.shape[-1])).add_(eps).rsqrt_()
-    normed = (wide * scale).mul_(weight)
+    normed: Tensor = (wide * scale).mul_(weight)
     return normed if keep_float32 else normed.to(features.dtype)
 
 

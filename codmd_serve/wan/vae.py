@@ -44,6 +44,9 @@ class StreamingDecoder(nn.Module):
             place, which changes no value. Its tiling and slicing switches are not consulted.
     """
 
+    latents_mean: Tensor
+    latents_std: Tensor
+
     def __init__(self, vae: Any) -> None:
         super().__init__()
         decoder = vae.decoder
@@ -235,14 +238,15 @@ class _Upsample(nn.Module):
         batch, channels, frames, height, width = hidden.shape
         if not frames or self.time is None:
             return hidden
-        pairs = self.time(hidden, history).permute(0, 2, 3, 4, 1).unflatten(-1, (2, channels))
-        return (
-            pairs.permute(0, 1, 4, 2, 3, 5).reshape(batch, 2 * frames, height, width, channels).permute(0, 4, 1, 2, 3)
-        )
+        rows: Tensor = self.time(hidden, history).permute(0, 2, 3, 4, 1)
+        pairs = rows.reshape(batch, frames, height, width, 2, channels).permute(0, 1, 4, 2, 3, 5)
+        return pairs.reshape(batch, 2 * frames, height, width, channels).permute(0, 4, 1, 2, 3)
 
 
 class _Shortcut(nn.Module):
     """DupUp3D: every output channel, time and place takes one input channel."""
+
+    channels: Tensor
 
     def __init__(self, source: Any) -> None:
         super().__init__()
@@ -259,7 +263,7 @@ class _Shortcut(nn.Module):
             wide = rows[:, :, None, :, None, :, None].expand(shape)
         else:
             taken = rows[..., self.channels.to(rows.device)]
-            wide = taken.unflatten(-1, (factor_t, factor_s, factor_s, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+            wide = taken.reshape(*taken.shape[:-1], factor_t, factor_s, factor_s, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
         doubled = wide.reshape(batch, frames * factor_t, height * factor_s, width * factor_s, -1)
         return doubled.permute(0, 4, 1, 2, 3)[:, :, factor_t - 1 if is_first else 0 :]
 
@@ -272,7 +276,7 @@ def convolve(hidden: Tensor, weight: Tensor, bias: Tensor | None, padding: list[
     return functional.conv3d(hidden, weight, bias, padding=padding)
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_HAS_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _rms_norm(hidden: Tensor, weight: Tensor, dim: int) -> Tensor:

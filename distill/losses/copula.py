@@ -4,6 +4,7 @@ Knows no network and no random number. Layout: B batch, C channels, F latent fra
 G independent groups of N related items with D features each: (B, F, D) for frames, (1, B, D) for the batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ def copula_terms(
     reference_compat: bool = False,
     frame_permutation_BF: Tensor | None = None,
     batch_permutation_B: Tensor | None = None,
+    relate: Callable[[Tensor], Tensor] | None = None,
 ) -> CopulaTerms:
     """Compare relations of the student with those of the teacher, corrected by the critic's.
 
@@ -47,7 +49,9 @@ def copula_terms(
         grid: cells per side for "spatial".
         reference_compat: keep the diagonal in the softmax of the batch term, as the authors' code does.
         frame_permutation_BF: control arm: index of the teacher frame put at each frame, int64.
-        batch_permutation_B: control arm: index of the teacher sample put at each sample, int64.
+        batch_permutation_B: control arm: index of the teacher sample put at each sample of the whole batch, int64.
+        relate: where the B samples are a part of a larger batch, turns their (B, 3, D) features, of student, teacher
+            and critic, into those of the whole batch; None where they are the whole.
 
     Returns:
         The two losses, each >= 0, unweighted.
@@ -64,7 +68,7 @@ def copula_terms(
             trio[1] = trio[1].gather(1, frame_permutation_BF[:, :, None].expand_as(trio[1]))
         frame = relational_kl(*trio, temperature=temperature, skip_diagonal=False)
     if use_batch:
-        trio = [batch_features(x0, features, grid) for x0 in videos]
+        trio = batch_features(videos, features, grid, relate)
         if batch_permutation_B is not None:
             trio[1] = trio[1][:, batch_permutation_B]
         batch = relational_kl(*trio, temperature=temperature, skip_diagonal=not reference_compat)
@@ -77,10 +81,17 @@ def frame_features(x0_BCFHW: Tensor, features: str, grid: int) -> Tensor:
     return _centre(pooled_BCFhw.movedim(2, 1).flatten(2), features)
 
 
-def batch_features(x0_BCFHW: Tensor, features: str, grid: int) -> Tensor:
-    """Return (1, B, D) features of each sample, averaged over frames; dtype and D as in `frame_features`."""
-    pooled_BChw = _pool(x0_BCFHW, features, grid).mean(dim=2)
-    return _centre(pooled_BChw.flatten(1)[None], features)
+def batch_features(
+    videos_BCFHW: tuple[Tensor, ...], features: str, grid: int, relate: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
+    """Return (1, N, D) features of each sample of each video, averaged over frames; dtype and D as `frame_features`.
+
+    N is B, or what `relate` of `copula_terms` makes of it.
+    """
+    pooled_BVD = torch.stack([_pool(x0, features, grid).mean(dim=2).flatten(1) for x0 in videos_BCFHW], dim=1)
+    if relate is not None:
+        pooled_BVD = relate(pooled_BVD)
+    return [_centre(items_BD[None], features) for items_BD in pooled_BVD.unbind(1)]
 
 
 def relational_kl(

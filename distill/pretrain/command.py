@@ -130,6 +130,7 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     from distill.pretrain.teacher import encode_clips, train_transformer, training_captions
     from distill.pretrain.text import train_text_encoder
     from distill.pretrain.vae import train_vae
+    from distill.pretrain.whiten import fold_into_vae
 
     vae = train_vae(config.vae, config.seed, options["vae"], config.start)
     if vae is not None and config.vae.decoder_only:
@@ -145,9 +146,11 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     if until == "text":
         return "text"
     settings = config.transformer
-    encoded = encode_clips(vae, settings.num_clips, config.seed, options["transformer"])
+    encoded = encode_clips(vae, settings.num_clips, config.seed, options["transformer"], whiten=config.vae.whiten)
     if encoded is None:
         return "latents"
+    if encoded.whitening is not None:
+        fold_into_vae(vae, encoded.whitening)
     save_vae(pipeline, vae.cpu(), encoded.mean, encoded.std)
     del vae
     captions = training_captions(config.seed, settings.num_clips)
@@ -155,7 +158,7 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     if until == "latents":
         return "latents"
     transformer = train_transformer(
-        settings, encoded.latents, prompts, config.text.d_model, config.seed, options["transformer"], config.start
+        settings, encoded, prompts, config.text.d_model, config.seed, options["transformer"], config.start
     )
     if transformer is not None:
         save_transformer(pipeline, transformer)

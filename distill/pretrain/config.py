@@ -37,6 +37,7 @@ class VaeConfig:
     )
     learning_rate: float = 1e-3
     kl_weight: float = 1e-4  # of the mean over latent elements, in nats
+    whiten: bool = True  # give the trained VAE uncorrelated latents of variance one, see whiten.py
     decoder_only: bool = False  # keep the encoder: latents, and a transformer trained on them, stay valid
 
 

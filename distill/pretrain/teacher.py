@@ -19,10 +19,11 @@ from codmd_serve.errors import CheckpointError
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
 from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.data import PromptData
-from distill.networks import compile_blocks, denoiser, keep_sensitive_parts_float32
+from distill.networks import compile_blocks, denoiser, keep_sensitive_parts_float32, load_part
 from distill.pretrain.config import TransformerConfig
 from distill.pretrain.stage import StageOptions, load_weights, run_stage
 from distill.pretrain.vae import to_pixels
+from distill.pretrain.whiten import Whitening, fit_whitening, fold_into_transformer
 from distill.shapeworld.captions import canonical_caption, free_caption, sample_scene
 from distill.shapeworld.render import sample_clip
 from distill.shapeworld.schema import Scene
@@ -36,11 +37,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latents:
-    """Normalised latents (P, C, F, H, W) float16 of the training clips, and the statistics that normalise them."""
+    """Normalised latents (P, C, F, H, W) float16 of the training clips, and how they came to be so.
+
+    With `whitening` that is (C, C) and (C,); `mean` and `std`, which the VAE's config takes, are then 0 and 1.
+    """
 
     latents: Tensor
     mean: list[float]
     std: list[float]
+    whitening: Whitening | None
+
+    def basis(self) -> Tensor:
+        """(C, C) linear part of the map from raw to normalised latents."""
+        return torch.diag(1 / torch.tensor(self.std)) if self.whitening is None else self.whitening.matrix
 
 
 def _draw(seed: int, index: int) -> tuple[str, Scene, np.random.Generator]:
@@ -62,7 +71,9 @@ def training_captions(seed: int, num_clips: int) -> list[str]:
     return [_draw(seed, index)[0] for index in range(num_clips)]
 
 
-def encode_clips(vae: AutoencoderKLWan, num_clips: int, seed: int, options: StageOptions) -> Latents | None:
+def encode_clips(
+    vae: AutoencoderKLWan, num_clips: int, seed: int, options: StageOptions, *, whiten: bool
+) -> Latents | None:
     """Render and encode the training clips, in parts that a resumed run finds again; None when told to stop."""
     folder = options.folder / "latents"
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,9 +88,14 @@ def encode_clips(vae: AutoencoderKLWan, num_clips: int, seed: int, options: Stag
             bar.update(count)
             logger.info("stage=latents clips=%d of=%d", start + count, num_clips)
     raw = torch.cat(parts).float()
+    if whiten:
+        whitening = fit_whitening(raw)
+        num_channels = raw.shape[1]
+        white = whitening.apply(raw).half()
+        return Latents(latents=white, mean=[0.0] * num_channels, std=[1.0] * num_channels, whitening=whitening)
     mean_C, std_C = raw.mean((0, 2, 3, 4)), raw.std((0, 2, 3, 4))
     normalised = (raw - mean_C[:, None, None, None]) / std_C[:, None, None, None]
-    return Latents(latents=normalised.half(), mean=mean_C.tolist(), std=std_C.tolist())
+    return Latents(latents=normalised.half(), mean=mean_C.tolist(), std=std_C.tolist(), whitening=None)
 
 
 def _encode_part(vae: AutoencoderKLWan, path: Path, seed: int, start: int, count: int, options: StageOptions) -> Tensor:
@@ -120,7 +136,7 @@ def build_transformer(config: TransformerConfig, latent_channels: int, text_dim:
 
 def train_transformer(
     config: TransformerConfig,
-    latents: Tensor,
+    encoded: Latents,
     prompts: PromptData,
     text_dim: int,
     seed: int,
@@ -131,13 +147,14 @@ def train_transformer(
 
     Args:
         config: size, steps, dropout.
-        latents: (P, C, F, H, W) float16, normalised.
+        encoded: the P clips.
         prompts: embeddings of the P captions; its negative prompt stands in for a dropped caption, so it has to be
             the one that guidance will use.
         text_dim: D of the embeddings.
         seed: of everything random.
         options: device, precision, budget.
-        start: pipeline whose weights to go on from; empty trains from nothing.
+        start: pipeline whose weights to go on from; empty trains from nothing. They are moved to the basis of the
+            new latents, as if the VAE's own had not changed since.
 
     Returns:
         The moving average of the weights, or None when it was told to stop.
@@ -148,9 +165,12 @@ def train_transformer(
     Source: rectified flow, arXiv 2209.03003, with the noise levels shifted as in arXiv 2403.03206, section 5.3.2.
     """
     torch.manual_seed(seed + 2)
+    latents = encoded.latents
     transformer = build_transformer(config, latents.shape[1], text_dim)
     if start:
         load_weights(transformer, start, "transformer")
+        start_std = torch.tensor(load_part(AutoencoderKLWan, start, "vae").config.latents_std)
+        fold_into_transformer(transformer, encoded.basis() @ torch.diag(start_std))
     keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
     transformer.to(options.device).train()
     if options.compiled:

@@ -39,6 +39,7 @@ def tiny_config(tiny_base: Path, prompt_file: Path) -> DistillConfig:
             "save_every_steps=2",
             "log_every_steps=2",
             "precision=fp32",
+            "bundle_dtype=fp32",
             "copula.weight_batch=1",
             "optimizer.student_lr=1e-3",
             "optimizer.critic_lr=1e-3",

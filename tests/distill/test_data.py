@@ -52,7 +52,7 @@ def test_txt_and_jsonl_give_the_same_prompts(tiny_config: DistillConfig, tmp_pat
     ("name", "content", "named"),
     [
         ("p.txt", b"\n \n", "no prompt"),
-        ("p.csv", b"a\n", "txt or"),
+        ("p.csv", b"a\n", "jsonl or .tar"),
         ("p.txt", b"\xff\xfe\x00", "cannot be read"),
         ("p.jsonl", b'{"prompt":"a"}\n{"x":1}\n', "p.jsonl line 2"),
         ("p.jsonl", b'{"prompt":"a"}\n\nnot json\n', "p.jsonl line 3"),

@@ -131,3 +131,16 @@ def test_a_shard_that_has_gone_is_named(
     path.unlink()
     with pytest.raises(CheckpointError, match="teacher sample 2 cannot be read"):
         made.batch([2], CPU)
+
+
+def test_a_shard_with_values_that_are_no_numbers_is_named(
+    config: DistillConfig, tiny_networks: Networks, data: PromptData, tmp_path: Path
+) -> None:
+    made = make(config, tiny_networks, data, tmp_path)
+    path = made.folder / "00001.safetensors"
+    x0 = load_file(path)["x0"].clone()
+    x0[1, 0, 0, 0, 0] = float("nan")
+    save_file({"x0": x0}, path)
+    with pytest.raises(CheckpointError, match=r"teacher sample 3 in .*00001.safetensors is not finite"):
+        made.batch([2, 3], CPU)
+    assert bool(made.batch([2], CPU).isfinite().all())

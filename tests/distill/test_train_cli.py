@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from codmd_serve.student_scheduler import StudentScheduler
 from codmd_serve.wan.checkpoint import read_spec
 from distill import trainer
 from distill.config import DistillConfig, config_to_dict
@@ -44,6 +45,14 @@ def test_train_resume_and_export(settings: list[str], tmp_path: Path, capsys: py
     assert read_spec(out / "bundle").method == "dmd"
     assert export("--run", str(out), "--out", str(tmp_path / "student"), "--step", "2") == 0
     assert read_spec(tmp_path / "student").step == 1
+    assert export("--run", str(out), "--out", str(tmp_path / "exported"), "--format", "pipeline") == 0
+    assert "pipeline" in capsys.readouterr().out
+    # The folder at the end of a run and the exported one are the same, and nothing else is left.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "run", "student"]
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "README.md"):
+        assert (tmp_path / "exported" / name).read_text() == (out / "pipeline" / name).read_text()
+    steps = StudentScheduler.from_pretrained(tmp_path / "exported", subfolder="scheduler").config.timesteps
+    assert tuple(steps) == read_spec(tmp_path / "student").timesteps
 
 
 def test_method_brings_its_settings_and_those_on_the_command_line_win(
@@ -97,6 +106,7 @@ def test_dry_run_prints_the_settings_and_writes_nothing(
         (["--minutes", "0"], "--minutes"),
         (["--minutes", "nan"], "--minutes"),
         (["--threads", "0"], "--threads"),
+        (["--preview-every", "-1"], "--preview-every"),
         (["--device", "tpu9"], "--device"),
         (["--device", "cuda:99"], "no device cuda:99"),
         (["--resume"], "holds no run"),
@@ -120,6 +130,19 @@ def test_export_without_a_run_is_exit_code_2(tmp_path: Path, capsys: pytest.Capt
     assert export("--run", str(tmp_path), "--out", str(tmp_path / "student")) == 2
     assert "holds no run" in capsys.readouterr().err
     assert not (tmp_path / "student").exists()
+
+
+def test_stock_folder_of_a_student_that_starts_below_sigma_1_is_refused(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    out = str(tmp_path / "run")
+    quick = ["rcm.data_steps=1", "rcm.warmup_steps=1"]
+    assert train("--out", out, "--method", "rcm", "--max-steps", "1", "--set", *settings, *quick) == 0
+    assert "no diffusers folder written" in caplog.text
+    assert (tmp_path / "run" / "bundle").is_dir()
+    assert export("--run", out, "--out", str(tmp_path / "exported"), "--format", "pipeline") == 2
+    assert "only the bundle can be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_divergence_is_exit_code_1(

@@ -31,7 +31,8 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(cache_dir: Path) -> Callable[..., RunOutcome]:
     def start(config: DistillConfig, out: Path, resume: bool = False, minutes: float | None = None) -> RunOutcome:
-        options = RunOptions(out=out, device=CPU, minutes=minutes, cache_dir=cache_dir)
+        # Previews have tests of their own.
+        options = RunOptions(out=out, device=CPU, minutes=minutes, cache_dir=cache_dir, preview_every_steps=0)
         return run_training(config, options, resume=resume)
 
     return start

@@ -157,7 +157,8 @@ def test_mean_features_are_blind_to_motion_and_spatial_features_are_not() -> Non
 @pytest.mark.parametrize(("features", "grid", "width"), [("mean", 2, 6), ("spatial", 2, 24), ("spatial", 3, 54)])
 def test_feature_shapes(features: str, grid: int, width: int) -> None:
     assert frame_features(normal(0), features, grid).shape == (4, 5, width)
-    assert batch_features(normal(0), features, grid).shape == (1, 4, width)
+    videos = (normal(0), normal(1))
+    assert [items.shape for items in batch_features(videos, features, grid)] == [(1, 4, width)] * 2
 
 
 def test_features_of_bf16_are_float32() -> None:

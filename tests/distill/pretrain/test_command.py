@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
 
 from distill.pretrain import stage
 from distill.pretrain.command import add_teacher_arguments, run_teacher
 from distill.pretrain.config import PRESETS, VaeConfig, VaePhase, tiny
+from distill.pretrain.teacher import encode_clips, training_clip
+from distill.pretrain.vae import to_pixels
 
 
 def teacher(*arguments: str) -> int:
@@ -54,13 +56,28 @@ def test_pipeline_is_complete_for_diffusers(finished: Path) -> None:
     assert np.isfinite(np.asarray(frames)).all()
 
 
-def test_latents_are_normalised_by_what_the_vae_folder_says(finished: Path) -> None:
-    config = json.loads((finished / "pipeline" / "vae" / "config.json").read_text())
-    parts = [load_file(path)["latents"] for path in sorted((finished / "latents").glob("*.safetensors"))]
-    raw = torch.cat(parts).float()
-    assert raw.shape == (6, 16, 5, 8, 8)
-    np.testing.assert_allclose(raw.mean((0, 2, 3, 4)), config["latents_mean"], atol=1e-5)
-    np.testing.assert_allclose(raw.std((0, 2, 3, 4)), config["latents_std"], rtol=1e-4)
+def test_the_vae_of_the_pipeline_encodes_to_white_latents(finished: Path) -> None:
+    vae = AutoencoderKLWan.from_pretrained(finished / "pipeline" / "vae", torch_dtype=torch.float32)
+    assert (vae.config.latents_mean, vae.config.latents_std) == ([0.0] * 16, [1.0] * 16)
+    clips = np.stack([training_clip(0, index)[1] for index in range(6)])
+    with torch.no_grad():
+        rows = vae.encode(to_pixels(clips)).latent_dist.mean.permute(0, 2, 3, 4, 1).flatten(0, 3)
+    # Within what storing the weights as float16 leaves of it.
+    torch.testing.assert_close(rows.T @ rows / len(rows), torch.eye(16), rtol=0, atol=0.05)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(16), rtol=0, atol=0.05)
+
+
+def test_latents_left_as_they_are_come_with_their_statistics(finished: Path) -> None:
+    options = stage.StageOptions(
+        folder=finished, device=torch.device("cpu"), precision="fp32", budget_s=None, stop=lambda: False
+    )
+    # The parts are there, so no VAE is asked for.
+    encoded = encode_clips(None, 6, 0, options, whiten=False)  # type: ignore[arg-type]
+    assert encoded is not None
+    raw = torch.cat([load_file(path)["latents"] for path in sorted((finished / "latents").glob("*.safetensors"))])
+    np.testing.assert_allclose(raw.float().mean((0, 2, 3, 4)), encoded.mean, atol=1e-5)
+    np.testing.assert_allclose(raw.float().std((0, 2, 3, 4)), encoded.std, rtol=1e-4)
+    assert abs(float(encoded.latents.float().std()) - 1) < 1e-3
 
 
 def test_interrupted_run_resumes_to_the_same_weights(
@@ -92,7 +109,7 @@ def test_interrupted_run_resumes_to_the_same_weights(
 def test_start_goes_on_from_the_weights_of_a_pipeline(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    still = dataclasses.replace(tiny(), vae=VaeConfig(base_dim=8, phases=()))
+    still = dataclasses.replace(tiny(), vae=VaeConfig(base_dim=8, phases=(), whiten=False))
     still = dataclasses.replace(still, text=dataclasses.replace(still.text, num_steps=0))
     still = dataclasses.replace(still, transformer=dataclasses.replace(still.transformer, num_steps=0))
     monkeypatch.setitem(PRESETS, "tiny", lambda: still)
@@ -100,7 +117,11 @@ def test_start_goes_on_from_the_weights_of_a_pipeline(
     expected, got = weights(finished), weights(tmp_path / "run")
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
+        if name.startswith(("transformer.patch_embedding.weight", "transformer.proj_out")):
+            # They follow the scale of the latents, which is measured anew; here it is 1 but for float16.
+            torch.testing.assert_close(got[name], tensor, rtol=0.02, atol=1e-3, msg=name)
+        else:
+            assert torch.equal(tensor, got[name]), name
 
 
 def test_decoder_only_keeps_the_encoder_and_the_latent_statistics(

@@ -1,0 +1,126 @@
+"""A student bundle as a complete diffusers folder that the stock WanPipeline loads; knows nothing of training.
+
+OUT/model_index.json, scheduler/, transformer/, tokenizer/, text_encoder/, vae/, README.md
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.student_scheduler import StudentScheduler
+from codmd_serve.wan.checkpoint import StudentSpec, fresh_folder, read_spec, resolve_base
+
+INDEX_FILE = "model_index.json"
+# Of the base; the transformer is the student's and the scheduler its step list.
+BASE_PARTS = ("tokenizer", "text_encoder", "vae")
+
+_CARD = """\
+# A {num_steps}-step student of {base_model}
+
+Made with `{method}`. The scheduler is a class of the package `codmd-serve`, which has to be installed and imported
+before the folder is loaded; diffusers does not import by itself what a folder names, and needs no `trust_remote_code`:
+
+    import codmd_serve.student_scheduler
+    import torch
+    from diffusers import WanPipeline
+    from diffusers.utils import export_to_video
+
+    pipe = WanPipeline.from_pretrained("THIS FOLDER")
+    torch.manual_seed(7)
+    frames = pipe(
+        "a prompt", height={height}, width={width}, num_frames={num_frames},
+        num_inference_steps={num_steps}, guidance_scale=1.0,
+    ).frames[0]
+    export_to_video(frames, "out.mp4", fps={fps})  # needs imageio and imageio-ffmpeg
+
+A pipeline does not hand its `generator` to the scheduler. To draw from one, give it to both:
+`pipe.scheduler.generator = rng` and `pipe(..., generator=rng)`; a CPU generator seeded alike gives the video that
+`codmd-serve` makes of that seed.
+"""
+
+
+def check_stock_pipeline(sigmas: tuple[float, ...]) -> None:
+    """Refuse a step list that the stock WanPipeline cannot start.
+
+    Raises:
+        ConfigError: the first level is below 1.
+    """
+    if sigmas[0] != 1.0:
+        raise ConfigError(
+            f"WanPipeline feeds its first noise unscaled, this student starts at sigma {sigmas[0]:.6g} times noise: "
+            "its videos would differ from ours, so only the bundle can be written"
+        )
+
+
+def save_pipeline(bundle: Path, folder: Path) -> None:
+    """Write a bundle with all of its base's other parts as one diffusers folder.
+
+    Args:
+        bundle: a student bundle; its base is copied, or downloaded when it is a hub id.
+        folder: where to; one that exists is replaced, and it is the old one or the new one, never half of one.
+
+    Raises:
+        ConfigError: a student that the stock pipeline cannot sample.
+        CheckpointError: the bundle or its base is missing or incomplete, or the folder cannot be written.
+    """
+    spec = read_spec(bundle)
+    check_stock_pipeline(spec.sigmas)
+    base = _local_base(bundle, spec)
+    index = _student_index(base)
+    try:
+        with fresh_folder(folder) as fresh:
+            for part in BASE_PARTS:
+                shutil.copytree(base / part, fresh / part)
+            shutil.copytree(bundle / "transformer", fresh / "transformer")
+            scheduler = StudentScheduler(spec.sigmas, spec.timesteps, spec.sampler)
+            scheduler.save_pretrained(fresh / "scheduler")
+            (fresh / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (fresh / "README.md").write_text(_card(spec), encoding="utf-8")
+    except OSError as error:  # copytree's list of errors is one too
+        raise CheckpointError(f"pipeline {folder} cannot be written: {type(error).__name__}: {error}") from error
+
+
+def _local_base(bundle: Path, spec: StudentSpec) -> Path:
+    base, is_local = resolve_base(bundle, spec.base)
+    if not is_local:
+        patterns = [INDEX_FILE, *(f"{part}/*" for part in BASE_PARTS)]
+        try:
+            base = snapshot_download(base, allow_patterns=patterns)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(f"base {base} cannot be downloaded: {type(error).__name__}") from error
+    missing = [name for name in (INDEX_FILE, *BASE_PARTS) if not (Path(base) / name).exists()]
+    if missing:
+        raise CheckpointError(f"base {base} is no complete pipeline: it has no {missing[0]}")
+    return Path(base)
+
+
+def _student_index(base: Path) -> dict[str, Any]:
+    path = base / INDEX_FILE
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(index, dict) or index.get("_class_name") != "WanPipeline":
+        raise CheckpointError(f"{path} must be of a WanPipeline")
+    second = index.get("transformer_2")
+    if second is not None and second != [None, None]:
+        raise CheckpointError(f"{base} has two transformers, a student is one")
+    return {**index, "scheduler": [StudentScheduler.__module__, StudentScheduler.__name__]}
+
+
+def _card(spec: StudentSpec) -> str:
+    native = spec.native
+    return _CARD.format(
+        num_steps=len(spec.timesteps),
+        base_model=spec.base_model,
+        method=spec.method,
+        height=native.height,
+        width=native.width,
+        num_frames=native.num_frames,
+        fps=native.fps,
+    )

@@ -1,0 +1,249 @@
+"""`codmd-distill bench-step`: time of our training iteration beside the authors', with the share of each reason.
+
+Variants take turns within each trial, in an order that changes, so that a busy machine burdens them alike. Time is
+that of the process on its one thread, which other processes cannot add to, and of the clock. Exit steps are stratified:
+over 4 trials student and critic leave at each of the 4 steps equally often, as they do on average.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codmd_serve.errors import CodmdError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from distill.config import DistillConfig
+    from distill.data import PromptData
+    from distill.networks import Ema, Networks
+
+# The authors' iteration first; each further variant takes one more thing back, the last is what we run.
+VARIANTS = ("authors", "prompts trimmed", "rollout stops at its exit", "one teacher call", "ours")
+TOLERANCE = 1e-3  # relative, of a loss that sums a million float32 products in another order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One variant with networks and optimizers of its own; `losses` is (role, step, exit step) -> loss."""
+
+    name: str
+    networks: "Networks"
+    losses: Callable[[str, int, int], "Tensor"]
+    optimizers: dict[str, Any]
+    ema: "Ema | None"  # ours only: the authors have none
+
+
+def add_bench_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `codmd-distill bench-step`."""
+    parser.add_argument("--base", default="weights/shapeworld", help="the teacher's diffusers folder")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--trials", type=int, default=4, help="of 5 iterations per variant; a multiple of 4 (default 4)"
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+
+
+def run_bench_step(args: argparse.Namespace) -> int:
+    """Measure and print a table; return 0, 2 on bad input, 1 where losses are not those of the authors' iteration."""
+    try:
+        if args.trials < 4 or args.trials % 4:
+            raise ConfigError(
+                f"--trials must be a multiple of 4, got {args.trials}: each exit step has to come as often"
+            )
+        report = measure(bench_config(args.base, args.batch_size), args.trials)
+    except CodmdError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(describe(report))
+    return 0
+
+
+def bench_config(base: str, batch_size: int) -> "DistillConfig":
+    """Return the shapeworld recipe in the authors' conventions, so that both compute the same losses."""
+    from distill.config import shapeworld, with_overrides
+
+    settings = [f"base={base}", f"batch_size={batch_size}", "reference_compat=true", "score_window=full"]
+    return with_overrides(shapeworld(), [*settings, "num_captions=64", "precision=fp32"])
+
+
+def measure(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
+    """Check that all variants give the same losses, then time them in turns, on one thread of the CPU.
+
+    Returns:
+        cpu_s and wall_s, seconds per iteration by variant and trial; ratio, ours over the authors' of all trials and
+        of each block of 4; shares, part of the saved time by reason; loss_error, the largest relative difference.
+
+    Raises:
+        CodmdError: losses differ by more than rounding.
+        CheckpointError: the base cannot be loaded.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        arms = build_arms(config)
+        loss_error = check_losses(arms)
+        for arm in arms:
+            _cycle(arm, config, 0)  # first calls allocate
+        cpu_s: dict[str, list[float]] = {arm.name: [] for arm in arms}
+        wall_s: dict[str, list[float]] = {arm.name: [] for arm in arms}
+        for trial in range(num_trials):
+            for place in range(len(arms)):
+                arm = arms[(place + trial) % len(arms)]
+                starts = time.process_time(), time.perf_counter()
+                _cycle(arm, config, trial)
+                cpu_s[arm.name].append((time.process_time() - starts[0]) / config.student_every_steps)
+                wall_s[arm.name].append((time.perf_counter() - starts[1]) / config.student_every_steps)
+    finally:
+        torch.set_num_threads(threads)
+    return {"batch_size": config.batch_size, "trials": num_trials, "loss_error": loss_error, **summary(cpu_s, wall_s)}
+
+
+def summary(cpu_s: dict[str, list[float]], wall_s: dict[str, list[float]]) -> dict[str, Any]:
+    """Return ratio, ratio_of_blocks, ratio_wall and shares of times by variant, first the authors' and last ours."""
+    names = list(cpu_s)
+    means = {name: statistics.fmean(times) for name, times in cpu_s.items()}
+    first, last = names[0], names[-1]
+    saved = means[first] - means[last]
+    blocks = [slice(start, start + 4) for start in range(0, len(cpu_s[first]), 4)]
+    pairs = pairwise(names)
+    return {
+        "cpu_s": cpu_s,
+        "wall_s": wall_s,
+        "ratio": means[last] / means[first],
+        "ratio_of_blocks": [sum(cpu_s[last][block]) / sum(cpu_s[first][block]) for block in blocks],
+        "ratio_prompts_trimmed": means[last] / means[names[1]],
+        "ratio_wall": sum(wall_s[last]) / sum(wall_s[first]),
+        "shares": {name: (means[before] - means[name]) / saved for before, name in pairs},
+    }
+
+
+def build_arms(config: "DistillConfig") -> list[Arm]:
+    """Return the variants of VARIANTS, all from the same weights."""
+    import tempfile
+
+    import torch
+
+    from distill.data import cached_prompt_data
+    from distill.restated_step import Rung
+    from distill.trainer import native_latents
+
+    with tempfile.TemporaryDirectory() as cache:
+        data = cached_prompt_data(config, Path(cache), torch.device("cpu"))
+    shape = (config.batch_size, *native_latents(config))
+    rungs = (
+        Rung(),
+        Rung(padded_prompts=False),
+        Rung(padded_prompts=False, full_rollout=False),
+        Rung(padded_prompts=False, full_rollout=False, two_teacher_calls=False),
+        None,
+    )
+    return [_arm(name, config, data, shape, rung) for name, rung in zip(VARIANTS, rungs, strict=True)]
+
+
+def _arm(name: str, config: "DistillConfig", data: "PromptData", shape: tuple[int, ...], rung: Any) -> Arm:
+    import torch
+
+    from distill.data import batch_indices
+    from distill.networks import Ema, Networks, build_networks, load_transformer
+    from distill.restated_step import padded_batch, restated_critic_step, restated_student_step
+    from distill.step import critic_step, draw_step, step_rng, student_step
+
+    device, num_steps = torch.device("cpu"), len(config.grid().timesteps)
+    if rung is not None and rung.padded_prompts:
+        # The stock network: ours reads trimmed prompts only.
+        student, critic, teacher = (load_transformer(config.base, torch.float32).eval() for _ in range(3))
+        networks = Networks(
+            student=student, critic=critic, teacher=teacher.requires_grad_(False), precision=config.precision
+        )
+    else:
+        networks = build_networks(config, device)
+    ours = {"student": student_step, "critic": critic_step}
+    theirs = {"student": restated_student_step, "critic": restated_critic_step}
+
+    def losses(role: str, step: int, exit_step: int) -> "Tensor":
+        batch = data.batch(batch_indices(step, data.num_prompts, config.batch_size, config.seed), device)
+        # All noise is drawn, also what an early exit does not need: then every variant gets the same numbers.
+        draws = draw_step(config, step_rng(config.seed, role, step), shape, num_steps - 1, device)
+        draws = replace(draws, exit_step=exit_step)
+        if rung is None:
+            return ours[role](networks, batch, draws, config).loss
+        given = padded_batch(batch) if rung.padded_prompts else batch
+        return theirs[role](networks, given, draws, config, rung).loss
+
+    rates = {"student": config.optimizer.student_lr, "critic": config.optimizer.critic_lr}
+    optimizers = {
+        role: torch.optim.AdamW(getattr(networks, role).parameters(), lr=rate, betas=config.optimizer.betas)
+        for role, rate in rates.items()
+    }
+    ema = Ema(networks.student, config.ema) if rung is None else None
+    return Arm(name=name, networks=networks, losses=losses, optimizers=optimizers, ema=ema)
+
+
+def check_losses(arms: list[Arm]) -> float:
+    """Return the largest relative difference of any loss from the first variant's, at every exit step.
+
+    Raises:
+        CodmdError: it is above TOLERANCE.
+    """
+    worst = 0.0
+    for role in ("student", "critic"):
+        for exit_step in range(4):
+            values = [float(arm.losses(role, exit_step, exit_step).detach()) for arm in arms]
+            error = max(abs(value - values[0]) / abs(values[0]) for value in values)
+            worst = max(worst, error)
+            if not error < TOLERANCE:
+                raise CodmdError(f"losses of the {role} at exit step {exit_step} differ by {error:.2g}: {values}")
+    return worst
+
+
+def _cycle(arm: Arm, config: "DistillConfig", trial: int) -> None:
+    """Do the iterations of one trial: the student's turn in the first, the critic's in each."""
+    every = config.student_every_steps
+    for step in range(trial * every, (trial + 1) * every):
+        for role in ("student", "critic") if step % every == 0 else ("critic",):
+            _update(arm, role, arm.losses(role, step, step % 4), config.optimizer.clip_norm)
+
+
+def _update(arm: Arm, role: str, loss: "Tensor", clip_norm: float | None) -> None:
+    import torch
+
+    network: nn.Module = getattr(arm.networks, role)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+    arm.optimizers[role].step()
+    arm.optimizers[role].zero_grad(set_to_none=True)
+    if arm.ema is not None and role == "student":
+        arm.ema.update(network)
+
+
+def describe(report: dict[str, Any]) -> str:
+    """Return the report as Markdown: seconds by variant, shares by reason, the ratio with its spread."""
+    lines = ["| variant | CPU s per iteration | clock s | share of the saving |", "|---|---|---|---|"]
+    for name, times in report["cpu_s"].items():
+        share = report["shares"].get(name)
+        clock = statistics.fmean(report["wall_s"][name])
+        cell = "" if share is None else f"{share:.0%}"
+        lines.append(f"| {name} | {statistics.fmean(times):.3f} | {clock:.3f} | {cell} |")
+    blocks = report["ratio_of_blocks"]
+    lines += [
+        "",
+        f"ours / authors: {report['ratio']:.3f} of the CPU time (blocks of 4 trials {min(blocks):.3f} to "
+        f"{max(blocks):.3f}), {report['ratio_wall']:.3f} by the clock; {report['ratio_prompts_trimmed']:.3f} against "
+        "the authors' iteration with trimmed prompts.",
+        f"batch {report['batch_size']}, {report['trials']} trials of 5 iterations; losses equal to "
+        f"{report['loss_error']:.1g} relative.",
+    ]
+    return "\n".join(lines)

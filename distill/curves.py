@@ -1,0 +1,67 @@
+"""A run's log drawn as curves, one panel per number; reads log.jsonl and nothing else."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+CURVES_FILE = "curves.png"
+# What the panels have as their axis, or say of the machine and not of the run.
+NOT_DRAWN = ("step", "elapsed_s", "eta_s", "student_updates")
+COLUMNS = 3
+
+logger = logging.getLogger(__name__)
+
+
+def plot_curves(log: Path, picture: Path) -> None:
+    """Draw every number of a log over the step; a picture that cannot be written is logged, training goes on.
+
+    Args:
+        log: one JSON object per line, with `step`; a line cut short by a kill is left out.
+        picture: PNG to write, whole or not at all; none is written for a log without lines.
+    """
+    curves = read_curves(log)
+    if not curves:
+        return
+    rows = -(-len(curves) // COLUMNS)
+    height = 2.4 * rows
+    figure = Figure(figsize=(4.0 * COLUMNS, height))
+    # By hand: matplotlib's layout engines take as long as all of the drawing.
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.5 / height, top=1 - 0.3 / height, hspace=0.4, wspace=0.2)
+    # Not pyplot: that keeps figures and picks a window system.
+    FigureCanvasAgg(figure)
+    for place, (name, (steps, values)) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(rows, COLUMNS, place)
+        axes.plot(steps, values, linewidth=0.9, marker="." if len(steps) < 30 else "")
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    figure.supxlabel("step", fontsize=9)
+    partial = picture.with_name(f".{picture.name}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=100)
+        partial.rename(picture)
+    except OSError as error:
+        logger.warning("no curves path=%s reason=%s", picture.name, error)
+
+
+def read_curves(log: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Return steps and values by name, in the order of their first line; None (a value that was not finite) is left
+    out, and so are names that never had a value.
+    """
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        for name, value in record.items():
+            if name not in NOT_DRAWN and isinstance(value, int | float) and math.isfinite(value):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(record["step"])
+                values.append(value)
+    return curves

@@ -1,0 +1,148 @@
+"""Pictures of what the averaged student makes of a few fixed prompts while it trains; never changes the training.
+
+Noise comes from a generator of its own and is the same each time, so pictures of two steps differ by the weights alone.
+
+RUN/previews/step-00000200.png     one row of frames per prompt
+RUN/previews/prompts.txt           the prompts, row by row
+
+Layout: B prompts, C channels, F latent frames, H, W rows and columns, T pixel frames.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from PIL import Image
+from torch import Tensor, nn
+
+from codmd_serve.sampler import rollout
+from codmd_serve.wan.vae import StreamingDecoder
+from distill.config import DistillConfig
+from distill.data import PromptData, load_prompts
+from distill.networks import denoiser, load_part
+from distill.step import step_rng
+
+PREVIEW_DIR = "previews"
+NUM_PROMPTS = 4
+FRAMES_SHOWN = 6
+
+logger = logging.getLogger(__name__)
+
+
+class Previews:
+    """The prompts, the noise and the VAE of a run's pictures.
+
+    Args:
+        config: of the run.
+        out: its folder.
+        data: embeddings; the first prompts are shown.
+        shape: (C, F, H, W) of the latents.
+        device: where the student is. The VAE is there while it decodes only.
+        is_first: whether this process writes. All processes of a run have to call `write`: they sample together.
+
+    Raises:
+        CheckpointError: the base has no complete VAE.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        out: Path,
+        data: PromptData,
+        shape: tuple[int, ...],
+        device: torch.device,
+        is_first: bool = True,
+    ) -> None:
+        self.is_first = is_first
+        self.config, self.folder, self.device = config, out / PREVIEW_DIR, device
+        self.prompts = load_prompts(config)[:NUM_PROMPTS]
+        self.embeds_BLD = data.batch(list(range(len(self.prompts))), device).prompt_embeds
+        size = (len(config.grid().timesteps), len(self.prompts), *shape)
+        self.noise = torch.randn(size, generator=step_rng(config.seed, "preview", 0))
+        if is_first:
+            self.vae = load_part(AutoencoderKLWan, config.base, "vae", torch_dtype=torch.float32)
+            self.vae.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def sample(self, student: nn.Module, average: Mapping[str, Tensor]) -> Tensor:
+        """Latents (B, C, F, H, W) of the student with the weights of `average`; its own weights stay as they are."""
+        grid = self.config.grid()
+        # Not through compiled blocks: another batch size would have them compiled again, for training as well.
+        with averaged_weights(student, average), torch.compiler.set_stance("force_eager"):
+            return rollout(
+                denoiser(student, self.config.precision),
+                self.noise.to(self.device),
+                self.embeds_BLD,
+                grid.sigmas,
+                grid.timesteps,
+                sampler=self.config.sampler,
+            )
+
+    @torch.no_grad()
+    def clips(self, latents_BCFHW: Tensor) -> np.ndarray:
+        """Decode to uint8 (B, T, H, W, 3), in the first process."""
+        self.vae.to(self.device)
+        # One by one: decoding a batch of large videos takes more memory than a training step.
+        decoder = StreamingDecoder(self.vae)
+        decoded = [torch.cat([part.cpu() for part in decoder.frames(x0[None])], dim=1) for x0 in latents_BCFHW]
+        self.vae.to("cpu")
+        clips: np.ndarray = torch.cat(decoded).numpy()
+        return clips
+
+    def write(self, step: int, student: nn.Module, average: Mapping[str, Tensor]) -> np.ndarray | None:
+        """Write the picture of a step.
+
+        Args:
+            step: iterations done.
+            student: the network in training.
+            average: its moving average by parameter name.
+
+        Returns:
+            The picture, uint8 (rows, columns, 3), or None in other processes than the first and where it could not be
+            made: that is logged, and training can do without it.
+        """
+        latents_BCFHW = self.sample(student, average)
+        if not self.is_first:
+            return None
+        try:
+            picture = filmstrips(self.clips(latents_BCFHW))
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / "prompts.txt").write_text("".join(f"{text}\n" for text in self.prompts), encoding="utf-8")
+            partial = self.folder / ".partial.png"
+            Image.fromarray(picture).save(partial)
+            partial.rename(self.folder / f"step-{step:08d}.png")
+        except (OSError, torch.OutOfMemoryError) as error:
+            logger.warning("no preview step=%d reason=%s: %s", step, type(error).__name__, error)
+            return None
+        return picture
+
+
+@contextmanager
+def averaged_weights(network: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the block with `average` in the place of the network's parameters, then put the same bits back."""
+    parameters = dict(network.named_parameters())
+    own = [parameter.detach().clone() for parameter in parameters.values()]
+    targets = [parameter.detach() for parameter in parameters.values()]
+    try:
+        torch._foreach_copy_(targets, [average[name] for name in parameters])
+        yield
+    finally:
+        torch._foreach_copy_(targets, own)
+
+
+def filmstrips(clips: np.ndarray) -> np.ndarray:
+    """Lay clips out as one row of evenly spaced frames each, first and last among them.
+
+    Args:
+        clips: uint8 (B, T, H, W, 3).
+
+    Returns:
+        uint8 (B * H, N * W, 3), N the smaller of T and FRAMES_SHOWN.
+    """
+    num_frames = clips.shape[1]
+    picks = np.linspace(0, num_frames - 1, min(FRAMES_SHOWN, num_frames)).round().astype(int)
+    return np.concatenate([np.concatenate(list(clip[picks]), axis=1) for clip in clips])

@@ -1,0 +1,137 @@
+"""The authors' iteration, said again in this project's words, to measure ours against; nothing trains with it.
+
+Source: CoDMD, copula_dmd/dmd.py@6a8259b: a rollout always makes all its steps but the last without gradient, gathers
+one of the states and calls the network on it again; the guided teacher is two calls; every prompt has its padding; x0
+goes through float64 and back, and the critic's flow is recovered from it. `Rung` takes these back one by one.
+
+Layout: B batch, C channels, F latent frames, H, W latent pixels, L prompt positions, D text width.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from codmd_serve.sampler import Denoise
+from codmd_serve.schedule import add_noise, expand_sigma
+from distill.config import DistillConfig
+from distill.data import Batch
+from distill.losses.copula import copula_terms
+from distill.networks import Networks, denoiser
+from distill.step import StepDraws, StepResult, student_sample
+
+NUM_PADDED_POSITIONS = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rung:
+    """What of the authors' iteration is kept; all True is theirs. Losses are the same on every rung."""
+
+    padded_prompts: bool = True
+    full_rollout: bool = True
+    two_teacher_calls: bool = True
+
+
+def padded_batch(batch: Batch) -> Batch:
+    """Give prompts of one batch their zeros back; `batch` must not be trimmed below its own prompts."""
+    num_missing = NUM_PADDED_POSITIONS - batch.prompt_embeds.shape[1]
+    return replace(
+        batch,
+        prompt_embeds=functional.pad(batch.prompt_embeds, (0, 0, 0, num_missing)),
+        negative_prompt_embeds=functional.pad(batch.negative_prompt_embeds, (0, 0, 0, num_missing)),
+    )
+
+
+def restated_student_step(
+    networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig, rung: Rung
+) -> StepResult:
+    """Compute the student's loss of codmd; equals `step.student_step` under reference_compat up to rounding.
+
+    Args:
+        networks: the student gets the gradient.
+        batch: padded as the rung says.
+        draws: with rollout_noise for every step of the grid, whatever the exit step.
+        config: method codmd, frame term only.
+        rung: what is kept of the authors' way.
+    """
+    student_x0 = _sample(denoiser(networks.student, networks.precision), batch, draws, config, rung, with_grad=True)
+    with torch.no_grad():
+        latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
+        timestep, sigma = draws.score_timestep, draws.score_sigma
+        critic = denoiser(networks.critic, networks.precision)
+        critic_x0 = _to_x0(latents, critic(latents, timestep, batch.prompt_embeds), sigma)
+        cond_x0, uncond_x0 = _teacher_x0(networks, batch, latents, timestep, sigma, rung)
+        # Theirs is cond + g * (cond - uncond): g is one less than guidance_scale.
+        teacher_x0 = cond_x0 + (config.guidance_scale - 1.0) * (cond_x0 - uncond_x0)
+        distance = (student_x0 - teacher_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+        direction = torch.nan_to_num((critic_x0 - teacher_x0) / distance)
+        target = student_x0.double() - direction.double()
+    loss_dmd = 0.5 * functional.mse_loss(student_x0.double(), target)
+    copula = config.copula
+    terms = copula_terms(
+        student_x0,
+        teacher_x0,
+        critic_x0,
+        use_frame=True,
+        use_batch=False,
+        temperature=copula.temperature,
+        features=copula.features,
+        grid=copula.grid,
+        reference_compat=True,
+    )
+    return StepResult(loss=loss_dmd + copula.scale * copula.weight_frame * terms.frame, metrics={})
+
+
+def restated_critic_step(
+    networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig, rung: Rung
+) -> StepResult:
+    """Compute the critic's loss; equals `step.critic_step` up to rounding. Arguments as above."""
+    student_x0 = _sample(denoiser(networks.student, networks.precision), batch, draws, config, rung, with_grad=False)
+    latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
+    critic = denoiser(networks.critic, networks.precision)
+    critic_x0 = _to_x0(latents, critic(latents, draws.score_timestep, batch.prompt_embeds), draws.score_sigma)
+    flow_pred = (latents - critic_x0) / expand_sigma(draws.score_sigma, latents)
+    return StepResult(loss=functional.mse_loss(flow_pred, draws.score_noise - student_x0), metrics={})
+
+
+def _teacher_x0(
+    networks: Networks, batch: Batch, latents: Tensor, timestep: Tensor, sigma: Tensor, rung: Rung
+) -> tuple[Tensor, Tensor]:
+    teacher = denoiser(networks.teacher, networks.precision)
+    both = (batch.prompt_embeds, batch.negative_prompt_embeds)
+    if rung.two_teacher_calls:
+        cond_x0, uncond_x0 = (_to_x0(latents, teacher(latents, timestep, embeds), sigma) for embeds in both)
+        return cond_x0, uncond_x0
+    flows = teacher(torch.cat([latents, latents]), torch.cat([timestep, timestep]), torch.cat(both)).chunk(2)
+    return _to_x0(latents, flows[0], sigma), _to_x0(latents, flows[1], sigma)
+
+
+def _sample(
+    denoise: Denoise, batch: Batch, draws: StepDraws, config: DistillConfig, rung: Rung, *, with_grad: bool
+) -> Tensor:
+    grid = config.grid()
+    if not rung.full_rollout:
+        return student_sample(denoise, batch, draws, grid, "sde", with_grad=with_grad)
+    states = [draws.rollout_noise[0]]
+    with torch.no_grad():
+        for step_index in range(len(grid.timesteps) - 1):
+            sigma, timestep_B = (
+                _level(grid.sigmas[step_index], states[0]),
+                _level(grid.timesteps[step_index], states[0]),
+            )
+            x0_pred = _to_x0(states[-1], denoise(states[-1], timestep_B, batch.prompt_embeds), sigma)
+            states.append(add_noise(x0_pred, draws.rollout_noise[step_index + 1], grid.sigmas[step_index + 1]))
+    latents = torch.stack(states, dim=1)[:, draws.exit_step]
+    sigma, timestep_B = _level(grid.sigmas[draws.exit_step], latents), _level(grid.timesteps[draws.exit_step], latents)
+    with torch.set_grad_enabled(with_grad):
+        return _to_x0(latents, denoise(latents, timestep_B, batch.prompt_embeds), sigma)
+
+
+def _level(value: float, like: Tensor) -> Tensor:
+    return torch.full((len(like),), value, device=like.device)
+
+
+def _to_x0(latents: Tensor, flow_pred: Tensor, sigma_B: Tensor) -> Tensor:
+    level = expand_sigma(sigma_B, latents.double())
+    return (latents.double() - level * flow_pred.double()).to(latents.dtype)

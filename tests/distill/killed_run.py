@@ -1,0 +1,90 @@
+"""A training run that kills itself with SIGKILL at one moment: python killed_run.py CONFIG OUT CACHE MOMENT.
+
+Moments of the save of step 4, and one outside of it:
+writing   half of state.pt is on disk
+written   all of it is, the checkpoint is not yet under its name
+named     it is, older ones are not yet deleted
+deleting  older ones are half deleted
+training  between two saves, in the critic's step of iteration 4
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill import checkpoint
+from distill.config import config_from_dict
+from distill.methods import METHODS
+from distill.trainer import RunOptions, run_training
+
+FATAL = "step-00000004"
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(moment: str) -> None:
+    """Put the kill in the place of the call that stands at that moment."""
+    save, rename, rmtree = torch.save, Path.rename, shutil.rmtree
+
+    def half_save(state: Any, file: Any) -> None:
+        save(state, file)
+        if FATAL in file.name:
+            file.flush()
+            file.truncate(file.tell() // 2)
+            die()
+
+    def checked_rename(self: Path, target: Path) -> Path:
+        if target.name == FATAL and moment == "written":
+            die()
+        return rename(self, target)
+
+    def checked_rmtree(path: Path, **options: Any) -> None:
+        if (path.parent / FATAL).is_dir():
+            if moment == "deleting":
+                (path / checkpoint.STATE_FILE).unlink()
+            die()
+        rmtree(path, **options)
+
+    if moment == "writing":
+        torch.save = half_save
+    elif moment == "written":
+        Path.rename = checked_rename  # type: ignore[method-assign]
+    elif moment in ("named", "deleting"):
+        shutil.rmtree = checked_rmtree  # type: ignore[assignment]
+    elif moment == "training":
+        method = METHODS["codmd"]
+        steps = {**method.steps, "critic": dying_step(method.steps["critic"])}
+        METHODS["codmd"] = dataclasses.replace(method, steps=steps)
+    else:
+        raise ValueError(moment)
+
+
+def dying_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    calls: list[int] = []
+
+    def counted(*args: object) -> Any:
+        calls.append(1)
+        return die() if len(calls) == 4 else step(*args)
+
+    return counted
+
+
+if __name__ == "__main__":
+    config_path, out, cache, chosen = sys.argv[1:]
+    torch.set_num_threads(1)
+    arm(chosen)
+    run_training(
+        config_from_dict(json.loads(Path(config_path).read_text(encoding="utf-8"))),
+        RunOptions(out=Path(out), device=torch.device("cpu"), cache_dir=Path(cache), preview_every_steps=0),
+        resume=False,
+    )

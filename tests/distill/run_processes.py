@@ -1,0 +1,152 @@
+"""Runs the trainer in several gloo processes and writes down what each saw; started by test_processes.py.
+
+A program of its own, which forks after importing once: a fork of pytest would inherit its threads.
+
+    python run_processes.py SCENARIOS.json OUT
+
+SCENARIOS.json holds a list of {"name", "config", "world_size", "iterations", "resumes"}. Each process writes
+OUT/NAME-RANK.pt.
+"""
+
+import copy
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill.config import DistillConfig, config_from_dict
+from distill.data import cached_prompt_data
+from distill.latents import cached_teacher_latents
+from distill.methods import METHODS
+from distill.networks import Networks, build_networks, trained_parameters
+from distill.processes import ALONE, Processes, join_processes
+from distill.sharding import sharded_like
+from distill.trainer import ROLES, Trainer, native_latents
+
+CPU = torch.device("cpu")
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collective operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace:
+            self.counts[str(func)] = self.counts.get(str(func), 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def new_trainer(config: DistillConfig, processes: Processes, cache: Path) -> Trainer:
+    data = cached_prompt_data(config, cache, CPU)
+    networks = build_networks(config, CPU, processes)
+    part_ways(networks)
+    shape = native_latents(config)
+    latents = None
+    if METHODS[config.method].needs_x0:
+        latents = cached_teacher_latents(config, networks, data, shape, cache, CPU, processes)
+    return Trainer(config, networks, data, shape, CPU, latents, processes)
+
+
+@torch.no_grad()
+def part_ways(networks: Networks) -> None:
+    """Move student and critic off the teacher: before that, the relational losses are 0 but for rounding."""
+    rng = torch.Generator().manual_seed(1)
+    for network in (networks.student, networks.critic):
+        for parameter in trained_parameters(network).values():
+            parameter += sharded_like(0.05 * torch.randn(parameter.shape, generator=rng), parameter)
+
+
+def student_gradient(trainer: Trainer, processes: Processes) -> dict[str, torch.Tensor]:
+    """The gradient of the whole batch's loss, before any update; leaves none behind."""
+    trainer._differentiate("student")
+    parameters = trainer.parameters["student"]
+    gradient = processes.full({name: item.grad for name, item in parameters.items() if item.grad is not None})
+    trainer.optimizers["student"].zero_grad()
+    return {name: item.clone() for name, item in gradient.items()}
+
+
+def watched(config: DistillConfig, processes: Processes, cache: Path, iterations: int, resumes: bool) -> dict[str, Any]:
+    trainer = new_trainer(config, processes, cache)
+    seen: dict[str, Any] = {"gradient": student_gradient(trainer, processes), "metrics": [], "exit_steps": []}
+    start = processes.full({role: trainer.parameters[role] for role in ROLES})
+    seen["start"] = {role: {name: item.detach().clone() for name, item in start[role].items()} for role in ROLES}
+    draw = METHODS[config.method].draw
+
+    def noted(*args: Any) -> Any:
+        draws = draw(*args)
+        seen["exit_steps"].append(getattr(draws, "exit_step", None))
+        return draws
+
+    METHODS[config.method] = dataclasses.replace(METHODS[config.method], draw=noted)
+    with Collectives() as collectives:
+        for _ in range(iterations):
+            metrics = trainer.iterate()
+            seen["metrics"].append({name: float(value) for name, value in metrics.items()})
+    seen["collectives"] = collectives.counts
+    state = trainer.state_dict()
+    seen["networks"] = {role: {k: v.clone() for k, v in state["networks"][role].items()} for role in ROLES}
+    seen["shadow"] = {name: item.clone() for name, item in state["ema"]["shadow"].items()}
+    seen["sharded"] = sum(item.numel() for item in map(local, trainer.parameters["student"].values()))
+    if not resumes:
+        return seen
+    # Resumed from the whole state, the next iteration is the same as without a stop.
+    again = new_trainer(config, processes, cache)
+    again.load_state_dict(sent(copy.deepcopy(state)))
+    seen["next"], seen["next_resumed"] = ({k: float(v) for k, v in one.iterate().items()} for one in (trainer, again))
+    return seen
+
+
+def local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def sent(state: dict[str, Any]) -> dict[str, Any]:
+    """The first process's state in all of them, as the checkpoint file would bring it."""
+    box = [state]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def run(rank: int, scenario: dict[str, Any], store: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    config, world_size = config_from_dict(scenario["config"]), scenario["world_size"]
+    processes = ALONE
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        processes = join_processes(CPU, config)
+    seen = watched(config, processes, out / "cache", scenario["iterations"], scenario["resumes"])
+    torch.save(seen, out / f"{scenario['name']}-{rank}.pt")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    scenarios, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    context = torch.multiprocessing.get_context("fork")
+    for scenario in scenarios:
+        with tempfile.TemporaryDirectory() as folder:
+            processes = [
+                context.Process(target=run, args=(rank, scenario, f"{folder}/store", out), daemon=True)
+                for rank in range(scenario["world_size"])
+            ]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+        if any(process.exitcode for process in processes):
+            sys.exit(f"scenario {scenario['name']} failed")
+
+
+if __name__ == "__main__":
+    main()

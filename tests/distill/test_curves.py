@@ -1,0 +1,71 @@
+"""A log becomes one panel per number; damage in it does not stop a run."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill.config import DistillConfig
+from distill.curves import plot_curves, read_curves
+from distill.trainer import RunOptions, run_training
+
+
+def write_log(path: Path, num_metrics: int) -> None:
+    records = [
+        {"step": step, "eta_s": 1.0, **{f"metric_{index}": step * index for index in range(num_metrics)}}
+        for step in range(20, 120, 20)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def test_curves_skip_what_is_not_a_number_and_a_line_cut_short(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 2, "loss": 0.5, "eta_s": 3}\n{"step": 4, "loss": null, "gap": 1}\n{"step": 6, "lo')
+    assert read_curves(log) == {"loss": ([2], [0.5]), "gap": ([4], [1])}
+    assert read_curves(tmp_path / "none.jsonl") == {}
+
+
+def test_every_number_gets_a_panel(tmp_path: Path) -> None:
+    heights = []
+    for num_metrics in (3, 6):
+        write_log(tmp_path / "log.jsonl", num_metrics)
+        plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+        picture = Image.open(tmp_path / "curves.png").convert("RGB")
+        heights.append(picture.height)
+        assert picture.width == 1200
+        assert np.asarray(picture).std() > 1
+    assert heights == [240, 480]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "log.jsonl"]
+
+
+def test_empty_log_draws_nothing(tmp_path: Path) -> None:
+    plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_picture_that_cannot_be_written_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_log(tmp_path / "log.jsonl", 1)
+    (tmp_path / "curves.png").mkdir()
+    (tmp_path / "curves.png" / "file").touch()
+    with caplog.at_level(logging.WARNING):
+        plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert "no curves" in caplog.text
+
+
+def test_run_folder_holds_all_that_tells_of_the_run(tiny_config: DistillConfig, tmp_path: Path) -> None:
+    run_training(tiny_config, RunOptions(out=tmp_path / "run", device=torch.device("cpu")), resume=False)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "bundle",
+        "cache",
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "log.jsonl",
+        "pipeline",
+        "previews",
+        "tensorboard",
+    ]

@@ -1,0 +1,209 @@
+"""Several gloo processes compute what one computes; parts of a batch compute what the whole does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from codmd_serve.errors import ConfigError
+from distill.config import DistillConfig, config_to_dict, with_overrides
+from distill.methods import with_method
+from distill.processes import ALONE, Processes, check_shares
+from distill.sharding import check_tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+ITERATIONS = 3
+# name: (processes, settings); each is compared with the one-process run of the same method named after the slash.
+SCENARIOS: dict[str, tuple[int, list[str]]] = {
+    "whole": (1, []),
+    "two": (2, []),
+    "four": (4, []),
+    "parts": (1, ["accumulate=2"]),
+    "control": (1, ["copula.permute=true", "copula.features=spatial"]),
+    "control-two": (2, ["copula.permute=true", "copula.features=spatial", "accumulate=2"]),
+    "recomputed-two": (2, ["activation_checkpointing=true"]),
+    "lora": (1, ["lora_critic_rank=2"]),
+    "lora-two": (2, ["lora_critic_rank=2", "activation_checkpointing=true"]),
+    "dcm": (1, ["method=dcm"]),
+    "dcm-two": (2, ["method=dcm"]),
+    "rcm": (1, ["method=rcm"]),
+    "rcm-two": (2, ["method=rcm"]),
+    "dp-dmd": (1, ["method=dp-dmd"]),
+    "dp-dmd-two": (2, ["method=dp-dmd"]),
+}
+SAME = [
+    ("two", "whole"),
+    ("four", "whole"),
+    ("parts", "whole"),
+    ("control-two", "control"),
+    ("recomputed-two", "whole"),
+    ("lora-two", "lora"),
+    ("dcm-two", "dcm"),
+    ("rcm-two", "rcm"),
+    ("dp-dmd-two", "dp-dmd"),
+]
+
+
+RESUMED = ("two", "lora-two")
+
+
+def scenario_config(tiny_config: DistillConfig, settings: list[str]) -> DistillConfig:
+    methods = [setting.removeprefix("method=") for setting in settings if setting.startswith("method=")]
+    config = with_method(tiny_config, methods[0]) if methods else tiny_config
+    common = [
+        "batch_size=4",
+        "student_every_steps=1" if not methods or methods[0] == "dp-dmd" else "student_every_steps=2",
+        "rcm.data_steps=2",
+        "rcm.warmup_steps=0",
+        "dp_dmd.teacher_steps=4",
+        "dp_dmd.match_step=2",
+        # The relational term is most of the loss, so that an error in its gradient cannot hide behind the rest.
+        "copula.scale=20",
+        # Keys have a bias whose gradient is 0 but for rounding, and Adam would make updates of full size of that.
+        "optimizer.eps=0.01",
+    ]
+    return with_overrides(config, [*common, *(setting for setting in settings if not setting.startswith("method="))])
+
+
+@pytest.fixture(scope="module")
+def results(tiny_config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What every process of every scenario saw."""
+    out = tmp_path_factory.mktemp("processes")
+    wanted = [
+        {
+            "name": name,
+            "config": config_to_dict(scenario_config(tiny_config, settings)),
+            "world_size": world_size,
+            "iterations": ITERATIONS,
+            "resumes": name in RESUMED,
+        }
+        for name, (world_size, settings) in SCENARIOS.items()
+    ]
+    (out / "scenarios.json").write_text(json.dumps(wanted))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("run_processes.py")
+    command = [sys.executable, str(script), str(out / "scenarios.json"), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        name: [torch.load(out / f"{name}-{rank}.pt", weights_only=True) for rank in range(world_size)]
+        for name, (world_size, _) in SCENARIOS.items()
+    }
+
+
+def relative_error(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
+    assert got.keys() == want.keys()
+    joined = [torch.cat([items[name].flatten().double() for name in want]) for items in (got, want)]
+    return float((joined[0] - joined[1]).norm() / joined[1].norm())
+
+
+@pytest.mark.parametrize(("name", "reference"), SAME)
+def test_losses_gradients_and_parameters_equal_the_whole_batch_in_one_process(
+    results: dict[str, list[dict[str, Any]]], name: str, reference: str
+) -> None:
+    got, want = results[name][0], results[reference][0]
+    assert relative_error(got["gradient"], want["gradient"]) < 1e-5
+    for step in range(ITERATIONS):
+        losses = [{k: v for k, v in seen["metrics"][step].items() if "loss" in k} for seen in (got, want)]
+        # The relational terms are differences of logarithms of about 1, so float32 leaves 1e-7 of them uncertain.
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=20 * 2e-7)
+    for role in ("student", "critic"):
+        assert relative_error(got["networks"][role], want["networks"][role]) < 1e-5
+        for key, tensor in want["networks"][role].items():
+            torch.testing.assert_close(got["networks"][role][key], tensor, rtol=1e-5, atol=1e-6, msg=key)
+    assert relative_error(got["shadow"], want["shadow"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name, (world_size, _) in SCENARIOS.items() if world_size > 1])
+def test_processes_agree_and_do_equally_many_collectives(results: dict[str, list[dict[str, Any]]], name: str) -> None:
+    first, *others = results[name]
+    assert sum(first["collectives"].values()) > 0
+    for other in others:
+        assert other["collectives"] == first["collectives"]
+        assert other["exit_steps"] == first["exit_steps"]
+        assert other["metrics"] == first["metrics"]
+
+
+def test_exit_steps_are_those_of_one_process(results: dict[str, list[dict[str, Any]]]) -> None:
+    assert results["four"][3]["exit_steps"] == results["whole"][0]["exit_steps"]
+    assert set(results["whole"][0]["exit_steps"]) == {1, 3}
+
+
+def test_weights_are_sharded_not_copied(results: dict[str, list[dict[str, Any]]]) -> None:
+    whole = results["whole"][0]["sharded"]
+    shares = [seen["sharded"] for seen in results["four"]]
+    assert sum(shares) == whole
+    assert max(shares) < 0.4 * whole
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_resumed_from_the_whole_state_goes_on_as_it_would_have(
+    results: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    for seen in results[name]:
+        assert seen["next_resumed"] == seen["next"]
+
+
+@pytest.mark.parametrize("name", sorted({reference for _, reference in SAME}))
+def test_the_updates_that_are_compared_move_the_networks(results: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """So that equal parameters are not simply the initial ones: by 10 times what they may differ by."""
+    seen = results[name][0]
+    for role in ("student", "critic"):
+        assert relative_error(seen["networks"][role], seen["start"][role]) > 1e-4
+
+
+def test_the_control_arm_has_another_gradient(results: dict[str, list[dict[str, Any]]]) -> None:
+    gradients = [results[name][0]["gradient"] for name in ("whole", "control")]
+    assert relative_error(*gradients) > 1e-2
+
+
+def test_positions_share_out_the_batch_once() -> None:
+    taken = []
+    for part in range(2):
+        for rank in range(6):
+            processes = Processes(rank=rank, world_size=6, context_parallel=2)
+            taken.append(list(processes.positions(12, 2, part)))
+    assert taken[0] == taken[1] == [0, 1]
+    assert [place for places in taken[::2] for place in places] == list(range(12))
+    assert ALONE.positions(3, 1, 0) == range(3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "named"),
+    [
+        (["batch_size=4"], 3, "batch_size must be a multiple of 3"),
+        (["batch_size=4", "accumulate=4"], 2, "batch_size must be a multiple of 8 .*accumulate=4"),
+        (["batch_size=4", "accumulate=3"], 1, "batch_size must be a multiple of 3"),
+        (["context_parallel=4"], 2, "context_parallel 4 needs a multiple of 4 processes, got 2: start .*torchrun"),
+        (["context_parallel=2"], 3, "context_parallel 2 needs a multiple of 2 processes"),
+    ],
+)
+def test_a_run_that_cannot_be_shared_out_is_refused_by_key(
+    tiny_config: DistillConfig, settings: list[str], world_size: int, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        check_shares(with_overrides(tiny_config, settings), world_size, torch.device("cuda"))
+
+
+def test_split_tokens_need_cuda(tiny_config: DistillConfig) -> None:
+    with pytest.raises(ConfigError, match="context_parallel must be 1 on cpu, got 2"):
+        check_shares(with_overrides(tiny_config, ["context_parallel=2"]), 2, torch.device("cpu"))
+
+
+def test_tokens_and_heads_have_to_divide(tiny_config: DistillConfig) -> None:
+    eight = with_overrides(tiny_config, ["context_parallel=8"])
+    with pytest.raises(ConfigError, match="must divide the 32764 tokens"):
+        check_tokens(eight, 16, 32764)
+    with pytest.raises(ConfigError, match="context_parallel must divide the 12 attention heads, got 8"):
+        check_tokens(eight, 12, 32760)
+    check_tokens(eight, 40, 32760)
+
+
+def test_rcm_cannot_split_tokens(tiny_config: DistillConfig) -> None:
+    with pytest.raises(ConfigError, match="context_parallel must be 1 for method rcm"):
+        with_overrides(with_method(tiny_config, "rcm"), ["context_parallel=2"])
