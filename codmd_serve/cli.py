@@ -4,7 +4,6 @@ configures logging, and puts the page beside the API.
 
 import argparse
 import contextlib
-import importlib.util
 import logging
 import os
 import platform
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
-from codmd_serve.config import DEFAULT_CRF, GenerateParams, ModelFacts, ServeConfig
+from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
 from codmd_serve.video import find_ffmpeg
@@ -60,6 +59,10 @@ MODEL_FLAGS = (
     _serve_flag("bundle", "folder of the student bundle"),
     _serve_flag("device", "auto, cpu, cuda or cuda:N"),
     _serve_flag("dtype", "auto (bfloat16 on cuda, else float32), float32, bfloat16 or float16"),
+    _serve_flag("execution", "auto (what is fastest on the device), eager, graph, compiled or compiled+graph"),
+    _serve_flag("text_encoder", "auto, gpu, cpu, or offload: on the cpu, lent to the device while it encodes"),
+    _serve_flag("text_cache", "folder that keeps prompt embeddings over restarts; empty is memory only"),
+    _serve_flag("attention", "auto (the fastest that is installed and right) or a kernel of `doctor`'s table"),
 )
 SERVE_FLAGS = (
     *MODEL_FLAGS,
@@ -137,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
     options: dict[str, Any] = {"default": _from_environment(flag)}
-    shown = "" if flag.default is None else f"default: {flag.default}; "
+    shown = "" if flag.default in (None, "") else f"default: {flag.default}; "
     options["help"] = f"{flag.help} ({shown}also ${flag.variable})".replace("%", "%%")
     if flag.kind is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -263,7 +266,7 @@ def generate(options: argparse.Namespace) -> int:
     from codmd_serve.wan.checkpoint import silence_libraries
 
     silence_libraries()
-    engine = load_engine(Path(options.bundle), options.device, options.dtype)
+    engine = load_engine(Path(options.bundle), **{name: getattr(options, name) for name in ENGINE_SETTINGS})
     params = to_params(body, engine.facts, max_pixels=sys.maxsize)
     with _ended_by_sigterm():
         result = _generate_with_bar(engine, params, output)
@@ -336,11 +339,15 @@ def doctor(options: argparse.Namespace) -> int:
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
         **{name: metadata.version(name) for name in ("diffusers", "transformers", "gradio")},
         "devices": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "cpu only",
-        "would use": f"{device} in {dtype}, {torch.get_num_threads()} CPU threads, eager",
-        "attention": "sdpa of torch" + "".join(_optional(name) for name in ("xformers", "flash_attn")),
+        "would use": f"{device} in {dtype}, {torch.get_num_threads()} CPU threads",
+    }
+    checks: dict[str, Callable[[], str]] = {
+        "ffmpeg": find_ffmpeg,
+        "bundle": lambda: _bundle_line(Path(options.bundle), read_spec),
+        "attention": lambda: _attention_lines(Path(options.bundle), options.attention, device, dtype),
     }
     problems = []
-    for name, check in (("ffmpeg", find_ffmpeg), ("bundle", lambda: _bundle_line(Path(options.bundle), read_spec))):
+    for name, check in checks.items():
         try:
             lines[name] = check()
         except CodmdError as error:
@@ -348,14 +355,30 @@ def doctor(options: argparse.Namespace) -> int:
             problems.append(str(error))
     for name, value in lines.items():
         print(f"{name:>12}  {value}")
-    for problem in problems:
+    for problem in dict.fromkeys(problems):
         print(f"codmd-serve: {problem}", file=sys.stderr)
     return EXIT_BAD_INPUT if problems else 0
 
 
-def _optional(module: str) -> str:
-    state = "installed, not used by this version" if importlib.util.find_spec(module) else "not installed"
-    return f"; {module} {state}"
+def _attention_lines(bundle: Path, name: str, device: Any, dtype: Any) -> str:
+    """The kernel that would be used, and what each installed one takes on the video of the bundle."""
+    from codmd_serve.wan.checkpoint import attention_shape
+    from codmd_serve.wan.kernels import MATH, choose_attention, installed_kernels, measure_kernels
+
+    # On a CPU a large video would take minutes to try.
+    shape = attention_shape(bundle, max_tokens=4096 if device.type == "cpu" else None)
+    chosen = choose_attention(name, shape, device, dtype)
+    others = [n for n in installed_kernels(device) if n != MATH and n not in {entry.name for entry in chosen.table}]
+    table = (*chosen.table, *measure_kernels(others, shape, device, dtype))
+    lines = [f"{chosen.name}, at {shape.num_tokens} tokens, {shape.num_heads} heads of {shape.head_width}:"]
+    for entry in table:
+        times = ", ".join(
+            f"{what} {ms:.3f} ms"
+            for what, ms in (("self", entry.self_ms), ("prompt", entry.prompt_ms))
+            if ms is not None
+        )
+        lines.append(f"{entry.name:<18} {'; '.join(filter(None, (times, entry.problem)))}")
+    return ("\n" + " " * 14).join(lines)
 
 
 def _bundle_line(path: Path, read_spec: Any) -> str:

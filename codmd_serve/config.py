@@ -13,6 +13,10 @@ MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 4000
 DEFAULT_CRF = 18
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Fields of ServeConfig that the engine is loaded with; a worker is told them by these names.
+ENGINE_SETTINGS = ("device", "dtype", "attention", "execution", "text_encoder", "text_cache")
+TEXT_ENCODERS = ("auto", "gpu", "cpu", "offload")
+EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
@@ -119,6 +123,10 @@ class ServeConfig:
     port: int = 8000
     device: str = "auto"
     dtype: str = "auto"
+    attention: str = "auto"
+    execution: str = "auto"
+    text_encoder: str = "auto"
+    text_cache: str = ""
     queue_size: int = 16
     max_pixels: int = 0
     max_body_bytes: int = 65536
@@ -143,6 +151,10 @@ class ServeConfig:
                 raise ConfigError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.execution not in EXECUTIONS:
+            raise ConfigError(f"execution must be one of {', '.join(EXECUTIONS)}, got {self.execution!r}")
+        if self.text_encoder not in TEXT_ENCODERS:
+            raise ConfigError(f"text_encoder must be one of {', '.join(TEXT_ENCODERS)}, got {self.text_encoder!r}")
         if self.host not in LOOPBACK_HOSTS and not self.allow_remote_without_auth:
             raise ConfigError(
                 f"refusing to listen on {self.host}: there is no authentication, so anybody who reaches this address "
@@ -178,7 +190,7 @@ class ModelFacts:
 
     Args:
         name: of the bundle.
-        device, dtype, attention, execution: what runs it; execution is eager or graph.
+        device, dtype, attention, execution: what runs it; attention is a kernel, or two as `self+prompt`.
         num_steps: of the sampler.
         height, width, num_frames, fps: what the bundle was trained to make.
         size_multiple: height and width must be multiples of it.
@@ -186,6 +198,8 @@ class ModelFacts:
         frame_multiple: num_frames is a multiple of it, plus one.
         service_s: seconds that the native video took, warm.
         load_s: seconds from start to warm.
+        fallback: why execution is not what was asked for; empty when it is.
+        max_video_px: height * width * num_frames that the memory of the device has room for; 0 is unknown.
     """
 
     name: str
@@ -204,3 +218,5 @@ class ModelFacts:
     max_num_frames: int
     service_s: float
     load_s: float
+    fallback: str = ""
+    max_video_px: int = 0

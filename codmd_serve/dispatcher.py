@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codmd_serve.config import GenerateParams, ModelFacts, ServeConfig
+from codmd_serve.config import ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.errors import CodmdError, GenerationError, QueueFullError
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "codmd_serve.worker")
@@ -182,8 +182,8 @@ class Dispatcher:
             num_failures += 1
 
     async def _load(self) -> None:
-        load = {"type": "load", "bundle": self.config.bundle, "device": self.config.device, "dtype": self.config.dtype}
-        self._send(load)
+        settings = {name: getattr(self.config, name) for name in ENGINE_SETTINGS}
+        self._send({"type": "load", "bundle": self.config.bundle, **settings})
         message = await self._receive()
         if message is None:
             raise GenerationError("the worker process ended while loading; its own words are above", "worker_died")

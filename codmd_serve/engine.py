@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 
 from codmd_serve.config import DEFAULT_CRF, DTYPES, GenerateParams, ModelFacts
+from codmd_serve.denoise import DenoiseLoop, choose_execution
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
-from codmd_serve.sampler import rollout
 from codmd_serve.video import find_ffmpeg, write_video
-from codmd_serve.wan.attention import compact_prompt_embeds
+from codmd_serve.wan.attention import pad_prompt_embeds
 from codmd_serve.wan.checkpoint import Bundle, load_bundle
-from codmd_serve.wan.text import encode_prompts, prompt_warnings
+from codmd_serve.wan.kernels import AttentionShape, check_attention_name, choose_attention
+from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder, prompt_warnings
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 from codmd_serve.wan.vae import StreamingDecoder, latent_shape
 
-NUM_PROMPTS_CACHED = 256
+NUM_PROMPTS_READY = 8  # keys and values of one prompt are up to 94 MB at the size of Wan 1.3B
+MEMORY_SHARE = 0.9  # of what is free; the rest is for fragments, workspaces and the driver
 
 # (stage, done, total): text 1 of 1, denoise k of num_steps, decode frames of num_frames. May raise CancelledError.
 OnProgress = Callable[[str, int, int], None]
@@ -57,18 +59,31 @@ class Engine:
         bundle: its transformer is not used; its weights went into `transformer`.
         transformer: built for the timesteps of the bundle.
         facts: as reported to clients.
+        execution: as `DenoiseLoop` takes it; takes effect at warm-up.
+        embedder: of the bundle's text encoder; None is one that remembers in memory only.
     """
 
-    def __init__(self, bundle: Bundle, transformer: FewStepTransformer, facts: ModelFacts) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        transformer: FewStepTransformer,
+        facts: ModelFacts,
+        *,
+        execution: str = "eager",
+        embedder: PromptEmbedder | None = None,
+    ) -> None:
         self.bundle = bundle
         self.transformer = transformer
+        self.loop = DenoiseLoop(transformer, bundle.spec, execution=execution)
         self.decoder = StreamingDecoder(bundle.vae)
         self.facts = facts
-        self._embed = functools.lru_cache(maxsize=NUM_PROMPTS_CACHED)(self._embed_uncached)
+        self.embedder = embedder or PromptEmbedder(bundle.tokenizer, bundle.text_encoder)
+        self.embed = functools.lru_cache(maxsize=NUM_PROMPTS_READY)(self._embed_uncached)
 
+    @torch.inference_mode()
     def _embed_uncached(self, prompt: str) -> PromptCache:
-        embeds_BLD = encode_prompts(self.bundle.tokenizer, self.bundle.text_encoder, [prompt])
-        return self.transformer.encode_prompt(compact_prompt_embeds(embeds_BLD))
+        embeds_BLD = pad_prompt_embeds(self.embedder(prompt), self.loop.prompt_sizes)
+        return self.transformer.encode_prompt(embeds_BLD)
 
     @torch.inference_mode()
     def generate(self, params: GenerateParams, path: Path, on_progress: OnProgress | None = None) -> GenerateResult:
@@ -86,7 +101,7 @@ class Engine:
         report = on_progress or _nothing
         clock = _StageClock(self.facts.device)
         try:
-            prompt = self._embed(params.prompt)
+            prompt = self.embed(params.prompt)
             clock.stop("text")
             report("text", 1, 1)
             x0_pred = self._denoise(params, prompt, report)
@@ -113,29 +128,24 @@ class Engine:
         return GenerateResult(timings_ms=clock.milliseconds, warnings=self._warnings(params))
 
     def _denoise(self, params: GenerateParams, prompt: PromptCache, report: OnProgress) -> Tensor:
-        spec, transformer = self.bundle.spec, self.transformer
-        num_steps = len(spec.timesteps)
-        shape = latent_shape(self.bundle.vae, params.height, params.width, params.num_frames)
-        noise = draw_noise(params.seed, (num_steps, 1, *shape)).to(transformer.device)
-        # The rollout calls once per step, in order; what a timestep does to the network was computed at load.
-        step_indices = iter(range(num_steps))
-
-        def denoise(latents: Tensor, _timestep_B: Tensor, _prompt_embeds: Tensor) -> Tensor:
-            flow_pred: Tensor = transformer(latents, next(step_indices), prompt)
-            return flow_pred
-
-        x0_pred = rollout(
-            denoise,
-            noise,
-            noise.new_empty(0),
-            spec.sigmas,
-            spec.timesteps,
-            sampler=spec.sampler,
-            on_step=lambda step_index, _: report("denoise", step_index + 1, num_steps),
-        )
+        num_steps = len(self.bundle.spec.timesteps)
+        noise = self._noise(params)
+        x0_pred = self.loop(noise, prompt, lambda step_index, _: report("denoise", step_index + 1, num_steps))
         if not bool(x0_pred.isfinite().all()):
             raise GenerationError("the network gave values that are not finite", "non_finite")
         return x0_pred
+
+    def _noise(self, params: GenerateParams) -> Tensor:
+        shape = latent_shape(self.bundle.vae, params.height, params.width, params.num_frames)
+        return draw_noise(params.seed, (len(self.bundle.spec.timesteps), 1, *shape)).to(self.transformer.device)
+
+    @torch.inference_mode()
+    def warm_loop(self, params: GenerateParams) -> None:
+        """Compile and record the denoising of one shape for prompts of all lengths, where that was asked for."""
+        text_dim = self.transformer.config.text_dim
+        empty = [torch.zeros(1, size, text_dim) for size in self.loop.prompt_sizes]
+        if empty:
+            self.loop.warm(self._noise(params), [self.transformer.encode_prompt(embeds) for embeds in empty])
 
     def _decoded(
         self, params: GenerateParams, x0_pred: Tensor, clock: "_StageClock", report: OnProgress
@@ -166,42 +176,85 @@ class Engine:
         return warnings
 
 
-def load_engine(path: Path, device: str = "auto", dtype: str = "auto") -> Engine:
+def load_engine(
+    path: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    attention: str = "auto",
+    execution: str = "auto",
+    text_encoder: str = "auto",
+    text_cache: str = "",
+) -> Engine:
     """Load a bundle and make its native video once, so that the first request finds everything warm.
 
     Args:
         path: the bundle folder.
         device: auto (cuda where there is one), cpu, cuda or cuda:N.
         dtype: auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float16.
+        attention: auto (the fastest right one that is installed), or the name of a kernel.
+        execution: auto (what is fastest; eager on a CPU), eager, graph, compiled or compiled+graph.
+        text_encoder: auto (gpu where its weights leave room, else offload), gpu, cpu or offload.
+        text_cache: folder for embeddings; empty is memory only.
 
     Raises:
         CheckpointError: the bundle cannot be loaded.
-        ConfigError: no such device, or no ffmpeg.
+        ConfigError: no such device, kernel or execution, or no ffmpeg.
         GenerationError: the bundle loads, but its native video cannot be made here.
     """
     start_s = time.perf_counter()
     find_ffmpeg()
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
-    bundle = load_bundle(path, chosen_dtype, chosen_device)
+    chosen_execution = choose_execution(execution, chosen_device)
+    check_attention_name(attention, chosen_device)
+    choose_text_encoder(text_encoder, chosen_device, 0, 0, 0)  # a wrong name shall not cost a load
+    free_bytes = torch.cuda.mem_get_info(chosen_device)[0] if chosen_device.type == "cuda" else 0
+    bundle = load_bundle(path, chosen_dtype, chosen_device, text_device="cpu")
+    embedder = _embedder(bundle, chosen_device, text_encoder, text_cache, free_bytes)
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
-    transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps)
-    engine = Engine(bundle, transformer, facts)
+    chosen = choose_attention(attention, _attention_shape(bundle), chosen_device, chosen_dtype)
+    facts = replace(facts, attention=chosen.name)
+    transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
+    engine = Engine(bundle, transformer, facts, execution=chosen_execution, embedder=embedder)
     try:
-        warm_s = _warm(engine)
+        warm_s, max_video_px = _warm(engine)
     except CodmdError:
         raise
     except Exception as error:  # parts that load but do not work together fail anywhere, with any exception
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         raise GenerationError(f"{path} loads but cannot make its own native video: {reason}", "warm_up") from error
-    engine.facts = replace(facts, service_s=warm_s, load_s=time.perf_counter() - start_s)
+    engine.facts = replace(
+        facts,
+        execution=engine.loop.execution,
+        fallback=engine.loop.fallback,
+        max_video_px=max_video_px,
+        service_s=warm_s,
+        load_s=time.perf_counter() - start_s,
+    )
     return engine
 
 
-def _warm(engine: Engine) -> float:
-    """Make the native video twice; returns the seconds of the second time."""
-    facts = engine.facts
+def _embedder(bundle: Bundle, device: torch.device, place: str, cache: str, free_bytes: int) -> PromptEmbedder:
+    """Put the text encoder where it was asked to be, or where it fits."""
+    sizes = [sum(p.nbytes for p in module.parameters()) for module in (bundle.transformer, bundle.vae)]
+    encoder_bytes = sum(p.nbytes for p in bundle.text_encoder.parameters())
+    chosen = choose_text_encoder(place, device, encoder_bytes, sum(sizes), free_bytes)
+    log.info("text_encoder=%s asked=%s weights_gib=%.1f", chosen, place, encoder_bytes / 2**30)
+    if chosen == "gpu":
+        bundle.text_encoder.to(device)
+    return PromptEmbedder(
+        bundle.tokenizer,
+        bundle.text_encoder,
+        lend_to=device if chosen == "offload" else None,
+        folder=Path(cache) if cache else None,
+    )
+
+
+def _warm(engine: Engine) -> tuple[float, int]:
+    """Make the native video twice; returns the seconds of the second time, and the pixels that memory has room for."""
+    facts, device = engine.facts, engine.transformer.device
     params = GenerateParams(
         prompt="warm up",
         seed=0,
@@ -212,10 +265,41 @@ def _warm(engine: Engine) -> float:
         crf=DEFAULT_CRF,
     )
     with tempfile.TemporaryDirectory(prefix="codmd-warm-") as folder:
+        engine.embed(params.prompt)  # first, or an encoder that is lent to the device would be taken for activations
+        resident_bytes = _allocated_bytes(device)
+        # Eager, and before anything is recorded: libraries choose their kernels, and activations take what they take.
         engine.generate(params, Path(folder) / "warm.mp4")
+        needed_bytes = _peak_bytes(device) - resident_bytes
+        engine.warm_loop(params)
+        max_video_px = _affordable_px(params, device, needed_bytes)
         warm_s = time.perf_counter()
         engine.generate(params, Path(folder) / "warm.mp4")
-    return time.perf_counter() - warm_s
+    return time.perf_counter() - warm_s, max_video_px
+
+
+def _allocated_bytes(device: torch.device) -> int:
+    """Memory that is allocated now, where `_peak_bytes` counts from; 0 on a CPU, where nobody counts."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _affordable_px(params: GenerateParams, device: torch.device, needed_bytes: int) -> int:
+    """Pixels of the largest video that fits, when `params` needs `needed_bytes`; 0 is unknown.
+
+    Activations grow with the number of tokens, and no other memory grows faster.
+    """
+    native_px = params.height * params.width * params.num_frames
+    if device.type != "cuda" or needed_bytes <= 0:
+        return 0
+    torch.cuda.empty_cache()
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return max(native_px, int(MEMORY_SHARE * native_px * free_bytes / needed_bytes))
 
 
 def _check_native(path: Path, facts: ModelFacts) -> None:
@@ -283,7 +367,7 @@ def _describe(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Model
         name=bundle.path.resolve().name,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype=str(dtype).removeprefix("torch."),
-        attention="sdpa",
+        attention="",
         execution="eager",
         num_steps=len(bundle.spec.timesteps),
         height=native.height,
@@ -296,6 +380,16 @@ def _describe(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Model
         max_num_frames=(config.rope_max_seq_len - 1) * vae.scale_factor_temporal + 1,
         service_s=0.0,
         load_s=0.0,
+    )
+
+
+def _attention_shape(bundle: Bundle) -> AttentionShape:
+    native, config = bundle.spec.native, bundle.transformer.config
+    _, *latent = latent_shape(bundle.vae, native.height, native.width, native.num_frames)
+    return AttentionShape(
+        num_tokens=math.prod(size // patch for size, patch in zip(latent, config.patch_size, strict=True)),
+        num_heads=config.num_attention_heads,
+        head_width=config.attention_head_dim,
     )
 
 

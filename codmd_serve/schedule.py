@@ -43,7 +43,10 @@ def expand_sigma(sigma: float | Tensor, like: Tensor) -> Tensor:
         ValueError: sigma has neither 0 nor 1 dimension, or not one level per sample.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
-    level = torch.as_tensor(sigma, dtype=dtype, device=like.device)
+    if not isinstance(sigma, Tensor):
+        # Not as_tensor: its copy from the host waits for the device, which no CUDA graph can record.
+        return torch.full((), sigma, dtype=dtype, device=like.device)
+    level = sigma.to(like.device, dtype)
     if level.ndim == 0:
         return level
     if level.shape != like.shape[:1]:

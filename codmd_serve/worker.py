@@ -1,6 +1,6 @@
 """The process around one engine: jobs in on stdin, what becomes of them out on stdout, one JSON object per line.
 
-In:   {"type": "load", "bundle", "device", "dtype"} once, then {"type": "generate", "id", "path", "params"} and
+In:   {"type": "load", "bundle", and the ENGINE_SETTINGS} once, then {"type": "generate", "id", "path", "params"} and
       {"type": "cancel", "id"}. The end of the input ends the process, so a worker never outlives its server.
 Out:  {"type": "ready", "facts"} or {"type": "fatal", "message"}; then per job {"type": "progress", "id", "stage",
       "done", "total"} and one of "done" (timings_ms, warnings), "failed" (code, message), "cancelled".
@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from codmd_serve.config import GenerateParams
+from codmd_serve.config import ENGINE_SETTINGS, GenerateParams
 from codmd_serve.errors import CancelledError, CodmdError, GenerationError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def serve(load: Message, lines: IO[str], send: Send) -> None:
 
     silence_libraries()
     try:
-        engine = load_engine(Path(load["bundle"]), load["device"], load["dtype"])
+        engine = load_engine(Path(load["bundle"]), **{name: load[name] for name in ENGINE_SETTINGS})
     except CodmdError as error:
         send({"type": "fatal", "message": str(error)})
         return

@@ -28,7 +28,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.student_scheduler",
         *WAN,
     ),
-    "codmd_serve.engine": (*PURE, "codmd_serve.schedule", "codmd_serve.sampler", "codmd_serve.video", *WAN),
+    "codmd_serve.cuda_graph": PURE,
+    "codmd_serve.denoise": (*PURE, "codmd_serve.sampler", "codmd_serve.cuda_graph", *WAN),
+    "codmd_serve.engine": (*PURE, "codmd_serve.denoise", "codmd_serve.video", *WAN),
     "codmd_serve.convert_cli": (*PURE, "codmd_serve.__version__", *WAN),
     "codmd_serve.bench": (
         *PURE,
@@ -125,6 +127,14 @@ def test_the_shared_mathematics_needs_torch_only(module: str) -> None:
     for name in imports(path):
         first = name.partition(".")[0]
         assert first in ("torch", "codmd_serve") or first in sys.stdlib_module_names, f"{module} must not import {name}"
+
+
+def test_only_one_file_knows_cuda_graphs() -> None:
+    for package in PACKAGES:
+        for module, path in modules(package):
+            names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))}
+            graphs = names & {"torch.cuda.graph", "torch.cuda.CUDAGraph", "torch.cuda.make_graphed_callables"}
+            assert not graphs or module == "codmd_serve.cuda_graph", f"{module} records CUDA graphs"
 
 
 def test_only_the_command_line_reads_the_environment() -> None:

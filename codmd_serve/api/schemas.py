@@ -116,7 +116,8 @@ def to_params(body: GenerateBody, facts: ModelFacts, max_pixels: int = 0) -> Gen
     Args:
         body: well-formed.
         facts: of the loaded model.
-        max_pixels: operator's bound on height * width * num_frames; 0 is four times the model's own.
+        max_pixels: operator's bound on height * width * num_frames; 0 is four times the model's own. What the memory
+            of the device has no room for is refused whatever the bound.
 
     Raises:
         InvalidRequestError: names the field and what would be accepted.
@@ -134,7 +135,8 @@ def to_params(body: GenerateBody, facts: ModelFacts, max_pixels: int = 0) -> Gen
         fps=body.fps or facts.fps,
         crf=body.crf or QUALITY_CRF[body.quality or "high"],
     )
-    _check_shape(params, facts, max_pixels or DEFAULT_BUDGET_FACTOR * facts.height * facts.width * facts.num_frames)
+    budget_px = max_pixels or DEFAULT_BUDGET_FACTOR * facts.height * facts.width * facts.num_frames
+    _check_shape(params, facts, min(budget_px, facts.max_video_px or budget_px))
     return params
 
 

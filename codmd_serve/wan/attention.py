@@ -92,6 +92,18 @@ def prompt_lengths(embeds_BLD: torch.Tensor) -> list[int]:
     return lengths
 
 
+def pad_prompt_embeds(embeds_BLD: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Append zero rows up to the least of `sizes` that is not below L; as given when there is none.
+
+    Args:
+        embeds_BLD: output of `compact_prompt_embeds`; attention to it stays what it was, up to the order of sums.
+        sizes: lengths that a network was compiled or captured for.
+    """
+    num_given = embeds_BLD.shape[1]
+    size = min((size for size in sizes if size >= num_given), default=num_given)
+    return torch.nn.functional.pad(embeds_BLD, (0, 0, 0, size - num_given))
+
+
 def compact_prompt_embeds(
     embeds_BLD: torch.Tensor,
     lengths: Sequence[int] | torch.Tensor | None = None,

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from codmd_serve.config import check_step_grid
 from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.wan.kernels import AttentionShape
 
 SPEC_FILE = "student.json"
 
@@ -162,13 +163,46 @@ def resolve_base(bundle: Path, base: str) -> tuple[str, bool]:
     return base, False
 
 
-def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bundle:
+def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionShape:
+    """What the transformer of a bundle attends to in its native video, read from its configuration alone.
+
+    Args:
+        bundle: folder; the compression of its VAE is taken as Wan's 8 x 8 x 4.
+        max_tokens: an upper bound to the number of tokens that is returned.
+
+    Raises:
+        CheckpointError: no such bundle, or a configuration that does not say.
+    """
+    spec = read_spec(bundle)
+    try:
+        config = json.loads((bundle / "transformer" / "config.json").read_text(encoding="utf-8"))
+        frames, height, width = config["patch_size"]
+        native = spec.native
+        rows, columns = native.height // 8 // height, native.width // 8 // width
+        num_tokens = ((native.num_frames - 1) // 4 + 1) // frames * rows * columns
+        return AttentionShape(
+            num_tokens=min(num_tokens, max_tokens or num_tokens),
+            num_heads=config["num_attention_heads"],
+            head_width=config["attention_head_dim"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {_first_line(error)}") from error
+
+
+def load_bundle(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    text_device: torch.device | str | None = None,
+) -> Bundle:
     """Load a student and the modules of its base.
 
     Args:
         path: the bundle folder.
-        dtype: of transformer and text encoder. The VAE stays float32: in bfloat16 its clamp shows as banding.
+        dtype: of transformer and text encoder, which takes bfloat16 for float16. The VAE stays float32: in bfloat16 its
+            clamp shows as banding.
         device: where the modules go.
+        text_device: where the text encoder goes; None is `device`.
 
     Raises:
         CheckpointError: anything missing, truncated, of another kind, or parts that do not fit each other.
@@ -178,7 +212,9 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.de
     base, is_local = resolve_base(path, spec.base)
     transformer = load_module(WanTransformer3DModel, path, "transformer", True, torch_dtype=dtype)
     vae = load_module(AutoencoderKLWan, base, "vae", is_local, torch_dtype=torch.float32)
-    text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", is_local, dtype=dtype)
+    # UMT5 was trained in bfloat16; its activations leave the range of float16.
+    text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", is_local, dtype=text_dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=is_local)
     except (OSError, ValueError, KeyError) as error:
@@ -193,8 +229,8 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32, device: torch.de
         raise CheckpointError(
             f"the tokenizer of {base} has {len(tokenizer)} tokens, its text encoder {text_encoder.config.vocab_size}"
         )
-    for module in (transformer, vae, text_encoder):
-        module.requires_grad_(False).eval().to(device)
+    for module, place in ((transformer, device), (vae, device), (text_encoder, text_device or device)):
+        module.requires_grad_(False).eval().to(place)
     return Bundle(
         path=path, spec=spec, tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae
     )

@@ -1,17 +1,37 @@
-"""Prompts to embeddings, as Wan was trained on them; knows nothing of sampling.
+"""Prompts to embeddings, as Wan was trained on them, each encoded once; knows nothing of sampling.
 
 Legend: B prompts, L positions, D width of the text encoder.
 """
 
+import contextlib
+import hashlib
 import html
+import itertools
+import logging
+import os
 import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ftfy
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from codmd_serve.config import TEXT_ENCODERS
+from codmd_serve.errors import ConfigError
+from codmd_serve.wan.attention import compact_prompt_embeds
+
 MAX_SEQUENCE_LENGTH = 512
+NUM_PROMPTS_CACHED = 256
+NUM_VALUES_HASHED = 4096
+# Weights may take this share of a device; the rest is for what a video needs.
+WEIGHTS_SHARE = 0.6
+
+log = logging.getLogger(__name__)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -80,3 +100,159 @@ def prompt_warnings(tokenizer: Any, prompt: str, max_sequence_length: int = MAX_
     if num_tokens > max_sequence_length:
         warnings.append(f"prompt cut to its first {max_sequence_length} of {num_tokens} tokens")
     return warnings
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """64 hexadecimal digits that tell weights apart: names, shapes, dtypes, and up to 4,096 values of every tensor."""
+    digest = hashlib.blake2b(digest_size=32)
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, len(flat) // NUM_VALUES_HASHED)][:NUM_VALUES_HASHED]
+        digest.update(_bytes(values))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data: bytes = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return data
+
+
+def choose_text_encoder(name: str, device: torch.device, encoder_bytes: int, other_bytes: int, free_bytes: int) -> str:
+    """Decide where the text encoder lives: gpu, cpu, or offload (on the CPU, on the device while it encodes).
+
+    Args:
+        name: auto or one of them. auto keeps it on the device unless all weights are more than .6 of what is free.
+        device: of the network.
+        encoder_bytes, other_bytes: weights of the text encoder, and of everything else.
+        free_bytes: of the device before anything is loaded; not looked at on a CPU.
+
+    Raises:
+        ConfigError: an unknown name, or one that needs a CUDA device where there is none.
+    """
+    if name not in TEXT_ENCODERS:
+        raise ConfigError(f"text_encoder must be one of {', '.join(TEXT_ENCODERS)}, got {name!r}")
+    if device.type == "cpu":
+        if name in ("gpu", "offload"):
+            raise ConfigError(f"text_encoder {name} needs a CUDA device; on this one say cpu or auto")
+        return "cpu"
+    if name != "auto":
+        return name
+    return "gpu" if encoder_bytes + other_bytes <= WEIGHTS_SHARE * free_bytes else "offload"
+
+
+@contextlib.contextmanager
+def lent_to(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Let a module be on `device` for a while; its own tensors are kept, so nothing is copied back."""
+    tensors = [*itertools.chain(module.parameters(), module.buffers())]
+    homes = [tensor.data for tensor in tensors]
+    try:
+        # A parameter cannot take over a tensor that was made in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor, home in zip(tensors, homes, strict=True):
+                tensor.data = home.to(device)
+        yield
+    finally:
+        for tensor, home in zip(tensors, homes, strict=True):
+            tensor.data = home
+
+
+class PromptEmbedder:
+    """Trimmed embeddings of prompts, from memory, from disk or from the encoder. Not thread-safe.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text_encoder: a UMT5EncoderModel, wherever it lives.
+        lend_to: a device that the encoder is lent to while it encodes; None leaves it where it is.
+        folder: keeps embeddings over restarts, one file each, without a bound; None is memory only. Servers may share
+            one: a name is made of the prompt, the tokenizer and the weights.
+        size: prompts kept in memory; the one asked for longest ago goes.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        *,
+        lend_to: torch.device | None = None,
+        folder: Path | None = None,
+        size: int = NUM_PROMPTS_CACHED,
+    ) -> None:
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder
+        self._lend_to, self._folder, self._size = lend_to, folder, size
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._identity = ""
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"the text cache {folder} cannot be made: {error.strerror}") from None
+            # Ids say what the tokenizer does; the probe has the words, digits and signs that vocabularies differ in.
+            probe = tokenizer("a red circle moves right, 42 times! <pad> </s>").input_ids
+            self._identity = f"{fingerprint(text_encoder)} {len(tokenizer)} {probe}"
+
+    def __call__(self, prompt: str) -> Tensor:
+        """Embeddings of one prompt, (1, L, D) on the CPU, trimmed by `compact_prompt_embeds`."""
+        cleaned = clean_prompt(prompt)
+        if cleaned in self._known:
+            self._known.move_to_end(cleaned)
+            return self._known[cleaned]
+        path = self._path(cleaned)
+        embeds_BLD = None if path is None else self._read(path)
+        if embeds_BLD is None:
+            embeds_BLD = self._encode(cleaned)
+            if path is not None:
+                _write(path, embeds_BLD)
+        self._known[cleaned] = embeds_BLD
+        if len(self._known) > self._size:
+            self._known.popitem(last=False)
+        return embeds_BLD
+
+    def _encode(self, prompt: str) -> Tensor:
+        with lent_to(self.text_encoder, self._lend_to) if self._lend_to else contextlib.nullcontext():
+            embeds_BLD = encode_prompts(self.tokenizer, self.text_encoder, [prompt])
+            # A copy: the rows that are trimmed would stay in memory with the ones that are kept.
+            return compact_prompt_embeds(embeds_BLD).to("cpu", copy=True)
+
+    def _path(self, prompt: str) -> Path | None:
+        if self._folder is None:
+            return None
+        name = hashlib.blake2b(f"{self._identity}\n{prompt}".encode(), digest_size=24).hexdigest()
+        return self._folder / f"{name}.safetensors"
+
+    def _read(self, path: Path) -> Tensor | None:
+        """The embeddings in a file; None when there is none, or one that is damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                embeds_BLD: Tensor = file.get_tensor("prompt_embeds")
+                expected = (file.metadata() or {}).get("blake2b")
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            log.warning("text_cache=damaged file=%s reason=%r", path.name, str(error))
+            return None
+        if expected != _checksum(embeds_BLD):
+            log.warning("text_cache=damaged file=%s reason=checksum", path.name)
+            return None
+        return embeds_BLD
+
+
+def _checksum(embeds: Tensor) -> str:
+    return hashlib.blake2b(
+        f"{tuple(embeds.shape)} {embeds.dtype}".encode() + _bytes(embeds), digest_size=16
+    ).hexdigest()
+
+
+def _write(path: Path, embeds_BLD: Tensor) -> None:
+    """Put a file in its place whole. A cache that cannot be written costs time, not the video."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({"prompt_embeds": embeds_BLD}, partial, metadata={"blake2b": _checksum(embeds_BLD)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        log.warning("text_cache=unwritable file=%s reason=%r", path.name, str(error))
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

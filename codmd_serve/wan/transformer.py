@@ -127,19 +127,22 @@ class FewStepTransformer(nn.Module):
         return PromptCache(tuple(block.prompt_keys_values(text) for block in self.blocks), bias)
 
     @torch.no_grad()
-    def forward(self, latents_BCFHW: Tensor, step_index: int, prompt: PromptCache) -> Tensor:
+    def forward(self, latents_BCFHW: Tensor, step_index: int, prompt: PromptCache, is_compiled: bool = False) -> Tensor:
         """Flow prediction of step `step_index`, (B, C, F, H, W) in the dtype of the weights.
 
         Args:
             latents_BCFHW: (B, C, F, H, W), any floating dtype; sides divisible by the patch.
             step_index: 0..S-1, into the timesteps given at construction.
             prompt: of the same B prompts.
+            is_compiled: whether to take the blocks as `compile_blocks` made them. A shape that they have not seen
+                compiles them again, so this is for shapes that were warmed.
         """
         tokens_BND = self._patches(latents_BCFHW)
         hidden = functional.linear(tokens_BND, self.patch_weight, self.patch_bias)
-        table = self._rotary_table(latents_BCFHW.shape)
+        table = self.rotary_table(latents_BCFHW.shape)
         for block, (key, value) in zip(self.blocks, prompt.keys_values, strict=True):
-            hidden = block(hidden, step_index, table, key, value, prompt.logit_bias)
+            run = block if is_compiled else block.forward
+            hidden = run(hidden, block.modulation(step_index), table, key, value, prompt.logit_bias)
         hidden = _layer_norm(hidden, self.out_scale[step_index], self.out_shift[step_index], self.config.eps)
         return self._unpatch(self.proj_out(hidden), latents_BCFHW.shape)
 
@@ -155,15 +158,20 @@ class FewStepTransformer(nn.Module):
         split = tokens.reshape(batch, frames // t, height // h, width // w, t, h, w, -1)
         return split.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames, height, width)
 
-    def _rotary_table(self, shape: Sequence[int]) -> Tensor:
-        """Unit complex numbers (1, N, 1, E/2), one per token and pair of channels; all heads share them."""
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Let the blocks be compiled at the next call with `is_compiled`; all blocks share the compiled code."""
+        for block in self.blocks:
+            block.compile(backend=backend)
+
+    def rotary_table(self, shape: Sequence[int]) -> Tensor:
+        """Cosines and sines (1, N, 1, E/2, 2), float32, of latents (B, C, F, H, W); all heads share them."""
         key = (shape[2], shape[3], shape[4])
         if key not in self._tables:
             if len(self._tables) >= NUM_SHAPES_CACHED:
                 self._tables.pop(next(iter(self._tables)))
             cos, sin = self._rope(torch.empty(1, 1, *key, device=self.device))
             # Both tables hold every number twice, for the two channels of a pair.
-            self._tables[key] = torch.complex(cos[..., 0::2].float(), sin[..., 1::2].float()).to(self.device)
+            self._tables[key] = torch.stack([cos[..., 0::2], sin[..., 1::2]], -1).float().to(self.device)
         return self._tables[key]
 
 
@@ -200,27 +208,39 @@ class _Block(nn.Module):
         key, value = self.cross_kv(text_BLD).chunk(2, dim=-1)
         return self._heads(_rms_norm(key, self.cross_k_weight, self.qk_eps)), self._heads(value).contiguous()
 
+    def modulation(self, step: int) -> tuple[Tensor, ...]:
+        """Six vectors (D,) of a step. As tensors, or compiled code would be compiled anew for every step."""
+        tables = (self.shift, self.scale, self.gate, self.ffn_shift, self.ffn_scale, self.ffn_gate)
+        return tuple(table[step] for table in tables)
+
     def forward(
-        self, hidden: Tensor, step: int, table: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None
+        self,
+        hidden: Tensor,
+        modulation: tuple[Tensor, ...],
+        table: Tensor,
+        key: Tensor,
+        value: Tensor,
+        logit_bias: Tensor | None,
     ) -> Tensor:
-        normed = _layer_norm(hidden, self.scale[step], self.shift[step], self.eps)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        normed = _layer_norm(hidden, scale, shift, self.eps)
         attended = self.attn_out(self._self_attention(normed, table))
-        hidden = _gated(hidden, attended, self.gate[step])
+        hidden = _gated(hidden, attended, gate)
         normed = hidden
         if self.cross_norm is not None:
             normed = _layer_norm(hidden, self.cross_norm.weight, self.cross_norm.bias, self.cross_norm.eps)
         query = self._heads(_rms_norm(self.cross_q(normed), self.cross_q_weight, self.qk_eps))
         hidden = hidden + self.cross_out(self.attend(query, key, value, logit_bias).flatten(2))
-        normed = _layer_norm(hidden, self.ffn_scale[step], self.ffn_shift[step], self.eps)
+        normed = _layer_norm(hidden, ffn_scale, ffn_shift, self.eps)
         widened = functional.gelu(self.ffn_in(normed), approximate="tanh")
-        return _gated(hidden, self.ffn_out(widened), self.ffn_gate[step])
+        return _gated(hidden, self.ffn_out(widened), ffn_gate)
 
     def _self_attention(self, normed: Tensor, table: Tensor) -> Tensor:
         qkv = _split_last(self.qkv(normed), 3, -1)
-        # Queries and keys together: normalised over all heads, then rotated as complex numbers in float32.
+        # Queries and keys together: normalised over all heads, then rotated in float32.
         query_key = _rms_norm(qkv[:, :, :2], self.qk_weight, self.qk_eps, keep_float32=True)
         pairs = _split_last(query_key, self.num_heads, -1, 2)
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * table[:, :, None]).flatten(-2).to(normed.dtype)
+        turned = _rotated(pairs, table[:, :, None]).flatten(-2).to(normed.dtype)
         return self.attend(turned[:, :, 0], turned[:, :, 1], self._heads(qkv[:, :, 2]), None).flatten(2)
 
     def _heads(self, features: Tensor) -> Tensor:
@@ -268,6 +288,15 @@ def _rms_norm(features: Tensor, weight: Tensor, eps: float, keep_float32: bool =
     scale = (length.square_() * (1.0 / wide.shape[-1])).add_(eps).rsqrt_()
     normed: Tensor = (wide * scale).mul_(weight)
     return normed if keep_float32 else normed.to(features.dtype)
+
+
+def _rotated(pairs: Tensor, table: Tensor) -> Tensor:
+    """Turn (..., 2) pairs of channels by the angles whose cosine and sine are in (..., 2) `table`."""
+    if torch.compiler.is_compiling():
+        # The compiler has no complex numbers: it would leave the fusion around every one of them.
+        (first, second), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        return torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
 
 
 def _gated(hidden: Tensor, update: Tensor, gate: Tensor) -> Tensor:

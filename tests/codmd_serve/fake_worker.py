@@ -74,7 +74,7 @@ class FakeEngine:
         )
 
 
-def load_engine(bundle: Path, device: str, dtype: str) -> FakeEngine:
+def load_engine(bundle: Path, device: str, dtype: str, **_settings: str) -> FakeEngine:
     with (bundle / "starts").open("a") as starts:
         starts.write(f"{os.getpid()} {device} {dtype}\n")
     if (bundle / "fatal").exists():

@@ -207,6 +207,8 @@ def test_generate_draws_a_seed_and_tells_it(generate: Any, capsys: pytest.Captur
         (("--seed", str(2**63)), "seed: Input should be less than or equal to"),
         (("--crf", "0"), "crf: Input should be greater than or equal to 1"),
         (("--dtype", "int8"), "dtype must be one of auto, float32"),
+        (("--execution", "fast"), "execution must be one of auto, eager, graph, compiled, compiled+graph, got 'fast'"),
+        (("--attention", "flashy"), "attention 'flashy' is unknown for cpu; known: auto, native, _native_cudnn"),
         (("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (("--bundle", "nowhere"), "no student bundle at nowhere: name a folder that holds student.json"),
         (("-o", "nowhere/a.mp4"), "there is no folder nowhere to write a.mp4 to"),
@@ -269,6 +271,7 @@ def test_doctor_says_what_would_be_used(capsys: pytest.CaptureFixture[str], tiny
     assert cli.main(["doctor", "--bundle", str(tiny_bundle), "--device", "cpu"]) == 0
     said = capsys.readouterr()
     assert "tiny-codmd: codmd student of tiny, 4 steps, 32x32, 9 frames at 16 per second" in said.out
+    assert "attention  native, at 12 tokens, 2 heads of 12:" in said.out and "_native_flash" in said.out
     assert "cpu in torch.float32" in said.out and "ffmpeg" in said.out and said.err == ""
 
 
@@ -276,7 +279,7 @@ def test_doctor_names_every_problem(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
     assert cli.main(["doctor", "--bundle", "/nowhere/bundle"]) == 2
     said = capsys.readouterr()
-    assert said.out.count("MISSING") == 2
+    assert said.out.count("MISSING") == 3
     first, second = said.err.splitlines()
     assert "no ffmpeg at /nowhere/ffmpeg" in first and "no student bundle at /nowhere/bundle" in second
 

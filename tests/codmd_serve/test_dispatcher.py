@@ -1,6 +1,7 @@
 """The dispatcher with real worker processes and a fake engine: order, bounds, cancelling, and every kind of death."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from codmd_serve import dispatcher as dispatcher_module
-from codmd_serve.config import GenerateParams, ModelFacts, ServeConfig
+from codmd_serve.config import ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.dispatcher import Dispatcher, Job
 from codmd_serve.errors import QueueFullError
 
@@ -382,7 +383,8 @@ def test_stopping_fails_what_is_not_finished_and_leaves_nothing(tmp_path: Path, 
 def test_a_worker_ends_when_its_server_is_gone(tmp_path: Path, fake_worker: tuple[str, ...]) -> None:
     with subprocess.Popen(fake_worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(f'{{"type": "load", "bundle": "{tmp_path}", "device": "cpu", "dtype": "auto"}}\n')
+        load = {"type": "load", "bundle": str(tmp_path), **dict.fromkeys(ENGINE_SETTINGS, "auto")}
+        process.stdin.write(json.dumps(load) + "\n")
         process.stdin.flush()
         assert '"ready"' in process.stdout.readline()
         process.stdin.close()

@@ -173,6 +173,7 @@ def test_another_runtime_error_is_not_taken_for_out_of_memory(
 def test_facts_say_what_requests_are_judged_by(engine: Engine) -> None:
     facts = engine.facts
     assert (facts.name, facts.device, facts.dtype, facts.execution) == ("tiny-codmd", "cpu", "float32", "eager")
+    assert facts.attention == "native"
     assert (facts.height, facts.width, facts.num_frames, facts.fps, facts.num_steps) == (32, 32, 9, 16, 4)
     assert (facts.size_multiple, facts.frame_multiple) == (16, 4)
     assert (facts.max_side_px, facts.max_num_frames) == (1024 * 16, 1023 * 4 + 1)
@@ -229,6 +230,24 @@ def test_load_engine_refuses_parts_that_do_not_work_together(bundle: Path, part:
 def test_choose_device_refuses_what_is_none(device: str) -> None:
     with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:N, got"):
         choose_device(device)
+
+
+def test_load_engine_uses_the_attention_that_was_named(tiny_bundle: Path, tmp_path: Path) -> None:
+    named = load_engine(tiny_bundle, "cpu", attention="_native_math")
+    assert named.facts.attention == "_native_math"
+    assert video_of(named, tmp_path / "a.mp4")
+
+
+def test_a_graph_that_cannot_be_recorded_is_told_and_the_video_is_made(tiny_bundle: Path, tmp_path: Path) -> None:
+    asked = load_engine(tiny_bundle, "cpu", execution="graph")
+    assert asked.facts.execution == "eager"
+    assert asked.facts.fallback == "RuntimeError: CUDA graphs need a CUDA device, got cpu"
+    assert video_of(asked, tmp_path / "a.mp4")
+
+
+def test_load_engine_refuses_an_unknown_attention_before_it_loads() -> None:
+    with pytest.raises(ConfigError, match="attention 'flashy' is unknown for cpu; known: auto, native"):
+        load_engine(Path("/nowhere"), "cpu", attention="flashy")
 
 
 def test_choose_device_refuses_one_that_is_not_there() -> None:

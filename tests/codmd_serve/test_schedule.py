@@ -62,3 +62,12 @@ def test_flow_to_x0_subtracts_in_float32_not_in_the_given_precision() -> None:
 def test_expand_sigma_refuses_a_shape_that_is_not_one_per_sample(sigma: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="sigma must be a scalar or of shape"):
         expand_sigma(sigma, latents(0))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.899851, 1 / 3, 1.0, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_expand_sigma_rounds_a_number_as_a_tensor_of_it_would_be(sigma: float, dtype: torch.dtype) -> None:
+    like = latents(0).to(dtype)
+    want = torch.as_tensor(sigma, dtype=torch.promote_types(dtype, torch.float32))
+    assert torch.equal(expand_sigma(sigma, like), want)
+    assert torch.equal(expand_sigma(torch.tensor(sigma, dtype=torch.float64), like), want)

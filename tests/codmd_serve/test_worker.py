@@ -10,6 +10,7 @@ import pytest
 
 from codmd_serve import engine as engine_module
 from codmd_serve import worker
+from codmd_serve.config import ENGINE_SETTINGS
 from codmd_serve.errors import CancelledError, CheckpointError, GenerationError
 
 PARAMS = {"prompt": "a", "seed": 1, "height": 32, "width": 32, "num_frames": 9, "fps": 16, "crf": 18}
@@ -70,12 +71,13 @@ def test_cancelling_from_inside_is_the_same() -> None:
 
 
 def test_a_bundle_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_engine(*_: object) -> None:
+    def load_engine(*_: object, **settings: str) -> None:
+        assert settings.keys() == set(ENGINE_SETTINGS)
         raise CheckpointError("the bundle is truncated")
 
     monkeypatch.setattr(engine_module, "load_engine", load_engine)
     sent: list[worker.Message] = []
-    worker.serve({"bundle": "/nowhere", "device": "cpu", "dtype": "auto"}, io.StringIO(), sent.append)
+    worker.serve({"bundle": "/nowhere", **dict.fromkeys(ENGINE_SETTINGS, "auto")}, io.StringIO(), sent.append)
     assert sent == [{"type": "fatal", "message": "the bundle is truncated"}]
 
 

@@ -144,6 +144,15 @@ def test_the_operator_may_set_the_budget() -> None:
         params_of(max_pixels=2 * 64 * 96, num_frames=5)
 
 
+def test_what_memory_has_no_room_for_is_refused_whatever_the_budget() -> None:
+    small = replace(FACTS, max_video_px=64 * 96 * 21)
+    assert params_of(2**40, small, num_frames=21).num_frames == 21
+    with pytest.raises(InvalidRequestError, match="at 96x64 up to 21, got 25; 21 would be accepted"):
+        params_of(2**40, small, num_frames=25)
+    with pytest.raises(InvalidRequestError, match="up to 17"):  # a bound of the operator below it stays
+        params_of(64 * 96 * 17, small, num_frames=21)
+
+
 def test_the_network_is_a_limit_whatever_the_budget() -> None:
     with pytest.raises(InvalidRequestError, match="up to 101"):
         params_of(max_pixels=2**40, num_frames=105)

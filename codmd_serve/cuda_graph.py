@@ -1,0 +1,143 @@
+"""Records functions of tensors as CUDA graphs, once per shape at warm-up, and replays them; knows nothing of networks.
+
+Recording on request would let one client spend minutes and memory on a shape that nobody asks for again, so what was
+not recorded is for the caller to run as it is.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_GRAPHS = 6
+NUM_WARM_RUNS = 2
+MAX_SHAPES_TOLD = 256
+
+# Runs a function once or more to record it; returns what repeats it, and the tensor it then writes to.
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
+# (identity of the weights, (shape, dtype) of every input)
+Key = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
+
+log = logging.getLogger(__name__)
+
+
+class CudaRecorder:
+    """Records on one device. Its graphs share one pool of memory: only one of them runs at a time.
+
+    Args:
+        device: a CUDA device; recording on another raises RuntimeError.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """Run `run` until its kernels are chosen, then record it."""
+        if self.device.type != "cuda":
+            raise RuntimeError(f"CUDA graphs need a CUDA device, got {self.device.type}")
+        with torch.cuda.device(self.device):
+            # Libraries choose kernels and workspaces per stream at the first calls, which cannot be recorded.
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(NUM_WARM_RUNS):
+                    run()
+            torch.cuda.current_stream().wait_stream(side)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = run()
+        return graph.replay, output
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    inputs: tuple[Tensor, ...]
+    replay: Callable[[], object]
+    output: Tensor
+    # What the kernels read besides inputs and weights: a graph knows addresses, and keeps nothing alive.
+    keeps: object
+
+
+class Graphs:
+    """Recorded calls of one function, by the shapes and dtypes of its inputs. Not thread-safe.
+
+    Args:
+        record: `CudaRecorder`; tests have one that records nothing.
+        identity: of the weights that the function runs; a part of every key.
+        max_graphs: recording one more drops the one that was used longest ago.
+    """
+
+    def __init__(self, record: Record, *, identity: str = "", max_graphs: int = MAX_GRAPHS) -> None:
+        self.failure = ""
+        self._record, self._identity, self._max_graphs = record, identity, max_graphs
+        self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
+        self._told: set[Key] = set()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def key(self, *inputs: Tensor) -> Key:
+        """What a recorded call is found by."""
+        return self._identity, tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+
+    @torch.inference_mode()
+    def record(self, function: Callable[..., Tensor], *inputs: Tensor, keeps: object = None) -> bool:
+        """Record function(*inputs) for later inputs of these shapes and dtypes.
+
+        Args:
+            function: of tensors on the device; neither waits for it nor depends on values.
+            inputs: examples; copied.
+            keeps: kept alive as long as the graph; tensors that `function` reads besides inputs and weights.
+
+        Returns:
+            Whether it worked. A failure is logged, stands in `failure`, and ends recording for good: what was recorded
+            before is dropped too, so that a server is either quick at all its shapes or says that it is not.
+        """
+        key = self.key(*inputs)
+        if self.failure:
+            return False
+        if key in self._graphs:
+            return True
+        while len(self._graphs) >= self._max_graphs:
+            self._graphs.popitem(last=False)
+        static = tuple(tensor.clone() for tensor in inputs)
+        try:
+            replay, output = self._record(lambda: function(*static))
+        except Exception as error:  # whatever a driver, a library or the network raises, eager execution is left
+            self.failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            self._graphs.clear()
+            log.warning("execution=eager reason=%r", self.failure)
+            return False
+        self._graphs[key] = _Graph(static, replay, output, keeps)
+        return True
+
+    @torch.inference_mode()
+    def replay(self, *inputs: Tensor) -> Tensor | None:
+        """Repeat a recorded call with other values.
+
+        Returns:
+            A tensor of the caller's own, or None when nothing of these shapes was recorded, which is logged once.
+        """
+        key = self.key(*inputs)
+        graph = self._graphs.get(key)
+        if graph is None:
+            if not self.failure and key not in self._told and len(self._told) < MAX_SHAPES_TOLD:
+                self._told.add(key)
+                log.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, inputs[0].shape)))
+            return None
+        self._graphs.move_to_end(key)
+        for buffer, given in zip(graph.inputs, inputs, strict=True):
+            buffer.copy_(given)
+        graph.replay()
+        # The next replay of any graph of the pool may write where this output lies.
+        return graph.output.clone()
+
+    def clear(self) -> None:
+        """Let go of all graphs and their memory."""
+        self._graphs.clear()

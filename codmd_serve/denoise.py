@@ -1,0 +1,192 @@
+"""The four steps of one student on one device: eager, with compiled blocks, or as one CUDA graph per shape.
+
+Knows neither text nor pixels. Which of them pays is measured at load: a graph saves what the device waits for the
+host, which is nothing on large videos and most of the time on small ones.
+
+Legend: S steps, B batch, C channels, F latent frames, H and W latent rows and columns, L prompt positions.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from codmd_serve.config import EXECUTIONS
+from codmd_serve.cuda_graph import CudaRecorder, Graphs, Key, Record
+from codmd_serve.errors import ConfigError
+from codmd_serve.sampler import OnStep, rollout
+from codmd_serve.wan.checkpoint import StudentSpec
+from codmd_serve.wan.text import fingerprint
+from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
+
+# Prompts are padded up to one of these, so that three graphs serve every prompt. Longer ones cost next to nothing:
+# a video has 32,760 tokens.
+PROMPT_SIZES = (32, 128, 512)
+WORTH_IT = 0.98  # of the time without; below, a graph or a compiled block pays for its memory
+NUM_TIMED = 3
+
+log = logging.getLogger(__name__)
+
+
+def choose_execution(name: str, device: torch.device) -> str:
+    """Turn the name of an execution into one that could work on `device`.
+
+    Raises:
+        ConfigError: not one of the names.
+    """
+    if name not in EXECUTIONS:
+        raise ConfigError(f"execution must be one of {', '.join(EXECUTIONS)}, got {name!r}")
+    # On a CPU nothing waits for the host, and compiling takes longer than most videos.
+    return "eager" if name == "auto" and device.type == "cpu" else name
+
+
+class DenoiseLoop:
+    """All steps of a student: noise and a prompt in, predicted clean latents out.
+
+    Args:
+        transformer: built for the timesteps of `spec`.
+        spec: how to sample it.
+        execution: eager, graph, compiled, compiled+graph, or auto for what is fastest.
+        record: records graphs; tests have one of their own.
+
+    Attributes `execution` and `fallback` say, after `warm`, what the warmed shapes run and why it is not what was
+    asked for; both are fit for /health.
+    """
+
+    def __init__(
+        self,
+        transformer: FewStepTransformer,
+        spec: StudentSpec,
+        *,
+        execution: str = "eager",
+        record: Record | None = None,
+    ) -> None:
+        self.transformer, self.spec = transformer, spec
+        self.execution, self.fallback = "eager", ""
+        self._asked = execution
+        identity = "" if execution == "eager" else fingerprint(transformer)
+        self._graphs = Graphs(record or CudaRecorder(transformer.device), identity=identity)
+        self._compiled: set[Key] = set()
+
+    @property
+    def prompt_sizes(self) -> tuple[int, ...]:
+        """Lengths that prompts have to be padded to before they are encoded; none when any length will do."""
+        return () if self._asked == "eager" else PROMPT_SIZES
+
+    def __call__(self, noise: Tensor, prompt: PromptCache, on_step: OnStep | None = None) -> Tensor:
+        """Denoise.
+
+        Args:
+            noise: (S, B, C, F, H, W) float32 on the device.
+            prompt: of the same B prompts.
+            on_step: as in `rollout`; with a graph it is called once, after the last step.
+
+        Returns:
+            x0_pred, (B, C, F, H, W) float32.
+        """
+        tensors = _tensors(prompt)
+        if len(self._graphs):
+            x0_pred = self._graphs.replay(noise, *tensors)
+            if x0_pred is not None:
+                if on_step is not None:
+                    on_step(len(self.spec.timesteps) - 1, x0_pred)
+                return x0_pred
+        is_compiled = bool(self._compiled) and self._graphs.key(noise, *tensors) in self._compiled
+        return self._run(noise, prompt, on_step, is_compiled)
+
+    def _run(self, noise: Tensor, prompt: PromptCache, on_step: OnStep | None, is_compiled: bool) -> Tensor:
+        # The rollout calls once per step, in order; what a timestep does to the network was computed at load.
+        step_indices = iter(range(len(self.spec.timesteps)))
+
+        def denoise(latents: Tensor, _timestep_B: Tensor, _prompt_embeds: Tensor) -> Tensor:
+            flow_pred: Tensor = self.transformer(latents, next(step_indices), prompt, is_compiled)
+            return flow_pred
+
+        spec = self.spec
+        return rollout(
+            denoise,
+            noise,
+            noise.new_empty(0),
+            spec.sigmas,
+            spec.timesteps,
+            sampler=spec.sampler,
+            on_step=on_step,
+        )
+
+    @torch.inference_mode()
+    def warm(self, noise: Tensor, prompts: Sequence[PromptCache]) -> None:
+        """Compile and record for the shape of `noise` and the length of each prompt, where that was asked for and pays.
+
+        Args:
+            noise: (S, B, C, F, H, W), any values.
+            prompts: one of every length that is served.
+        """
+        # The longest first: in the pool of its graph the shorter ones find room.
+        ordered = sorted(prompts, key=lambda prompt: prompt.keys_values[0][0].shape[1], reverse=True)
+        least_s = self._timed(lambda: self._run(noise, ordered[0], None, False)) if self._asked == "auto" else 0.0
+        if self._asked in ("auto", "compiled", "compiled+graph"):
+            least_s = self._warm_compiled(noise, ordered, least_s)
+        if self._asked in ("auto", "graph", "compiled+graph"):
+            self._warm_graphs(noise, ordered, least_s)
+        names = ("compiled" if self._compiled else "", "graph" if len(self._graphs) else "")
+        self.execution = "+".join(filter(None, names)) or "eager"
+        log.info("execution=%s asked=%s fallback=%r", self.execution, self._asked, self.fallback)
+
+    def _warm_compiled(self, noise: Tensor, prompts: Sequence[PromptCache], least_s: float) -> float:
+        try:
+            self.transformer.compile_blocks()
+            for prompt in prompts:
+                self._run(noise, prompt, None, True)
+            compiled_s = self._timed(lambda: self._run(noise, prompts[0], None, True))
+        except Exception as error:  # without a compiler, or where it does not know an operator, eager execution is left
+            self.fallback = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            log.warning("execution=eager reason=%r", self.fallback)
+            return least_s
+        if self._asked == "auto" and compiled_s > WORTH_IT * least_s:
+            return least_s
+        self._compiled |= {self._graphs.key(noise, *_tensors(prompt)) for prompt in prompts}
+        return compiled_s
+
+    def _warm_graphs(self, noise: Tensor, prompts: Sequence[PromptCache], least_s: float) -> None:
+        is_compiled = bool(self._compiled)
+
+        def loop(noise: Tensor, *tensors: Tensor) -> Tensor:
+            return self._run(noise, _prompt(tensors), None, is_compiled)
+
+        keeps = self.transformer.rotary_table(noise.shape[1:])
+        for prompt in prompts:
+            if not self._graphs.record(loop, noise, *_tensors(prompt), keeps=keeps):
+                self.fallback = self._graphs.failure
+                return
+        if self._asked == "auto":
+            tensors = _tensors(prompts[0])
+            if self._timed(lambda: self._graphs.replay(noise, *tensors)) > WORTH_IT * least_s:
+                self._graphs.clear()
+
+    def _timed(self, run: Callable[[], object]) -> float:
+        """Median seconds of a run, after one that is not counted."""
+        is_cuda = self.transformer.device.type == "cuda"
+        times_s = []
+        for _ in range(NUM_TIMED + 1):
+            start_s = time.perf_counter()
+            run()
+            if is_cuda:
+                torch.cuda.synchronize(self.transformer.device)
+            times_s.append(time.perf_counter() - start_s)
+        return statistics.median(times_s[1:])
+
+
+def _tensors(prompt: PromptCache) -> tuple[Tensor, ...]:
+    """Everything of a prompt in a row, so that it can be an input of a graph."""
+    flat = tuple(tensor for pair in prompt.keys_values for tensor in pair)
+    return flat if prompt.logit_bias is None else (*flat, prompt.logit_bias)
+
+
+def _prompt(tensors: Sequence[Tensor]) -> PromptCache:
+    """The inverse of `_tensors`: keys and values come in pairs, so a tensor too many is the bias."""
+    num_paired = len(tensors) // 2 * 2
+    pairs = tuple(zip(tensors[:num_paired:2], tensors[1:num_paired:2], strict=True))
+    return PromptCache(pairs, tensors[-1] if len(tensors) % 2 else None)

@@ -1,0 +1,252 @@
+"""Which attention kernel runs: every one that is installed is checked and timed at load, the fastest right one is used.
+
+Names are those of diffusers' attention dispatcher. Knows shapes, but neither prompts nor sampling.
+
+Legend: B batch (1 here), N tokens, L prompt positions, G heads, E width of a head.
+"""
+
+import importlib.util
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from codmd_serve.errors import ConfigError
+from codmd_serve.wan.attention import NUM_PROMPT_POSITIONS, pad_logit_bias
+from codmd_serve.wan.transformer import Attend, sdpa
+
+AUTO = "auto"
+MATH = "_native_math"
+# torch's own kernels; diffusers calls them too, but hands cuDNN copies where strided views do.
+TORCH_KERNELS = {
+    "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "_native_flash": SDPBackend.FLASH_ATTENTION,
+    "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    MATH: SDPBackend.MATH,
+}
+PACKAGES = {"_flash_3": "flash_attn_interface", "flash": "flash_attn", "xformers": "xformers"}
+# Of two that are equally fast the first is taken, so that two starts choose the same one and give the same video.
+KNOWN = ("native", "_native_cudnn", "_flash_3", "flash", "_native_flash", "xformers", "_native_efficient", MATH)
+EQUALLY_FAST = 1.05
+ON_CPU = ("native", "_native_flash", MATH)
+NUM_ROWS_CHECKED = 64
+NUM_PROMPT_POSITIONS_MEASURED = 64
+NUM_RUNS = 5
+# Root mean square of the error over that of the output. Rounding the output alone is a quarter of it (bfloat16:
+# eps / sqrt(12) = .0023, and as much again for the rounded weights); a lost key block or bias is above 0.1.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionShape:
+    """What the network will attend to: N tokens, G heads of width E, trained with `num_positions` prompt positions."""
+
+    num_tokens: int
+    num_heads: int
+    head_width: int
+    num_positions: int = NUM_PROMPT_POSITIONS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One kernel on one shape.
+
+    Args:
+        name: as diffusers' dispatcher calls it.
+        self_ms: median milliseconds of self-attention; None when it cannot, or gives wrong numbers.
+        prompt_ms: the same for attention to a prompt, whose logits carry a bias.
+        problem: why one of them is None, in one line; empty when neither is.
+    """
+
+    name: str
+    self_ms: float | None
+    prompt_ms: float | None
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChosenAttention:
+    """The kernel for the network, its name for people (`self` or `self+prompt`), and what was measured."""
+
+    attend: Attend
+    name: str
+    table: tuple[Measured, ...]
+
+
+def installed_kernels(device: torch.device) -> tuple[str, ...]:
+    """Names of the kernels that this machine could try on `device`, in order of preference."""
+    if device.type == "cpu":
+        return ON_CPU
+    return tuple(name for name in KNOWN if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name]))
+
+
+def kernel(name: str) -> Attend:
+    """The attention function of a known name; whether it runs here shows when it is called."""
+    if name == "native":
+        return sdpa
+    if name in TORCH_KERNELS:
+        return _torch_kernel(TORCH_KERNELS[name])
+    backend = AttentionBackendName(name)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
+        out: Tensor = dispatch_attention_fn(query, key, value, attn_mask=logit_bias, backend=backend)
+        return out
+
+    return attend
+
+
+def _torch_kernel(backend: SDPBackend) -> Attend:
+    def attend(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(query, key, value, logit_bias)
+
+    return attend
+
+
+def check_attention_name(name: str, device: torch.device) -> None:
+    """Refuse a kernel that is unknown or not installed.
+
+    Raises:
+        ConfigError: says which are known and which are installed.
+    """
+    installed = installed_kernels(device)
+    if name != AUTO and name not in installed:
+        state = "is not installed" if name in KNOWN else "is unknown"
+        raise ConfigError(
+            f"attention {name!r} {state} for {device.type}; known: {AUTO}, {', '.join(KNOWN)}; "
+            f"installed: {', '.join(installed)}"
+        )
+
+
+def choose_attention(name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> ChosenAttention:
+    """Take the fastest kernel that gives right numbers on the shape that will be served.
+
+    Args:
+        name: auto or a kernel. On a CPU auto is `native`, without a race: there a video has to be the same bytes after
+            every start, and two kernels that are nearly as fast would win in turn.
+        shape: of the video that is served most.
+        device, dtype: of the network.
+
+    Returns:
+        A function that uses one kernel for self-attention and one for attention with a logit bias, which not all take.
+
+    Raises:
+        ConfigError: an unknown kernel, or one that does not work here or gives wrong numbers.
+    """
+    check_attention_name(name, device)
+    named = ("native",) if name == AUTO and device.type == "cpu" else (name,)
+    candidates = tuple(n for n in installed_kernels(device) if n != MATH) if named == (AUTO,) else named
+    table = measure_kernels(candidates, shape, device, dtype)
+    own = _fastest(table, [entry.self_ms for entry in table])
+    if own is None:
+        problems = "; ".join(f"{entry.name}: {entry.problem}" for entry in table)
+        raise ConfigError(f"no attention kernel works at {shape.num_tokens} tokens in {dtype}: {problems}")
+    prompt = _fastest(table, [entry.prompt_ms for entry in table])
+    if prompt is None:
+        # The named kernel takes no bias: attention to the prompt, 1 % of the work, goes to one that does.
+        others = tuple(n for n in installed_kernels(device) if n not in (*candidates, MATH))
+        more = measure_kernels(others, shape, device, dtype)
+        table += more
+        prompt = _fastest(more, [entry.prompt_ms for entry in more])
+    if prompt is None:
+        raise ConfigError(f"no attention kernel takes the logit bias of prompts in {dtype} on {device.type}")
+    return ChosenAttention(attend=_joined(own, prompt), name=own if own == prompt else f"{own}+{prompt}", table=table)
+
+
+def _joined(own: str, prompt: str) -> Attend:
+    attend_self, attend_prompt = kernel(own), kernel(prompt)
+    if own == prompt:
+        return attend_self
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
+        chosen = attend_self if logit_bias is None else attend_prompt
+        return chosen(query, key, value, logit_bias)
+
+    return attend
+
+
+def _fastest(table: Sequence[Measured], times_ms: Sequence[float | None]) -> str | None:
+    working = [(entry.name, ms) for entry, ms in zip(table, times_ms, strict=True) if ms is not None]
+    if not working:
+        return None
+    least_ms = min(ms for _, ms in working)
+    return next(name for name, ms in working if ms <= EQUALLY_FAST * least_ms)
+
+
+@torch.no_grad()
+def measure_kernels(
+    names: Sequence[str], shape: AttentionShape, device: torch.device, dtype: torch.dtype
+) -> tuple[Measured, ...]:
+    """Check and time kernels on random (1, N, G, E) queries, strided as the network makes them.
+
+    Returns:
+        One entry per name, in the order given. Nothing is raised for a kernel that fails: its entry says why.
+    """
+    rng = torch.Generator(device).manual_seed(0)
+
+    def drawn(length: int, parts: int) -> tuple[Tensor, ...]:
+        # Side by side in one tensor, as the fused projection leaves them.
+        size = (1, length, parts, shape.num_heads, shape.head_width)
+        return torch.randn(size, generator=rng, device=device).to(dtype).unbind(2)
+
+    query, key, value = drawn(shape.num_tokens, 3)
+    num_prompt = min(NUM_PROMPT_POSITIONS_MEASURED, shape.num_positions)
+    prompt_key, prompt_value = drawn(num_prompt, 2)
+    bias = pad_logit_bias(num_prompt, shape.num_positions, like=query)[None, None, None]
+    entries = []
+    for name in names:
+        attend = kernel(name)
+        self_ms, self_problem = _tried(attend, query, key, value, None)
+        prompt_ms, prompt_problem = _tried(attend, query, prompt_key, prompt_value, bias)
+        problem = self_problem or (prompt_problem and f"not for prompts: {prompt_problem}")
+        entries.append(Measured(name=name, self_ms=self_ms, prompt_ms=prompt_ms, problem=problem))
+    return tuple(entries)
+
+
+def _tried(attend: Attend, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[float | None, str]:
+    with warnings.catch_warnings():
+        # torch says in five warnings why it will not run a kernel, before it raises.
+        warnings.simplefilter("ignore")
+        try:
+            error = _error(attend(query, key, value, bias), query, key, value, bias)
+            if not error <= TOLERANCE[query.dtype]:
+                return None, f"wrong numbers, relative error {error:.2g}"
+            return _median_ms(lambda: attend(query, key, value, bias), query.device), ""
+        except Exception as error:  # packages raise anything, and a kernel that cannot is not a failure of ours
+            return None, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def _error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> float:
+    """Relative error of some rows, first and last among them, against the math kernel in float32.
+
+    Not of all: at 32,760 tokens and 12 heads the math kernel would write 51 GB of logits.
+    """
+    if out.shape != query.shape:
+        return float("inf")
+    num_rows = min(NUM_ROWS_CHECKED, query.shape[1])
+    rows = torch.linspace(0, query.shape[1] - 1, num_rows, device=query.device).round().long()
+    wide_bias = None if bias is None else bias.float()
+    want = kernel(MATH)(query[:, rows].float(), key.float(), value.float(), wide_bias)
+    return float((out[:, rows].float() - want).norm() / want.norm())
+
+
+def _median_ms(run: Callable[[], object], device: torch.device) -> float:
+    times_s = []
+    for _ in range(NUM_RUNS):
+        _synchronize(device)
+        start_s = time.perf_counter()
+        run()
+        _synchronize(device)
+        times_s.append(time.perf_counter() - start_s)
+    return 1000 * statistics.median(times_s)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

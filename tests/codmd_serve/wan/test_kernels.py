@@ -1,0 +1,179 @@
+"""Choosing attention: wrong and failing kernels are refused, the fastest right one wins."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from codmd_serve.errors import ConfigError
+from codmd_serve.wan import kernels
+from codmd_serve.wan.attention import pad_logit_bias
+from codmd_serve.wan.kernels import AttentionShape, choose_attention, installed_kernels, kernel, measure_kernels
+from codmd_serve.wan.transformer import Attend, sdpa
+
+CPU = torch.device("cpu")
+SHAPE = AttentionShape(num_tokens=70, num_heads=2, head_width=16)
+
+
+def slow(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    for _ in range(300):  # far slower than one, however busy the machine is
+        sdpa(query, key, value, bias)
+    return sdpa(query, key, value, bias)
+
+
+def without_last_key(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    return sdpa(query, key[:, :-1], value[:, :-1], None if bias is None else bias[..., :-1])
+
+
+def without_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    return sdpa(query, key, value, None)
+
+
+def without_scale(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    return sdpa(4 * query, key, value, bias)
+
+
+def refuses_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        raise ValueError("`attn_mask` is not supported\nand more")
+    return sdpa(query, key, value, bias)
+
+
+def not_a_number(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    return query * float("nan")
+
+
+def another_shape(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    return query[:, :-1]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let these functions be the kernels of the machine, under their own names, as if on a device with a race."""
+
+    def installed(*functions: Attend) -> None:
+        fakes = {function.__name__: function for function in functions}  # type: ignore[attr-defined]
+        real = kernels.kernel
+        monkeypatch.setattr(kernels, "kernel", lambda name: fakes.get(name) or real(name))
+        monkeypatch.setattr(kernels, "installed_kernels", lambda _: tuple(fakes))
+
+    return installed
+
+
+class RacingDevice:
+    """The CPU, but for the rule that nothing races there."""
+
+    type = "cuda"
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], kernels.ChosenAttention]:
+    measure = kernels.measure_kernels
+    monkeypatch.setattr(kernels, "measure_kernels", lambda names, shape, _, dtype: measure(names, shape, CPU, dtype))
+    return lambda name: choose_attention(name, SHAPE, RacingDevice(), torch.float32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", kernels.ON_CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_of_a_cpu_is_right(name: str, dtype: torch.dtype) -> None:
+    (entry,) = measure_kernels([name], SHAPE, CPU, dtype)
+    assert entry.self_ms is not None and entry.prompt_ms is not None and entry.problem == ""
+
+
+def test_a_kernel_equals_the_formula_with_bias() -> None:
+    query, key, value = torch.randn(3, 1, 9, 2, 8).unbind(0)
+    bias = pad_logit_bias(9, 512, like=query)[None, None, None]
+    logits = torch.einsum("bnge,bmge->bgnm", query, key) / 8**0.5 + bias
+    want = torch.einsum("bgnm,bmge->bnge", logits.softmax(-1), value)
+    for name in kernels.ON_CPU:
+        torch.testing.assert_close(kernel(name)(query, key, value, bias), want)
+
+
+@pytest.mark.parametrize("wrong", [without_last_key, without_scale, not_a_number, another_shape])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wrong_numbers_are_refused(install: Callable[..., None], wrong: Attend, dtype: torch.dtype) -> None:
+    install(wrong)
+    (entry,) = measure_kernels([wrong.__name__], SHAPE, CPU, dtype)  # type: ignore[attr-defined]
+    assert entry.self_ms is None and "wrong numbers, relative error" in entry.problem
+
+
+def test_the_fastest_right_kernel_is_taken(
+    install: Callable[..., None], chosen: Callable[[str], kernels.ChosenAttention]
+) -> None:
+    install(slow, without_last_key, refuses_bias)
+    # The fastest is wrong, and the next one takes no bias: prompts go to the slow one.
+    taken = chosen("auto")
+    assert taken.name == "refuses_bias+slow"
+    assert [entry.name for entry in taken.table] == ["slow", "without_last_key", "refuses_bias"]
+    assert taken.table[2].problem == "not for prompts: ValueError: `attn_mask` is not supported"
+    query, bias = torch.randn(1, 5, 2, 8), torch.zeros(1, 1, 1, 5)
+    assert torch.equal(taken.attend(query, query, query, bias), taken.attend(query, query, query, None))
+
+
+def test_one_that_ignores_the_bias_is_not_used_for_prompts(
+    install: Callable[..., None], chosen: Callable[[str], kernels.ChosenAttention]
+) -> None:
+    install(without_bias, slow)
+    assert chosen("auto").name == "without_bias+slow"
+
+
+def test_of_equally_fast_ones_the_first_is_taken() -> None:
+    entries = [
+        kernels.Measured(name=name, self_ms=ms, prompt_ms=None, problem="")
+        for name, ms in (("a", 1.2), ("b", 1.04), ("c", 1.0), ("d", None))
+    ]
+    assert kernels._fastest(entries, [entry.self_ms for entry in entries]) == "b"
+    assert kernels._fastest(entries, [None] * 4) is None
+
+
+def test_a_named_kernel_is_used_though_another_is_faster(
+    install: Callable[..., None], chosen: Callable[[str], kernels.ChosenAttention]
+) -> None:
+    install(refuses_bias, slow)
+    assert chosen("slow").name == "slow"
+    assert chosen("refuses_bias").name == "refuses_bias+slow"
+
+
+def test_a_named_kernel_that_is_wrong_is_refused(
+    install: Callable[..., None], chosen: Callable[[str], kernels.ChosenAttention]
+) -> None:
+    install(without_scale, slow)
+    with pytest.raises(ConfigError, match=r"no attention kernel works at 70 tokens .*without_scale: wrong numbers"):
+        chosen("without_scale")
+
+
+def test_no_kernel_with_a_bias_is_an_error(
+    install: Callable[..., None], chosen: Callable[[str], kernels.ChosenAttention]
+) -> None:
+    install(refuses_bias, without_bias)
+    with pytest.raises(ConfigError, match="no attention kernel takes the logit bias"):
+        chosen("auto")
+
+
+def test_a_cpu_holds_no_race() -> None:
+    taken = choose_attention("auto", SHAPE, CPU, torch.float32)
+    assert taken.name == "native" and len(taken.table) == 1
+
+
+def test_unknown_and_missing_kernels_are_refused_with_the_list() -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_attention("flashy", SHAPE, CPU, torch.float32)
+    assert str(caught.value) == (
+        "attention 'flashy' is unknown for cpu; known: auto, native, _native_cudnn, _flash_3, flash, _native_flash, "
+        "xformers, _native_efficient, _native_math; installed: native, _native_flash, _native_math"
+    )
+    with pytest.raises(ConfigError, match="attention 'xformers' is not installed for cpu"):
+        choose_attention("xformers", SHAPE, CPU, torch.float32)
+
+
+def test_packages_are_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "xformers" else None)
+    found = installed_kernels(device)
+    assert "xformers" in found and "flash" not in found and "_native_cudnn" in found
+
+
+def test_a_package_that_is_absent_fails_like_any_other() -> None:
+    (entry,) = measure_kernels(["xformers"], SHAPE, CPU, torch.float32)
+    assert entry.self_ms is None and entry.problem
