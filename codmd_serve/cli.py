@@ -59,10 +59,13 @@ MODEL_FLAGS = (
     _serve_flag("bundle", "folder of the student bundle"),
     _serve_flag("device", "auto, cpu, cuda or cuda:N"),
     _serve_flag("dtype", "auto (bfloat16 on cuda, else float32), float32, bfloat16 or float16"),
+    _serve_flag("quantization", "none, or fp8: 8-bit matrix products, lossy; CUDA of capability 8.9 or higher"),
     _serve_flag("execution", "auto (what is fastest on the device), eager, graph, compiled or compiled+graph"),
     _serve_flag("text_encoder", "auto, gpu, cpu, or offload: on the cpu, lent to the device while it encodes"),
     _serve_flag("text_cache", "folder that keeps prompt embeddings over restarts; empty is memory only"),
-    _serve_flag("attention", "auto (the fastest that is installed and right) or a kernel of `doctor`'s table"),
+    _serve_flag(
+        "attention", "auto (the fastest that is installed and right) or a kernel of `doctor`'s table; sage is lossy"
+    ),
 )
 SERVE_FLAGS = (
     *MODEL_FLAGS,
@@ -181,7 +184,8 @@ def serve(options: argparse.Namespace) -> int:
         seconds = time.perf_counter() - start_s
         print(
             f"ready: {address} model={facts.name} device={facts.device} dtype={facts.dtype} "
-            f"attention={facts.attention} execution={facts.execution} seconds_to_ready={seconds:.1f}",
+            f"attention={facts.attention} execution={facts.execution} seconds_to_ready={seconds:.1f}"
+            f"{f' lossy={facts.lossy}' if facts.lossy else ''}",
             flush=True,
         )
 
@@ -363,7 +367,7 @@ def doctor(options: argparse.Namespace) -> int:
 def _attention_lines(bundle: Path, name: str, device: Any, dtype: Any) -> str:
     """The kernel that would be used, and what each installed one takes on the video of the bundle."""
     from codmd_serve.wan.checkpoint import attention_shape
-    from codmd_serve.wan.kernels import MATH, choose_attention, installed_kernels, measure_kernels
+    from codmd_serve.wan.kernels import LOSSY, MATH, choose_attention, installed_kernels, measure_kernels
 
     # On a CPU a large video would take minutes to try.
     shape = attention_shape(bundle, max_tokens=4096 if device.type == "cpu" else None)
@@ -377,7 +381,8 @@ def _attention_lines(bundle: Path, name: str, device: Any, dtype: Any) -> str:
             for what, ms in (("self", entry.self_ms), ("prompt", entry.prompt_ms))
             if ms is not None
         )
-        lines.append(f"{entry.name:<18} {'; '.join(filter(None, (times, entry.problem)))}")
+        label = "lossy, only by name" if entry.name in LOSSY else ""
+        lines.append(f"{entry.name:<18} {'; '.join(filter(None, (times, label, entry.problem)))}")
     return ("\n" + " " * 14).join(lines)
 
 

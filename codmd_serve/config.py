@@ -14,7 +14,8 @@ MAX_PROMPT_CHARS = 4000
 DEFAULT_CRF = 18
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Fields of ServeConfig that the engine is loaded with; a worker is told them by these names.
-ENGINE_SETTINGS = ("device", "dtype", "attention", "execution", "text_encoder", "text_cache")
+ENGINE_SETTINGS = ("device", "dtype", "attention", "quantization", "execution", "text_encoder", "text_cache")
+QUANTIZATIONS = ("none", "fp8")
 TEXT_ENCODERS = ("auto", "gpu", "cpu", "offload")
 EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
@@ -124,6 +125,7 @@ class ServeConfig:
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
+    quantization: str = "none"
     execution: str = "auto"
     text_encoder: str = "auto"
     text_cache: str = ""
@@ -151,6 +153,8 @@ class ServeConfig:
                 raise ConfigError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
         if self.execution not in EXECUTIONS:
             raise ConfigError(f"execution must be one of {', '.join(EXECUTIONS)}, got {self.execution!r}")
         if self.text_encoder not in TEXT_ENCODERS:
@@ -200,6 +204,7 @@ class ModelFacts:
         load_s: seconds from start to warm.
         fallback: why execution is not what was asked for; empty when it is.
         max_video_px: height * width * num_frames that the memory of the device has room for; 0 is unknown.
+        lossy: what makes another picture than the weights ask for, as `fp8+sage`; empty when nothing does.
     """
 
     name: str
@@ -220,3 +225,4 @@ class ModelFacts:
     load_s: float
     fallback: str = ""
     max_video_px: int = 0
+    lossy: str = ""

@@ -24,7 +24,8 @@ from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, Generat
 from codmd_serve.video import find_ffmpeg, write_video
 from codmd_serve.wan.attention import pad_prompt_embeds
 from codmd_serve.wan.checkpoint import Bundle, load_bundle
-from codmd_serve.wan.kernels import AttentionShape, check_attention_name, choose_attention
+from codmd_serve.wan.fp8 import check_quantization, quantize_blocks
+from codmd_serve.wan.kernels import LOSSY, AttentionShape, check_attention_name, choose_attention
 from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder, prompt_warnings
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 from codmd_serve.wan.vae import StreamingDecoder, latent_shape
@@ -182,6 +183,7 @@ def load_engine(
     dtype: str = "auto",
     *,
     attention: str = "auto",
+    quantization: str = "none",
     execution: str = "auto",
     text_encoder: str = "auto",
     text_cache: str = "",
@@ -193,13 +195,14 @@ def load_engine(
         device: auto (cuda where there is one), cpu, cuda or cuda:N.
         dtype: auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float16.
         attention: auto (the fastest right one that is installed), or the name of a kernel.
+        quantization: none, or fp8 for 8-bit matrix products.
         execution: auto (what is fastest; eager on a CPU), eager, graph, compiled or compiled+graph.
         text_encoder: auto (gpu where its weights leave room, else offload), gpu, cpu or offload.
         text_cache: folder for embeddings; empty is memory only.
 
     Raises:
         CheckpointError: the bundle cannot be loaded.
-        ConfigError: no such device, kernel or execution, or no ffmpeg.
+        ConfigError: no such device, kernel, quantization or execution, or no ffmpeg.
         GenerationError: the bundle loads, but its native video cannot be made here.
     """
     start_s = time.perf_counter()
@@ -208,6 +211,7 @@ def load_engine(
     chosen_dtype = choose_dtype(dtype, chosen_device)
     chosen_execution = choose_execution(execution, chosen_device)
     check_attention_name(attention, chosen_device)
+    check_quantization(quantization, chosen_device, chosen_dtype)
     choose_text_encoder(text_encoder, chosen_device, 0, 0, 0)  # a wrong name shall not cost a load
     free_bytes = torch.cuda.mem_get_info(chosen_device)[0] if chosen_device.type == "cuda" else 0
     bundle = load_bundle(path, chosen_dtype, chosen_device, text_device="cpu")
@@ -215,8 +219,11 @@ def load_engine(
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
     chosen = choose_attention(attention, _attention_shape(bundle), chosen_device, chosen_dtype)
-    facts = replace(facts, attention=chosen.name)
+    lossy = [name for name in (quantization, attention) if name == "fp8" or name in LOSSY]
+    facts = replace(facts, attention=chosen.name, lossy="+".join(lossy))
     transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
+    if quantization == "fp8":
+        quantize_blocks(transformer)
     engine = Engine(bundle, transformer, facts, execution=chosen_execution, embedder=embedder)
     try:
         warm_s, max_video_px = _warm(engine)

@@ -1,5 +1,7 @@
 """Which attention kernel runs: every one that is installed is checked and timed at load, the fastest right one is used.
 
+Those that are lossy on purpose run only when they are named, and are checked against a tolerance of their own.
+
 Names are those of diffusers' attention dispatcher. Knows shapes, but neither prompts nor sampling.
 
 Legend: B batch (1 here), N tokens, L prompt positions, G heads, E width of a head.
@@ -30,9 +32,11 @@ TORCH_KERNELS = {
     "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
     MATH: SDPBackend.MATH,
 }
-PACKAGES = {"_flash_3": "flash_attn_interface", "flash": "flash_attn", "xformers": "xformers"}
+PACKAGES = {"_flash_3": "flash_attn_interface", "flash": "flash_attn", "xformers": "xformers", "sage": "sageattention"}
+# 8-bit on purpose: never chosen, only taken by name.
+LOSSY = ("sage",)
 # Of two that are equally fast the first is taken, so that two starts choose the same one and give the same video.
-KNOWN = ("native", "_native_cudnn", "_flash_3", "flash", "_native_flash", "xformers", "_native_efficient", MATH)
+KNOWN = ("native", "_native_cudnn", "_flash_3", "flash", "_native_flash", "xformers", "_native_efficient", MATH, *LOSSY)
 EQUALLY_FAST = 1.05
 ON_CPU = ("native", "_native_flash", MATH)
 NUM_ROWS_CHECKED = 64
@@ -41,6 +45,8 @@ NUM_RUNS = 5
 # Root mean square of the error over that of the output. Rounding the output alone is a quarter of it (bfloat16:
 # eps / sqrt(12) = .0023, and as much again for the rounded weights); a lost key block or bias is above 0.1.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
+# 8-bit integers for queries and keys are .015 off, 8-bit floats for weights and values .037 (both rounded by .026).
+LOSSY_TOLERANCE = 6e-2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +98,8 @@ def kernel(name: str) -> Attend:
         return sdpa
     if name in TORCH_KERNELS:
         return _torch_kernel(TORCH_KERNELS[name])
+    if name == "sage":
+        return _sage
     backend = AttentionBackendName(name)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
@@ -107,6 +115,17 @@ def _torch_kernel(backend: SDPBackend) -> Attend:
             return sdpa(query, key, value, logit_bias)
 
     return attend
+
+
+@torch.compiler.disable
+def _sage(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
+    """SageAttention's own choice for the device; called directly, because diffusers refuses the version on PyPI."""
+    if logit_bias is not None:
+        raise ConfigError("SageAttention takes no logit bias")
+    from sageattention import sageattn
+
+    out: Tensor = sageattn(query, key, value, tensor_layout="NHD", is_causal=False)
+    return out
 
 
 def check_attention_name(name: str, device: torch.device) -> None:
@@ -128,7 +147,7 @@ def choose_attention(name: str, shape: AttentionShape, device: torch.device, dty
     """Take the fastest kernel that gives right numbers on the shape that will be served.
 
     Args:
-        name: auto or a kernel. On a CPU auto is `native`, without a race: there a video has to be the same bytes after
+        name: auto or a kernel; auto is never a lossy one. On a CPU auto is `native`, without a race: there a video has to be the same bytes after
             every start, and two kernels that are nearly as fast would win in turn.
         shape: of the video that is served most.
         device, dtype: of the network.
@@ -141,7 +160,8 @@ def choose_attention(name: str, shape: AttentionShape, device: torch.device, dty
     """
     check_attention_name(name, device)
     named = ("native",) if name == AUTO and device.type == "cpu" else (name,)
-    candidates = tuple(n for n in installed_kernels(device) if n != MATH) if named == (AUTO,) else named
+    may_choose = tuple(n for n in installed_kernels(device) if n != MATH and n not in LOSSY)
+    candidates = may_choose if named == (AUTO,) else named
     table = measure_kernels(candidates, shape, device, dtype)
     own = _fastest(table, [entry.self_ms for entry in table])
     if own is None:
@@ -150,7 +170,7 @@ def choose_attention(name: str, shape: AttentionShape, device: torch.device, dty
     prompt = _fastest(table, [entry.prompt_ms for entry in table])
     if prompt is None:
         # The named kernel takes no bias: attention to the prompt, 1 % of the work, goes to one that does.
-        others = tuple(n for n in installed_kernels(device) if n not in (*candidates, MATH))
+        others = tuple(n for n in may_choose if n not in candidates)
         more = measure_kernels(others, shape, device, dtype)
         table += more
         prompt = _fastest(more, [entry.prompt_ms for entry in more])
@@ -202,20 +222,23 @@ def measure_kernels(
     entries = []
     for name in names:
         attend = kernel(name)
-        self_ms, self_problem = _tried(attend, query, key, value, None)
-        prompt_ms, prompt_problem = _tried(attend, query, prompt_key, prompt_value, bias)
+        tolerance = LOSSY_TOLERANCE if name in LOSSY else TOLERANCE[dtype]
+        self_ms, self_problem = _tried(attend, tolerance, query, key, value, None)
+        prompt_ms, prompt_problem = _tried(attend, tolerance, query, prompt_key, prompt_value, bias)
         problem = self_problem or (prompt_problem and f"not for prompts: {prompt_problem}")
         entries.append(Measured(name=name, self_ms=self_ms, prompt_ms=prompt_ms, problem=problem))
     return tuple(entries)
 
 
-def _tried(attend: Attend, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[float | None, str]:
+def _tried(
+    attend: Attend, tolerance: float, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+) -> tuple[float | None, str]:
     with warnings.catch_warnings():
         # torch says in five warnings why it will not run a kernel, before it raises.
         warnings.simplefilter("ignore")
         try:
             error = _error(attend(query, key, value, bias), query, key, value, bias)
-            if not error <= TOLERANCE[query.dtype]:
+            if not error <= tolerance:
                 return None, f"wrong numbers, relative error {error:.2g}"
             return _median_ms(lambda: attend(query, key, value, bias), query.device), ""
         except Exception as error:  # packages raise anything, and a kernel that cannot is not a failure of ours

@@ -1,0 +1,123 @@
+"""Matrix products in 8-bit floats, `lossy`: rows of weights and activations share a scale each; knows no sampler.
+
+e4m3 has four significant bits: rounding is up to 1/16 of a number, .026 of it in the root mean square, whatever its
+size, so a row only has to be brought into the range. Both factors are rounded, so a product of independent numbers is
+off by .037; weights are rounded once, activations in every call.
+
+What stays as it was: embedders and head, whose few numbers every later one depends on; the modulation, which is float32
+anyway; keys and values of the prompt, which are computed once per prompt and would save nothing.
+
+Legend: N tokens in all videos of a batch, I and O inputs and outputs of a layer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codmd_serve.config import QUANTIZATIONS
+from codmd_serve.errors import ConfigError
+from codmd_serve.wan.transformer import FewStepTransformer
+
+FP8 = torch.float8_e4m3fn
+HIGHEST = torch.finfo(FP8).max
+SMALLEST_SCALE = 1e-12  # rows of zeros; below, the quotient would leave the range
+MIN_CAPABILITY = (8, 9)  # Ada and Hopper have the instructions
+DIVISOR = 16  # of widths, for the kernels of torch._scaled_mm
+LAYERS = ("qkv", "attn_out", "cross_q", "cross_out", "ffn_in", "ffn_out")
+
+
+def check_quantization(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what is unknown, or what `device` has no instructions for.
+
+    Args:
+        name: none or fp8.
+        device, dtype: of the network.
+
+    Raises:
+        ConfigError: says what it takes and what is there.
+    """
+    if name not in QUANTIZATIONS:
+        raise ConfigError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {name!r}")
+    if name == "none":
+        return
+    least = ".".join(map(str, MIN_CAPABILITY))
+    if device.type != "cuda":
+        raise ConfigError(f"quantization fp8 needs a CUDA device of compute capability {least} or higher, got {device}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        raise ConfigError(
+            f"quantization fp8 needs a CUDA device of compute capability {least} or higher, "
+            f"got {torch.cuda.get_device_name(device)} of {'.'.join(map(str, capability))}"
+        )
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"quantization fp8 gives bfloat16, got {str(dtype).removeprefix('torch.')}: leave --dtype out"
+        )
+
+
+def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to e4m3.
+
+    Args:
+        values: (N, I), any floating dtype. A row with a number that is not finite becomes NaN, not something plausible.
+
+    Returns:
+        (N, I) in float8_e4m3fn, and (N, 1) float32 that it has to be multiplied by.
+    """
+    wide = values.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / HIGHEST).clamp(min=SMALLEST_SCALE)
+    return (wide / scale).to(FP8), scale
+
+
+class Float8Linear(nn.Module):
+    """A linear layer whose weight is e4m3, one scale per output; its input is rounded row by row when it comes.
+
+    Args:
+        source: in bfloat16, with a bias; both sides divisible by 16.
+
+    Raises:
+        ConfigError: sides that the kernels cannot take.
+    """
+
+    # (O, I) float8_e4m3fn, (1, O) float32, (O,) bfloat16
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__()
+        if any(size % DIVISOR for size in source.weight.shape):
+            sizes = " and ".join(map(str, source.weight.shape))
+            raise ConfigError(f"quantization fp8 needs layers whose sides are multiples of {DIVISOR}, got {sizes}")
+        weight, scale = quantize_rows(source.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.t().contiguous())
+        self.register_buffer("bias", source.bias.detach())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., I) to (..., O), bfloat16 in and out; sums are kept in the device's fast accumulator."""
+        rows, scale = quantize_rows(features.reshape(-1, features.shape[-1]))
+        out = torch._scaled_mm(
+            rows,
+            self.weight.t(),
+            scale_a=scale,
+            scale_b=self.scale,
+            bias=self.bias,
+            out_dtype=features.dtype,
+            use_fast_accum=True,
+        )
+        return out.reshape(*features.shape[:-1], -1)
+
+
+@torch.no_grad()
+def quantize_blocks(transformer: FewStepTransformer) -> None:
+    """Replace the large layers of every block by `Float8Linear`, one by one, so that one layer is there twice at most.
+
+    Raises:
+        ConfigError: a network whose widths are no multiples of 16.
+    """
+    for block in transformer.blocks:
+        for name in LAYERS:
+            source: Any = getattr(block, name)
+            setattr(block, name, Float8Linear(source))
