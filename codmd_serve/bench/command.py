@@ -12,7 +12,7 @@ from codmd_serve.bench.options import OPPONENTS, PRESETS, BenchConfig, writable_
 HELP = {
     "bundle": "folder of the student bundle to measure",
     "random_weights": f"measure a bundle of random weights instead: {', '.join(PRESETS)}; needs no download",
-    "against": f"{' or '.join(OPPONENTS)}: eager at equal steps, and its 50-step teacher",
+    "against": f"{', '.join(OPPONENTS)}: the stock pipeline, also as 50-step teacher; or fp8 and SageAttention",
     "device": "auto, cpu, cuda or cuda:N",
     "dtype": "auto (bfloat16 on cuda, else float32), float32, bfloat16 or float16",
     "height": "pixels; 0 is what the bundle was trained at",

@@ -8,7 +8,7 @@ from codmd_serve.config import default_bundle_path
 from codmd_serve.errors import ConfigError
 
 PRESETS = ("wan-1.3b", "wan-14b", "tiny")
-OPPONENTS = ("diffusers", "none")
+OPPONENTS = ("diffusers", "lossy", "none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +18,8 @@ class BenchConfig:
     Args:
         bundle: folder of the student bundle; not read with random_weights.
         random_weights: a preset to make a bundle of, or empty.
-        against: `diffusers` (eager, as many forward passes; and its 50-step teacher) or `none`.
+        against: `diffusers` (eager, as many forward passes; and its 50-step teacher), `lossy` (the engine with
+            fp8, with SageAttention and with both, and how far each is off) or `none`.
         device, dtype: as for serving.
         height, width: pixels; 0 is what the bundle was trained at.
         num_frames: 4k + 1; 0 is what the bundle was trained at.

@@ -26,6 +26,10 @@ Written by `codmd-serve bench` from the `performance-*.json` beside it; run the 
 - Work is counted on the modules of diffusers. The floor of a stage is its work at the rates of a large matrix product
   and a large copy on this machine, measured in the same run; "of floor" is the floor over the measured time, and can
   pass 100% where a stage avoids work that was counted. Bytes are weights, inputs and outputs only.
+- `lossy` variants are the engine with 8-bit matrix products (`fp8`), with SageAttention (`sage`) or with both, opt-in
+  and never chosen by `auto`. Their error is that of the output against the engine without them, same weights, prompts
+  and seeds: |difference| / |latents| of the final latents, and the PSNR of the frames. With random weights it says what
+  the arithmetic loses, not what a viewer would see.
 - `encode` is what is waited for: we encode while the next frames are decoded.
 - Operator calls include those that operators make themselves.
 - Processor time is what counts on a CPU that is busy with other work: waiting for the processor is not in it.
@@ -168,6 +172,7 @@ def _facts(row: Row) -> list[str]:
             f"- Cold start: {cold['ready_s']:.1f} s from the start of the process to /ready; "
             f"peak memory {said or 'unknown'}; weights on disk {size(cold['weights_bytes'])}."
         )
+    lines += [_lossy(row, name, entry) for name, entry in row.get("lossy", {}).items()]
     times = ", ".join(f"{name} {duration(entry['cpu_ms']['median'])}" for name, entry in row["contestants"].items())
     against = ", ".join(f"{name} / ours {_quartiles(entry['cpu'])}" for name, entry in row["ratios"].items())
     lines.append(f"- Processor time per request, encoder included: {times}" + (f"; {against}." if against else "."))
@@ -184,6 +189,16 @@ def _facts(row: Row) -> list[str]:
         )
     lines += [f"- Left out: {reason}." for reason in row["left_out"]]
     return [*lines, ""] if lines else []
+
+
+def _lossy(row: Row, name: str, entry: Row) -> str:
+    """One variant in one line; rows from before there were variants have none."""
+    speed, loop = (1 / row["ratios"][name][stage]["median"] for stage in ("total", "denoise"))
+    return (
+        f"- {name} ({entry['attention']}, {entry['execution']}) against {row['request']['dtype']}: "
+        f"latents off by {max(entry['latents']):.2g}, frames {min(entry['psnr_db']):.1f} dB, the worst of "
+        f"{_counted(len(entry['latents']), 'seed')}; {speed:.2f}x as fast, denoise {loop:.2f}x."
+    )
 
 
 def targets_of(row: Row) -> list[tuple[Target, float | None]]:

@@ -2,7 +2,8 @@
 
 JSON of a row: row, name, command, date, machine, versions, request, load_average, cold_start (or null), load_s,
 ceilings, work (per stage: flop, num_bytes, floor_ms), contestants (per name: stages_ms, total_ms and cpu_ms as spreads,
-device_ms and memory_bytes as spreads or null, held_bytes or null, num_forwards), ratios (per opponent and stage, of
+device_ms and memory_bytes as spreads or null, held_bytes or null, num_forwards), lossy (per variant: latents and
+psnr_db, one number per seed, execution, attention), ratios (per opponent and stage, of
 pairs), pairs (raw), operators (per name: calls, top), left_out (sentences), picture, seconds.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from codmd_serve import __version__
+from codmd_serve.bench import lossy
 from codmd_serve.bench.cold import measure_cold_start
 from codmd_serve.bench.contestants import (
     STAGES,
@@ -51,7 +53,7 @@ from codmd_serve.bench.trials import (
 from codmd_serve.bench.weights import PROMPTS, random_bundle
 from codmd_serve.config import DEFAULT_CRF, GenerateParams
 from codmd_serve.engine import Engine, choose_device, choose_dtype, load_engine
-from codmd_serve.errors import ConfigError
+from codmd_serve.errors import CodmdError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle, read_spec, resolve_base
 from codmd_serve.wan.vae import latent_shape
 
@@ -95,7 +97,8 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
     dtype = choose_dtype(config.dtype, device)
     name = config.random_weights or Path(config.bundle).resolve().name
     shape = "x".join(str(size) for size in (config.width, config.height, config.num_frames) if size)
-    row_name = "-".join(word for word in (name, device.type, shape) if word)
+    kind = "lossy" if config.against == "lossy" else ""
+    row_name = "-".join(word for word in (name, device.type, shape, kind) if word)
     file = folder / f"performance-{row_name}.json"
     if config.resume and _is_current(file, device):
         return short_table(json.loads(file.read_text(encoding="utf-8")))
@@ -181,6 +184,7 @@ class _Measured:
     trials: dict[str, list[Trial]]
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
     operators: dict[str, Any] = field(default_factory=dict)
+    lossy: dict[str, Row] = field(default_factory=dict)
 
 
 def _against(run: _Run, bundle: Path, ours: Ours, params: GenerateParams) -> _Measured:
@@ -193,11 +197,13 @@ def _against(run: _Run, bundle: Path, ours: Ours, params: GenerateParams) -> _Me
 
     before_teacher_s = run.config.limit_s * SHARE_BEFORE_TEACHER
     ours.run(next(asked), video)
-    if run.config.against == "none":
+    if run.config.against == "lossy":
+        _against_lossy(run, bundle, ours.engine, found, params, time_by)
+    if run.config.against in ("lossy", "none"):
         trials = [time_by("ours")(next(asked))]
         while len(trials) < run.config.pairs and run.seconds() < run.config.limit_s:
             trials.append(time_by("ours")(next(asked)))
-        found.trials["ours"] = trials
+        found.trials = {"ours": trials, **found.trials}
         found.operators["ours"] = count_operators(ours, next(asked), video)
         return found
     stock = load_bundle(bundle, run.dtype, run.device)
@@ -222,6 +228,41 @@ def _against(run: _Run, bundle: Path, ours: Ours, params: GenerateParams) -> _Me
         teacher = Diffusers(stock, teacher_scheduler(), TEACHER_STEPS, TEACHER_GUIDANCE)
         _against_teacher(run, found, teacher, asked, time_by)
     return found
+
+
+def _against_lossy(run: _Run, bundle: Path, engine: Engine, found: _Measured, params: GenerateParams, by: Any) -> None:
+    """Load one variant after the other, take its error, and time it in turns with the engine."""
+    problems = lossy.unsupported(run.device, run.dtype)
+    same, asked = lossy.some(params, PROMPTS), requests(params, PROMPTS)
+    wanted = [lossy.outputs(engine, given) for given in same] if len(problems) < len(lossy.VARIANTS) else []
+    for name in (name for name in lossy.VARIANTS if name not in problems):
+        if run.seconds() > run.config.limit_s:
+            problems[name] = "no time was left"
+            continue
+        try:
+            variant = lossy.load_variant(name, bundle, engine)
+            error = lossy.error_of(variant, wanted, same)
+        except (CodmdError, torch.OutOfMemoryError) as failure:
+            problems[name] = str(failure).splitlines()[0]
+            continue
+        label = f"lossy {name}"
+        found.contestants[label] = Ours(variant)
+        found.pairs[label] = run_pairs(
+            by("ours"),
+            by(label),
+            asked,
+            most=run.config.pairs,
+            may_go_on=lambda: run.seconds() < run.config.limit_s,
+        )
+        found.trials[label] = [pair.other for pair in found.pairs[label]]
+        facts = variant.facts
+        found.lossy[label] = {**asdict(error), "execution": facts.execution, "attention": facts.attention}
+        # As many forward passes, which is all that is asked for from here on: the next variant needs the memory.
+        found.contestants[label] = found.contestants["ours"]
+        del variant
+        lossy.release(run.device)
+        run.look_at_load()
+    run.left_out += lossy.left_out(problems)
 
 
 def _against_teacher(run: _Run, found: _Measured, teacher: Diffusers, asked: Iterator[GenerateParams], by: Any) -> None:
@@ -264,6 +305,7 @@ def _summed_up(found: _Measured, held_bytes: int | None) -> Row:
         "ratios": {name: _ratios(pairs) for name, pairs in found.pairs.items()},
         "pairs": {name: [asdict(pair) for pair in pairs] for name, pairs in found.pairs.items()},
         "operators": {name: asdict(count) for name, count in found.operators.items()},
+        "lossy": found.lossy,
     }
 
 
@@ -355,7 +397,7 @@ def _commit() -> str:
 def _draw(path: Path, row: Row) -> None:
     points = []
     for name, entry in row["contestants"].items():
-        if name == "teacher":  # other work than what was counted
+        if name == "teacher" or name in row["lossy"]:  # other work than what was counted, or at another rate
             continue
         for stage, work in row["work"].items():
             seconds = entry["stages_ms"][stage]["median"] / 1000

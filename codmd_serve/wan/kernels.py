@@ -147,8 +147,8 @@ def choose_attention(name: str, shape: AttentionShape, device: torch.device, dty
     """Take the fastest kernel that gives right numbers on the shape that will be served.
 
     Args:
-        name: auto or a kernel; auto is never a lossy one. On a CPU auto is `native`, without a race: there a video has to be the same bytes after
-            every start, and two kernels that are nearly as fast would win in turn.
+        name: auto or a kernel; auto is never a lossy one. On a CPU auto is `native`, without a race: there a video has
+            to be the same bytes after every start, and two kernels that are nearly as fast would win in turn.
         shape: of the video that is served most.
         device, dtype: of the network.
 

@@ -1,6 +1,8 @@
 """Choosing attention: wrong and failing kernels are refused, the fastest right one wins."""
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,7 +163,7 @@ def test_unknown_and_missing_kernels_are_refused_with_the_list() -> None:
         choose_attention("flashy", SHAPE, CPU, torch.float32)
     assert str(caught.value) == (
         "attention 'flashy' is unknown for cpu; known: auto, native, _native_cudnn, _flash_3, flash, _native_flash, "
-        "xformers, _native_efficient, _native_math; installed: native, _native_flash, _native_math"
+        "xformers, _native_efficient, _native_math, sage; installed: native, _native_flash, _native_math"
     )
     with pytest.raises(ConfigError, match="attention 'xformers' is not installed for cpu"):
         choose_attention("xformers", SHAPE, CPU, torch.float32)
@@ -172,6 +174,105 @@ def test_packages_are_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "xformers" else None)
     found = installed_kernels(device)
     assert "xformers" in found and "flash" not in found and "_native_cudnn" in found
+
+
+def as_sage(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """What SageAttention rounds: queries and keys to 127 steps per token, keys without their mean; the rest to e4m3."""
+    if bias is not None:
+        raise ValueError("no mask")
+    query, key, value = (tensor.float() for tensor in (query, key, value))
+
+    def stepped(tensor: Tensor) -> Tensor:
+        step = tensor.abs().amax(-1, keepdim=True) / 127
+        return (tensor / step).round() * step
+
+    def rounded(tensor: Tensor, highest: Tensor) -> Tensor:
+        return (tensor * (448 / highest)).to(torch.float8_e4m3fn).float() * (highest / 448)
+
+    key = key - key.mean(1, keepdim=True)
+    logits = torch.einsum("bnge,bmge->bgnm", stepped(query), stepped(key)) / query.shape[-1] ** 0.5
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    value = rounded(value, value.abs().amax(1, keepdim=True))
+    summed = torch.einsum("bgnm,bmge->bgne", rounded(weights, torch.ones(())), value)
+    return (summed / weights.sum(-1, keepdim=True)).transpose(1, 2)
+
+
+def without_64_keys(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    return as_sage(query, key[:, 64:], value[:, 64:], bias)
+
+
+LARGE = AttentionShape(num_tokens=1024, num_heads=2, head_width=128)
+
+
+@pytest.fixture
+def lossy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let a function be `sage` on a device that has it beside two right kernels."""
+
+    def installed(function: Attend) -> None:
+        real = kernels.kernel
+        fakes: dict[str, Attend] = {"sage": function, "refuses_bias": refuses_bias, "slow": slow}
+        monkeypatch.setattr(kernels, "kernel", lambda name: fakes.get(name) or real(name))
+        monkeypatch.setattr(kernels, "installed_kernels", lambda _: ("slow", "refuses_bias", kernels.MATH, "sage"))
+
+    return installed
+
+
+def test_the_lossy_tolerance_is_what_8_bits_lose_and_less_than_a_lost_block(lossy: Callable[..., None]) -> None:
+    lossy(as_sage)
+    (entry,) = measure_kernels(["sage"], LARGE, CPU, torch.bfloat16)
+    assert entry.self_ms is not None and entry.problem == "not for prompts: ValueError: no mask"
+    lossy(without_64_keys)
+    (entry,) = measure_kernels(["sage"], LARGE, CPU, torch.bfloat16)
+    assert entry.self_ms is None and "wrong numbers, relative error" in entry.problem
+
+
+def test_8_bits_are_more_than_other_kernels_may_lose(install: Callable[..., None]) -> None:
+    install(as_sage)
+    (entry,) = measure_kernels(["as_sage"], LARGE, CPU, torch.bfloat16)
+    assert entry.self_ms is None and "wrong numbers, relative error" in entry.problem
+
+
+def test_auto_never_takes_a_lossy_kernel(
+    lossy: Callable[..., None], chosen: Callable[[str], kernels.ChosenAttention]
+) -> None:
+    lossy(sdpa)  # right, and the fastest of all
+    taken = chosen("auto")
+    assert taken.name == "refuses_bias+slow" and "sage" not in {entry.name for entry in taken.table}
+    assert chosen("sage").name == "sage"
+
+
+def test_a_lossy_kernel_by_name_leaves_prompts_to_a_right_one(
+    lossy: Callable[..., None], chosen: Callable[[str], kernels.ChosenAttention]
+) -> None:
+    lossy(refuses_bias)
+    assert chosen("sage").name == "sage+slow"
+
+
+def test_sage_is_refused_where_it_is_not_installed_or_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"attention 'sage' is not installed for cpu; known: .*; installed: native"):
+        choose_attention("sage", SHAPE, CPU, torch.bfloat16)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"attention 'sage' is not installed for cuda; known: .*; installed: native"):
+        kernels.check_attention_name("sage", torch.device("cuda"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "sageattention" else None)
+    kernels.check_attention_name("sage", torch.device("cuda"))
+    monkeypatch.setattr(kernels, "installed_kernels", lambda _: ("native", "sage"))
+    with pytest.raises(
+        ConfigError, match=r"no attention kernel works at 70 tokens .*: sage: ModuleNotFoundError: [^\n]+$"
+    ):
+        choose_attention("sage", SHAPE, CPU, torch.bfloat16)
+
+
+def test_sage_is_called_with_our_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sageattn(q: Tensor, k: Tensor, v: Tensor, *, tensor_layout: str, is_causal: bool) -> Tensor:
+        assert tensor_layout == "NHD" and not is_causal
+        return sdpa(q, k, v, None)
+
+    monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))  # type: ignore[arg-type]
+    query, key, value = torch.randn(3, 1, 9, 2, 8).unbind(0)
+    assert torch.equal(kernel("sage")(query, key, value, None), sdpa(query, key, value, None))
+    with pytest.raises(ConfigError, match="SageAttention takes no logit bias"):
+        kernel("sage")(query, key, value, torch.zeros(1, 1, 1, 9))
 
 
 def test_a_package_that_is_absent_fails_like_any_other() -> None:
