@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from codmd_serve.config import EXECUTIONS
-from codmd_serve.cuda_graph import CudaRecorder, Graphs, Key, Record
+from codmd_serve.cuda_graph import MAX_SHAPES_TOLD, CudaRecorder, Graphs, Key, Record
 from codmd_serve.errors import ConfigError
 from codmd_serve.sampler import OnStep, rollout
 from codmd_serve.wan.checkpoint import StudentSpec
@@ -70,6 +70,7 @@ class DenoiseLoop:
         identity = "" if execution == "eager" else fingerprint(transformer)
         self._graphs = Graphs(record or CudaRecorder(transformer.device), identity=identity)
         self._compiled: set[Key] = set()
+        self._told: set[Key] = set()
 
     @property
     def prompt_sizes(self) -> tuple[int, ...]:
@@ -94,8 +95,19 @@ class DenoiseLoop:
                 if on_step is not None:
                     on_step(len(self.spec.timesteps) - 1, x0_pred)
                 return x0_pred
-        is_compiled = bool(self._compiled) and self._graphs.key(noise, *tensors) in self._compiled
-        return self._run(noise, prompt, on_step, is_compiled)
+        return self._run(noise, prompt, on_step, self._is_compiled(noise, tensors))
+
+    def _is_compiled(self, noise: Tensor, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether blocks were compiled for these shapes; where others were, that is logged, once per shape."""
+        if not self._compiled:
+            return False
+        key = self._graphs.key(noise, *tensors)
+        is_compiled = key in self._compiled
+        # Graphs, where there are some, have said it already.
+        if not is_compiled and not len(self._graphs) and key not in self._told and len(self._told) < MAX_SHAPES_TOLD:
+            self._told.add(key)
+            log.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, noise.shape)))
+        return is_compiled
 
     def _run(self, noise: Tensor, prompt: PromptCache, on_step: OnStep | None, is_compiled: bool) -> Tensor:
         # The rollout calls once per step, in order; what a timestep does to the network was computed at load.

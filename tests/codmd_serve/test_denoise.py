@@ -104,6 +104,27 @@ def test_a_shape_that_was_not_warmed_runs_eager_and_is_logged(
     assert caplog.text.count("execution=eager reason=not_warmed shape=4x1x4x3x4x4") == 1
 
 
+def test_a_shape_that_was_not_compiled_runs_eager_and_is_logged(
+    transformer: FewStepTransformer,
+    tiny_spec: StudentSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = DenoiseLoop(transformer, tiny_spec, execution="compiled")
+    monkeypatch.setattr(transformer, "compile_blocks", lambda: None)  # blocks that were not compiled run as they are
+    prompt, other = prompt_of(transformer, 0), noise_of(1, (4, 1, 4, 3, 4, 4))
+    loop.warm(noise_of(0), [prompt])
+    loop(noise_of(1), prompt)
+    assert loop.execution == "compiled" and "not_warmed" not in caplog.text
+    want, seen = DenoiseLoop(transformer, tiny_spec)(other, prompt), list[bool]()
+    forward = transformer.forward
+    monkeypatch.setattr(transformer, "forward", lambda *words: (seen.append(words[3]), forward(*words))[1])
+    for _ in range(2):
+        assert torch.equal(loop(other, prompt), want)
+    assert seen == [False] * 8
+    assert caplog.text.count("execution=eager reason=not_warmed shape=4x1x4x3x4x4") == 1
+
+
 def test_warm_up_runs_eager_then_compiles_then_records_the_longest_first(
     transformer: FewStepTransformer, tiny_spec: StudentSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
