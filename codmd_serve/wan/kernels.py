@@ -99,7 +99,9 @@ def kernel(name: str) -> Attend:
     if name in TORCH_KERNELS:
         return _torch_kernel(TORCH_KERNELS[name])
     if name == "sage":
-        return _sage
+        # Its kernels cannot be traced: compiled blocks are left for them and entered again.
+        attend_sage: Attend = torch.compiler.disable(_sage)  # type: ignore[no-untyped-call]
+        return attend_sage
     backend = AttentionBackendName(name)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
@@ -117,7 +119,6 @@ def _torch_kernel(backend: SDPBackend) -> Attend:
     return attend
 
 
-@torch.compiler.disable
 def _sage(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
     """SageAttention's own choice for the device; called directly, because diffusers refuses the version on PyPI."""
     if logit_bias is not None:

@@ -208,6 +208,12 @@ def test_generate_draws_a_seed_and_tells_it(generate: Any, capsys: pytest.Captur
         (("--crf", "0"), "crf: Input should be greater than or equal to 1"),
         (("--dtype", "int8"), "dtype must be one of auto, float32"),
         (("--execution", "fast"), "execution must be one of auto, eager, graph, compiled, compiled+graph, got 'fast'"),
+        (("--quantization", "int4"), "quantization must be one of none, fp8, got 'int4'"),
+        (
+            ("--quantization", "fp8"),
+            "quantization fp8 needs a CUDA device of compute capability 8.9 or higher, got cpu",
+        ),
+        (("--attention", "sage"), "attention 'sage' is not installed for cpu; known: auto, native, _native_cudnn"),
         (("--attention", "flashy"), "attention 'flashy' is unknown for cpu; known: auto, native, _native_cudnn"),
         (("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (("--bundle", "nowhere"), "no student bundle at nowhere: name a folder that holds student.json"),

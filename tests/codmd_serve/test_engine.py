@@ -245,6 +245,34 @@ def test_a_graph_that_cannot_be_recorded_is_told_and_the_video_is_made(tiny_bund
     assert video_of(asked, tmp_path / "a.mp4")
 
 
+def test_an_engine_says_what_is_lossy_in_it(
+    engine: Engine, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.facts.lossy == ""
+    quantized = list[object]()
+    monkeypatch.setattr(engine_module, "check_quantization", lambda *_: None)
+    monkeypatch.setattr(engine_module, "quantize_blocks", quantized.append)
+    monkeypatch.setattr(engine_module, "LOSSY", ("_native_math",))
+    named = load_engine(tiny_bundle, "cpu", attention="_native_math", quantization="fp8")
+    assert named.facts.lossy == "fp8+_native_math" and quantized == [named.transformer]
+    assert video_of(named, tmp_path / "a.mp4")
+
+
+def test_load_engine_refuses_fp8_on_a_cpu_before_it_loads() -> None:
+    with pytest.raises(ConfigError, match=r"fp8 needs a CUDA device of compute capability 8\.9 or higher, got cpu"):
+        load_engine(Path("/nowhere"), "cpu", quantization="fp8")
+
+
+def test_the_largest_video_follows_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, native_px = torch.device("cuda"), 32 * 48 * 9
+    assert engine_module._affordable_px(PARAMS, torch.device("cpu"), 1000) == 0  # nobody counted
+    assert engine_module._affordable_px(PARAMS, cuda, 0) == 0
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    for free_bytes, times in ((10_000, 9), (1_500, 1.35), (500, 1)):  # what was made once fits, whatever is free now
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free_bytes: (free, 10**6))
+        assert engine_module._affordable_px(PARAMS, cuda, 1000) == int(times * native_px)
+
+
 def test_load_engine_refuses_an_unknown_attention_before_it_loads() -> None:
     with pytest.raises(ConfigError, match="attention 'flashy' is unknown for cpu; known: auto, native"):
         load_engine(Path("/nowhere"), "cpu", attention="flashy")
