@@ -17,7 +17,7 @@ import torch
 from codmd_serve.engine import Engine, load_engine
 from codmd_serve.wan.checkpoint import silence_libraries
 
-PERIOD_S = 0.001
+PERIOD_S = 0.005
 
 
 def anonymous_bytes() -> int:
