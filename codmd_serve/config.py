@@ -17,6 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINE_SETTINGS = ("device", "dtype", "attention", "execution", "text_encoder", "text_cache")
 TEXT_ENCODERS = ("auto", "gpu", "cpu", "offload")
 EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
+OVERLAPS = ("auto", "on", "off")
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
@@ -127,6 +128,7 @@ class ServeConfig:
     execution: str = "auto"
     text_encoder: str = "auto"
     text_cache: str = ""
+    overlap: str = "auto"
     queue_size: int = 16
     max_pixels: int = 0
     max_body_bytes: int = 65536
@@ -151,6 +153,8 @@ class ServeConfig:
                 raise ConfigError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.overlap not in OVERLAPS:
+            raise ConfigError(f"overlap must be one of {', '.join(OVERLAPS)}, got {self.overlap!r}")
         if self.execution not in EXECUTIONS:
             raise ConfigError(f"execution must be one of {', '.join(EXECUTIONS)}, got {self.execution!r}")
         if self.text_encoder not in TEXT_ENCODERS:
