@@ -22,6 +22,8 @@ HELP = {
     "teacher_pairs": "the same against the teacher",
     "limit_s": "begin nothing new after this many seconds",
     "cold_start": "start a server and time it up to /ready",
+    "serving": "measure server overhead and overlap of jobs in place of the stages",
+    "timeline": "with --serving: name of the picture of three overlapped requests",
     "resume": "keep a row that the folder already has from this version on this device",
     "out": "folder of the JSON, the table and the picture",
     "work": "folder that keeps random weights between calls; a temporary one when empty",

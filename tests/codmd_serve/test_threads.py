@@ -1,7 +1,7 @@
-"""A hand-over between two threads: in order, bounded, and ended by a failure of either side; a memory for any thread."""
+"""A hand-over between two threads: in order, bounded, ended by a failure of either side; and a shared memory."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -61,9 +61,13 @@ def test_a_consumer_that_fails_ends_the_producer() -> None:
         raise ValueError("cannot take more")
 
     handover = HandOver(consume, size=1)
-    with pytest.raises(ValueError, match="cannot take more"):
+
+    def produce() -> None:
         for number in range(1000):
             handover.put(number)
+
+    with pytest.raises(ValueError, match="cannot take more"):
+        produce()
     assert ends(handover)
 
 
@@ -141,7 +145,7 @@ def test_memory_computes_once_and_lets_go_of_the_oldest() -> None:
 
 
 def test_memory_does_not_remember_a_failure() -> None:
-    answers = iter([ValueError("not yet"), 7])
+    answers: Iterator[Exception | int] = iter([ValueError("not yet"), 7])
 
     def compute(_: str) -> int:
         answer = next(answers)
