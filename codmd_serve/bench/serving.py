@@ -48,7 +48,7 @@ def measure_serving(engine: Engine, bundle: Path, params: GenerateParams, pairs:
         engine: warm; the bare one.
         bundle: to serve beside it.
         params: of which prompt and seed change.
-        pairs: of single requests, in turns; of blocks of eight there are a fifth as many, at least three.
+        pairs: of single requests, in turns; of blocks of eight there are a fifth as many, at least two.
         timeline: PNG to write.
 
     Raises:
@@ -56,7 +56,7 @@ def measure_serving(engine: Engine, bundle: Path, params: GenerateParams, pairs:
     """
     asked = requests(params, PROMPTS)
     device, dtype = engine.transformer.device, getattr(torch, engine.facts.dtype)
-    num_blocks = max(3, pairs // BLOCKS_PER_PAIR)
+    num_blocks = max(2, pairs // BLOCKS_PER_PAIR)
     with tempfile.TemporaryDirectory(prefix="codmd-bench-") as temporary:
         folder = Path(temporary)
         engine.generate(next(asked), folder / "warm.mp4")
