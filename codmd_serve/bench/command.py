@@ -21,7 +21,7 @@ HELP = {
     "pairs": "timed requests of each side at equal steps, in turns",
     "teacher_pairs": "the same against the teacher",
     "limit_s": "begin nothing new after this many seconds",
-    "cold_start": "start a server and time it up to /ready",
+    "cold_start": "start a server and time it up to /ready; with --serving, ask it for videos",
     "serving": "measure server overhead and overlap of jobs in place of the stages",
     "timeline": "with --serving: name of the picture of three overlapped requests",
     "resume": "keep a row that the folder already has from this version on this device",

@@ -25,7 +25,7 @@ class BenchConfig:
         pairs: timed requests of each side at equal steps, taken in turns.
         teacher_pairs: the same against the teacher; 0 leaves it out.
         limit_s: no new measurement is begun after this many seconds; the one in progress ends.
-        cold_start: whether a server is started to time it up to /ready.
+        cold_start: whether a server is started to time it up to /ready, or, with `serving`, to ask it for videos.
         serving: measure server and overlap of this row in place of its stages.
         timeline: PNG of three overlapped requests, in `out`; written with `serving`.
         resume: whether a row that the folder has from this version on this device is kept as it is.

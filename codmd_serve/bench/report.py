@@ -117,20 +117,23 @@ def serving_lines(row: Row) -> list[str]:
         ("latency", "server over bare engine, one request", "pair"),
         ("saturation", f"server over bare engine, {overlap['num_jobs']} requests at once", "block"),
     ):
+        if server is None:
+            lines.append(f"| {text} | {SERVER_BAR:g}% | {SERVER_STRETCH:g}% | not measured | |")
+            continue
         low, middle, high = (100 * (server[name][key] - 1) for key in ("q25", "median", "q75"))
         verdict = "met" if middle <= SERVER_BAR else "missed"
         if row["machine"]["is_busy"]:
             verdict = f"on a busy machine, to be made again: {verdict}"
         reached = f"{middle:.1f}% ({low:.1f} to {high:.1f}, {_counted(server[name]['count'], noun)})"
         lines.append(f"| {text} | {SERVER_BAR:g}% | {SERVER_STRETCH:g}% | {reached} | {verdict} |")
-    own, ratio = server["own_ms"], overlap["ratio"]
+    ratio = overlap["ratio"]
+    own = [] if server is None else [_own(server["own_ms"])]
     return [
         *lines,
         "",
         f"- {row['request']['text']}; load average before {load['before']:.1f}, up to {load['highest']:.1f}, "
         f"on {row['machine']['cores']} cores.",
-        f"- Beyond the stages a request through HTTP takes {own['median']:.1f} ms "
-        f"({own['q25']:.1f} to {own['q75']:.1f}), by the server's own account of the same request.",
+        *own,
         f"- {overlap['num_jobs']} queued requests: overlapped {ratio['median']:.2f}x as quick as one after the other "
         f"({ratio['q25']:.2f} to {ratio['q75']:.2f}, {_counted(ratio['count'], 'block')} in turns).",
     ]
@@ -155,6 +158,13 @@ def section(row: Row) -> str:
         *_profile(row),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _own(spread: Row) -> str:
+    return (
+        f"- Beyond the stages a request through HTTP takes {spread['median']:.1f} ms "
+        f"({spread['q25']:.1f} to {spread['q75']:.1f}), by the server's own account of the same request."
+    )
 
 
 def short_table(row: Row) -> str:

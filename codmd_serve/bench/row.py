@@ -129,7 +129,7 @@ def _served(run: _Run, bundle: Path, timeline: Path) -> Row:
     date = datetime.now(UTC)
     engine = load_engine(bundle, str(run.device), str(run.dtype).removeprefix("torch."))
     params = _params(run.config, engine)
-    measured = measure_serving(engine, bundle, params, run.config.pairs, timeline)
+    measured = measure_serving(engine, bundle if run.config.cold_start else None, params, run.config.pairs, timeline)
     run.look_at_load()
     return {
         "date": date.strftime("%Y-%m-%d %H:%M UTC"),

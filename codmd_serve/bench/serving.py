@@ -1,6 +1,6 @@
 """What serving adds to the engine and what overlap takes off: HTTP against the bare engine, jobs beside one another.
 
-JSON of `serving-ROW.json`: row, name, command, date, machine, versions, request, server (latency and saturation: ratio
+JSON of `serving-ROW.json`: row, name, command, date, machine, versions, request, server (or null; latency and saturation: ratio
 of the server's time to the engine's as a spread; own_ms: spread of what a request took beyond its stages, by the
 server's own account), overlap (ratio of the time in a row to the time overlapped, num_jobs), timeline (picture,
 encode_beside_ms, spans per request), seconds.
@@ -41,12 +41,12 @@ class Answer:
     stages_ms: dict[str, float]
 
 
-def measure_serving(engine: Engine, bundle: Path, params: GenerateParams, pairs: int, timeline: Path) -> Row:
+def measure_serving(engine: Engine, bundle: Path | None, params: GenerateParams, pairs: int, timeline: Path) -> Row:
     """Measure server, overlap and timeline of one bundle.
 
     Args:
         engine: warm; the bare one.
-        bundle: to serve beside it.
+        bundle: to serve beside it; None leaves the server out.
         params: of which prompt and seed change.
         pairs: of single requests, in turns; of blocks of eight there are a fifth as many, at least two.
         timeline: PNG to write.
@@ -60,8 +60,10 @@ def measure_serving(engine: Engine, bundle: Path, params: GenerateParams, pairs:
     with tempfile.TemporaryDirectory(prefix="codmd-bench-") as temporary:
         folder = Path(temporary)
         engine.generate(next(asked), folder / "warm.mp4")
-        with running_server(bundle, device, dtype, timeout_s=600.0) as address:
-            server = measure_server(engine, address, asked, folder, pairs, num_blocks)
+        server = None
+        if bundle is not None:
+            with running_server(bundle, device, dtype, timeout_s=600.0) as address:
+                server = measure_server(engine, address, asked, folder, pairs, num_blocks)
         overlap = measure_overlap(engine, asked, folder, num_blocks)
         results = run_overlapped(engine, [next(asked) for _ in range(NUM_DRAWN)], folder)
     spans = [[(span.stage, span.start_s, span.end_s) for span in result.spans] for result in results]

@@ -66,6 +66,8 @@ def test_overhead_is_judged_by_the_median(measured: tuple[dict[str, Any], Path, 
         latency = {**spread, "q25": 1.01, "median": median, "q75": 1.04}
         text = "\n".join(serving_lines({**row, "server": {**row["server"], "latency": latency}}))
         assert f"| server over bare engine, one request | 3% | 1% | {verdict} |" in text
+    without = "\n".join(serving_lines({**row, "server": None}))
+    assert without.count("| not measured | |") == 2 and "through HTTP" not in without
     busy = serving_lines({**row, "machine": {**row["machine"], "is_busy": True}})
     assert "on a busy machine, to be made again: " in busy[2]
     assert document([], [row]).count("## ") == 1
