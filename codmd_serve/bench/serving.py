@@ -1,9 +1,9 @@
 """What serving adds to the engine and what overlap takes off: HTTP against the bare engine, jobs beside one another.
 
-JSON of `serving-ROW.json`: row, name, command, date, machine, versions, request, server (or null; latency and saturation: ratio
-of the server's time to the engine's as a spread; own_ms: spread of what a request took beyond its stages, by the
-server's own account), overlap (ratio of the time in a row to the time overlapped, num_jobs), timeline (picture,
-encode_beside_ms, spans per request), seconds.
+JSON of `serving-ROW.json`: row, name, command, date, machine, versions, load_average, request; server (or null):
+latency and saturation, ratios of the server's time to the engine's, and own_ms, what a request took beyond its stages
+by the server's own account, all as spreads; overlap: ratio of the time in a row to the time overlapped, num_jobs;
+timeline: picture, encode_beside_ms, spans per request; seconds.
 """
 
 import json
