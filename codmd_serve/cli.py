@@ -71,6 +71,7 @@ SERVE_FLAGS = (
     *MODEL_FLAGS,
     _serve_flag("host", "address to listen on"),
     _serve_flag("port", "port to listen on"),
+    _serve_flag("overlap", "auto (on with a GPU), on or off: begin a job while the one before it is being encoded"),
     _serve_flag("queue_size", "jobs that may wait before requests are refused"),
     _serve_flag("max_pixels", "largest height * width * frames; 0 is four times what the bundle was trained at"),
     _serve_flag("max_body_bytes", "largest request body"),

@@ -18,6 +18,7 @@ ENGINE_SETTINGS = ("device", "dtype", "attention", "quantization", "execution", 
 QUANTIZATIONS = ("none", "fp8")
 TEXT_ENCODERS = ("auto", "gpu", "cpu", "offload")
 EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
+OVERLAPS = ("auto", "on", "off")
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
@@ -129,6 +130,7 @@ class ServeConfig:
     execution: str = "auto"
     text_encoder: str = "auto"
     text_cache: str = ""
+    overlap: str = "auto"
     queue_size: int = 16
     max_pixels: int = 0
     max_body_bytes: int = 65536
@@ -151,14 +153,16 @@ class ServeConfig:
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.quantization not in QUANTIZATIONS:
-            raise ConfigError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
-        if self.execution not in EXECUTIONS:
-            raise ConfigError(f"execution must be one of {', '.join(EXECUTIONS)}, got {self.execution!r}")
-        if self.text_encoder not in TEXT_ENCODERS:
-            raise ConfigError(f"text_encoder must be one of {', '.join(TEXT_ENCODERS)}, got {self.text_encoder!r}")
+        choices = {
+            "dtype": DTYPES,
+            "quantization": QUANTIZATIONS,
+            "overlap": OVERLAPS,
+            "execution": EXECUTIONS,
+            "text_encoder": TEXT_ENCODERS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.host not in LOOPBACK_HOSTS and not self.allow_remote_without_auth:
             raise ConfigError(
                 f"refusing to listen on {self.host}: there is no authentication, so anybody who reaches this address "

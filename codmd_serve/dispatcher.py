@@ -1,4 +1,9 @@
-"""The bounded queue before the one worker process: one job at a time, in order; supervises, retries, cancels.
+"""The bounded queue before the one worker process: jobs in order, ahead where that pays; supervises, retries, cancels.
+
+A job is at the worker from when it is sent to when the worker has said what became of it. Without overlap one job is
+there. With overlap there are up to three: one that is being encoded, one on the device, and one that has not started,
+whose prompt is embedded meanwhile. A job that was running when a worker died is done again with nothing beside it, so
+that a second death has one suspect.
 
 Knows nothing of HTTP, and nothing of torch: it survives whatever happens to the device.
 """
@@ -42,6 +47,8 @@ class Job:
         params: what to make.
         path: where the worker puts the mp4.
         progress: 0..1, in all.
+        attempts: workers that have started it, less those that died of another job.
+        is_alone: whether nothing may run beside it: it was running when a worker died.
         finished: set when the status is final.
     """
 
@@ -52,6 +59,7 @@ class Job:
     stage: str = ""
     progress: float = 0.0
     attempts: int = 0
+    is_alone: bool = False
     is_cancel_requested: bool = False
     created_at: float = field(default_factory=time.time)
     started_at: float | None = None
@@ -83,17 +91,27 @@ class Dispatcher:
         self.facts: ModelFacts | None = None
         self.is_ready = False
         self.num_restarts = 0
-        self.running: Job | None = None
-        self.waiting: deque[Job] = deque()
+        self._queue: deque[Job] = deque()
+        self._sent: list[Job] = []
         self._command = command
         self._on_ready = on_ready
         self._on_fatal = on_fatal
         self._jobs: dict[str, Job] = {}
         self._service_s = 0.0
-        self._wake = asyncio.Event()
+        self._last_done_at = 0.0
         self._process: Process | None = None
         self._spool: Path | None = None
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> Job | None:
+        """The job that runs, of several the one that started first."""
+        return next((job for job in self._sent if job.status == "running"), None)
+
+    @property
+    def waiting(self) -> list[Job]:
+        """Jobs that have not started, in their order, wherever they wait."""
+        return [job for job in self._sent if job.status == "queued"] + list(self._queue)
 
     async def start(self) -> None:
         """Start the worker in the background; returns at once."""
@@ -117,17 +135,18 @@ class Dispatcher:
         Raises:
             QueueFullError: the queue is at its bound; says when to come back.
         """
-        if len(self.waiting) >= self.config.queue_size:
-            num_ahead = len(self.waiting) + (self.running is not None)
+        num_waiting = len(self.waiting)
+        if num_waiting >= self.config.queue_size:
+            num_ahead = num_waiting + (self.running is not None)
             retry_after_s = max(1, math.ceil(self._service_s * num_ahead))
-            raise QueueFullError(f"{len(self.waiting)} jobs are waiting already, no more are taken", retry_after_s)
+            raise QueueFullError(f"{num_waiting} jobs are waiting already, no more are taken", retry_after_s)
         assert self._spool is not None
         job_id = secrets.token_hex(12)
         job = Job(id=job_id, params=params, path=self._spool / f"{job_id}.mp4")
         self._jobs[job.id] = job
         self._forget_old_jobs()
-        self.waiting.append(job)
-        self._wake.set()
+        self._queue.append(job)
+        self._send_jobs()
         return job
 
     def job(self, job_id: str) -> Job | None:
@@ -135,12 +154,15 @@ class Dispatcher:
         return self._jobs.get(job_id)
 
     def cancel(self, job: Job) -> None:
-        """Give a job up: at once while it waits, between two steps or decoded chunks while it runs."""
+        """Give a job up: at once while it waits, between two steps or decoded chunks while it runs.
+
+        One that was sent ahead is given up as soon as the worker has handed it back.
+        """
         if job.finished.is_set():
             return
         job.is_cancel_requested = True
-        if job in self.waiting:
-            self.waiting.remove(job)
+        if job in self._queue:
+            self._queue.remove(job)
             self._finish(job, "cancelled")
         else:
             self._send({"type": "cancel", "id": job.id})
@@ -160,8 +182,9 @@ class Dispatcher:
                 )
                 await self._load()
                 num_failures = 0
-                while await self._run_next():
-                    pass
+                self._send_jobs()
+                while (message := await self._receive()) is not None:
+                    self._on_message(message)
             except (CodmdError, OSError) as error:
                 if self.facts is None:
                     if self._on_fatal is not None:
@@ -175,6 +198,7 @@ class Dispatcher:
             finally:
                 self.is_ready = False
                 await self._end_worker()
+            self._take_back()
             self.num_restarts += 1
             exit_code = self._process.returncode if self._process else None
             log.warning("worker exit_code=%s restarts=%d", exit_code, self.num_restarts)
@@ -196,61 +220,82 @@ class Dispatcher:
         if is_first and self._on_ready is not None:
             self._on_ready(self.facts)
 
-    async def _run_next(self) -> bool:
-        """Run the next job to its end; False when the worker is gone."""
-        assert self._process is not None
-        gone = asyncio.create_task(self._process.wait())
-        gone.add_done_callback(lambda _: self._wake.set())
-        while not self.waiting and not gone.done():
-            self._wake.clear()
-            await self._wake.wait()
-        if gone.done():
-            return False
-        gone.cancel()
-        job = self.running = self.waiting.popleft()
-        job.status, job.started_at = "running", time.time()
-        job.attempts += 1
-        self._send({"type": "generate", "id": job.id, "path": str(job.path), "params": asdict(job.params)})
-        is_alive = False
-        while not is_alive and (message := await self._receive()) is not None:
-            is_alive = self._on_message(job, message)
-        self.running = None
-        if not is_alive:
-            self._on_worker_death(job)
-        return is_alive
+    def _send_jobs(self) -> None:
+        """Hand the worker the jobs that it may have by now."""
+        while self.is_ready and self._queue and self._may_send(self._queue[0]):
+            job = self._queue.popleft()
+            if not self._sent:
+                self._begin(job)
+            self._sent.append(job)
+            self._send({"type": "generate", "id": job.id, "path": str(job.path), "params": asdict(job.params)})
 
-    def _on_message(self, job: Job, message: dict[str, Any]) -> bool:
-        """Take in one message about the running job; True when it was the last one."""
+    def _may_send(self, job: Job) -> bool:
+        if not self._sent:
+            return True
+        is_one_waiting = any(other.status == "queued" for other in self._sent)
+        return self._overlaps() and not is_one_waiting and not any(each.is_alone for each in (job, *self._sent))
+
+    def _overlaps(self) -> bool:
+        # On a CPU encoder and engine would only take cores from each other.
+        is_gpu = self.facts is not None and self.facts.device != "cpu"
+        return self.config.overlap == "on" or (self.config.overlap == "auto" and is_gpu)
+
+    def _begin(self, job: Job) -> None:
+        if job.status == "queued":
+            job.status, job.started_at = "running", time.time()
+            job.attempts += 1
+
+    def _on_message(self, message: dict[str, Any]) -> None:
+        """Take in one message about a job that was sent."""
+        job = next((job for job in self._sent if job.id == message.get("id")), None)
+        if job is None:
+            log.warning("worker message type=%s is about no job that it has", message.get("type"))
+            return
         kind = message["type"]
-        if kind == "progress":
+        if kind == "started":
+            self._begin(job)
+        elif kind == "progress":
             begin, share = STAGE_PROGRESS[message["stage"]]
             job.stage, job.progress = message["stage"], begin + share * message["done"] / message["total"]
-            return False
+        else:
+            self._sent.remove(job)
+            self._on_last_message(job, kind, message)
+        self._send_jobs()
+
+    def _on_last_message(self, job: Job, kind: str, message: dict[str, Any]) -> None:
         if kind == "done":
             assert job.started_at is not None
             queue_ms = 1000 * (job.started_at - job.created_at)
             job.timings_ms = {"queue": queue_ms, **message["timings_ms"]}
             job.warnings = message["warnings"]
             job.progress = 1.0
-            took_s = time.time() - job.started_at
+            # What the next one waits for: the time that two jobs had in common counts once.
+            took_s = time.time() - max(job.started_at, self._last_done_at)
             self._service_s += SERVICE_TIME_WEIGHT * (took_s - self._service_s)
+            self._last_done_at = time.time()
         if kind == "failed":
             job.error = GenerationError(message["message"], message["code"])
         self._finish(job, {"done": "completed"}.get(kind, kind))
-        return True
 
-    def _on_worker_death(self, job: Job) -> None:
-        if job.is_cancel_requested:
-            self._finish(job, "cancelled")
-        elif job.attempts < self.config.max_attempts:
-            log.warning("job=%s attempt=%d worker died, trying again", job.id, job.attempts)
-            self._remove_files(job)
-            job.status, job.stage, job.progress = "queued", "", 0.0
-            self.waiting.appendleft(job)
-        else:
-            message = f"the worker died {job.attempts} times on this job, perhaps for want of memory"
-            job.error = GenerationError(message, "worker_died")
-            self._finish(job, "failed")
+    def _take_back(self) -> None:
+        """Put what a dead worker had back to the head of the queue, in its order, as far as it may be tried again."""
+        sent, self._sent = self._sent, []
+        started = [job for job in sent if job.status == "running"]
+        for job in started[:-1]:
+            job.attempts -= 1  # only its encoder was left: the death counts against the job that had the device
+        for job in reversed(sent):
+            if job.is_cancel_requested:
+                self._finish(job, "cancelled")
+            elif job.attempts < self.config.max_attempts:
+                log.warning("job=%s attempt=%d worker died, trying again", job.id, job.attempts)
+                self._remove_files(job)
+                job.is_alone = job in started
+                job.status, job.stage, job.progress = "queued", "", 0.0
+                self._queue.appendleft(job)
+            else:
+                message = f"the worker died {job.attempts} times on this job, perhaps for want of memory"
+                job.error = GenerationError(message, "worker_died")
+                self._finish(job, "failed")
 
     def _finish(self, job: Job, status: str) -> None:
         if job.is_cancel_requested:
@@ -269,8 +314,9 @@ class Dispatcher:
             path.unlink(missing_ok=True)
 
     def _fail_all(self, error: GenerationError) -> None:
-        unfinished = [*([self.running] if self.running else []), *self.waiting]
-        self.waiting.clear()
+        unfinished = [*self._sent, *self._queue]
+        self._sent.clear()
+        self._queue.clear()
         for job in unfinished:
             job.error = error
             self._finish(job, "failed")
@@ -288,6 +334,8 @@ class Dispatcher:
             if not line.endswith(b"\n"):
                 return None
             message: dict[str, Any] = json.loads(line)
+            if not isinstance(message, dict) or "type" not in message:
+                raise ValueError("no object with a type")
         except ValueError as error:
             log.error("worker sent what is no message: %s", error)
             return None

@@ -3,7 +3,6 @@
 Legend: B batch (1 here), C channels, F latent frames, H and W latent rows and columns, L prompt positions, D width.
 """
 
-import functools
 import hashlib
 import json
 import logging
@@ -11,9 +10,9 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ from torch import Tensor
 from codmd_serve.config import DEFAULT_CRF, DTYPES, GenerateParams, ModelFacts
 from codmd_serve.denoise import DenoiseLoop, choose_execution
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
+from codmd_serve.stages import Download, Span, StageClock, memory_errors
+from codmd_serve.threads import HandOver, Memory
 from codmd_serve.video import find_ffmpeg, write_video
 from codmd_serve.wan.attention import pad_prompt_embeds
 from codmd_serve.wan.checkpoint import Bundle, load_bundle
@@ -44,17 +45,28 @@ class GenerateResult:
     """What is known about a finished video besides its bytes.
 
     Args:
-        timings_ms: milliseconds spent in text, denoise, decode and encode. Encoding runs beside decoding in a process
-            of its own, so `encode` is only what was waited for.
+        timings_ms: milliseconds that the request spent in text, denoise, decode and encode. Encoding runs beside
+            decoding in a process of its own, so `encode` is only what was waited for; a prompt that was prepared
+            ahead costs no time in `text`.
         warnings: one sentence each, about what the model could not take as asked.
+        spans: when the stages were really at work, one for each decoded chunk; that of a text lies before the request
+            when the prompt was known already.
     """
 
     timings_ms: dict[str, float]
     warnings: list[str]
+    spans: list[Span] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    prompt: PromptCache
+    warnings: list[str]
+    span: Span
 
 
 class Engine:
-    """A warm student on one device. Not thread-safe: one owner, one video at a time.
+    """A warm student on one device. One owner, who begins one video after the other; only `prepare` is for any thread.
 
     Args:
         bundle: its transformer is not used; its weights went into `transformer`.
@@ -79,16 +91,32 @@ class Engine:
         self.decoder = StreamingDecoder(bundle.vae)
         self.facts = facts
         self.embedder = embedder or PromptEmbedder(bundle.tokenizer, bundle.text_encoder)
-        self.embed = functools.lru_cache(maxsize=NUM_PROMPTS_READY)(self._embed_uncached)
+        # Embedding and warnings together: a fast tokenizer keeps its padding in itself, so it is for one thread.
+        self.embed = Memory(self._embed_uncached, size=NUM_PROMPTS_READY)
+        self._tail: HandOver[Download, GenerateResult] | None = None
+        device = transformer.device
+        self._downloads = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
-    def _embed_uncached(self, prompt: str) -> PromptCache:
+    def _embed_uncached(self, prompt: str) -> _Text:
+        start_s = time.perf_counter()
         embeds_BLD = pad_prompt_embeds(self.embedder(prompt), self.loop.prompt_sizes)
-        return self.transformer.encode_prompt(embeds_BLD)
+        cache = self.transformer.encode_prompt(embeds_BLD)
+        warnings = prompt_warnings(self.bundle.tokenizer, prompt)
+        if warnings and self.bundle.spec.vocabulary_note:
+            warnings.append(self.bundle.spec.vocabulary_note)
+        return _Text(cache, warnings, Span("text", start_s, time.perf_counter()))
 
-    @torch.inference_mode()
+    def prepare(self, prompt: str) -> None:
+        """Encode the prompt of a later request, from any thread, beside the one that the device is at.
+
+        A text encoder that is lent to the device is left alone: the memory there is the running request's.
+        """
+        if self.embedder.lend_to is None:
+            self.embed(prompt)
+
     def generate(self, params: GenerateParams, path: Path, on_progress: OnProgress | None = None) -> GenerateResult:
-        """Make one video; the same params give the same bytes, whatever ran before.
+        """Make one video; the same params give the same bytes, whatever ran before or runs beside.
 
         Args:
             params: validated; sizes that fit the grid of the bundle.
@@ -99,34 +127,83 @@ class Engine:
             CancelledError: when on_progress raises it; nothing is written.
             GenerationError: code out_of_memory, non_finite or encode_failed.
         """
-        report = on_progress or _nothing
-        clock = _StageClock(self.facts.device)
+        video = self.begin(params, path, on_progress)
         try:
-            prompt = self.embed(params.prompt)
+            return video.result()
+        except BaseException as error:  # also of Ctrl-C, which finds this thread waiting for the encoder
+            if self._tail is not None:
+                self._tail.abandon(error)
+            raise
+
+    @torch.inference_mode()
+    def begin(
+        self, params: GenerateParams, path: Path, on_progress: OnProgress | None = None
+    ) -> Future[GenerateResult]:
+        """Do the device's part of one video and leave the rest to a thread: the next one may begin at once.
+
+        Videos end in the order in which they began, and at most one is left to encode: a second one waits for it
+        between its denoising and its decoding.
+
+        Args:
+            params, path, on_progress: as for `generate`.
+
+        Returns:
+            Ends when the mp4 is at `path`, with what `generate` returns or raises. Callbacks run in another thread.
+
+        Raises:
+            CancelledError, GenerationError: as `generate`, where the device's part fails.
+        """
+        report = on_progress or _nothing
+        clock = StageClock(self.transformer.device)
+        with memory_errors(params):
+            text = self.embed(params.prompt)
             clock.stop("text")
+            clock.spans[:] = [text.span]
             report("text", 1, 1)
-            x0_pred = self._denoise(params, prompt, report)
+            x0_pred = self._denoise(params, text.prompt, report)
             clock.stop("denoise")
-            frames = self._decoded(params, x0_pred, clock, report)
-            comment = json.dumps({"bundle": self.facts.name, **asdict(params)})
+            if self._tail is not None:
+                self._tail.join()
+            clock.wait("encode")
+            warnings = [*text.warnings, *self._shape_warnings(params)]
+            tail: HandOver[Download, GenerateResult] = HandOver(
+                lambda frames: self._encoded(params, path, frames, clock, warnings)
+            )
+            self._tail = tail
+            try:
+                for download in self._decoded(params, x0_pred, clock, report):
+                    tail.put(download)
+                    clock.wait("encode")
+            except BaseException as error:
+                tail.abandon(error)
+                raise
+            tail.complete()
+        return tail.result
+
+    def _encoded(
+        self,
+        params: GenerateParams,
+        path: Path,
+        frames: "HandOver[Download, GenerateResult]",
+        clock: StageClock,
+        warnings: list[str],
+    ) -> GenerateResult:
+        """What is left when the device has done its part; runs in the thread of `frames`."""
+        start_s = time.perf_counter()
+        with memory_errors(params):
             write_video(
-                frames,
+                (download.bytes() for download in frames),
                 path,
                 height=params.height,
                 width=params.width,
                 fps=params.fps,
                 crf=params.crf,
-                comment=comment,
+                comment=json.dumps({"bundle": self.facts.name, **asdict(params)}),
+                on_start=frames.on_abandon,
             )
-            clock.stop("encode")
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            shape = f"{params.width}x{params.height}, {params.num_frames} frames"
-            raise GenerationError(f"out of memory at {shape}; ask for fewer pixels", "out_of_memory") from error
-        return GenerateResult(timings_ms=clock.milliseconds, warnings=self._warnings(params))
+        clock.wait("encode")
+        spans = [*clock.spans, Span("encode", start_s, time.perf_counter())]
+        return GenerateResult(timings_ms=clock.milliseconds, warnings=warnings, spans=spans)
 
     def _denoise(self, params: GenerateParams, prompt: PromptCache, report: OnProgress) -> Tensor:
         num_steps = len(self.bundle.spec.timesteps)
@@ -149,32 +226,29 @@ class Engine:
             self.loop.warm(self._noise(params), [self.transformer.encode_prompt(embeds) for embeds in empty])
 
     def _decoded(
-        self, params: GenerateParams, x0_pred: Tensor, clock: "_StageClock", report: OnProgress
-    ) -> Iterator[memoryview]:
+        self, params: GenerateParams, x0_pred: Tensor, clock: StageClock, report: OnProgress
+    ) -> Iterator[Download]:
         num_done = 0
         for frames_BTHWC in self.decoder.frames(x0_pred):
-            chunk = frames_BTHWC[0].cpu().numpy()
-            if chunk.shape[1:] != (params.height, params.width, 3):
-                made = "x".join(map(str, chunk.shape[1:]))
+            frames_THWC = frames_BTHWC[0]
+            if frames_THWC.shape[1:] != (params.height, params.width, 3):
+                made = "x".join(map(str, frames_THWC.shape[1:]))
                 raise GenerationError(f"the VAE made frames of {made}, its config promises another size", "wrong_vae")
-            num_done += len(chunk)
+            download = Download(frames_THWC, self._downloads)
+            num_done += len(frames_THWC)
             clock.stop("decode")
             report("decode", num_done, params.num_frames)
-            yield chunk.data.cast("B")
-            clock.stop("encode")
+            yield download
 
-    def _warnings(self, params: GenerateParams) -> list[str]:
+    def _shape_warnings(self, params: GenerateParams) -> list[str]:
         native = self.bundle.spec.native
-        warnings = prompt_warnings(self.bundle.tokenizer, params.prompt)
-        if warnings and self.bundle.spec.vocabulary_note:
-            warnings.append(self.bundle.spec.vocabulary_note)
         asked = (params.height, params.width, params.num_frames)
-        if asked != (native.height, native.width, native.num_frames):
-            warnings.append(
-                f"trained at {native.width}x{native.height} with {native.num_frames} frames, "
-                f"asked for {params.width}x{params.height} with {params.num_frames}: expect less of it"
-            )
-        return warnings
+        if asked == (native.height, native.width, native.num_frames):
+            return []
+        return [
+            f"trained at {native.width}x{native.height} with {native.num_frames} frames, "
+            f"asked for {params.width}x{params.height} with {params.num_frames}: expect less of it"
+        ]
 
 
 def load_engine(
@@ -398,26 +472,6 @@ def _attention_shape(bundle: Bundle) -> AttentionShape:
         num_heads=config.num_attention_heads,
         head_width=config.attention_head_dim,
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # The CPU allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-class _StageClock:
-    """Adds the time since the last stop to a stage; waits for the device first, or the time would be the next one's."""
-
-    def __init__(self, device: str) -> None:
-        self.milliseconds = dict.fromkeys(("text", "denoise", "decode", "encode"), 0.0)
-        self._synchronize: Callable[[], Any] = torch.cuda.synchronize if device != "cpu" else _nothing
-        self._last_s = time.perf_counter()
-
-    def stop(self, stage: str) -> None:
-        self._synchronize()
-        now_s = time.perf_counter()
-        self.milliseconds[stage] += 1000 * (now_s - self._last_s)
-        self._last_s = now_s
 
 
 def _nothing(*_: object) -> None:

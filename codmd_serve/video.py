@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -39,7 +39,15 @@ def find_ffmpeg() -> str:
 
 
 def write_video(
-    frames: Iterable[bytes | memoryview], path: Path, *, height: int, width: int, fps: int, crf: int, comment: str = ""
+    frames: Iterable[bytes | memoryview],
+    path: Path,
+    *,
+    height: int,
+    width: int,
+    fps: int,
+    crf: int,
+    comment: str = "",
+    on_start: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
     """Encode frames to an mp4 (H.264, yuv420p, BT.709) that appears at `path` whole or not at all.
 
@@ -51,6 +59,7 @@ def write_video(
         fps: frames per second.
         crf: constant rate factor, 1 (best) to 51.
         comment: stored in the file, printable ASCII.
+        on_start: is given a function that ends ffmpeg at once, from any thread and at any time; encode_failed follows.
 
     Raises:
         ConfigError: no ffmpeg.
@@ -69,6 +78,8 @@ def write_video(
             )
             assert process.stdin is not None
             try:
+                if on_start is not None:
+                    on_start(process.kill)
                 for chunk in frames:
                     if not _is_fed(process.stdin, chunk):
                         break

@@ -30,7 +30,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "codmd_serve.cuda_graph": PURE,
     "codmd_serve.denoise": (*PURE, "codmd_serve.sampler", "codmd_serve.cuda_graph", *WAN),
-    "codmd_serve.engine": (*PURE, "codmd_serve.denoise", "codmd_serve.video", *WAN),
+    "codmd_serve.threads": (),
+    "codmd_serve.stages": PURE,
+    "codmd_serve.engine": (
+        *PURE,
+        "codmd_serve.denoise",
+        "codmd_serve.stages",
+        "codmd_serve.threads",
+        "codmd_serve.video",
+        *WAN,
+    ),
     "codmd_serve.convert_cli": (*PURE, "codmd_serve.__version__", *WAN),
     "codmd_serve.bench": (
         *PURE,

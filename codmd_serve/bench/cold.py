@@ -7,6 +7,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,32 +51,16 @@ def measure_cold_start(
     Raises:
         GenerationError: the server ended, or was not ready in time; code cold_start.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["--bundle", str(bundle), "--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
-    command = [sys.executable, "-m", "codmd_serve.cli", "serve", "--host", "127.0.0.1", "--port", str(port), *words]
     before, device_peak, host_peak = _device_used(device), 0, 0
-    with tempfile.TemporaryFile() as log:
-        start_s = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            while not _is_ready(port):
-                device_peak = max(device_peak, _device_used(device) - before)
-                host_peak = max(host_peak, host_peak_bytes(process.pid))
-                if process.poll() is not None or time.perf_counter() - start_s > timeout_s:
-                    log.seek(0)
-                    said = log.read().decode(errors="replace").strip().splitlines()
-                    raise GenerationError(
-                        f"the server was not ready: {said[-1] if said else 'it said nothing'}", "cold_start"
-                    )
-                time.sleep(POLL_S)
-            ready_s = time.perf_counter() - start_s
-            host_peak = max(host_peak, host_peak_bytes(process.pid))
-            device_peak = max(device_peak, _device_used(device) - before)
-        finally:
-            process.terminate()
-            process.wait()
+
+    def look(process: int) -> None:
+        nonlocal device_peak, host_peak
+        device_peak = max(device_peak, _device_used(device) - before)
+        host_peak = max(host_peak, host_peak_bytes(process))
+
+    start_s = time.perf_counter()
+    with running_server(bundle, device, dtype, timeout_s, look):
+        ready_s = time.perf_counter() - start_s
     sizes = [file.stat().st_size for folder in folders for file in folder.glob("*.safetensors")]
     return ColdStart(
         ready_s=ready_s,
@@ -82,6 +68,52 @@ def measure_cold_start(
         device_peak_bytes=device_peak if device.type == "cuda" else None,
         weights_bytes=sum(sizes),
     )
+
+
+@contextmanager
+def running_server(
+    bundle: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    timeout_s: float,
+    look: Callable[[int], None] = lambda _: None,
+) -> Iterator[str]:
+    """A server as `codmd-serve serve` starts it, from /ready on; ended at the end.
+
+    Args:
+        bundle, device, dtype: to serve, with what.
+        timeout_s: after which the start counts as failed.
+        look: is given the process every now and then until it is ready, and once then.
+
+    Yields:
+        Its address.
+
+    Raises:
+        GenerationError: the server ended, or was not ready in time; code cold_start.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["--bundle", str(bundle), "--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
+    command = [sys.executable, "-m", "codmd_serve.cli", "serve", "--host", "127.0.0.1", "--port", str(port), *words]
+    with tempfile.TemporaryFile() as log:
+        start_s = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            while not _is_ready(port):
+                look(process.pid)
+                if process.poll() is not None or time.perf_counter() - start_s > timeout_s:
+                    log.seek(0)
+                    said = log.read().decode(errors="replace").strip().splitlines()
+                    raise GenerationError(
+                        f"the server was not ready: {said[-1] if said else 'it said nothing'}", "cold_start"
+                    )
+                time.sleep(POLL_S)
+            look(process.pid)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def host_peak_bytes(process: int) -> int:

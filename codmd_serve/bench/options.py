@@ -26,7 +26,9 @@ class BenchConfig:
         pairs: timed requests of each side at equal steps, taken in turns.
         teacher_pairs: the same against the teacher; 0 leaves it out.
         limit_s: no new measurement is begun after this many seconds; the one in progress ends.
-        cold_start: whether a server is started to time it up to /ready.
+        cold_start: whether a server is started to time it up to /ready, or, with `serving`, to ask it for videos.
+        serving: measure server and overlap of this row in place of its stages.
+        timeline: PNG of three overlapped requests, in `out`; written with `serving`.
         resume: whether a row that the folder has from this version on this device is kept as it is.
         out: folder of the results; made when missing.
         work: folder that keeps random weights between calls; a temporary one when empty.
@@ -47,6 +49,8 @@ class BenchConfig:
     teacher_pairs: int = 2
     limit_s: int = 420
     cold_start: bool = True
+    serving: bool = False
+    timeline: str = "timeline.png"
     resume: bool = False
     out: str = "docs/results"
     work: str = ""
@@ -56,6 +60,8 @@ class BenchConfig:
             raise ConfigError(f"random_weights must be one of {', '.join(PRESETS)}, got {self.random_weights!r}")
         if self.against not in OPPONENTS:
             raise ConfigError(f"against must be one of {', '.join(OPPONENTS)}, got {self.against!r}")
+        if Path(self.timeline).name != self.timeline or not self.timeline.endswith(".png"):
+            raise ConfigError(f"timeline must be the name of a .png file, got {self.timeline!r}; --out is its folder")
         ranges = {
             "height": (0, 2**20),
             "width": (0, 2**20),

@@ -83,9 +83,64 @@ TARGETS = (
 )
 
 
-def document(rows: Sequence[Row]) -> str:
-    """All rows as one Markdown text, rows in order of their names."""
-    return "\n".join([PREFACE, *(section(row) for row in sorted(rows, key=lambda row: str(row["row"])))])
+# What a server may add to the engine, in percent: latency of one request, and time of many at once.
+SERVER_BAR, SERVER_STRETCH = 3.0, 1.0
+
+
+def document(rows: Sequence[Row], serving: Sequence[Row] = ()) -> str:
+    """All rows as one Markdown text, rows in order of their names; then what serving adds to them."""
+    parts = [section(row) for row in sorted(rows, key=lambda row: str(row["row"]))]
+    parts += [serving_section(row) for row in sorted(serving, key=lambda row: str(row["row"]))]
+    return "\n".join([PREFACE, *parts])
+
+
+def serving_section(row: Row) -> str:
+    """A row of `serving-ROW.json` as Markdown, with its picture."""
+    picture = row["timeline"]["picture"]
+    lines = [
+        f"## {row['row']}, served",
+        "",
+        f"`{row['command']}`, {row['date']}, {row['machine']['text']}; commit {row['versions']['commit']}.",
+        "",
+        *serving_lines(row),
+        "",
+        f"![Timeline of three overlapped requests]({picture})",
+        "",
+        f"*Spans of the engine itself, three requests overlapped. {duration(row['timeline']['encode_beside_ms'])} of "
+        "encoding lie beside other stages of a later request.*",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def serving_lines(row: Row) -> list[str]:
+    """The numbers of a serving row; what its command prints last."""
+    server, overlap = row["server"], row["overlap"]
+    load = row["load_average"]
+    lines = ["| target | bar | stretch | reached | |", "|---|---|---|---|---|"]
+    for name, text, noun in (
+        ("latency", "server over bare engine, one request", "pair"),
+        ("saturation", f"server over bare engine, {overlap['num_jobs']} requests at once", "block"),
+    ):
+        if server is None:
+            lines.append(f"| {text} | {SERVER_BAR:g}% | {SERVER_STRETCH:g}% | not measured | |")
+            continue
+        low, middle, high = (100 * (server[name][key] - 1) for key in ("q25", "median", "q75"))
+        verdict = "met" if middle <= SERVER_BAR else "missed"
+        if row["machine"]["is_busy"]:
+            verdict = f"on a busy machine, to be made again: {verdict}"
+        reached = f"{middle:.1f}% ({low:.1f} to {high:.1f}, {_counted(server[name]['count'], noun)})"
+        lines.append(f"| {text} | {SERVER_BAR:g}% | {SERVER_STRETCH:g}% | {reached} | {verdict} |")
+    ratio = overlap["ratio"]
+    own = [] if server is None else [_own(server["own_ms"])]
+    return [
+        *lines,
+        "",
+        f"- {row['request']['text']}; load average before {load['before']:.1f}, up to {load['highest']:.1f}, "
+        f"on {row['machine']['cores']} cores.",
+        *own,
+        f"- {overlap['num_jobs']} queued requests: overlapped {ratio['median']:.2f}x as quick as one after the other "
+        f"({ratio['q25']:.2f} to {ratio['q75']:.2f}, {_counted(ratio['count'], 'block')} in turns).",
+    ]
 
 
 def section(row: Row) -> str:
@@ -107,6 +162,13 @@ def section(row: Row) -> str:
         *_profile(row),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _own(spread: Row) -> str:
+    return (
+        f"- Beyond the stages a request through HTTP takes {spread['median']:.1f} ms "
+        f"({spread['q25']:.1f} to {spread['q75']:.1f}), by the server's own account of the same request."
+    )
 
 
 def short_table(row: Row) -> str:

@@ -38,8 +38,9 @@ from codmd_serve.bench.contestants import (
 )
 from codmd_serve.bench.floor import Ceilings, Work, measure_ceilings, text_work, transformer_work, vae_work
 from codmd_serve.bench.options import BenchConfig
-from codmd_serve.bench.report import Row, document, short_table
+from codmd_serve.bench.report import Row, document, serving_lines, short_table
 from codmd_serve.bench.roofline import Point, draw_roofline
+from codmd_serve.bench.serving import measure_serving
 from codmd_serve.bench.trials import (
     Pair,
     Spread,
@@ -100,18 +101,48 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
     kind = "lossy" if config.against == "lossy" else ""
     row_name = "-".join(word for word in (name, device.type, shape, kind) if word)
     file = folder / f"performance-{row_name}.json"
+    if config.serving:
+        file = folder / f"serving-{row_name}.json"
+    shown = serving_lines if config.serving else short_table
     if config.resume and _is_current(file, device):
-        return short_table(json.loads(file.read_text(encoding="utf-8")))
+        return _text(shown(json.loads(file.read_text(encoding="utf-8"))))
     with tempfile.TemporaryDirectory(prefix="codmd-bench-") as temporary:
         run = _Run(config, device, dtype, Path(temporary))
         with _bundle(run) as bundle:
-            row = _measured(run, bundle)
-    row |= {"row": row_name, "name": name, "command": command, "picture": file.with_suffix(".png").name}
-    _draw(folder / row["picture"], row)
-    file.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    rows = [json.loads(other.read_text(encoding="utf-8")) for other in sorted(folder.glob("performance-*.json"))]
-    (folder / "performance.md").write_text(document(rows), encoding="utf-8")
-    return short_table(row)
+            row = _served(run, bundle, folder / config.timeline) if config.serving else _measured(run, bundle)
+    row |= {"row": row_name, "name": name, "command": command}
+    if not config.serving:
+        row["picture"] = file.with_suffix(".png").name
+        _draw(folder / row["picture"], row)
+    file.write_text(json.dumps(row, indent=None if config.serving else 1) + "\n", encoding="utf-8")
+    rows, serving = (
+        [json.loads(other.read_text(encoding="utf-8")) for other in sorted(folder.glob(f"{kind}-*.json"))]
+        for kind in ("performance", "serving")
+    )
+    (folder / "performance.md").write_text(document(rows, serving), encoding="utf-8")
+    return _text(shown(row))
+
+
+def _text(shown: str | list[str]) -> str:
+    return shown if isinstance(shown, str) else "\n".join(shown)
+
+
+def _served(run: _Run, bundle: Path, timeline: Path) -> Row:
+    """A row of `serving-ROW.json`."""
+    date = datetime.now(UTC)
+    engine = load_engine(bundle, str(run.device), str(run.dtype).removeprefix("torch."))
+    params = _params(run.config, engine)
+    measured = measure_serving(engine, bundle if run.config.cold_start else None, params, run.config.pairs, timeline)
+    run.look_at_load()
+    return {
+        "date": date.strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": _machine(run, run.loads[0]),
+        "versions": _versions(),
+        "load_average": {"before": run.loads[0], "highest": max(run.loads)},
+        "request": {"text": f"{params.width}x{params.height}, {params.num_frames} frames"},
+        **measured,
+        "seconds": run.seconds(),
+    }
 
 
 def _is_current(file: Path, device: torch.device) -> bool:

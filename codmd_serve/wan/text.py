@@ -182,7 +182,7 @@ class PromptEmbedder:
         size: int = NUM_PROMPTS_CACHED,
     ) -> None:
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self._lend_to, self._folder, self._size = lend_to, folder, size
+        self.lend_to, self._folder, self._size = lend_to, folder, size
         self._known: OrderedDict[str, Tensor] = OrderedDict()
         self._identity = ""
         if folder is not None:
@@ -212,7 +212,7 @@ class PromptEmbedder:
         return embeds_BLD
 
     def _encode(self, prompt: str) -> Tensor:
-        with lent_to(self.text_encoder, self._lend_to) if self._lend_to else contextlib.nullcontext():
+        with lent_to(self.text_encoder, self.lend_to) if self.lend_to else contextlib.nullcontext():
             embeds_BLD = encode_prompts(self.tokenizer, self.text_encoder, [prompt])
             # A copy: the rows that are trimmed would stay in memory with the ones that are kept.
             return compact_prompt_embeds(embeds_BLD).to("cpu", copy=True)

@@ -3,19 +3,23 @@
     die             the process is killed, as the kernel kills one that wants too much memory
     die-once FILE   the same, unless FILE exists; leaves it, and half a video
     wait FILE       goes on reporting progress until FILE exists
+    tail FILE       leaves the device at once, and is being encoded until FILE exists
     oom, bug        fails, with an error on purpose and with an unexpected one
     anything else   is made at once; the words in capitals become warnings
 
 The bundle is an order too: its folder is the fake's memory. `fatal` in it makes loading fail, `deaths` holds how often
-the process is killed while it loads, `starts` collects one line per start.
+the process is killed while it loads, `starts` collects one line per start, `prepared` the prompts that were prepared
+while they waited. With `gpu` in it the device is one.
 """
 
 import json
 import os
 import signal
 import sys
+import threading
 import time
-from dataclasses import asdict
+from concurrent.futures import Future
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -50,9 +54,36 @@ def die() -> None:
 class FakeEngine:
     """Obeys the prompt and writes its parameters where a video would be."""
 
-    facts = FACTS
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts = replace(FACTS, device="a GPU") if (folder / "gpu").exists() else FACTS
+        self.tail = threading.Thread()
+        self.tail.start()
 
-    def generate(self, params: GenerateParams, path: Path, on_progress: Any) -> SimpleNamespace:
+    def prepare(self, prompt: str) -> None:
+        with (self.folder / "prepared").open("a") as prepared:
+            prepared.write(prompt + "\n")
+
+    def begin(self, params: GenerateParams, path: Path, on_progress: Any) -> "Future[SimpleNamespace]":
+        video: Future[SimpleNamespace] = Future()
+        order, _, rest = params.prompt.partition(" ")
+
+        def finish() -> None:
+            while not Path(rest).exists():
+                time.sleep(0.002)
+            video.set_result(self.generate(params, path, lambda *_: None))
+
+        if order == "tail":
+            on_progress("decode", 17, 17)
+            self.tail = threading.Thread(target=finish, daemon=True)
+            self.tail.start()
+        else:
+            video.set_result(self.generate(params, path, on_progress, self.tail.join))
+        return video
+
+    def generate(
+        self, params: GenerateParams, path: Path, on_progress: Any, wait_for_encoder: Any = lambda: None
+    ) -> SimpleNamespace:
         order, _, rest = params.prompt.partition(" ")
         on_progress("text", 1, 1)
         if order == "die" or (order == "die-once" and not Path(rest).exists()):
@@ -67,6 +98,7 @@ class FakeEngine:
             raise GenerationError("out of memory at this shape", "out_of_memory")
         if order == "bug":
             raise RuntimeError("a secret of the inside")
+        wait_for_encoder()
         path.write_bytes(b"mp4 " + json.dumps(asdict(params)).encode())
         timings_ms = {"text": 1.0, "denoise": 20.25, "decode": 3.0, "encode": 4.0}
         return SimpleNamespace(
@@ -83,7 +115,7 @@ def load_engine(bundle: Path, device: str, dtype: str, **_settings: str) -> Fake
     if deaths.exists() and (left := int(deaths.read_text())) > 0:
         deaths.write_text(str(left - 1))
         die()
-    return FakeEngine()
+    return FakeEngine(bundle)
 
 
 def main() -> None:

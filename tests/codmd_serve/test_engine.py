@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ from codmd_serve.config import MAX_SEED, GenerateParams
 from codmd_serve.engine import Engine, choose_device, choose_dtype, draw_noise, load_engine
 from codmd_serve.errors import CancelledError, CheckpointError, CodmdError, ConfigError, GenerationError
 from codmd_serve.sampler import rollout
+from codmd_serve.video import write_video
 from codmd_serve.wan import vae as vae_module
 from codmd_serve.wan.checkpoint import StudentSpec, save_bundle
 from codmd_serve.wan.vae import to_uint8
 
 PARAMS = GenerateParams(prompt="a red circle moves right", seed=7, height=32, width=48, num_frames=9, fps=16, crf=18)
+
+DEADLINE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -299,3 +304,157 @@ def test_draw_noise_tells_seeds_apart_that_share_their_low_bits() -> None:
     seeds = [7, 7 + 2**32, 7 + 2**62, MAX_SEED, MAX_SEED - 2**32]
     drawn = {tuple(draw_noise(seed, (4,)).tolist()) for seed in seeds}
     assert len(drawn) == len(seeds)
+
+
+def wait_for(gate: threading.Event) -> None:
+    assert gate.wait(DEADLINE_S), "the other side never came"
+
+
+@pytest.fixture
+def held_encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Holds every encoder, once it has all frames, until the event is set."""
+    may_end = threading.Event()
+
+    def held(frames: Iterator[memoryview], *args: Any, **options: Any) -> None:
+        def all_frames() -> Iterator[memoryview]:
+            yield from frames
+            wait_for(may_end)
+
+        write_video(all_frames(), *args, **options)
+
+    monkeypatch.setattr(engine_module, "write_video", held)
+    yield may_end
+    may_end.set()
+
+
+def test_the_next_video_is_denoised_while_the_one_before_is_encoded_and_bytes_stay(
+    engine: Engine, tmp_path: Path, held_encoder: threading.Event
+) -> None:
+    seen: list[str] = []
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        seen.append(stage)
+        if (stage, done) == ("denoise", total):
+            assert not first.done() and not (tmp_path / "a.mp4").exists()
+            held_encoder.set()
+
+    first = engine.begin(PARAMS, tmp_path / "a.mp4")
+    second = engine.begin(replace(PARAMS, seed=8), tmp_path / "b.mp4", on_progress)
+    assert first.done(), "at most one video is left to encode when another one is decoded"
+    results = [video.result(DEADLINE_S) for video in (first, second)]
+    assert seen.count("denoise") == 4
+    denoise = next(span for span in results[1].spans if span.stage == "denoise")
+    encode = next(span for span in results[0].spans if span.stage == "encode")
+    assert encode.start_s < denoise.start_s < denoise.end_s < encode.end_s
+    assert (tmp_path / "a.mp4").read_bytes() == video_of(engine, tmp_path / "c.mp4")
+    assert (tmp_path / "b.mp4").read_bytes() == video_of(engine, tmp_path / "d.mp4", seed=8)
+
+
+def test_chunks_are_decoded_while_one_before_is_being_written_and_no_more_than_two_wait(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode_one_by_one(monkeypatch)
+    decoded, num_taken, may_go_on = list[int](), list[int](), threading.Event()
+
+    def slow(frames: Iterator[memoryview], *_: object, **__: object) -> None:
+        for number, _frame in enumerate(frames):
+            num_taken.append(number)
+            wait_for(may_go_on)
+
+    def on_progress(stage: str, done: int, _: int) -> None:
+        if stage == "decode":
+            decoded.append(done)
+            if done == 13:  # the fourth chunk: one is with the writer, two wait, so this one has to
+                assert len(num_taken) <= 1
+                may_go_on.set()
+
+    monkeypatch.setattr(engine_module, "write_video", slow)
+    engine.generate(replace(PARAMS, num_frames=17), tmp_path / "a.mp4", on_progress)
+    assert decoded == [1, 5, 9, 13, 17] and num_taken == [0, 1, 2, 3, 4]
+
+
+def test_an_encoder_that_fails_ends_the_video_and_the_next_one_works(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode_one_by_one(monkeypatch)
+    with monkeypatch.context() as patch:
+        program = tmp_path / "ffmpeg"
+        program.write_text('#!/bin/sh\nfor last; do :; done; echo half > "$last"; echo disk full >&2; exit 1\n')
+        program.chmod(0o755)
+        patch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+        with pytest.raises(GenerationError, match="ffmpeg failed: disk full") as caught:
+            engine.generate(PARAMS, tmp_path / "a.mp4")
+        program.unlink()
+    assert caught.value.code == "encode_failed" and not list(tmp_path.iterdir())
+    assert video_of(engine, tmp_path / "a.mp4")
+
+
+def test_an_encoder_that_fails_later_is_an_error_of_its_video_only(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(frames: Iterator[memoryview], *_: object, **__: object) -> None:
+        list(frames)
+        raise GenerationError("ffmpeg failed: disk full", "encode_failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "write_video", fails)
+        first = engine.begin(PARAMS, tmp_path / "a.mp4")
+    second = engine.begin(PARAMS, tmp_path / "b.mp4")
+    assert isinstance(first.exception(DEADLINE_S), GenerationError)
+    assert second.result(DEADLINE_S).warnings and [path.name for path in tmp_path.iterdir()] == ["b.mp4"]
+
+
+def test_an_interrupt_while_the_encoder_is_waited_for_ends_it_and_leaves_nothing(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "ffmpeg"
+    program.write_text('#!/bin/sh\nfor last; do :; done; echo half > "$last"; cat > /dev/null; exec sleep 600\n')
+    program.chmod(0o755)
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def interrupted(_: object) -> None:
+        while not list(out.iterdir()):
+            pass
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+        patch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(PARAMS, out / "a.mp4")
+    assert not list(out.iterdir())
+    assert video_of(engine, tmp_path / "a.mp4")
+
+
+def test_a_prompt_is_prepared_beside_the_steps_of_another_and_costs_its_video_nothing(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    engine = load_engine(tiny_bundle, "cpu")
+    expected = video_of(load_engine(tiny_bundle, "cpu"), tmp_path / "a.mp4", prompt="a blue ring")
+    preparing = threading.Thread(target=engine.prepare, args=("a blue ring",))
+
+    def on_progress(stage: str, done: int, _: int) -> None:
+        if (stage, done) == ("denoise", 1):
+            preparing.start()
+        if (stage, done) == ("denoise", 4):
+            preparing.join()
+
+    first = engine.generate(PARAMS, tmp_path / "b.mp4", on_progress)
+    prepared = engine.generate(replace(PARAMS, prompt="a blue ring"), tmp_path / "c.mp4")
+    text = next(span for span in prepared.spans if span.stage == "text")
+    denoise = next(span for span in first.spans if span.stage == "denoise")
+    assert denoise.start_s < text.start_s < text.end_s < denoise.end_s
+    assert (tmp_path / "c.mp4").read_bytes() == expected
+    assert (tmp_path / "b.mp4").read_bytes() == video_of(engine, tmp_path / "d.mp4")
+
+
+def test_a_text_encoder_that_is_lent_to_the_device_is_not_lent_ahead(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(engine, "embed", asked.append)
+    engine.prepare("one")
+    monkeypatch.setattr(engine.embedder, "lend_to", torch.device("cpu"))
+    engine.prepare("two")
+    assert asked == ["one"]
