@@ -102,7 +102,8 @@ def _shard_linear_layers(block: nn.Module, others: set[nn.Parameter], options: M
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # What these parts return is a view of a product, and a Wan block changes none of it in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-    fully_shard([block.attn1, block.attn2, block.ffn], mp_policy=policy, ignored_params=others, **options)
+    parts = [block.get_submodule(name) for name in ("attn1", "attn2", "ffn")]
+    fully_shard(parts, mp_policy=policy, ignored_params=others, **options)
 
 
 def fill(module: nn.Module, whole: Mapping[str, Tensor], processes: Processes) -> None:
