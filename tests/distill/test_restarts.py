@@ -149,7 +149,8 @@ def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
     tiny_config: DistillConfig, environment: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distill.cli"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "240"]
+    launcher += ["-m", "distill.cli"]
     endless = ["--max-steps", "1000000", "--device", "cpu", "--preview-every", "0"]
     settings = [*settings_of(tiny_config), "save_every_steps=1000000", "log_every_steps=1"]
     command = [sys.executable, "-m", *launcher, "train", "--out", str(out), *endless, "--set", *settings]
@@ -160,7 +161,7 @@ def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
             while not (out / "log.jsonl").exists() and running.poll() is None and time.monotonic() < limit:
                 time.sleep(0.2)
             running.send_signal(signal.SIGTERM)
-            running.wait(timeout=120)
+            running.wait(timeout=300)
         finally:
             running.kill()
     text = (tmp_path / "said").read_text()
