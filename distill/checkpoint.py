@@ -118,14 +118,14 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Load a checkpoint, on the CPU.
+    """Load a checkpoint, on the CPU, its tensors mapped from the file: processes that need shards read only those.
 
     Raises:
         CheckpointError: it is damaged or of another kind.
     """
     path = folder / STATE_FILE
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle, torch and the file system each raise their own kinds
         raise CheckpointError(
             f"{path} cannot be loaded: {_first_line(error)}; delete {folder.name} to go on from an older checkpoint"

@@ -73,7 +73,7 @@ class DistillConfig:
     batch_size: int  # of one update, over all processes and parts
     accumulate: int = 1  # parts that each process computes its share of a batch in, one after the other
     activation_checkpointing: bool = False  # keep only the inputs of blocks, compute them again for the gradient
-    context_parallel: int = 1  # processes that share their samples and split their tokens; CUDA only
+    context_parallel: int = 1  # processes that share their samples and split their tokens
     lora_critic_rank: int = 0  # of a critic on the teacher's frozen weights; 0 is a critic of its own
     lora_critic_alpha: float = 64.0  # what such a critic adds weighs alpha / rank
     max_steps: int  # iterations; each trains the critic, every student_every_steps-th the student too
@@ -188,6 +188,18 @@ class DistillConfig:
         """Digest of the whole config, the same for equal configs whatever the order of their keys."""
         text = json.dumps(config_to_dict(self), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def gather_precision(method: str, role: str, precision: str) -> str:
+    """Return fp32 or bf16: what a sharded network's blocks are gathered in, when networks are called in `precision`.
+
+    Args:
+        method: of the run.
+        role: student, critic or teacher.
+        precision: fp32 or bf16.
+    """
+    # rcm also calls its student in float32, for the derivative.
+    return "fp32" if (method, role) == ("rcm", "student") else precision
 
 
 def reference_sigma(timestep: float) -> float:

@@ -143,12 +143,11 @@ def cached_prompt_data(config: DistillConfig, cache_dir: Path, device: torch.dev
         CheckpointError: the text encoder cannot be loaded.
     """
     shards = shard_paths(config.prompts)
-    # Shards bring their embeddings, so that only the negative prompt is left to encode.
-    prompts = [config.negative_prompt] if shards else [*load_prompts(config), config.negative_prompt]
-    data = _encoded_prompt_data(prompts, config, cache_dir, device)
     if not shards:
-        return data
+        return _encoded_prompt_data([*load_prompts(config), config.negative_prompt], config, cache_dir, device)
+    # Shards bring their embeddings, so that only the negative prompt is left to encode; a bad one is told of before.
     samples = read_shards(shards, int(transformer_config(config.base)["text_dim"]))
+    data = _encoded_prompt_data([config.negative_prompt], config, cache_dir, device)
     packed = [*(embeds for _, embeds in samples), data.packed.float()]
     offsets = torch.tensor([0, *map(len, packed)]).cumsum(0)
     return PromptData(packed=torch.cat(packed), offsets=offsets)

@@ -23,11 +23,11 @@ from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.sampler import Denoise
 from codmd_serve.wan.attention import use_compact_cross_attention
 from codmd_serve.wan.checkpoint import load_module
-from distill.config import DistillConfig, EmaConfig, NativeConfig
+from distill.config import DistillConfig, EmaConfig, NativeConfig, gather_precision
 from distill.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
 from distill.losses.dmd import guided_flow
 from distill.processes import ALONE, Processes
-from distill.sharding import load_sharded, sharded_like
+from distill.sharding import load_sharded, sharded_like, split_tokens
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,7 +58,7 @@ def build_networks(config: DistillConfig, device: torch.device, processes: Proce
     Args:
         config: names base and dtypes; its precision must be resolved.
         device: where the networks go.
-        processes: over which they are sharded, if there are several.
+        processes: over which they are sharded, if there are several, and groups of which split tokens.
 
     Raises:
         CheckpointError: the base is missing or broken.
@@ -66,7 +66,7 @@ def build_networks(config: DistillConfig, device: torch.device, processes: Proce
     """
     switch = Switch()
 
-    def build(dtype: torch.dtype, is_trained: bool, has_adapters: bool = False) -> WanTransformer3DModel:
+    def build(role: str, dtype: torch.dtype, is_trained: bool, has_adapters: bool = False) -> WanTransformer3DModel:
         def load() -> WanTransformer3DModel:
             return load_transformer(config.base, dtype)
 
@@ -82,16 +82,20 @@ def build_networks(config: DistillConfig, device: torch.device, processes: Proce
             prepare(network)
             network.to(device)
         else:
-            network = load_sharded(load, prepare, transformer_config(config.base), processes)
+            gathered = gather_precision(config.method, role, config.precision)
+            network = load_sharded(load, prepare, transformer_config(config.base), processes, gathered)
         if config.activation_checkpointing and (is_trained or has_adapters):
             checkpoint_activations(network, switch)
         return network
 
     is_low_rank = config.lora_critic_rank > 0
-    teacher = build(TORCH_DTYPES[config.teacher_dtype], is_trained=False, has_adapters=is_low_rank)
-    student = build(torch.float32, is_trained=True)
-    critic = AdaptedCritic(teacher, switch) if is_low_rank else build(torch.float32, is_trained=True)
-    return Networks(student=student, critic=critic, teacher=teacher, precision=config.precision)
+    teacher = build("teacher", TORCH_DTYPES[config.teacher_dtype], is_trained=False, has_adapters=is_low_rank)
+    student = build("student", torch.float32, is_trained=True)
+    critic = AdaptedCritic(teacher, switch) if is_low_rank else build("critic", torch.float32, is_trained=True)
+    networks = Networks(student=student, critic=critic, teacher=teacher, precision=config.precision)
+    if config.context_parallel > 1:
+        split_tokens(networks.transformers(), config, processes)
+    return networks
 
 
 def compile_blocks(transformer: WanTransformer3DModel) -> WanTransformer3DModel:

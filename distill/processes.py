@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -108,24 +108,74 @@ class Processes:
             What it returned; None in the other processes.
 
         Raises:
-            CodmdError: in all processes, of the kind that it failed with in the first.
+            CodmdError: in all processes, of the kind that it failed with in the first. What else it fails with is
+                raised as it is there and as CodmdError elsewhere, so that nobody waits for a process that is gone.
         """
         if self.mesh is None:
             return action()
-        result, failure = None, None
+        result: T | None = None
+        failure: Exception | None = None
         if self.is_first:
             try:
                 result = action()
-            except CodmdError as error:
+            except Exception as error:  # raised again below, when the others know
                 failure = error
-        told = [None if failure is None else (isinstance(failure, ConfigError), str(failure))]
+        told: list[tuple[str, str] | None] = [None if failure is None else _described(failure)]
         dist.broadcast_object_list(told, src=0)
         if failure is not None:
             raise failure
         if told[0] is not None:
-            is_config, message = told[0]
-            raise (ConfigError if is_config else CheckpointError)(message)
+            kind, message = told[0]
+            raise {kind.__name__: kind for kind in _KINDS}[kind](message)
         return result
+
+    def first_tells(self, action: Callable[[], T]) -> T:
+        """Let the first process find something out, and return it in all of them.
+
+        Args:
+            action: gives something small that can be pickled.
+
+        Raises:
+            CodmdError: as `first_does`.
+        """
+        found = [self.first_does(action)]
+        if self.mesh is not None:
+            dist.broadcast_object_list(found, src=0)
+        return cast(T, found[0])
+
+    def all_do(self, action: Callable[[], T]) -> T:
+        """Do something in every process that any of them may fail at, as reading a file.
+
+        Args:
+            action: no collective.
+
+        Raises:
+            CodmdError: in all processes when it failed in one: there what it failed with.
+        """
+        result: T | None = None
+        failure: CodmdError | None = None
+        try:
+            result = action()
+        except CodmdError as error:
+            failure = error
+        (has_failed,) = self.greatest(int(failure is not None))
+        if failure is not None:
+            raise failure
+        if has_failed:
+            raise CheckpointError("another process cannot read what this one can: all must see the same folders")
+        return cast(T, result)
+
+
+# From the most special to the most general.
+_KINDS = (ConfigError, CheckpointError, CodmdError)
+
+
+def _described(failure: Exception) -> tuple[str, str]:
+    """The kind and the text with which other processes report a failure of the first one."""
+    kind = next((kind for kind in _KINDS if isinstance(failure, kind)), None)
+    if kind is None:
+        return CodmdError.__name__, f"the first process failed: {type(failure).__name__}: {failure}"
+    return kind.__name__, str(failure)
 
 
 ALONE = Processes()
@@ -143,7 +193,7 @@ def process_group(device: torch.device, config: DistillConfig) -> Iterator[Proce
         ConfigError: too few processes for context_parallel, or a batch_size that cannot be shared out.
     """
     if not dist.is_torchelastic_launched():
-        check_shares(config, 1, device)
+        check_shares(config, 1)
         yield Processes(device=device)
         return
     if device.type == "cuda":
@@ -163,7 +213,7 @@ def join_processes(device: torch.device, config: DistillConfig) -> Processes:
         ConfigError: as `process_group`.
     """
     world_size = dist.get_world_size()
-    check_shares(config, world_size, device)
+    check_shares(config, world_size)
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("all",))
     return Processes(
         rank=dist.get_rank(),
@@ -174,17 +224,13 @@ def join_processes(device: torch.device, config: DistillConfig) -> Processes:
     )
 
 
-def check_shares(config: DistillConfig, world_size: int, device: torch.device) -> None:
+def check_shares(config: DistillConfig, world_size: int) -> None:
     """Check that a run can be spread over processes.
 
     Raises:
         ConfigError: it cannot; the message names the key and says what would do.
     """
     degree = config.context_parallel
-    if degree > 1 and device.type != "cuda":
-        raise ConfigError(
-            f"context_parallel must be 1 on {device.type}, got {degree}: attention over split tokens needs CUDA kernels"
-        )
     if world_size < degree or world_size % degree:
         raise ConfigError(
             f"context_parallel {degree} needs a multiple of {degree} processes, got {world_size}: "

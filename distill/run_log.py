@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from codmd_serve.errors import CheckpointError
 from distill.config import DistillConfig
 
 LOG_FILE = "log.jsonl"
@@ -66,7 +67,11 @@ class RunLog:
         self.bar.update(1)
 
     def write(self, step: int, num_student_updates: int, num_skipped: int, elapsed_s: float) -> None:
-        """Write one line of means and start the next window; the counts are since the start of the run."""
+        """Write one line of means and start the next window; the counts are since the start of the run.
+
+        Raises:
+            CheckpointError: the log cannot be written, as on a full disk.
+        """
         if not self.is_first:
             return
         num_iterations, now = step - self.window_step, time.monotonic()
@@ -83,8 +88,13 @@ class RunLog:
             "eta_s": round(max(remaining_s, 0.0), 1),
             **{name: value if math.isfinite(value) else None for name, value in means.items()},
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written: {error.strerror}; the last checkpoint is kept"
+            ) from error
         for name, value in means.items():
             self.board.add_scalar(name, value, step)
         self.board.add_scalar("samples_per_s", samples_per_s, step)

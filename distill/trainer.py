@@ -53,7 +53,7 @@ from distill.previews import Previews
 from distill.processes import ALONE, Processes
 from distill.relations import BatchRelations
 from distill.run_log import LOG_FILE, RunLog
-from distill.sharding import check_tokens, shard_optimizer_state, split_tokens
+from distill.sharding import check_tokens, shard_optimizer_state
 from distill.step import StepResult
 
 ROLES = ("student", "critic")
@@ -261,10 +261,8 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     cache_dir = options.cache_dir or options.out / "cache"
     # The first process fills the cache, the others read it.
     processes.first_does(lambda: cached_prompt_data(config, cache_dir, device))
-    data = cached_prompt_data(config, cache_dir, device)
+    data = processes.all_do(lambda: cached_prompt_data(config, cache_dir, device))
     networks = build_networks(config, device, processes)
-    if config.context_parallel > 1:
-        split_tokens(networks.transformers(), config, processes)
     if options.compiled:
         for network in networks.transformers():
             compile_blocks(network)
@@ -273,11 +271,9 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         latents = cached_teacher_latents(config, networks, data, shape, cache_dir, device, processes)
     trainer = Trainer(config, networks, data, shape, device, latents, processes)
     elapsed_s = 0.0
-    checkpoints = list_checkpoints(options.out) if resume else []
+    checkpoints = processes.first_tells(lambda: list_checkpoints(options.out)) if resume else []
     if checkpoints:
-        state = load_checkpoint(checkpoints[-1])
-        trainer.load_state_dict(state["trainer"])
-        elapsed_s = float(state["elapsed_s"])
+        elapsed_s = processes.all_do(lambda: _load_state(trainer, checkpoints[-1]))
     processes.first_does(lambda: _start_folder(options.out, config))
     signal_number, elapsed_s = _loop(trainer, options, elapsed_s)
     bundle = None
@@ -298,6 +294,17 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         bundle=bundle,
         signal_number=signal_number,
     )
+
+
+def _load_state(trainer: Trainer, folder: Path) -> float:
+    """Continue from a checkpoint; return the seconds trained until then."""
+    state = load_checkpoint(folder)
+    try:
+        own, elapsed_s = state["trainer"], float(state["elapsed_s"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a training checkpoint") from error
+    trainer.load_state_dict(own)
+    return elapsed_s
 
 
 def native_latents(config: DistillConfig) -> tuple[int, ...]:
@@ -353,7 +360,9 @@ def _loop(trainer: Trainer, options: RunOptions, elapsed_before_s: float) -> tup
             log.add(trainer.iterate())
             signal_number, is_last = stopped()
             if is_last or trainer.step % config.log_every_steps == 0:
-                log.write(trainer.step, trainer.updates["student"], trainer.num_skipped, elapsed_s())
+                processes.first_does(
+                    lambda: log.write(trainer.step, trainer.updates["student"], trainer.num_skipped, elapsed_s())
+                )
             if trainer.step % config.save_every_steps == 0 or is_last:
                 outputs.save(elapsed_s())
             # Whoever sent a signal does not wait for pictures.

@@ -25,7 +25,6 @@ from distill.data import PromptData
 from distill.networks import build_networks, latent_grid, resolve_precision
 from distill.plan.architecture import PUBLISHED, PUBLISHED_VAE_SCALES
 from distill.processes import Processes, process_group
-from distill.sharding import split_tokens
 from distill.train_cli import resolve_device
 from distill.trainer import Trainer
 
@@ -100,8 +99,6 @@ def run(args: argparse.Namespace, config: DistillConfig, processes: Processes, f
     patch = tuple(architecture["patch_size"])
     shape = latent_grid(config.native, architecture["in_channels"], patch, *PUBLISHED_VAE_SCALES)
     networks = build_networks(config, processes.device, processes)
-    if config.context_parallel > 1:
-        split_tokens(networks.transformers(), config, processes)
     data = random_prompts(architecture["text_dim"])
     trainer = Trainer(config, networks, data, shape, processes.device, processes=processes)
     on_cuda = processes.device.type == "cuda"

@@ -5,7 +5,7 @@ Knows sizes, not tensors: what a network keeps comes from activations.py, parame
 
 from dataclasses import dataclass
 
-from distill.config import DistillConfig
+from distill.config import DistillConfig, gather_precision
 from distill.plan.activations import (
     backward_working_bytes,
     block_bytes,
@@ -112,25 +112,29 @@ def phase_bytes(subject: Subject, options: PlanOptions, load: Load) -> Memory:
 def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward: bool) -> int:
     """Return the weights that a network's pass holds beside its own: gathered shards, or autocast's bf16 copies.
 
-    Sharded, that is three blocks: in forward the one that is being let go, the buffer of the next one's gathering and
-    what is copied out of it; in backward the one that computes, the next one, and the gradient of the one before, and
-    then its float32 copy that is being reduced. The layers around the blocks stay gathered, in float32 as the time
-    path needs. On one GPU autocast keeps its copies of trained weights through a forward, and without checkpointing
-    to the end of the backward.
+    Sharded, `gather_precision` says in what. In fp32 that is three blocks: in forward the one that is being let go, the
+    buffer of the next one's gathering and what is copied out of it; in backward the one that computes, the next one,
+    and the gradient of the one before, and then a copy of that which is being reduced. In bf16 blocks are gathered in
+    two groups, and the small one in between lets the last block go before the next one comes: two blocks in forward;
+    in backward the next one and a gradient, with its float32 copy that is being reduced. The layers around the blocks
+    stay gathered, in float32 as the time path needs. On one GPU autocast keeps its copies of trained weights through a
+    forward, and without checkpointing to the end of the backward.
 
-    Source: FSDP2 (`fully_shard` per block and on the whole, its defaults), measured with torch 2.13.
+    Source: FSDP2 as `distill.sharding.shard` sets it up, measured with torch 2.13.
     """
     parameters, config = subject.parameters, subject.config
     rank, precision = options.lora_critic_rank, precision_of(config)
     is_frozen = role == "teacher" or (role == "critic" and rank > 0)
-    width = DTYPE_BYTES[config.teacher_dtype if is_frozen else precision]
     if options.gpus > 1:
-        lora = 4 * rank * parameters.lora_width if role == "critic" else 0
-        blocks = subject.architecture.num_layers * parameters.block
-        gathered = 3 * width * parameters.block + 4 * (parameters.total - blocks) + lora
-        return gathered + (4 * parameters.block if is_backward and not is_frozen else 0)
+        gathered = gather_precision(config.method, role, precision)
+        lora = rank * parameters.lora_width // subject.architecture.num_layers if role == "critic" else 0
+        outer = 4 * (parameters.total - subject.architecture.num_layers * parameters.block)
+        blocks = 2 if gathered == "bf16" else 3
+        reduced = 4 * parameters.block if is_backward and not is_frozen else 0
+        return blocks * DTYPE_BYTES[gathered] * (parameters.block + lora) + outer + reduced
     if is_frozen or precision == "fp32":
         return 0
+    width = DTYPE_BYTES[precision]
     if is_backward and options.activation_checkpointing:
         return width * parameters.block
     return width * parameters.cast

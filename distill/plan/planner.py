@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from codmd_serve.errors import ConfigError
+from distill.config import gather_precision
 from distill.plan.architecture import Subject
 from distill.plan.flops import Sequence, iteration_flops, network_flops
 from distill.plan.memory import Load, Memory, num_moments, phase_bytes, precision_of, trained_parameters
@@ -160,12 +161,14 @@ def _gathered_bytes(subject: Subject, options: PlanOptions) -> float:
     """Every forward and every backward assembles the blocks once; a backward also reduces float32 gradients."""
     config, parameters = subject.config, subject.parameters
     blocks = subject.architecture.num_layers * parameters.block
-    width, teacher = DTYPE_BYTES[precision_of(config)], DTYPE_BYTES[config.teacher_dtype]
-    critic = teacher if options.lora_critic_rank else width
+    student, critic, teacher = (
+        DTYPE_BYTES[gather_precision(config.method, role, precision_of(config))]
+        for role in ("student", "critic", "teacher")
+    )
     trained = trained_parameters(subject, options)
     share, before_exit = 1.0 / config.student_every_steps, (len(config.grid().timesteps) - 1) / 2
     student_passes = before_exit + 1 + share * (before_exit + 2)
-    per_micro_batch = blocks * (student_passes * width + (2 + share) * critic + share * teacher)
+    per_micro_batch = blocks * (student_passes * student + (2 + share) * critic + share * teacher)
     per_micro_batch += 4 * (share * trained["student"] + trained["critic"])
     return options.accumulate * per_micro_batch * (options.gpus - 1) / options.gpus
 

@@ -1,14 +1,21 @@
 """`codmd-distill train` and `export`: what they print, what they return, what they refuse."""
 
 import argparse
+import io
 import json
+import os
+import shutil
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from diffusers import WanTransformer3DModel
 
 from codmd_serve.student_scheduler import StudentScheduler
 from codmd_serve.wan.checkpoint import read_spec
-from distill import trainer
+from distill import checkpoint, trainer
 from distill.config import DistillConfig, config_to_dict
 from distill.train_cli import add_export_arguments, add_train_arguments, run_export, run_train
 
@@ -100,6 +107,9 @@ def test_dry_run_prints_the_settings_and_writes_nothing(
         (["--set", "batch_size=0"], "batch_size"),
         (["--set", "base=/nowhere"], "no pipeline at /nowhere"),
         (["--set", "prompts=nothing.txt"], "nothing.txt"),
+        (["--set", "optimizer.momentum=1"], "unknown setting 'optimizer.momentum'"),
+        (["--set", "context_parallel=2"], "context_parallel 2 needs a multiple of 2 processes, got 1"),
+        (["--set", "batch_size=3", "accumulate=2"], "batch_size must be a multiple of 2"),
         (["--set", "native.height=20"], "native.height"),
         (["--seed", "-1"], "seed"),
         (["--max-steps", "0"], "max_steps"),
@@ -124,6 +134,105 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert error.startswith("error: ")
     assert named in error
     assert not (tmp_path / "run").exists()
+
+
+def write_shard(path: Path, embeds: object) -> None:
+    data = io.BytesIO()
+    torch.save(embeds, data)
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("000.prompt.txt", b"a red circle"), ("000.embed.pt", data.getvalue())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+class Trap:
+    """An object whose unpickling would leave a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("empty", "holds no prompt"),
+        ("nan", "bad.tar: 000.embed.pt has values that are not finite"),
+        ("pickle", "bad.tar: 000.embed.pt is no plain tensor; nothing else in it is loaded or run"),
+    ],
+)
+def test_bad_prompts_are_one_line_and_exit_code_2(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, named: str
+) -> None:
+    path, trace = tmp_path / ("bad.txt" if kind == "empty" else "bad.tar"), tmp_path / "trace"
+    if kind == "empty":
+        path.write_text("\n \n", encoding="utf-8")
+    else:
+        embeds = torch.randn(3, 16)
+        embeds[1, 2] = torch.nan
+        write_shard(path, embeds if kind == "nan" else Trap(trace))
+    assert train("--out", str(tmp_path / "run"), "--set", *settings, f"prompts={path}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert named in error
+    assert not (tmp_path / "run").exists() and not trace.exists()
+
+
+def test_checkpoint_of_another_architecture_is_exit_code_2_and_stays(
+    settings: list[str], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other_base, runs = tmp_path / "wide", (tmp_path / "run", tmp_path / "other")
+    shutil.copytree(tiny_base, other_base)
+    transformer = WanTransformer3DModel.from_pretrained(tiny_base, subfolder="transformer")
+    WanTransformer3DModel.from_config({**transformer.config, "ffn_dim": 48}).save_pretrained(other_base / "transformer")
+    for run, base in zip(runs, (tiny_base, other_base), strict=True):
+        quick = ["--max-steps", "1", "--preview-every", "0", "--cache", str(tmp_path / "cache")]
+        assert train("--out", str(run), *quick, "--set", *settings, f"base={base}") == 0
+    name = Path("checkpoints", "step-00000001", "state.pt")
+    shutil.copy(runs[1] / name, runs[0] / name)
+    before = (runs[0] / name).read_bytes()
+    capsys.readouterr()
+    assert train("--out", str(runs[0]), "--resume", "--max-steps", "2", "--preview-every", "0") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the checkpoint does not fit this run: the saved network is another one: ")
+    assert error.count("\n") == 1
+    assert (runs[0] / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("full", ["state.pt", "log.jsonl"])
+def test_full_disk_is_exit_code_2_and_spares_the_checkpoint_before(
+    settings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    full: str,
+) -> None:
+    """The kernel's own error, of a device that is always full."""
+    run, quick = tmp_path / "run", ["--preview-every", "0"]
+    assert train("--out", str(run), *quick, "--max-steps", "1", "--set", *settings, "keep_last=1") == 0
+    kept = run / "checkpoints" / "step-00000001" / "state.pt"
+    before = kept.read_bytes()
+    capsys.readouterr()
+    if full == "state.pt":
+        original = trainer.save_checkpoint
+
+        def save(*arguments: Any) -> Path:
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "STATE_FILE", "/dev/full")
+                return original(*arguments)
+
+        monkeypatch.setattr(trainer, "save_checkpoint", save)
+    else:
+        (run / "log.jsonl").unlink()
+        (run / "log.jsonl").symlink_to("/dev/full")
+    assert train("--out", str(run), "--resume", "--max-steps", "2", *quick) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert "cannot be written" in error and "No space left on device" in error
+    assert kept.read_bytes() == before
 
 
 def test_export_without_a_run_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

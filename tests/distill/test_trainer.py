@@ -13,7 +13,7 @@ import torch
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle
 from distill.checkpoint import list_checkpoints, load_checkpoint
-from distill.config import DistillConfig, with_overrides
+from distill.config import DistillConfig, wan_1_3b, with_overrides
 from distill.data import cached_prompt_data
 from distill.methods import METHODS, with_method
 from distill.networks import build_networks, load_transformer
@@ -439,3 +439,26 @@ def test_streams_of_random_numbers_differ_by_role_step_and_rank() -> None:
     assert len(draws) == 5
     repeated = [float(torch.rand((), generator=step_rng(0, "exit", 3))) for _ in range(2)]
     assert repeated[0] == repeated[1]
+
+
+def test_wan_1_3b_scaled_down_trains_to_a_bundle(
+    run: Callable[..., RunOutcome], tiny_base: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """The published recipe as it is, bf16 teacher, autocast and checkpointing included, on a smaller Wan and video."""
+    small = [
+        f"base={tiny_base}",
+        f"prompts={prompt_file}",
+        'native={"height":32,"width":32,"num_frames":9,"fps":16}',
+        "batch_size=2",
+        "max_steps=2",
+        "student_every_steps=1",
+    ]
+    config = with_overrides(wan_1_3b(), small)
+    outcome = run(config, tmp_path / "run")
+    assert (outcome.step, outcome.num_student_updates, outcome.num_skipped) == (2, 2, 0)
+    state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])["trainer"]
+    start = load_transformer(config.base, torch.float32).state_dict()
+    for role in ("student", "critic"):
+        assert any(not torch.equal(tensor, start[name]) for name, tensor in state["networks"][role].items())
+    bundle = load_bundle(tmp_path / "run" / "bundle", CPU, torch.float32)
+    assert bundle.spec.timesteps == (1000.0, 900.0, 757.0, 522.0)

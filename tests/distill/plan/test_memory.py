@@ -11,9 +11,10 @@ from torch import Tensor
 
 from distill.config import DistillConfig, with_overrides
 from distill.data import PromptData
+from distill.methods import with_method
 from distill.networks import build_networks
 from distill.plan.architecture import Subject, read_subject
-from distill.plan.memory import PARTS, state_bytes
+from distill.plan.memory import PARTS, copy_bytes, state_bytes
 from distill.plan.options import PlanOptions
 from distill.plan.planner import Plan, make_plan
 from distill.trainer import Trainer, native_latents
@@ -132,6 +133,21 @@ def test_sharding_divides_states_and_gradients_and_adds_gathered_blocks(tiny_con
     around = parameters.total - 2 * parameters.block
     assert shared.memory["student scores"]["weight copies"] == 4 * (3 * parameters.block + around)
     assert shared.memory["student backward"]["weight copies"] == 4 * (4 * parameters.block + around)
+
+
+def test_bf16_gathers_halves_but_the_student_of_rcm(tiny_config: DistillConfig) -> None:
+    options = PlanOptions(gpus=4, reserve_gib=0.0)
+    copies = {}
+    for method in ("dcm", "rcm"):
+        config = with_overrides(with_method(tiny_config, method), ["precision=bf16", "batch_size=8"])
+        subject = read_subject(config)
+        roles = ("student", "critic", "teacher")
+        copies[method] = {role: copy_bytes(subject, options, role, is_backward=False) for role in roles}
+    parameters = subject.parameters
+    around = 4 * (parameters.total - 2 * parameters.block)
+    narrow, wide = 2 * 2 * parameters.block + around, 3 * 4 * parameters.block + around
+    assert copies["dcm"] == {"student": narrow, "critic": narrow, "teacher": narrow}
+    assert copies["rcm"] == {"student": wide, "critic": narrow, "teacher": narrow}
 
 
 def test_lora_critic_has_small_states_on_the_teachers_weights(tiny_config: DistillConfig) -> None:

@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from codmd_serve.wan.attention import use_compact_cross_attention
@@ -17,6 +17,8 @@ from distill.networks import denoiser, keep_sensitive_parts_float32
 from distill.plan.architecture import Subject, count_parameters, read_architecture
 from distill.plan.memory import copy_bytes
 from distill.plan.options import PlanOptions
+from distill.processes import Processes
+from distill.sharding import shard
 
 NUM_RANKS = 8
 # Weights outweigh the activations of one token by far.
@@ -32,6 +34,12 @@ NETWORK = {
     "num_layers": 6,
 }
 
+LINEAR = (
+    *(f"{attention}.{part}" for attention in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")),
+    "ffn.net.0.proj",
+    "ffn.net.2",
+)
+
 
 @pytest.fixture
 def _ranks() -> Iterator[None]:
@@ -45,10 +53,7 @@ def sharded(precision: str) -> WanTransformer3DModel:
     keep_sensitive_parts_float32(network)
     network.enable_gradient_checkpointing()
     mesh = init_device_mesh("cpu", (NUM_RANKS,))
-    dtype = torch.bfloat16 if precision == "bf16" else None
-    for block in network.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    fully_shard(network, mesh=mesh)
+    shard(network, Processes(world_size=NUM_RANKS, mesh=mesh), precision)
     return network
 
 
@@ -56,8 +61,6 @@ def shards(network: nn.Module) -> list[Tensor]:
     return [parameter.to_local() for parameter in network.parameters()]  # type: ignore[operator]
 
 
-# The network's last step is a view, which FSDP2 warns may not be changed in place; nothing here does.
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 @pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gathered_weights_are_what_fsdp2_holds(tiny_config: DistillConfig, live_bytes: Any, precision: str) -> None:
@@ -81,3 +84,24 @@ def test_gathered_weights_are_what_fsdp2_holds(tiny_config: DistillConfig, live_
     gradients = 4 * counts.total // NUM_RANKS
     wanted = copy_bytes(subject, options, "student", is_backward=True) + gradients
     assert live.peak == pytest.approx(wanted, rel=0.15)
+
+
+@pytest.mark.usefixtures("_ranks")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_gather_what_their_precision_computes_with(precision: str) -> None:
+    """Linear layers in bfloat16 where autocast would make that of them; what has to stay float32 stays."""
+    network, seen = sharded(precision), {}
+    network.disable_gradient_checkpointing()
+    block = network.blocks[1]
+
+    def note(*_: object) -> None:
+        seen.update({name: item.dtype for name, item in block.named_parameters() if not isinstance(item, DTensor)})
+
+    block.attn1.to_out[0].register_forward_hook(note)
+    denoiser(network, precision)(torch.randn(1, 4, 1, 2, 2), torch.full((1,), 500.0), torch.randn(1, 8, 16))
+    linear = {f"{name}.{part}" for name in LINEAR for part in ("weight", "bias")}
+    assert linear < seen.keys() == {name for name, _ in block.named_parameters()}
+    narrow = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert {seen[name] for name in linear} == {narrow}
+    assert {seen[name] for name in seen.keys() - linear} == {torch.float32}
+    assert {item.dtype for item in network.parameters()} == {torch.float32}
