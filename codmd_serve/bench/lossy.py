@@ -80,7 +80,7 @@ def outputs(engine: Engine, params: GenerateParams) -> tuple[Tensor, Tensor]:
     """Final latents (1, C, F, H, W) float32 and frames (T, H, W, 3) uint8 of a request, on the CPU."""
     shape = latent_shape(engine.bundle.vae, params.height, params.width, params.num_frames)
     noise = draw_noise(params.seed, (len(engine.bundle.spec.timesteps), 1, *shape)).to(engine.transformer.device)
-    latents = engine.loop(noise, engine.embed(params.prompt))
+    latents = engine.loop(noise, engine.embed(params.prompt).prompt)
     frames = torch.cat([chunk[0].cpu() for chunk in engine.decoder.frames(latents)])
     return latents.float().cpu(), frames
 
