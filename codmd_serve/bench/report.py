@@ -85,6 +85,9 @@ TARGETS = (
 
 # What a server may add to the engine, in percent: latency of one request, and time of many at once.
 SERVER_BAR, SERVER_STRETCH = 3.0, 1.0
+BUSY_OVERLAP = (
+    "; on a busy machine, which gives more of itself to more processes: no gain of overlap, to be made again."
+)
 
 
 def document(rows: Sequence[Row], serving: Sequence[Row] = ()) -> str:
@@ -139,7 +142,8 @@ def serving_lines(row: Row) -> list[str]:
         f"on {row['machine']['cores']} cores.",
         *own,
         f"- {overlap['num_jobs']} queued requests: overlapped {ratio['median']:.2f}x as quick as one after the other "
-        f"({ratio['q25']:.2f} to {ratio['q75']:.2f}, {_counted(ratio['count'], 'block')} in turns).",
+        f"({ratio['q25']:.2f} to {ratio['q75']:.2f}, {_counted(ratio['count'], 'block')} in turns)"
+        + (BUSY_OVERLAP if row["machine"]["is_busy"] else "."),
     ]
 
 

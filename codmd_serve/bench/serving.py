@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,11 +130,15 @@ def run_in_a_row(engine: Engine, jobs: Sequence[GenerateParams], folder: Path) -
 def run_overlapped(engine: Engine, jobs: Sequence[GenerateParams], folder: Path) -> list[GenerateResult]:
     """The same as a worker does it that was sent the jobs ahead."""
     with ThreadPoolExecutor(max_workers=1) as ahead:
-        videos = []
-        for number, params in enumerate(jobs):
-            if number + 1 < len(jobs):
-                ahead.submit(engine.prepare, jobs[number + 1].prompt)
-            videos.append(engine.begin(params, folder / f"{number}.mp4"))
+
+        def begin(number: int, params: GenerateParams) -> "Future[GenerateResult]":
+            def on_progress(stage: str, _done: int, _total: int) -> None:
+                if stage == "text" and number + 1 < len(jobs):
+                    ahead.submit(engine.prepare, jobs[number + 1].prompt)
+
+            return engine.begin(params, folder / f"{number}.mp4", on_progress)
+
+        videos = [begin(number, params) for number, params in enumerate(jobs)]
         return [video.result() for video in videos]
 
 
