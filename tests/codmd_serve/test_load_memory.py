@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ MOST = {"float32": 1.25, "bfloat16": 1.5}
 
 
 @pytest.fixture(scope="module")
-def large_bundle(tiny_bundle: Path, tiny_spec: StudentSpec) -> Path:
-    """50 million numbers in float16, 100 MB, in 24 blocks; beside the base of the tiny bundle."""
+def large_bundle(tiny_base: Path, tiny_spec: StudentSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 million numbers in float16, 100 MB, in 24 blocks; on a copy of the tiny base."""
     with torch.device("meta"):
         transformer = WanTransformer3DModel(
             patch_size=(1, 2, 2),
@@ -36,7 +37,8 @@ def large_bundle(tiny_bundle: Path, tiny_spec: StudentSpec) -> Path:
     transformer = transformer.to_empty(device="cpu")
     for parameter in transformer.parameters():
         parameter.data = torch.full_like(parameter, 0.01, dtype=torch.float16)
-    path = tiny_bundle.parent / "large-codmd"
+    path = tmp_path_factory.mktemp("weights") / "large-codmd"
+    shutil.copytree(tiny_base, path.parent / tiny_base.name)
     save_bundle(path, transformer, tiny_spec)
     return path
 

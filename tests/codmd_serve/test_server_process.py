@@ -80,7 +80,7 @@ def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_one_line_says_that_the_server_is_ready(server: Running) -> None:
     (line,) = server.out.read_text().splitlines()
     assert line.startswith(f"ready: http://127.0.0.1:{server.port} model=tiny-codmd device=cpu dtype=float32 ")
-    assert "attention=sdpa execution=eager seconds_to_ready=" in line
+    assert "attention=native execution=eager seconds_to_ready=" in line
 
 
 def test_generate_answers_the_video_that_the_command_line_makes(

@@ -460,5 +460,5 @@ def test_wan_1_3b_scaled_down_trains_to_a_bundle(
     start = load_transformer(config.base, torch.float32).state_dict()
     for role in ("student", "critic"):
         assert any(not torch.equal(tensor, start[name]) for name, tensor in state["networks"][role].items())
-    bundle = load_bundle(tmp_path / "run" / "bundle", CPU, torch.float32)
+    bundle = load_bundle(tmp_path / "run" / "bundle", torch.float32, CPU)
     assert bundle.spec.timesteps == (1000.0, 900.0, 757.0, 522.0)

@@ -14,7 +14,7 @@ from codmd_serve.errors import ConfigError
     ("words", "message"),
     [
         (("--random-weights", "wan-9b"), "random_weights must be one of wan-1.3b, wan-14b, tiny, got 'wan-9b'"),
-        (("--against", "sora"), "against must be one of diffusers, none, got 'sora'"),
+        (("--against", "sora"), "against must be one of diffusers, lossy, none, got 'sora'"),
         (("--pairs", "0"), "pairs must be in 1..100, got 0"),
         (("--pairs", "many"), "--pairs: invalid int value: 'many'"),
         (("--teacher-pairs", "-1"), "teacher_pairs must be in 0..100, got -1"),
