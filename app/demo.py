@@ -17,6 +17,7 @@ EXAMPLES = [
     "a red circle moves right quickly on a black background",
     "a blue circle moves up quickly on a gray background",
     "a green circle moves down quickly on a black background",
+    "a white triangle moves down quickly on a black background",
 ]
 DEFAULT_SEED = 7
 MAX_SEED = 2**32 - 1

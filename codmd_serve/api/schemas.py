@@ -16,6 +16,7 @@ EXAMPLES: list[JsonValue] = [
     {"prompt": "a red circle moves right quickly on a black background", "seed": 7},
     {"prompt": "a blue circle moves up quickly on a gray background"},
     {"prompt": "a green circle moves down quickly on a black background", "seed": 1, "quality": "medium"},
+    {"prompt": "a white triangle moves down quickly on a black background"},
 ]
 
 
