@@ -43,7 +43,10 @@ def clean_prompt(prompt: str) -> str:
 def encode_prompts(
     tokenizer: Any, text_encoder: Any, prompts: list[str], max_sequence_length: int = MAX_SEQUENCE_LENGTH
 ) -> Tensor:
-    """Embed prompts; equals `WanPipeline.encode_prompt` of diffusers.
+    """Embed prompts; equals `WanPipeline.encode_prompt` of diffusers, up to rounding.
+
+    Only as many positions are encoded as the longest of them has: padding is masked inside the encoder and zeroed
+    behind it, so that encoding all positions, as diffusers does, makes the same numbers in many times the time.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -57,7 +60,7 @@ def encode_prompts(
     """
     tokens = tokenizer(
         [clean_prompt(prompt) for prompt in prompts],
-        padding="max_length",
+        padding="longest",
         max_length=max_sequence_length,
         truncation=True,
         add_special_tokens=True,
@@ -68,7 +71,8 @@ def encode_prompts(
     with torch.no_grad():
         embeds_BLD: Tensor = text_encoder(tokens.input_ids.to(text_encoder.device), mask_BL).last_hidden_state
     # Selects rather than multiplies: whatever the encoder makes of padding, zero times it need not be zero.
-    return embeds_BLD.masked_fill(mask_BL[:, :, None] == 0, 0.0)
+    embeds_BLD = embeds_BLD.masked_fill(mask_BL[:, :, None] == 0, 0.0)
+    return torch.nn.functional.pad(embeds_BLD, (0, 0, 0, max_sequence_length - embeds_BLD.shape[1]))
 
 
 def prompt_warnings(tokenizer: Any, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> list[str]:
