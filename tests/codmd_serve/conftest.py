@@ -1,16 +1,20 @@
-"""Fixtures of the serving tests: reading videos back, and the worker process with a fake engine."""
+"""Fixtures of the serving tests: reading videos back, the worker process with a fake engine, a dispatcher with it."""
 
+import asyncio
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from dispatching import Harness
 
+from codmd_serve import dispatcher as dispatcher_module
 from codmd_serve.video import find_ffmpeg
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
@@ -50,3 +54,34 @@ def read_video() -> ReadVideo:
 def fake_worker() -> tuple[str, ...]:
     """Command that starts a worker process with a fake engine, whose prompts are orders (see fake_worker.py)."""
     return (sys.executable, str(FAKE_WORKER))
+
+
+@pytest.fixture
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a worker that died be replaced at once."""
+    monkeypatch.setattr(dispatcher_module, "MAX_BACKOFF_S", 0.01)
+
+
+@pytest.fixture
+def play(tmp_path: Path, fake_worker: tuple[str, ...]) -> Callable[..., None]:
+    """Run a coroutine function with a started Harness; `settings` are those of ServeConfig."""
+
+    def run(
+        story: Callable[[Harness], Awaitable[None]], command: tuple[str, ...] = fake_worker, **settings: Any
+    ) -> None:
+        @asynccontextmanager
+        async def started() -> Any:
+            harness = Harness(tmp_path, command, **settings)
+            await harness.dispatcher.start()
+            try:
+                yield harness
+            finally:
+                await harness.dispatcher.stop()
+
+        async def main() -> None:
+            async with started() as harness:
+                await story(harness)
+
+        asyncio.run(main())
+
+    return run
