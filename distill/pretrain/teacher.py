@@ -19,7 +19,13 @@ from codmd_serve.errors import CheckpointError
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
 from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.data import PromptData
-from distill.networks import compile_blocks, denoiser, keep_sensitive_parts_float32, load_part
+from distill.networks import (
+    choose_attention,
+    compile_blocks,
+    denoiser,
+    keep_sensitive_parts_float32,
+    load_part,
+)
 from distill.pretrain.config import TransformerConfig
 from distill.pretrain.stage import StageOptions, load_weights, run_stage
 from distill.pretrain.vae import to_pixels
@@ -172,6 +178,7 @@ def train_transformer(
         start_std = torch.tensor(load_part(AutoencoderKLWan, start, "vae").config.latents_std)
         fold_into_transformer(transformer, encoded.basis() @ torch.diag(start_std))
     keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
+    choose_attention(transformer, options.precision, options.device)
     transformer.to(options.device).train()
     if options.compiled:
         compile_blocks(transformer)

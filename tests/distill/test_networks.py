@@ -124,6 +124,24 @@ def test_bf16_teacher_keeps_its_weights_in_bf16(tiny_config: DistillConfig) -> N
     assert float((got - want).norm() / want.norm()) < 0.02
 
 
+def test_bf16_attention_on_a_cpu_is_unfused_and_no_less_accurate(tiny_config: DistillConfig) -> None:
+    chosen = build_networks(with_overrides(tiny_config, ["precision=bf16"]), CPU).student
+    fused, exact = copy.deepcopy(chosen), build_networks(with_overrides(tiny_config, ["precision=fp32"]), CPU).student
+    fused.set_attention_backend("native")
+    latents, timestep, prompts, _ = inputs()
+    results, is_fused = [], []
+    for network, precision in ((chosen, "bf16"), (fused, "bf16"), (exact, "fp32")):
+        with torch.profiler.profile() as profile:
+            flow = denoiser(network, precision)(latents, timestep, prompts)
+            flow.float().square().sum().backward()
+        gradients = [parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None]
+        results.append(torch.cat([flow.detach().flatten(), *gradients]))
+        is_fused.append(any("flash_attention" in event.key for event in profile.key_averages()))
+    assert is_fused == [False, True, True]
+    errors = [float((result - results[2]).norm() / results[2].norm()) for result in results[:2]]
+    assert errors[0] < 1.5 * errors[1] < 0.15
+
+
 def test_latent_shape_follows_vae_and_patches(tiny_base: Path) -> None:
     native = NativeConfig(height=32, width=48, num_frames=9, fps=16)
     assert latent_shape(str(tiny_base), native, 4, (1, 2, 2)) == (4, 3, 4, 6)
