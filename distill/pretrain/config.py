@@ -113,7 +113,7 @@ def more() -> PretrainConfig:
     return PretrainConfig(
         vae=VaeConfig(phases=()),
         text=TextConfig(num_steps=0),
-        transformer=TransformerConfig(num_clips=5120, num_steps=16000),
+        transformer=TransformerConfig(num_clips=20480, num_steps=20000, batch_size=32),
     )
 
 
