@@ -15,8 +15,9 @@ import httpx
 
 EXAMPLES = [
     "a red circle moves right quickly on a black background",
-    "a blue circle moves up quickly on a gray background",
-    "a green circle moves down quickly on a black background",
+    "a yellow square moves left quickly on a black background",
+    "a purple cross moves up quickly on a black background",
+    "a white ring moves right slowly on a navy background",
     "a white triangle moves down quickly on a black background",
 ]
 DEFAULT_SEED = 7

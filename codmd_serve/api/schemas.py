@@ -14,8 +14,8 @@ DEFAULT_BUDGET_FACTOR = 4
 QUALITY_CRF = {"low": 28, "medium": 23, "high": DEFAULT_CRF}
 EXAMPLES: list[JsonValue] = [
     {"prompt": "a red circle moves right quickly on a black background", "seed": 7},
-    {"prompt": "a blue circle moves up quickly on a gray background"},
-    {"prompt": "a green circle moves down quickly on a black background", "seed": 1, "quality": "medium"},
+    {"prompt": "a yellow square moves left quickly on a black background"},
+    {"prompt": "a white ring moves right slowly on a navy background", "seed": 1, "quality": "medium"},
     {"prompt": "a white triangle moves down quickly on a black background"},
 ]
 
