@@ -15,6 +15,7 @@ QUALITY_CRF = {"low": 28, "medium": 23, "high": DEFAULT_CRF}
 EXAMPLES: list[JsonValue] = [
     {"prompt": "a red circle moves right quickly on a black background", "seed": 7},
     {"prompt": "a yellow square moves left quickly on a black background"},
+    {"prompt": "a purple cross moves up quickly on a black background"},
     {"prompt": "a white ring moves right slowly on a navy background", "seed": 1, "quality": "medium"},
     {"prompt": "a white triangle moves down quickly on a black background"},
 ]
