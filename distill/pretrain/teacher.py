@@ -31,7 +31,7 @@ from distill.pretrain.config import TransformerConfig
 from distill.pretrain.stage import StageOptions, load_weights, run_stage
 from distill.pretrain.vae import to_pixels
 from distill.pretrain.whiten import Whitening, fit_whitening, fold_into_transformer
-from distill.shapeworld.captions import canonical_caption, free_caption, sample_scene
+from distill.shapeworld.captions import TWO_OBJECT_SHARE, canonical_caption, free_caption, sample_scene
 from distill.shapeworld.render import sample_clip
 from distill.shapeworld.schema import Scene
 
@@ -59,27 +59,37 @@ class Latents:
         return torch.diag(1 / torch.tensor(self.std)) if self.whitening is None else self.whitening.matrix
 
 
-def _draw(seed: int, index: int) -> tuple[str, Scene, np.random.Generator]:
-    """Caption and scene of training clip `index`, and the generator that goes on to draw its pixels."""
-    rng = np.random.default_rng([seed, 3, index])
-    scene = sample_scene(rng)
-    caption = free_caption(scene, rng) if rng.random() < FREE_SHARE else canonical_caption(scene)
-    return caption, scene, rng
+@dataclass(frozen=True, slots=True)
+class ClipSource:
+    """The training clips of one run: clip `index` is the same for the same source.
 
+    Attributes:
+        seed: of captions and pixels.
+        two_object_share: probability that a clip shows two objects.
+    """
 
-def training_clip(seed: int, index: int) -> tuple[str, np.ndarray]:
-    """Caption and uint8 (17, 64, 64, 3) pixels of training clip `index`; the same for the same arguments."""
-    caption, scene, rng = _draw(seed, index)
-    return caption, sample_clip(scene, rng)
+    seed: int
+    two_object_share: float = TWO_OBJECT_SHARE
 
+    def draw(self, index: int) -> tuple[str, Scene, np.random.Generator]:
+        """Caption and scene of clip `index`, and the generator that goes on to draw its pixels."""
+        rng = np.random.default_rng([self.seed, 3, index])
+        scene = sample_scene(rng, two_object_share=self.two_object_share)
+        caption = free_caption(scene, rng) if rng.random() < FREE_SHARE else canonical_caption(scene)
+        return caption, scene, rng
 
-def training_captions(seed: int, num_clips: int) -> list[str]:
-    """Captions of all training clips, without rendering them."""
-    return [_draw(seed, index)[0] for index in range(num_clips)]
+    def clip(self, index: int) -> tuple[str, np.ndarray]:
+        """Caption and uint8 (17, 64, 64, 3) pixels of clip `index`."""
+        caption, scene, rng = self.draw(index)
+        return caption, sample_clip(scene, rng)
+
+    def captions(self, num_clips: int) -> list[str]:
+        """Captions of the first clips, without rendering them."""
+        return [self.draw(index)[0] for index in range(num_clips)]
 
 
 def encode_clips(
-    vae: AutoencoderKLWan, num_clips: int, seed: int, options: StageOptions, *, whiten: bool
+    vae: AutoencoderKLWan, num_clips: int, source: ClipSource, options: StageOptions, *, whiten: bool
 ) -> Latents | None:
     """Render and encode the training clips, in parts that a resumed run finds again; None when told to stop."""
     folder = options.folder / "latents"
@@ -91,7 +101,7 @@ def encode_clips(
             if options.stop():
                 return None
             count = min(CLIPS_PER_PART, num_clips - start)
-            parts.append(_encode_part(vae, folder / f"{start:08d}.safetensors", seed, start, count, options))
+            parts.append(_encode_part(vae, folder / f"{start:08d}.safetensors", source, start, count, options))
             bar.update(count)
             logger.info("stage=latents clips=%d of=%d", start + count, num_clips)
     raw = torch.cat(parts).float()
@@ -105,7 +115,9 @@ def encode_clips(
     return Latents(latents=normalised.half(), mean=mean_C.tolist(), std=std_C.tolist(), whitening=None)
 
 
-def _encode_part(vae: AutoencoderKLWan, path: Path, seed: int, start: int, count: int, options: StageOptions) -> Tensor:
+def _encode_part(
+    vae: AutoencoderKLWan, path: Path, source: ClipSource, start: int, count: int, options: StageOptions
+) -> Tensor:
     if path.is_file():
         try:
             with safe_open(path, framework="pt") as file:
@@ -116,7 +128,7 @@ def _encode_part(vae: AutoencoderKLWan, path: Path, seed: int, start: int, count
     encoded = []
     for first in range(start, start + count, ENCODE_BATCH):
         indices = range(first, min(first + ENCODE_BATCH, start + count))
-        clips = np.stack([training_clip(seed, index)[1] for index in indices])
+        clips = np.stack([source.clip(index)[1] for index in indices])
         with torch.no_grad():
             encoded.append(vae.encode(to_pixels(clips).to(options.device)).latent_dist.mean.half().cpu())
     latents = torch.cat(encoded)

@@ -53,7 +53,7 @@ _RELATION_PHRASES = {
 _ARTICLES = ("a", "one", "the", "single", "two", "shapes", "and", "with", "on", "against")
 _AUXILIARIES = ("do", "does", "is", "are", "stay", "stays", "remain", "remains")
 _FREE_SHARE = 0.6
-_TWO_OBJECT_SHARE = 0.4
+TWO_OBJECT_SHARE = 0.4
 _RELATION_SHARE = 0.6
 
 WORD_COLOURS = {word: name for name, words in _COLOUR_WORDS.items() for word in words}
@@ -179,13 +179,19 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted(words))
 
 
-def sample_scene(rng: np.random.Generator, split: str = "train", count: int | None = None) -> Scene:
+def sample_scene(
+    rng: np.random.Generator,
+    split: str = "train",
+    count: int | None = None,
+    two_object_share: float = TWO_OBJECT_SHARE,
+) -> Scene:
     """Draw a scene from the caption distribution of one split.
 
     Args:
         rng: source of randomness.
         split: "train" or "held_out" (combinations never trained on, see `Scene.is_held_out`).
-        count: 1 or 2 objects; None draws two with probability 0.4.
+        count: 1 or 2 objects; None draws it.
+        two_object_share: probability of two objects when the count is drawn.
 
     Raises:
         ConfigError: on an unknown split.
@@ -193,7 +199,7 @@ def sample_scene(rng: np.random.Generator, split: str = "train", count: int | No
     if split not in ("train", "held_out"):
         raise ConfigError(f"split: expected 'train' or 'held_out', got {split!r}")
     if count is None:
-        count = 2 if rng.random() < _TWO_OBJECT_SHARE else 1
+        count = 2 if rng.random() < two_object_share else 1
     while True:
         scene = _draw_scene(rng, count)
         if scene.is_held_out == (split == "held_out"):

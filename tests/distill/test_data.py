@@ -13,6 +13,7 @@ from codmd_serve.wan.text import encode_prompts
 from distill import data
 from distill.config import DistillConfig, with_overrides
 from distill.data import batch_indices, cached_prompt_data, encode_prompt_data, load_prompts
+from distill.shapeworld.captions import parse_caption
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,7 @@ def test_shapeworld_captions_are_drawn_by_seed(tiny_config: DistillConfig) -> No
     assert load_prompts(config) == load_prompts(config)
     assert len(load_prompts(config)) == 20
     assert load_prompts(with_overrides(config, ["seed=1"])) != load_prompts(config)
+    assert [parse_caption(caption).count for caption in load_prompts(config)] == [1, 2] * 10
 
 
 def test_txt_and_jsonl_give_the_same_prompts(tiny_config: DistillConfig, tmp_path: Path) -> None:

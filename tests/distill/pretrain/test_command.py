@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from distill.pretrain import stage
 from distill.pretrain.command import add_teacher_arguments, run_teacher
 from distill.pretrain.config import PRESETS, VaeConfig, VaePhase, tiny
-from distill.pretrain.teacher import encode_clips, training_clip
+from distill.pretrain.teacher import ClipSource, encode_clips
 from distill.pretrain.vae import to_pixels
 
 
@@ -59,7 +59,7 @@ def test_pipeline_is_complete_for_diffusers(finished: Path) -> None:
 def test_the_vae_of_the_pipeline_encodes_to_white_latents(finished: Path) -> None:
     vae = AutoencoderKLWan.from_pretrained(finished / "pipeline" / "vae", torch_dtype=torch.float32)
     assert (vae.config.latents_mean, vae.config.latents_std) == ([0.0] * 16, [1.0] * 16)
-    clips = np.stack([training_clip(0, index)[1] for index in range(6)])
+    clips = np.stack([ClipSource(0).clip(index)[1] for index in range(6)])
     with torch.no_grad():
         rows = vae.encode(to_pixels(clips)).latent_dist.mean.permute(0, 2, 3, 4, 1).flatten(0, 3)
     # Within what storing the weights as float16 leaves of it.
@@ -72,7 +72,7 @@ def test_latents_left_as_they_are_come_with_their_statistics(finished: Path) -> 
         folder=finished, device=torch.device("cpu"), precision="fp32", budget_s=None, stop=lambda: False
     )
     # The parts are there, so no VAE is asked for.
-    encoded = encode_clips(None, 6, 0, options, whiten=False)  # type: ignore[arg-type]
+    encoded = encode_clips(None, 6, ClipSource(0), options, whiten=False)  # type: ignore[arg-type]
     assert encoded is not None
     raw = torch.cat([load_file(path)["latents"] for path in sorted((finished / "latents").glob("*.safetensors"))])
     np.testing.assert_allclose(raw.float().mean((0, 2, 3, 4)), encoded.mean, atol=1e-5)
