@@ -233,7 +233,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether `device` has instructions for matrix products in bfloat16."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
