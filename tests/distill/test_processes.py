@@ -61,7 +61,8 @@ SAME = [
     ("bf16-lora-two", "bf16-lora-parts"),
     ("bf16-rcm-two", "bf16-rcm-parts"),
 ]
-
+# Losses that hold the relational term, or are one of its two.
+RELATIONAL = ("student_loss", "loss_frame", "loss_batch")
 
 RESUMED = ("two", "lora-two")
 
@@ -124,12 +125,20 @@ def test_losses_gradients_and_parameters_equal_the_whole_batch_in_one_process(
     if name.startswith("bf16"):
         # The last bit of a float32 sum decides here and there which way bfloat16 rounds, which is off by 4e-3.
         assert relative_error(got["gradient"], want["gradient"]) < 2e-3
+        for step in range(ITERATIONS):
+            losses = [
+                {k: v for k, v in seen["metrics"][step].items() if "loss" in k and k not in RELATIONAL}
+                for seen in (got, want)
+            ]
+            assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-2)
+        # bfloat16 moves the relational term, most of the loss here, by .05 from float32's at the second iteration, in
+        # one process too, and the updates follow it; a part of the batch left out or counted twice would be .5.
         for role in ("student", "critic"):
             updates = [
                 {key: seen["networks"][role][key] - tensor for key, tensor in want["start"][role].items()}
                 for seen in (got, want)
             ]
-            assert relative_error(*updates) < 0.1
+            assert relative_error(*updates) < 0.25
         return
     assert relative_error(got["gradient"], want["gradient"]) < 1e-5
     for step in range(ITERATIONS):
