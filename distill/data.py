@@ -23,8 +23,8 @@ from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH, clean_prompt, encode_prompts
 from distill.config import DistillConfig
 from distill.networks import TORCH_DTYPES, load_part, resolve_base, transformer_config
-from distill.shapeworld.captions import sample_caption
 from distill.shards import read_shard_prompts, read_shards, shard_paths
+from distill.worlds.shapeworld.captions import sample_caption
 
 ENCODE_BATCH = 64
 HASHED_BYTES = 1 << 20

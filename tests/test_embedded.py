@@ -17,7 +17,7 @@ from codmd_serve.video import find_ffmpeg
 from codmd_serve.wan.checkpoint import read_spec
 from distill.evaluate.detect import detect
 from distill.evaluate.scores import score_clip
-from distill.shapeworld.captions import parse_caption
+from distill.worlds.shapeworld.captions import parse_caption
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "weights"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill.shapeworld.render import HORIZON_LIFT
-from distill.shapeworld.schema import BACKGROUNDS
+from distill.worlds.shapeworld.render import HORIZON_LIFT
+from distill.worlds.shapeworld.schema import BACKGROUNDS
 
 UNCLEAR = "unclear"
 _MIN_LIFT = 7.0

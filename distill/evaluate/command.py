@@ -234,7 +234,7 @@ def _write(
         if args.insert is not None:
             args.insert.write_text(f"{_text_before_marker(args.insert)}{report}", encoding="utf-8")
         if args.samples is not None:
-            from distill.shapeworld.preview import contact_sheet
+            from distill.worlds.shapeworld.preview import contact_sheet
 
             captions = {request.caption_index: request.caption for request in suite.requests}
             strips = [

@@ -16,7 +16,15 @@ from scipy import ndimage
 from codmd_serve.errors import ConfigError
 from distill.evaluate.background import Background, fit_background, refine_background
 from distill.evaluate.fit import fit_object, widen
-from distill.shapeworld.schema import COLOURS, DIRECTIONS, NATIVE_NUM_FRAMES, RELATIONS, SPEEDS, STILL, WORLD_SIZE
+from distill.worlds.shapeworld.schema import (
+    COLOURS,
+    DIRECTIONS,
+    NATIVE_NUM_FRAMES,
+    RELATIONS,
+    SPEEDS,
+    STILL,
+    WORLD_SIZE,
+)
 
 MIXED = "mixed"
 NOTHING = "none"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill.evaluate.background import UNCLEAR
-from distill.shapeworld.render import AREA, coverage
-from distill.shapeworld.schema import COLOURS, SHAPES
+from distill.worlds.shapeworld.render import AREA, coverage
+from distill.worlds.shapeworld.schema import COLOURS, SHAPES
 
 _SHAPE_FRAMES = 4
 _SHAPE_FACTORS = np.array([0.82, 0.91, 1.0, 1.1], dtype=np.float32)

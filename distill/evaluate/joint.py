@@ -11,7 +11,7 @@ import numpy as np
 
 from distill.evaluate.detect import Detection, Track
 from distill.evaluate.scores import pair_objects
-from distill.shapeworld.law import (
+from distill.worlds.shapeworld.law import (
     BACKGROUND_SHADE_RANGE,
     BEND_RANGE,
     EXTENT,
@@ -22,7 +22,7 @@ from distill.shapeworld.law import (
     RHO,
     SHADE_RANGE,
 )
-from distill.shapeworld.schema import DIRECTIONS, NATIVE_NUM_FRAMES, RELATIONS, SPEEDS, WORLD_SIZE, Scene
+from distill.worlds.shapeworld.schema import DIRECTIONS, NATIVE_NUM_FRAMES, RELATIONS, SPEEDS, WORLD_SIZE, Scene
 
 FACTORS = (
     "radius",

@@ -25,9 +25,9 @@ from codmd_serve.wan.checkpoint import load_bundle
 from codmd_serve.wan.text import encode_prompts
 from codmd_serve.wan.vae import StreamingDecoder, latent_shape
 from distill.networks import denoiser, guided_teacher_flow, load_part, resolve_base
-from distill.shapeworld.captions import parse_caption
-from distill.shapeworld.render import sample_clip
-from distill.shapeworld.schema import NATIVE_HEIGHT, NATIVE_NUM_FRAMES, NATIVE_WIDTH
+from distill.worlds.shapeworld.captions import parse_caption
+from distill.worlds.shapeworld.render import sample_clip
+from distill.worlds.shapeworld.schema import NATIVE_HEIGHT, NATIVE_NUM_FRAMES, NATIVE_WIDTH
 
 BATCH_SIZE = 16
 _NOISE_STREAM, _TRUTH_STREAM = 11, 12

@@ -14,8 +14,8 @@ import numpy as np
 
 from distill.evaluate.background import world_rows
 from distill.evaluate.detect import SPEED_BOUNDARY, Detection, Track, relation_holds
-from distill.shapeworld.render import coverage
-from distill.shapeworld.schema import COLOURS, STILL, WORLD_SIZE, Scene
+from distill.worlds.shapeworld.render import coverage
+from distill.worlds.shapeworld.schema import COLOURS, STILL, WORLD_SIZE, Scene
 
 CAPTION_SCORES = ("object", "colour", "object_colour", "count", "direction", "speed", "background", "relation", "all")
 """1 right, 0 wrong, nan when the caption does not say; higher is better."""

@@ -25,8 +25,8 @@ from distill.evaluate.joint import (
 )
 from distill.evaluate.sample import Request, render_truth
 from distill.evaluate.scores import SCORES, score_clip
-from distill.shapeworld.captions import held_out_captions, parse_caption
-from distill.shapeworld.schema import STILL
+from distill.worlds.shapeworld.captions import held_out_captions, parse_caption
+from distill.worlds.shapeworld.schema import STILL
 
 DEPTH_SCORES = ("diversity", "pixel_diversity", "marginal", "bend_modes")
 """Per depth caption: diversity ratios (1 is right), distance of the margins (0), share of both bend modes (1)."""

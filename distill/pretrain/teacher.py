@@ -31,9 +31,9 @@ from distill.pretrain.config import TransformerConfig
 from distill.pretrain.stage import StageOptions, load_weights, run_stage
 from distill.pretrain.vae import to_pixels
 from distill.pretrain.whiten import Whitening, fit_whitening, fold_into_transformer
-from distill.shapeworld.captions import TWO_OBJECT_SHARE, canonical_caption, free_caption, sample_scene
-from distill.shapeworld.render import sample_clip
-from distill.shapeworld.schema import Scene
+from distill.worlds.shapeworld.captions import TWO_OBJECT_SHARE, canonical_caption, free_caption, sample_scene
+from distill.worlds.shapeworld.render import sample_clip
+from distill.worlds.shapeworld.schema import Scene
 
 CLIPS_PER_PART = 256
 ENCODE_BATCH = 8

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from distill.pretrain.config import TextConfig
 from distill.pretrain.stage import StageOptions, autocast, load_weights, run_stage
-from distill.shapeworld.captions import parse_caption, sample_caption, vocabulary
-from distill.shapeworld.schema import BACKGROUNDS, COLOURS, MOTIONS, RELATIONS, SHAPES, SPEEDS, Scene
+from distill.worlds.shapeworld.captions import parse_caption, sample_caption, vocabulary
+from distill.worlds.shapeworld.schema import BACKGROUNDS, COLOURS, MOTIONS, RELATIONS, SHAPES, SPEEDS, Scene
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 MAX_LENGTH = 512

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from codmd_serve.errors import ConfigError
 from distill.pretrain.config import VaeConfig
 from distill.pretrain.stage import StageOptions, autocast, load_weights, run_stage
-from distill.shapeworld.captions import sample_scene
-from distill.shapeworld.render import sample_clip
-from distill.shapeworld.schema import NATIVE_NUM_FRAMES
+from distill.worlds.shapeworld.captions import sample_scene
+from distill.worlds.shapeworld.render import sample_clip
+from distill.worlds.shapeworld.schema import NATIVE_NUM_FRAMES
 
 IMAGES_PER_CLIP = 4
 INITIAL_LOGVAR = -10.0

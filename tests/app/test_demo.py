@@ -14,7 +14,7 @@ import pytest
 
 from app import demo
 from codmd_serve.api.schemas import EXAMPLES as API_EXAMPLES
-from distill.shapeworld.captions import parse_caption
+from distill.worlds.shapeworld.captions import parse_caption
 
 HEADERS = {
     "content-type": "video/mp4",

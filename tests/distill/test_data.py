@@ -13,7 +13,7 @@ from codmd_serve.wan.text import encode_prompts
 from distill import data
 from distill.config import DistillConfig, with_overrides
 from distill.data import batch_indices, cached_prompt_data, encode_prompt_data, load_prompts
-from distill.shapeworld.captions import parse_caption
+from distill.worlds.shapeworld.captions import parse_caption
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from distill.shapeworld.captions import sample_scene
-from distill.shapeworld.law import Latent, sample_latent
-from distill.shapeworld.render import render
-from distill.shapeworld.schema import Scene
+from distill.worlds.shapeworld.captions import sample_scene
+from distill.worlds.shapeworld.law import Latent, sample_latent
+from distill.worlds.shapeworld.render import render
+from distill.worlds.shapeworld.schema import Scene
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import pytest
 
 from codmd_serve.errors import ConfigError
 from distill.evaluate.detect import Detection, detect, motion_of, relation_holds
-from distill.shapeworld.captions import parse_caption
-from distill.shapeworld.law import sample_latent
-from distill.shapeworld.render import render, sample_clip
-from distill.shapeworld.schema import BACKGROUNDS, COLOURS, SHAPES, Scene
+from distill.worlds.shapeworld.captions import parse_caption
+from distill.worlds.shapeworld.law import sample_latent
+from distill.worlds.shapeworld.render import render, sample_clip
+from distill.worlds.shapeworld.schema import BACKGROUNDS, COLOURS, SHAPES, Scene
 
 
 def is_read_right(scene: Scene, found: Detection) -> bool:

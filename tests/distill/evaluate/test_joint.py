@@ -19,9 +19,9 @@ from distill.evaluate.joint import (
     pair_taus,
     pixel_points,
 )
-from distill.shapeworld.captions import parse_caption
-from distill.shapeworld.law import RHO
-from distill.shapeworld.render import sample_clip
+from distill.worlds.shapeworld.captions import parse_caption
+from distill.worlds.shapeworld.law import RHO
+from distill.worlds.shapeworld.render import sample_clip
 
 ONE = "a red circle moves right quickly on a black background"
 TWO = "a green square above a purple ring moves left slowly on a teal background"

@@ -7,9 +7,9 @@ import pytest
 
 from distill.evaluate.detect import detect
 from distill.evaluate.scores import CAPTION_SCORES, SCORES, imaging_quality, pair_objects, saturation, score_clip
-from distill.shapeworld.captions import parse_caption
-from distill.shapeworld.render import sample_clip
-from distill.shapeworld.schema import Scene
+from distill.worlds.shapeworld.captions import parse_caption
+from distill.worlds.shapeworld.render import sample_clip
+from distill.worlds.shapeworld.schema import Scene
 
 CAPTION = "a red circle left of a blue ring moves up quickly on a black background"
 

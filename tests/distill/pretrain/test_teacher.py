@@ -5,7 +5,7 @@ import numpy as np
 from distill.evaluate.detect import detect
 from distill.evaluate.scores import score_clip
 from distill.pretrain.teacher import ClipSource
-from distill.shapeworld.captions import parse_caption
+from distill.worlds.shapeworld.captions import parse_caption
 
 
 def test_captions_are_those_of_the_clips_and_the_pixels_show_them() -> None:

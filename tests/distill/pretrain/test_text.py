@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from distill.pretrain.config import TextConfig
 from distill.pretrain.stage import StageOptions
 from distill.pretrain.text import ATTRIBUTES, attribute_labels, build_tokenizer, train_text_encoder
-from distill.shapeworld.captions import parse_caption, sample_caption
+from distill.worlds.shapeworld.captions import parse_caption, sample_caption
 
 
 def test_tokenizer_knows_every_caption_and_survives_the_disk(tmp_path: Path) -> None:

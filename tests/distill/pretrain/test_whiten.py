@@ -12,8 +12,8 @@ from distill.pretrain.config import TransformerConfig, VaeConfig
 from distill.pretrain.teacher import build_transformer
 from distill.pretrain.vae import build_vae, to_pixels
 from distill.pretrain.whiten import fit_whitening, fold_into_transformer, fold_into_vae
-from distill.shapeworld.captions import sample_scene
-from distill.shapeworld.render import sample_clip
+from distill.worlds.shapeworld.captions import sample_scene
+from distill.worlds.shapeworld.render import sample_clip
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau, kstest
 
-from distill.shapeworld.captions import sample_scene
-from distill.shapeworld.law import (
+from distill.worlds.shapeworld.captions import sample_scene
+from distill.worlds.shapeworld.law import (
     BACKGROUND_SHADE_RANGE,
     BEND_RANGE,
     EXTENT,
@@ -20,7 +20,7 @@ from distill.shapeworld.law import (
     displacement,
     sample_latent,
 )
-from distill.shapeworld.schema import RELATIONS, SPEEDS, Scene
+from distill.worlds.shapeworld.schema import RELATIONS, SPEEDS, Scene
 
 ONE = Scene((("red", "circle"),), "right", "quickly", "black")
 TWO = Scene((("red", "circle"), ("blue", "ring")), "still", None, "black", "left of")

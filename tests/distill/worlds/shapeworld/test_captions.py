@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from codmd_serve.errors import ConfigError
-from distill.shapeworld.captions import (
+from distill.worlds.shapeworld.captions import (
     all_single_scenes,
     canonical_caption,
     free_caption,
@@ -16,7 +16,7 @@ from distill.shapeworld.captions import (
     sample_scene,
     vocabulary,
 )
-from distill.shapeworld.schema import Scene
+from distill.worlds.shapeworld.schema import Scene
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill.shapeworld.schema import DIRECTIONS, NATIVE_NUM_FRAMES, RELATIONS, SPEEDS, WORLD_SIZE, Scene
+from distill.worlds.shapeworld.schema import DIRECTIONS, NATIVE_NUM_FRAMES, RELATIONS, SPEEDS, WORLD_SIZE, Scene
 
 RHO = {
     ("radius", "speed"): 0.8,

@@ -12,7 +12,17 @@ from itertools import pairwise
 import numpy as np
 
 from codmd_serve.errors import ConfigError
-from distill.shapeworld.schema import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, RELATIONS, SHAPES, SPEEDS, STILL, Scene
+from distill.worlds.shapeworld.schema import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    MOTIONS,
+    RELATIONS,
+    SHAPES,
+    SPEEDS,
+    STILL,
+    Scene,
+)
 
 _COLOUR_WORDS = {
     "red": ("red", "crimson", "scarlet"),

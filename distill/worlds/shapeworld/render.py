@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from codmd_serve.errors import ConfigError
-from distill.shapeworld.law import Latent, displacement, sample_latent
-from distill.shapeworld.schema import (
+from distill.worlds.shapeworld.law import Latent, displacement, sample_latent
+from distill.worlds.shapeworld.schema import (
     BACKGROUNDS,
     COLOURS,
     NATIVE_HEIGHT,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from codmd_serve.errors import ConfigError
-from distill.shapeworld.captions import sample_scene
-from distill.shapeworld.law import Latent, sample_latent
-from distill.shapeworld.render import AREA, coverage, render, sample_clip
-from distill.shapeworld.schema import COLOURS, SHAPES, Scene
+from distill.worlds.shapeworld.captions import sample_scene
+from distill.worlds.shapeworld.law import Latent, sample_latent
+from distill.worlds.shapeworld.render import AREA, coverage, render, sample_clip
+from distill.worlds.shapeworld.schema import COLOURS, SHAPES, Scene
 
 SCENE = Scene((("red", "circle"),), "right", "quickly", "black")
 STRAIGHT = Latent(

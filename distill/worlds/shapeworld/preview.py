@@ -37,9 +37,9 @@ def run_preview(args: argparse.Namespace) -> int:
 
 def _preview(args: argparse.Namespace) -> None:
     from codmd_serve.video import write_video
-    from distill.shapeworld.captions import parse_caption, sample_caption
-    from distill.shapeworld.render import sample_clip
-    from distill.shapeworld.schema import NATIVE_FPS
+    from distill.worlds.shapeworld.captions import parse_caption, sample_caption
+    from distill.worlds.shapeworld.render import sample_clip
+    from distill.worlds.shapeworld.schema import NATIVE_FPS
 
     if not 1 <= args.num_clips <= 256:
         raise ConfigError(f"--num-clips must be in 1..256, got {args.num_clips}")

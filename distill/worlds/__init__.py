@@ -1,0 +1,1 @@
+"""Worlds whose law is known: what students are trained and judged on here."""
