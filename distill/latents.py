@@ -25,7 +25,7 @@ from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
 from distill.data import PromptData, add_module_files, load_prompts, prompt_key
 from distill.networks import Networks, denoiser, guided_teacher_flow, resolve_base
-from distill.processes import ALONE, Processes
+from distill.parallel.processes import ALONE, Processes
 from distill.step import step_rng
 
 SHARD_SIZE = 64

@@ -27,8 +27,8 @@ from codmd_serve.wan.checkpoint import load_module
 from distill.config import DistillConfig, EmaConfig, NativeConfig, gather_precision
 from distill.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
 from distill.losses.dmd import guided_flow
-from distill.processes import ALONE, Processes
-from distill.sharding import load_sharded, sharded_like, split_tokens
+from distill.parallel.processes import ALONE, Processes
+from distill.parallel.sharding import load_sharded, sharded_like, split_tokens
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

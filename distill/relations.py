@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.config import DistillConfig
-from distill.processes import Processes
+from distill.parallel.processes import Processes
 
 
 class BatchRelations:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from distill.config import DistillConfig
-    from distill.processes import Processes
+    from distill.parallel.processes import Processes
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +101,7 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     from codmd_serve.wan.checkpoint import silence_libraries
-    from distill.processes import process_group
+    from distill.parallel.processes import process_group
 
     silence_libraries()
     if args.threads is not None:

@@ -49,11 +49,11 @@ from distill.networks import (
     trained_parameters,
     transformer_config,
 )
+from distill.parallel.processes import ALONE, Processes
+from distill.parallel.sharding import check_tokens, shard_optimizer_state
 from distill.previews import Previews
-from distill.processes import ALONE, Processes
 from distill.relations import BatchRelations
 from distill.run_log import LOG_FILE, RunLog
-from distill.sharding import check_tokens, shard_optimizer_state
 from distill.step import StepResult
 
 ROLES = ("student", "critic")

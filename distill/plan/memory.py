@@ -120,7 +120,7 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
     stay gathered, in float32 as the time path needs. On one GPU autocast keeps its copies of trained weights through a
     forward, and without checkpointing to the end of the backward.
 
-    Source: FSDP2 as `distill.sharding.shard` sets it up, measured with torch 2.13.
+    Source: FSDP2 as `distill.parallel.sharding.shard` sets it up, measured with torch 2.13.
     """
     parameters, config = subject.parameters, subject.config
     rank, precision = options.lora_critic_rank, precision_of(config)

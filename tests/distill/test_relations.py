@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from distill.config import DistillConfig, with_overrides
-from distill.processes import ALONE, Processes
+from distill.parallel.processes import ALONE, Processes
 from distill.relations import BatchRelations
 
 

@@ -14,11 +14,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.config import DistillConfig, with_overrides
 from distill.networks import denoiser, keep_sensitive_parts_float32
+from distill.parallel.processes import Processes
+from distill.parallel.sharding import shard
 from distill.plan.architecture import Subject, count_parameters, read_architecture
 from distill.plan.memory import copy_bytes
 from distill.plan.options import PlanOptions
-from distill.processes import Processes
-from distill.sharding import shard
 
 NUM_RANKS = 8
 # Weights outweigh the activations of one token by far.

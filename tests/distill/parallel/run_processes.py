@@ -26,8 +26,8 @@ from distill.data import cached_prompt_data
 from distill.latents import cached_teacher_latents
 from distill.methods import METHODS
 from distill.networks import Networks, build_networks, trained_parameters
-from distill.processes import ALONE, Processes, join_processes
-from distill.sharding import sharded_like
+from distill.parallel.processes import ALONE, Processes, join_processes
+from distill.parallel.sharding import sharded_like
 from distill.trainer import ROLES, Trainer, native_latents
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ import torch
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig, config_to_dict, with_overrides
 from distill.methods import with_method
-from distill.processes import ALONE, Processes, check_shares
-from distill.sharding import check_tokens
+from distill.parallel.processes import ALONE, Processes, check_shares
+from distill.parallel.sharding import check_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 3

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig
-from distill.processes import Processes
+from distill.parallel.processes import Processes
 
 
 def load_sharded(

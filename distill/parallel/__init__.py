@@ -1,0 +1,1 @@
+"""Processes, shards and what they say to each other."""
