@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from distill.config import DistillConfig
-    from distill.data import PromptData
+    from distill.data.prompts import PromptData
     from distill.networks import Ema, Networks
 
 # The authors' iteration first; each further variant takes one more thing back, the last is what we run.
@@ -135,7 +135,7 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
 
     import torch
 
-    from distill.data import cached_prompt_data
+    from distill.data.prompts import cached_prompt_data
     from distill.restated_step import Rung
     from distill.trainer import native_latents
 
@@ -155,7 +155,7 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
 def _arm(name: str, config: "DistillConfig", data: "PromptData", shape: tuple[int, ...], rung: Any) -> Arm:
     import torch
 
-    from distill.data import batch_indices
+    from distill.data.prompts import batch_indices
     from distill.networks import Ema, Networks, build_networks, load_transformer
     from distill.restated_step import padded_batch, restated_critic_step, restated_student_step
     from distill.step import critic_step, draw_step, step_rng, student_step

@@ -16,7 +16,7 @@ from torch import Tensor
 from codmd_serve.config import StepGrid
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
 from distill.config import DistillConfig
-from distill.data import Batch
+from distill.data.prompts import Batch
 from distill.losses.consistency import (
     Velocity,
     consistency_loss,

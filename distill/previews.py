@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from codmd_serve.sampler import rollout
 from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
-from distill.data import PromptData, load_prompts
+from distill.data.prompts import PromptData, load_prompts
 from distill.networks import denoiser, load_part
 from distill.step import step_rng
 

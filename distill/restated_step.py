@@ -16,7 +16,7 @@ from torch.nn import functional
 from codmd_serve.sampler import Denoise
 from codmd_serve.schedule import add_noise, expand_sigma
 from distill.config import DistillConfig
-from distill.data import Batch
+from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
 from distill.networks import Networks, denoiser
 from distill.step import StepDraws, StepResult, student_sample

@@ -17,7 +17,7 @@ from codmd_serve.config import StepGrid
 from codmd_serve.sampler import Denoise, rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0, shift_sigma
 from distill.config import DistillConfig, reference_sigma
-from distill.data import Batch
+from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
 from distill.losses.dmd import dmd_direction, dmd_loss
 from distill.losses.flow import flow_loss

@@ -119,7 +119,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
-    from distill.data import load_prompts
+    from distill.data.prompts import load_prompts
     from distill.trainer import RunOptions, native_latents, run_training
 
     device = processes.device

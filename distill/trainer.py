@@ -36,8 +36,8 @@ from distill.checkpoint import (
 )
 from distill.config import DistillConfig
 from distill.curves import CURVES_FILE, plot_curves
-from distill.data import PromptData, batch_indices, cached_prompt_data
-from distill.latents import TeacherLatents, cached_teacher_latents
+from distill.data.prompts import PromptData, batch_indices, cached_prompt_data
+from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
 from distill.methods import METHODS
 from distill.networks import (
     Ema,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
-from distill.data import Batch
+from distill.data.prompts import Batch
 from distill.losses.dmd import dmd_loss
 from distill.losses.trajectory import trajectory_loss
 from distill.networks import Networks, denoiser, guided_teacher_flow

@@ -124,7 +124,7 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     """Run every stage that is not done; return the name of the last one entered."""
     import torch
 
-    from distill.data import encode_prompt_data
+    from distill.data.prompts import encode_prompt_data
     from distill.networks import load_part
     from distill.pretrain.pipeline import save_scheduler, save_text, save_transformer, save_vae
     from distill.pretrain.teacher import ClipSource, encode_clips, train_transformer

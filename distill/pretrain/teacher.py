@@ -18,7 +18,7 @@ from tqdm import tqdm
 from codmd_serve.errors import CheckpointError
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
 from codmd_serve.wan.attention import use_compact_cross_attention
-from distill.data import PromptData
+from distill.data.prompts import PromptData
 from distill.networks import (
     choose_attention,
     compile_blocks,

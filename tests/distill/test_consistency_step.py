@@ -18,7 +18,7 @@ from distill.consistency_step import (
     rcm_turns,
     rollout_length,
 )
-from distill.data import Batch
+from distill.data.prompts import Batch
 from distill.losses.consistency import trig_state, trig_to_rectified, velocity_loss
 from distill.losses.dmd import dmd_direction
 from distill.methods import with_method

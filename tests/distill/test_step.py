@@ -10,7 +10,7 @@ from torch import Tensor
 
 from codmd_serve.schedule import add_noise, flow_to_x0
 from distill.config import DistillConfig, reference_sigma, shapeworld, wan_1_3b, with_overrides
-from distill.data import Batch
+from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
 from distill.losses.dmd import dmd_direction
 from distill.networks import Networks, denoiser, guided_teacher_flow

@@ -14,7 +14,7 @@ from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle
 from distill.checkpoint import list_checkpoints, load_checkpoint
 from distill.config import DistillConfig, wan_1_3b, with_overrides
-from distill.data import cached_prompt_data
+from distill.data.prompts import cached_prompt_data
 from distill.methods import METHODS, with_method
 from distill.networks import build_networks, load_transformer
 from distill.step import StepResult, step_rng

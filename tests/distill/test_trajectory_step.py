@@ -7,7 +7,7 @@ import torch
 
 from codmd_serve.sampler import rollout
 from distill.config import DistillConfig, with_overrides
-from distill.data import Batch
+from distill.data.prompts import Batch
 from distill.losses.trajectory import trajectory_loss
 from distill.methods import draw_dmd, with_method
 from distill.networks import Networks, denoiser, guided_teacher_flow

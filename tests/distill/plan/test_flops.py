@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from distill.config import DistillConfig, wan_1_3b, wan_14b
-from distill.data import Batch
+from distill.data.prompts import Batch
 from distill.networks import Networks, denoiser
 from distill.plan.architecture import Architecture, read_architecture, read_subject
 from distill.plan.flops import NetworkFlops, Sequence, iteration_flops, network_flops

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.config import DistillConfig, with_overrides
-from distill.data import PromptData
+from distill.data.prompts import PromptData
 from distill.methods import with_method
 from distill.networks import build_networks
 from distill.plan.architecture import Subject, read_subject

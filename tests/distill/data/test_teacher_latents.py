@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from codmd_serve.errors import CheckpointError
 from codmd_serve.sampler import rollout
-from distill import latents
 from distill.config import DistillConfig, with_overrides
-from distill.data import PromptData, cached_prompt_data
-from distill.latents import TeacherLatents, cached_teacher_latents
+from distill.data import teacher_latents as latents
+from distill.data.prompts import PromptData, cached_prompt_data
+from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
 from distill.methods import with_method
 from distill.networks import Networks, denoiser, guided_teacher_flow
 from distill.step import step_rng

@@ -10,9 +10,9 @@ from diffusers import WanPipeline
 
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.text import encode_prompts
-from distill import data
 from distill.config import DistillConfig, with_overrides
-from distill.data import batch_indices, cached_prompt_data, encode_prompt_data, load_prompts
+from distill.data import prompts as data
+from distill.data.prompts import batch_indices, cached_prompt_data, encode_prompt_data, load_prompts
 from distill.worlds.shapeworld.captions import parse_caption
 
 CPU = torch.device("cpu")

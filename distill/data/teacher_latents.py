@@ -23,7 +23,7 @@ from codmd_serve.errors import CheckpointError
 from codmd_serve.sampler import rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
-from distill.data import PromptData, add_module_files, load_prompts, prompt_key
+from distill.data.prompts import PromptData, add_module_files, load_prompts, prompt_key
 from distill.networks import Networks, denoiser, guided_teacher_flow, resolve_base
 from distill.parallel.processes import ALONE, Processes
 from distill.step import step_rng
