@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from distill.config import DistillConfig
     from distill.data.prompts import PromptData
-    from distill.networks import Ema, Networks
+    from distill.networks.build import Ema, Networks
 
 # The authors' iteration first; each further variant takes one more thing back, the last is what we run.
 VARIANTS = ("authors", "prompts trimmed", "rollout stops at its exit", "one teacher call", "ours")
@@ -156,7 +156,7 @@ def _arm(name: str, config: "DistillConfig", data: "PromptData", shape: tuple[in
     import torch
 
     from distill.data.prompts import batch_indices
-    from distill.networks import Ema, Networks, build_networks, load_transformer
+    from distill.networks.build import Ema, Networks, build_networks, load_transformer
     from distill.restated_step import padded_batch, restated_critic_step, restated_student_step
     from distill.step import critic_step, draw_step, step_rng, student_step
 

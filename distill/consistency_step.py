@@ -32,7 +32,7 @@ from distill.losses.consistency import (
     velocity_loss,
 )
 from distill.losses.dmd import dmd_loss
-from distill.networks import Networks, denoiser, guided_teacher_flow
+from distill.networks.build import Networks, denoiser, guided_teacher_flow
 from distill.step import (
     StepDraws,
     StepResult,

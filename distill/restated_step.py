@@ -18,7 +18,7 @@ from codmd_serve.schedule import add_noise, expand_sigma
 from distill.config import DistillConfig
 from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
-from distill.networks import Networks, denoiser
+from distill.networks.build import Networks, denoiser
 from distill.step import StepDraws, StepResult, student_sample
 
 NUM_PADDED_POSITIONS = 512

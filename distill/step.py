@@ -21,7 +21,7 @@ from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
 from distill.losses.dmd import dmd_direction, dmd_loss
 from distill.losses.flow import flow_loss
-from distill.networks import Networks, denoiser, guided_teacher_flow
+from distill.networks.build import Networks, denoiser, guided_teacher_flow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

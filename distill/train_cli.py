@@ -182,7 +182,7 @@ def resolve_config(args: argparse.Namespace, device: "torch.device") -> "Distill
     from distill.checkpoint import read_config
     from distill.config import RECIPES, with_overrides
     from distill.methods import with_method
-    from distill.networks import resolve_precision
+    from distill.networks.build import resolve_precision
 
     if args.resume:
         config = read_config(args.out)

@@ -39,7 +39,7 @@ from distill.curves import CURVES_FILE, plot_curves
 from distill.data.prompts import PromptData, batch_indices, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
 from distill.methods import METHODS
-from distill.networks import (
+from distill.networks.build import (
     Ema,
     Networks,
     build_networks,

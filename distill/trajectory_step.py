@@ -14,7 +14,7 @@ from distill.config import DistillConfig
 from distill.data.prompts import Batch
 from distill.losses.dmd import dmd_loss
 from distill.losses.trajectory import trajectory_loss
-from distill.networks import Networks, denoiser, guided_teacher_flow
+from distill.networks.build import Networks, denoiser, guided_teacher_flow
 from distill.step import StepDraws, StepResult, score_metrics, score_sample, student_sample
 
 

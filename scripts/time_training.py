@@ -22,7 +22,7 @@ from diffusers import WanTransformer3DModel
 
 from distill.config import RECIPES, DistillConfig, with_overrides
 from distill.data.prompts import PromptData
-from distill.networks import build_networks, latent_grid, resolve_precision
+from distill.networks.build import build_networks, latent_grid, resolve_precision
 from distill.parallel.processes import Processes, process_group
 from distill.plan.architecture import PUBLISHED, PUBLISHED_VAE_SCALES
 from distill.train_cli import resolve_device

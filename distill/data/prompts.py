@@ -23,7 +23,7 @@ from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH, clean_prompt, encode_prompts
 from distill.config import DistillConfig
 from distill.data.shards import read_shard_prompts, read_shards, shard_paths
-from distill.networks import TORCH_DTYPES, load_part, resolve_base, transformer_config
+from distill.networks.build import TORCH_DTYPES, load_part, resolve_base, transformer_config
 from distill.worlds.shapeworld.captions import sample_caption
 
 ENCODE_BATCH = 64

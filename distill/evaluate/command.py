@@ -68,7 +68,7 @@ def _eval(args: argparse.Namespace) -> int:
     from distill.evaluate.report import Analysis, as_json
     from distill.evaluate.shapebench import BenchConfig, plan_suite
     from distill.evaluate.tables import as_markdown
-    from distill.networks import resolve_base
+    from distill.networks.build import resolve_base
     from distill.train_cli import resolve_device
 
     silence_libraries()

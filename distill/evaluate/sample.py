@@ -24,7 +24,7 @@ from codmd_serve.wan.attention import compact_prompt_embeds, use_compact_cross_a
 from codmd_serve.wan.checkpoint import load_bundle
 from codmd_serve.wan.text import encode_prompts
 from codmd_serve.wan.vae import StreamingDecoder, latent_shape
-from distill.networks import denoiser, guided_teacher_flow, load_part, resolve_base
+from distill.networks.build import denoiser, guided_teacher_flow, load_part, resolve_base
 from distill.worlds.shapeworld.captions import parse_caption
 from distill.worlds.shapeworld.render import sample_clip
 from distill.worlds.shapeworld.schema import NATIVE_HEIGHT, NATIVE_NUM_FRAMES, NATIVE_WIDTH

@@ -13,7 +13,7 @@ from torch import nn
 
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig
-from distill.networks import latent_grid, latent_shape, resolve_base, transformer_config
+from distill.networks.build import latent_grid, latent_shape, resolve_base, transformer_config
 
 _WAN_2_1 = {
     "attention_head_dim": 128,

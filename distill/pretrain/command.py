@@ -70,7 +70,7 @@ def _teacher(args: argparse.Namespace) -> int:
 
     import torch
 
-    from distill.networks import resolve_precision
+    from distill.networks.build import resolve_precision
     from distill.pretrain.stage import StageOptions
     from distill.train_cli import resolve_device
     from distill.trainer import stop_signal
@@ -125,7 +125,7 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     import torch
 
     from distill.data.prompts import encode_prompt_data
-    from distill.networks import load_part
+    from distill.networks.build import load_part
     from distill.pretrain.pipeline import save_scheduler, save_text, save_transformer, save_vae
     from distill.pretrain.teacher import ClipSource, encode_clips, train_transformer
     from distill.pretrain.text import train_text_encoder

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from codmd_serve.errors import CheckpointError, CodmdError
-from distill.networks import load_part
+from distill.networks.build import load_part
 
 WARMUP_STEPS = 50
 FINAL_LR_SHARE = 0.02

@@ -19,7 +19,7 @@ from codmd_serve.errors import CheckpointError
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
 from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.data.prompts import PromptData
-from distill.networks import (
+from distill.networks.build import (
     choose_attention,
     compile_blocks,
     denoiser,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.config import DistillConfig, shapeworld, with_overrides
-from distill.networks import Networks, build_networks
+from distill.networks.build import Networks, build_networks
 
 CAPTIONS = [
     "a red circle moves right quickly on a black background",

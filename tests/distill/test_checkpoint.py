@@ -21,7 +21,7 @@ from distill.checkpoint import (
     write_config,
 )
 from distill.config import DistillConfig, with_overrides
-from distill.networks import Networks
+from distill.networks.build import Networks
 
 
 def averaged(networks: Networks) -> dict[str, torch.Tensor]:

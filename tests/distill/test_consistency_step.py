@@ -22,7 +22,7 @@ from distill.data.prompts import Batch
 from distill.losses.consistency import trig_state, trig_to_rectified, velocity_loss
 from distill.losses.dmd import dmd_direction
 from distill.methods import with_method
-from distill.networks import Networks, denoiser
+from distill.networks.build import Networks, denoiser
 from distill.step import student_sample
 
 CPU = torch.device("cpu")
@@ -263,7 +263,7 @@ def test_the_state_shown_to_the_networks_is_the_noised_data(
 
 @pytest.mark.parametrize("method", ["rcm", "dcm"])
 def test_bf16_step_is_finite(tiny_config: DistillConfig, batch: Batch, method: str) -> None:
-    from distill.networks import build_networks
+    from distill.networks.build import build_networks
 
     config = with_overrides(with_method(tiny_config, method), ["precision=bf16", "teacher_dtype=bf16"])
     networks = build_networks(config, CPU)

@@ -18,7 +18,7 @@ from codmd_serve.wan.vae import StreamingDecoder
 from distill.checkpoint import list_checkpoints, load_checkpoint
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import cached_prompt_data
-from distill.networks import Networks, compile_blocks
+from distill.networks.build import Networks, compile_blocks
 from distill.previews import Previews, averaged_weights, filmstrips
 from distill.trainer import RunOptions, native_latents, run_training
 

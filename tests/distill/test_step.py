@@ -13,7 +13,7 @@ from distill.config import DistillConfig, reference_sigma, shapeworld, wan_1_3b,
 from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
 from distill.losses.dmd import dmd_direction
-from distill.networks import Networks, denoiser, guided_teacher_flow
+from distill.networks.build import Networks, denoiser, guided_teacher_flow
 from distill.step import (
     StepDraws,
     critic_step,

@@ -13,7 +13,7 @@ from distill.data import teacher_latents as latents
 from distill.data.prompts import PromptData, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
 from distill.methods import with_method
-from distill.networks import Networks, denoiser, guided_teacher_flow
+from distill.networks.build import Networks, denoiser, guided_teacher_flow
 from distill.step import step_rng
 
 CPU = torch.device("cpu")

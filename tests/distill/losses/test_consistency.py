@@ -22,7 +22,7 @@ from distill.losses.consistency import (
     velocity_and_tangent,
     velocity_loss,
 )
-from distill.networks import Networks, denoiser, load_transformer
+from distill.networks.build import Networks, denoiser, load_transformer
 
 SHAPE = (3, 2, 4, 5, 6)
 THETA = torch.tensor([0.05, 0.8, 1.5], dtype=torch.float64)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from distill.config import DistillConfig, with_overrides
-from distill.lora import ADAPTED, AdaptedCritic
-from distill.networks import Networks, build_networks, denoiser, trained_parameters
+from distill.networks.build import Networks, build_networks, denoiser, trained_parameters
+from distill.networks.lora import ADAPTED, AdaptedCritic
 
 CPU = torch.device("cpu")
 

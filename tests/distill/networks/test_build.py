@@ -10,7 +10,7 @@ from torch import nn
 
 from codmd_serve.errors import CheckpointError, ConfigError
 from distill.config import DistillConfig, EmaConfig, NativeConfig, with_overrides
-from distill.networks import (
+from distill.networks.build import (
     Ema,
     Networks,
     build_networks,
@@ -166,7 +166,7 @@ def test_missing_base_is_refused_without_asking_a_hub(base: str) -> None:
 def test_bundled_base_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundled = tmp_path / "somewhere" / "shapeworld"
     bundled.mkdir(parents=True)
-    monkeypatch.setattr("distill.networks.default_bundle_path", lambda: bundled.parent / "shapeworld-codmd")
+    monkeypatch.setattr("distill.networks.build.default_bundle_path", lambda: bundled.parent / "shapeworld-codmd")
     monkeypatch.chdir(tmp_path)
     assert resolve_base("weights/shapeworld") == (str(bundled), True)
 

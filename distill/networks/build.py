@@ -25,8 +25,8 @@ from codmd_serve.sampler import Denoise
 from codmd_serve.wan.attention import use_compact_cross_attention
 from codmd_serve.wan.checkpoint import load_module
 from distill.config import DistillConfig, EmaConfig, NativeConfig, gather_precision
-from distill.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
 from distill.losses.dmd import guided_flow
+from distill.networks.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
 from distill.parallel.processes import ALONE, Processes
 from distill.parallel.sharding import load_sharded, sharded_like, split_tokens
 
