@@ -156,9 +156,9 @@ def _arm(name: str, config: "DistillConfig", data: "PromptData", shape: tuple[in
     import torch
 
     from distill.data.prompts import batch_indices
+    from distill.methods.matching import critic_step, draw_step, step_rng, student_step
     from distill.networks.build import Ema, Networks, build_networks, load_transformer
     from distill.restated_step import padded_batch, restated_critic_step, restated_student_step
-    from distill.step import critic_step, draw_step, step_rng, student_step
 
     device, num_steps = torch.device("cpu"), len(config.grid().timesteps)
     if rung is not None and rung.padded_prompts:

@@ -23,8 +23,8 @@ from codmd_serve.sampler import rollout
 from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, load_prompts
+from distill.methods.matching import step_rng
 from distill.networks.build import denoiser, load_part
-from distill.step import step_rng
 
 PREVIEW_DIR = "previews"
 NUM_PROMPTS = 4

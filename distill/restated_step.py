@@ -18,8 +18,8 @@ from codmd_serve.schedule import add_noise, expand_sigma
 from distill.config import DistillConfig
 from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
+from distill.methods.matching import StepDraws, StepResult, student_sample
 from distill.networks.build import Networks, denoiser
-from distill.step import StepDraws, StepResult, student_sample
 
 NUM_PADDED_POSITIONS = 512
 

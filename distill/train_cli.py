@@ -181,7 +181,7 @@ def resolve_config(args: argparse.Namespace, device: "torch.device") -> "Distill
     """
     from distill.checkpoint import read_config
     from distill.config import RECIPES, with_overrides
-    from distill.methods import with_method
+    from distill.methods.registry import with_method
     from distill.networks.build import resolve_precision
 
     if args.resume:

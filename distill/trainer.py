@@ -38,7 +38,9 @@ from distill.config import DistillConfig
 from distill.curves import CURVES_FILE, plot_curves
 from distill.data.prompts import PromptData, batch_indices, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
-from distill.methods import METHODS
+from distill.methods.matching import StepResult
+from distill.methods.registry import METHODS
+from distill.methods.relations import BatchRelations
 from distill.networks.build import (
     Ema,
     Networks,
@@ -52,9 +54,7 @@ from distill.networks.build import (
 from distill.parallel.processes import ALONE, Processes
 from distill.parallel.sharding import check_tokens, shard_optimizer_state
 from distill.previews import Previews
-from distill.relations import BatchRelations
 from distill.run_log import LOG_FILE, RunLog
-from distill.step import StepResult
 
 ROLES = ("student", "critic")
 

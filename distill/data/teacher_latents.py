@@ -24,9 +24,9 @@ from codmd_serve.sampler import rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, add_module_files, load_prompts, prompt_key
+from distill.methods.matching import step_rng
 from distill.networks.build import Networks, denoiser, guided_teacher_flow, resolve_base
 from distill.parallel.processes import ALONE, Processes
-from distill.step import step_rng
 
 SHARD_SIZE = 64
 SAMPLE_BATCH = 16

@@ -22,7 +22,7 @@ import torch
 
 from distill import checkpoint
 from distill.config import config_from_dict
-from distill.methods import METHODS
+from distill.methods.registry import METHODS
 from distill.trainer import RunOptions, run_training
 
 FATAL = "step-00000004"

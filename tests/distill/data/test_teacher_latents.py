@@ -12,9 +12,9 @@ from distill.config import DistillConfig, with_overrides
 from distill.data import teacher_latents as latents
 from distill.data.prompts import PromptData, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
-from distill.methods import with_method
+from distill.methods.matching import step_rng
+from distill.methods.registry import with_method
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
-from distill.step import step_rng
 
 CPU = torch.device("cpu")
 SHAPE = (4, 3, 4, 4)

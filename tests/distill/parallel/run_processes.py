@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill.config import DistillConfig, config_from_dict
 from distill.data.prompts import cached_prompt_data
 from distill.data.teacher_latents import cached_teacher_latents
-from distill.methods import METHODS
+from distill.methods.registry import METHODS
 from distill.networks.build import Networks, build_networks, trained_parameters
 from distill.parallel.processes import ALONE, Processes, join_processes
 from distill.parallel.sharding import sharded_like

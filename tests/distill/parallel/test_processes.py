@@ -12,7 +12,7 @@ import torch
 
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig, config_to_dict, with_overrides
-from distill.methods import with_method
+from distill.methods.registry import with_method
 from distill.parallel.processes import ALONE, Processes, check_shares
 from distill.parallel.sharding import check_tokens
 

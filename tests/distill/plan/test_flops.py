@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from distill.config import DistillConfig, wan_1_3b, wan_14b
 from distill.data.prompts import Batch
+from distill.methods.matching import critic_step, draw_step, student_step
 from distill.networks.build import Networks, denoiser
 from distill.plan.architecture import Architecture, read_architecture, read_subject
 from distill.plan.flops import NetworkFlops, Sequence, iteration_flops, network_flops
-from distill.step import critic_step, draw_step, student_step
 
 CPU = torch.device("cpu")
 SAMPLES = 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import PromptData
-from distill.methods import with_method
+from distill.methods.registry import with_method
 from distill.networks.build import build_networks
 from distill.plan.architecture import Subject, read_subject
 from distill.plan.memory import PARTS, copy_bytes, state_bytes

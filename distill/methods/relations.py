@@ -13,7 +13,7 @@ from distill.parallel.processes import Processes
 
 
 class BatchRelations:
-    """What `relate` of `distill.step.student_step` needs of one batch.
+    """What `relate` of `distill.methods.matching.student_step` needs of one batch.
 
     The loss of a batch is one function of the features of all its samples, and none of its parts sees more than its
     own with gradient. So each takes the others' as constants, and the sum of all those gradients is the gradient.

@@ -9,10 +9,10 @@ from codmd_serve.sampler import rollout
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import Batch
 from distill.losses.trajectory import trajectory_loss
-from distill.methods import draw_dmd, with_method
+from distill.methods.matching import StepDraws, draw_step, student_step
+from distill.methods.registry import draw_dmd, with_method
+from distill.methods.trajectory import dp_dmd_student_step, early_trajectory, teacher_levels
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
-from distill.step import StepDraws, draw_step, student_step
-from distill.trajectory_step import dp_dmd_student_step, early_trajectory, teacher_levels
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 3, 4, 4)

@@ -13,8 +13,7 @@ from distill.config import DistillConfig, reference_sigma, shapeworld, wan_1_3b,
 from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
 from distill.losses.dmd import dmd_direction
-from distill.networks.build import Networks, denoiser, guided_teacher_flow
-from distill.step import (
+from distill.methods.matching import (
     StepDraws,
     critic_step,
     draw_exit_step,
@@ -23,6 +22,7 @@ from distill.step import (
     score_window,
     student_step,
 )
+from distill.networks.build import Networks, denoiser, guided_teacher_flow
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 3, 4, 4)

@@ -14,8 +14,8 @@ from distill.config import DistillConfig
 from distill.data.prompts import Batch
 from distill.losses.dmd import dmd_loss
 from distill.losses.trajectory import trajectory_loss
+from distill.methods.matching import StepDraws, StepResult, score_metrics, score_sample, student_sample
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
-from distill.step import StepDraws, StepResult, score_metrics, score_sample, student_sample
 
 
 def dp_dmd_student_step(networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig) -> StepResult:

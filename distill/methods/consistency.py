@@ -32,8 +32,7 @@ from distill.losses.consistency import (
     velocity_loss,
 )
 from distill.losses.dmd import dmd_loss
-from distill.networks.build import Networks, denoiser, guided_teacher_flow
-from distill.step import (
+from distill.methods.matching import (
     StepDraws,
     StepResult,
     draw_step,
@@ -43,6 +42,7 @@ from distill.step import (
     step_rng,
     student_sample,
 )
+from distill.networks.build import Networks, denoiser, guided_teacher_flow
 
 # (latents_BCFHW, timestep_B) -> flow_BCFHW, prompts already filled in
 Flow = Callable[[Tensor, Tensor], Tensor]

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from codmd_serve.schedule import add_noise
 from distill.config import DistillConfig, with_overrides
-from distill.consistency_step import (
+from distill.data.prompts import Batch
+from distill.losses.consistency import trig_state, trig_to_rectified, velocity_loss
+from distill.losses.dmd import dmd_direction
+from distill.methods.consistency import (
     RcmDraws,
     RolloutDraws,
     draw_rcm,
@@ -18,12 +21,9 @@ from distill.consistency_step import (
     rcm_turns,
     rollout_length,
 )
-from distill.data.prompts import Batch
-from distill.losses.consistency import trig_state, trig_to_rectified, velocity_loss
-from distill.losses.dmd import dmd_direction
-from distill.methods import with_method
+from distill.methods.matching import student_sample
+from distill.methods.registry import with_method
 from distill.networks.build import Networks, denoiser
-from distill.step import student_sample
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 3, 4, 4)

@@ -7,7 +7,7 @@ import pytest
 from codmd_serve.errors import ConfigError
 from distill import config as configuration
 from distill.config import RECIPES, shapeworld, wan_1_3b, wan_14b
-from distill.methods import METHODS, with_method
+from distill.methods.registry import METHODS, with_method
 from distill.trainer import ROLES
 
 

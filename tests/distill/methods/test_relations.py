@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from distill.config import DistillConfig, with_overrides
+from distill.methods.relations import BatchRelations
 from distill.parallel.processes import ALONE, Processes
-from distill.relations import BatchRelations
 
 
 def loss_of(features_BVD: Tensor) -> Tensor:

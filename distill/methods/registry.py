@@ -10,9 +10,17 @@ from typing import Any
 import torch
 
 from distill.config import CONSISTENCY_METHODS, DistillConfig
-from distill.consistency_step import draw_rcm, rcm_critic_step, rcm_student_step, rcm_turns
-from distill.step import StepDraws, StepResult, critic_step, draw_exit_step, draw_step, step_rng, student_step
-from distill.trajectory_step import dp_dmd_student_step
+from distill.methods.consistency import draw_rcm, rcm_critic_step, rcm_student_step, rcm_turns
+from distill.methods.matching import (
+    StepDraws,
+    StepResult,
+    critic_step,
+    draw_exit_step,
+    draw_step,
+    step_rng,
+    student_step,
+)
+from distill.methods.trajectory import dp_dmd_student_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
