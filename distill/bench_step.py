@@ -137,7 +137,7 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
 
     from distill.data.prompts import cached_prompt_data
     from distill.restated_step import Rung
-    from distill.trainer import native_latents
+    from distill.run.trainer import native_latents
 
     with tempfile.TemporaryDirectory() as cache:
         data = cached_prompt_data(config, Path(cache), torch.device("cpu"))

@@ -10,7 +10,7 @@ from distill.bench_step import add_bench_step_arguments, run_bench_step
 from distill.evaluate.command import add_eval_arguments, run_eval
 from distill.plan.command import add_plan_arguments, run_plan
 from distill.pretrain.command import add_teacher_arguments, run_teacher
-from distill.train_cli import add_export_arguments, add_train_arguments, run_export, run_train
+from distill.run.command import add_export_arguments, add_train_arguments, run_export, run_train
 from distill.worlds.shapeworld.preview import add_preview_arguments, run_preview
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {

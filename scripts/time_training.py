@@ -25,8 +25,8 @@ from distill.data.prompts import PromptData
 from distill.networks.build import build_networks, latent_grid, resolve_precision
 from distill.parallel.processes import Processes, process_group
 from distill.plan.architecture import PUBLISHED, PUBLISHED_VAE_SCALES
-from distill.train_cli import resolve_device
-from distill.trainer import Trainer
+from distill.run.command import resolve_device
+from distill.run.trainer import Trainer
 
 PROMPT_TOKENS = 120
 NUM_PROMPTS = 64

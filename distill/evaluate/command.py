@@ -69,7 +69,7 @@ def _eval(args: argparse.Namespace) -> int:
     from distill.evaluate.shapebench import BenchConfig, plan_suite
     from distill.evaluate.tables import as_markdown
     from distill.networks.build import resolve_base
-    from distill.train_cli import resolve_device
+    from distill.run.command import resolve_device
 
     silence_libraries()
     if args.threads is not None:

@@ -72,8 +72,8 @@ def _teacher(args: argparse.Namespace) -> int:
 
     from distill.networks.build import resolve_precision
     from distill.pretrain.stage import StageOptions
-    from distill.train_cli import resolve_device
-    from distill.trainer import stop_signal
+    from distill.run.command import resolve_device
+    from distill.run.trainer import stop_signal
 
     device = resolve_device(args.device)
     if args.precision not in ("auto", "fp32", "bf16"):

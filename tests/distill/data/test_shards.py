@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from codmd_serve.errors import ConfigError
-from distill.checkpoint import list_checkpoints
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import cached_prompt_data, load_prompts
 from distill.data.shards import read_shards, shard_paths
-from distill.trainer import RunOptions, run_training
+from distill.run.checkpoint import list_checkpoints
+from distill.run.trainer import RunOptions, run_training
 
 CPU = torch.device("cpu")
 WIDTH = 16

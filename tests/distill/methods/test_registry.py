@@ -8,7 +8,7 @@ from codmd_serve.errors import ConfigError
 from distill import config as configuration
 from distill.config import RECIPES, shapeworld, wan_1_3b, wan_14b
 from distill.methods.registry import METHODS, with_method
-from distill.trainer import ROLES
+from distill.run.trainer import ROLES
 
 
 def test_every_method_of_the_config_has_an_entry() -> None:

@@ -28,7 +28,7 @@ from distill.methods.registry import METHODS
 from distill.networks.build import Networks, build_networks, trained_parameters
 from distill.parallel.processes import ALONE, Processes, join_processes
 from distill.parallel.sharding import sharded_like
-from distill.trainer import ROLES, Trainer, native_latents
+from distill.run.trainer import ROLES, Trainer, native_latents
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from distill.plan.architecture import Subject, read_subject
 from distill.plan.memory import PARTS, copy_bytes, state_bytes
 from distill.plan.options import PlanOptions
 from distill.plan.planner import Plan, make_plan
-from distill.trainer import Trainer, native_latents
+from distill.run.trainer import Trainer, native_latents
 
 CPU = torch.device("cpu")
 PROMPT_TOKENS = 16

@@ -12,13 +12,13 @@ import torch
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle
-from distill.checkpoint import list_checkpoints, load_checkpoint
 from distill.config import DistillConfig, wan_1_3b, with_overrides
 from distill.data.prompts import cached_prompt_data
 from distill.methods.matching import StepResult, step_rng
 from distill.methods.registry import METHODS, with_method
 from distill.networks.build import build_networks, load_transformer
-from distill.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, stop_signal
+from distill.run.checkpoint import list_checkpoints, load_checkpoint
+from distill.run.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, stop_signal
 
 CPU = torch.device("cpu")
 

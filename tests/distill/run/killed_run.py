@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from distill import checkpoint
 from distill.config import config_from_dict
 from distill.methods.registry import METHODS
-from distill.trainer import RunOptions, run_training
+from distill.run import checkpoint
+from distill.run.trainer import RunOptions, run_training
 
 FATAL = "step-00000004"
 

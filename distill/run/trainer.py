@@ -23,19 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
-from distill.checkpoint import (
-    CONFIG_FILE,
-    check_resumable,
-    list_checkpoints,
-    load_checkpoint,
-    read_config,
-    save_checkpoint,
-    write_bundle,
-    write_config,
-    write_pipeline,
-)
 from distill.config import DistillConfig
-from distill.curves import CURVES_FILE, plot_curves
 from distill.data.prompts import PromptData, batch_indices, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
 from distill.methods.matching import StepResult
@@ -53,8 +41,20 @@ from distill.networks.build import (
 )
 from distill.parallel.processes import ALONE, Processes
 from distill.parallel.sharding import check_tokens, shard_optimizer_state
-from distill.previews import Previews
-from distill.run_log import LOG_FILE, RunLog
+from distill.run.checkpoint import (
+    CONFIG_FILE,
+    check_resumable,
+    list_checkpoints,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+    write_bundle,
+    write_config,
+    write_pipeline,
+)
+from distill.run.curves import CURVES_FILE, plot_curves
+from distill.run.log import LOG_FILE, RunLog
+from distill.run.previews import Previews
 
 ROLES = ("student", "critic")
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from distill import checkpoint, trainer
 from distill.cli import main as run_command
+from distill.run import checkpoint, trainer
 
 
 def arm(accident: str, rank: int, world_size: int) -> None:

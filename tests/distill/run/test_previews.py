@@ -15,12 +15,12 @@ from codmd_serve.sampler import rollout
 from codmd_serve.wan.attention import use_compact_cross_attention
 from codmd_serve.wan.checkpoint import load_bundle
 from codmd_serve.wan.vae import StreamingDecoder
-from distill.checkpoint import list_checkpoints, load_checkpoint
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import cached_prompt_data
 from distill.networks.build import Networks, compile_blocks
-from distill.previews import Previews, averaged_weights, filmstrips
-from distill.trainer import RunOptions, native_latents, run_training
+from distill.run.checkpoint import list_checkpoints, load_checkpoint
+from distill.run.previews import Previews, averaged_weights, filmstrips
+from distill.run.trainer import RunOptions, native_latents, run_training
 
 CPU = torch.device("cpu")
 

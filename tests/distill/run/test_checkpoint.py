@@ -9,8 +9,10 @@ import torch
 
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle, read_spec
-from distill import checkpoint
-from distill.checkpoint import (
+from distill.config import DistillConfig, with_overrides
+from distill.networks.build import Networks
+from distill.run import checkpoint
+from distill.run.checkpoint import (
     check_resumable,
     export_bundle,
     list_checkpoints,
@@ -20,8 +22,6 @@ from distill.checkpoint import (
     write_bundle,
     write_config,
 )
-from distill.config import DistillConfig, with_overrides
-from distill.networks.build import Networks
 
 
 def averaged(networks: Networks) -> dict[str, torch.Tensor]:

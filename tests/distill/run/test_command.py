@@ -15,9 +15,9 @@ from diffusers import WanTransformer3DModel
 
 from codmd_serve.student_scheduler import StudentScheduler
 from codmd_serve.wan.checkpoint import read_spec
-from distill import checkpoint, trainer
 from distill.config import DistillConfig, config_to_dict
-from distill.train_cli import add_export_arguments, add_train_arguments, run_export, run_train
+from distill.run import checkpoint, trainer
+from distill.run.command import add_export_arguments, add_train_arguments, run_export, run_train
 
 
 @pytest.fixture

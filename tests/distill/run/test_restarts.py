@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from distill.checkpoint import list_checkpoints, load_checkpoint, read_config
 from distill.config import DistillConfig, config_to_dict, with_overrides
-from distill.trainer import RunOptions, run_training
+from distill.run.checkpoint import list_checkpoints, load_checkpoint, read_config
+from distill.run.trainer import RunOptions, run_training
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 4

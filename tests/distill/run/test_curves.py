@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from distill.config import DistillConfig
-from distill.curves import plot_curves, read_curves
-from distill.trainer import RunOptions, run_training
+from distill.run.curves import plot_curves, read_curves
+from distill.run.trainer import RunOptions, run_training
 
 
 def write_log(path: Path, num_metrics: int) -> None:

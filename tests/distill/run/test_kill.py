@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from codmd_serve.errors import CheckpointError
-from distill import checkpoint, trainer
-from distill.checkpoint import list_checkpoints, load_checkpoint
 from distill.config import DistillConfig, config_to_dict, with_overrides
-from distill.trainer import RunOptions, run_training
+from distill.run import checkpoint, trainer
+from distill.run.checkpoint import list_checkpoints, load_checkpoint
+from distill.run.trainer import RunOptions, run_training
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -81,7 +81,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Run `codmd-distill export`: write the student of a run from a checkpoint; return 0, or 2 on bad input."""
-    from distill.checkpoint import export_bundle, export_pipeline
+    from distill.run.checkpoint import export_bundle, export_pipeline
 
     export = export_pipeline if args.format == "pipeline" else export_bundle
     try:
@@ -120,7 +120,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
     from distill.data.prompts import load_prompts
-    from distill.trainer import RunOptions, native_latents, run_training
+    from distill.run.trainer import RunOptions, native_latents, run_training
 
     device = processes.device
     if args.dry_run:
@@ -179,10 +179,10 @@ def resolve_config(args: argparse.Namespace, device: "torch.device") -> "Distill
     Raises:
         ConfigError: unknown recipe or setting, a value out of range, or nothing to resume.
     """
-    from distill.checkpoint import read_config
     from distill.config import RECIPES, with_overrides
     from distill.methods.registry import with_method
     from distill.networks.build import resolve_precision
+    from distill.run.checkpoint import read_config
 
     if args.resume:
         config = read_config(args.out)

@@ -1,0 +1,1 @@
+"""One run: the command, the loop, and what it leaves on disk."""
