@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from distill.bench_step import add_bench_step_arguments, run_bench_step
+from distill.bench.iteration import add_bench_step_arguments, run_bench_step
 from distill.evaluate.command import add_eval_arguments, run_eval
 from distill.plan.command import add_plan_arguments, run_plan
 from distill.pretrain.command import add_teacher_arguments, run_teacher

@@ -135,8 +135,8 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
 
     import torch
 
+    from distill.bench.authors import Rung
     from distill.data.prompts import cached_prompt_data
-    from distill.restated_step import Rung
     from distill.run.trainer import native_latents
 
     with tempfile.TemporaryDirectory() as cache:
@@ -155,10 +155,10 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
 def _arm(name: str, config: "DistillConfig", data: "PromptData", shape: tuple[int, ...], rung: Any) -> Arm:
     import torch
 
+    from distill.bench.authors import padded_batch, restated_critic_step, restated_student_step
     from distill.data.prompts import batch_indices
     from distill.methods.matching import critic_step, draw_step, step_rng, student_step
     from distill.networks.build import Ema, Networks, build_networks, load_transformer
-    from distill.restated_step import padded_batch, restated_critic_step, restated_student_step
 
     device, num_steps = torch.device("cpu"), len(config.grid().timesteps)
     if rung is not None and rung.padded_prompts:

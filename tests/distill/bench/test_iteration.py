@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from codmd_serve.errors import CodmdError
-from distill import bench_step
-from distill.bench_step import (
+from distill.bench import iteration as bench_step
+from distill.bench.iteration import (
     VARIANTS,
     Arm,
     add_bench_step_arguments,
