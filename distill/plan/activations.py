@@ -1,9 +1,9 @@
 """Bytes of activations of a Wan transformer in training, in closed form; standard library only.
 
-The forms count what autograd keeps of diffusers' WanTransformer3DModel as `distill.networks.build` calls it: in float32, or
-under bf16 autocast with a float32 residual stream, float32 QK norms and compact cross-attention. Attention is a fused
-kernel, which keeps its inputs, its output and one log-sum-exp per head; nothing of S x S exists. Letters: S tokens on
-this GPU, T prompt positions, d width, f width of the feed-forward, H heads.
+The forms count what autograd keeps of diffusers' WanTransformer3DModel as `distill.networks.build` calls it: in
+float32, or under bf16 autocast with a float32 residual stream, float32 QK norms and compact cross-attention.
+Attention is a fused kernel, which keeps its inputs, its output and one log-sum-exp per head; nothing of S x S exists.
+Letters: S tokens on this GPU, T prompt positions, d width, f width of the feed-forward, H heads.
 
 Forms are for eager mode: a compiled block keeps less. RMS norms are counted as the composite that CPUs run; the fused
 one of CUDA keeps 12 S d bytes of a block less.

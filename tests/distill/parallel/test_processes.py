@@ -16,7 +16,7 @@ from distill.methods.registry import with_method
 from distill.parallel.processes import ALONE, Processes, check_shares
 from distill.parallel.sharding import check_tokens
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ITERATIONS = 3
 # name: (processes, settings); each is compared with the one-process run of the same method named after the slash.
 SCENARIOS: dict[str, tuple[int, list[str]]] = {

@@ -16,7 +16,7 @@ from distill.run import checkpoint, trainer
 from distill.run.checkpoint import list_checkpoints, load_checkpoint
 from distill.run.trainer import RunOptions, run_training
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 
 

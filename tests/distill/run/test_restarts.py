@@ -18,7 +18,7 @@ from distill.config import DistillConfig, config_to_dict, with_overrides
 from distill.run.checkpoint import list_checkpoints, load_checkpoint, read_config
 from distill.run.trainer import RunOptions, run_training
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NUM_STEPS = 4
 # The relational term is most of the loss. Keys have a bias whose gradient is 0 but for rounding, and Adam would make
 # updates of full size of that.
