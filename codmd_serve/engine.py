@@ -20,6 +20,7 @@ from torch import Tensor
 from codmd_serve.config import DEFAULT_CRF, DTYPES, GenerateParams, ModelFacts
 from codmd_serve.denoise import DenoiseLoop, choose_execution
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
+from codmd_serve.files import first_line
 from codmd_serve.stages import Download, Span, StageClock, memory_errors
 from codmd_serve.threads import HandOver, Memory
 from codmd_serve.video import find_ffmpeg, write_video
@@ -304,8 +305,9 @@ def load_engine(
     except CodmdError:
         raise
     except Exception as error:  # parts that load but do not work together fail anywhere, with any exception
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        raise GenerationError(f"{path} loads but cannot make its own native video: {reason}", "warm_up") from error
+        raise GenerationError(
+            f"{path} loads but cannot make its own native video: {first_line(error)}", "warm_up"
+        ) from error
     engine.facts = replace(
         facts,
         execution=engine.loop.execution,

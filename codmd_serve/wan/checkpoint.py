@@ -2,9 +2,6 @@
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from codmd_serve.config import check_step_grid
 from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.files import atomic_folder, first_line
 from codmd_serve.wan.kernels import AttentionShape
 
 SPEC_FILE = "student.json"
@@ -186,7 +184,7 @@ def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionSha
             head_width=config["attention_head_dim"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {_first_line(error)}") from error
+        raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {first_line(error)}") from error
 
 
 def load_bundle(
@@ -218,7 +216,7 @@ def load_bundle(
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=is_local)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"tokenizer of {base} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"tokenizer of {base} cannot be loaded: {first_line(error)}") from error
     for part, wanted, got in (
         ("latent channels of transformer and VAE", transformer.config.in_channels, vae.config.z_dim),
         ("text width of transformer and text encoder", transformer.config.text_dim, text_encoder.config.d_model),
@@ -253,7 +251,7 @@ def load_module(kind: Any, folder: Path | str, subfolder: str, is_local: bool, *
     except CodmdError:
         raise
     except Exception as error:  # safetensors, both libraries and the file system each raise their own kinds
-        raise CheckpointError(f"{where} cannot be loaded, is it complete? {_first_line(error)}") from error
+        raise CheckpointError(f"{where} cannot be loaded, is it complete? {first_line(error)}") from error
     problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     for name, keys in problems.items():
         if keys:
@@ -261,36 +259,14 @@ def load_module(kind: Any, folder: Path | str, subfolder: str, is_local: bool, *
     return module
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
 def save_bundle(path: Path, transformer: Any, spec: StudentSpec) -> None:
-    """Write a bundle so that the folder is either the old one or the new one, never half of one.
+    """Write a bundle atomically.
 
     Args:
         path: the bundle folder; one that exists is replaced.
         transformer: a WanTransformer3DModel.
         spec: becomes student.json.
     """
-    with fresh_folder(path) as fresh:
+    with atomic_folder(path) as fresh:
         transformer.save_pretrained(fresh / "transformer")
         (fresh / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `path` when the block ends well, and is gone when it does not."""
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        fresh.mkdir()
-        yield fresh
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

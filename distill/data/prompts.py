@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.files import atomic_file
 from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH, clean_prompt, encode_prompts
 from distill.config import DistillConfig
@@ -165,9 +166,8 @@ def _encoded_prompt_data(
     logger.info("encoding prompts=%d base=%s", len(prompts), config.base)
     data = encode_prompt_data(prompts, config.base, TORCH_DTYPES[config.text_dtype], device)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"packed": data.packed, "offsets": data.offsets}, partial, metadata={"key": key})
-    partial.rename(path)
+    with atomic_file(path) as temporary:
+        save_file({"packed": data.packed, "offsets": data.offsets}, temporary, metadata={"key": key})
     return data
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codmd_serve.errors import CheckpointError
+from codmd_serve.files import atomic_file
 from codmd_serve.sampler import rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
@@ -117,11 +118,10 @@ def cached_teacher_latents(
 
 
 def _write_shard(folder: Path, shard: int, x0: Tensor) -> None:
-    unfinished = shard_path(folder, shard).with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"x0": x0}, unfinished)
-        unfinished.rename(shard_path(folder, shard))
+        with atomic_file(shard_path(folder, shard)) as temporary:
+            save_file({"x0": x0}, temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"samples of the teacher cannot be written to {folder}: {error}") from error
 

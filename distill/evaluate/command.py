@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.files import write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -228,11 +229,11 @@ def _write(
 ) -> None:
     try:
         if args.out is not None:
-            (args.out / f"{REPORT_NAME}.md").write_text(report, encoding="utf-8")
+            write_text(args.out / f"{REPORT_NAME}.md", report)
             text = json.dumps(numbers, indent=2, allow_nan=False)
-            (args.out / f"{REPORT_NAME}.json").write_text(f"{text}\n", encoding="utf-8")
+            write_text(args.out / f"{REPORT_NAME}.json", f"{text}\n")
         if args.insert is not None:
-            args.insert.write_text(f"{_text_before_marker(args.insert)}{report}", encoding="utf-8")
+            write_text(args.insert, f"{_text_before_marker(args.insert)}{report}")
         if args.samples is not None:
             from distill.worlds.shapeworld.preview import contact_sheet
 

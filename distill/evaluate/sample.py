@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.files import first_line
 from codmd_serve.sampler import Denoise, rollout
 from codmd_serve.wan.attention import compact_prompt_embeds, use_compact_cross_attention
 from codmd_serve.wan.checkpoint import load_bundle
@@ -93,8 +94,7 @@ def load_teacher(folder: str, device: torch.device) -> Model:
         tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=is_local)
         config = FlowMatchEulerDiscreteScheduler.load_config(base, subfolder="scheduler", local_files_only=is_local)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise CheckpointError(f"tokenizer or scheduler of {folder} cannot be loaded: {reason}") from error
+        raise CheckpointError(f"tokenizer or scheduler of {folder} cannot be loaded: {first_line(error)}") from error
     for module in (transformer, vae, text_encoder):
         module.requires_grad_(False).eval().to(device)
     # Published Wan folders name a multistep scheduler, whose entry for the same number is flow_shift.

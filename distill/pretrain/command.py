@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.files import write_text
 from distill.pretrain.config import PRESETS, PretrainConfig, config_to_dict
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _claim(out: Path, config: PretrainConfig, resume: bool) -> None:
         raise ConfigError(f"{out} already holds a run: resume it or name another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error}") from error
 

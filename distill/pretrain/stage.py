@@ -5,7 +5,6 @@ stopped and resumed equals one that was not. Only a time budget, which ends the 
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from codmd_serve.errors import CheckpointError, CodmdError
+from codmd_serve.files import atomic_file, first_line
 from distill.networks.build import load_part
 
 WARMUP_STEPS = 50
@@ -241,12 +241,12 @@ def _restore(
             value.copy_(state["average"][key])
         return int(state["step"]), float(state["elapsed_s"]), float(state["progress"])
     except Exception as error:  # torch, pickle and zip each raise their own kinds
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise CheckpointError(f"{path} cannot be resumed from, delete it to start this stage anew: {reason}") from error
+        raise CheckpointError(
+            f"{path} cannot be resumed from, delete it to start this stage anew: {first_line(error)}"
+        ) from error
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    torch.save(state, partial)
-    partial.replace(path)
+    with atomic_file(path) as temporary:
+        torch.save(state, temporary)

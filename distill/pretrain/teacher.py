@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codmd_serve.errors import CheckpointError
+from codmd_serve.files import atomic_file
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
 from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.data.prompts import PromptData
@@ -132,9 +133,8 @@ def _encode_part(
         with torch.no_grad():
             encoded.append(vae.encode(to_pixels(clips).to(options.device)).latent_dist.mean.half().cpu())
     latents = torch.cat(encoded)
-    partial = path.with_suffix(".partial")
-    save_file({"latents": latents}, partial)
-    partial.rename(path)
+    with atomic_file(path) as temporary:
+        save_file({"latents": latents}, temporary)
     return latents
 
 

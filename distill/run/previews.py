@@ -19,6 +19,7 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor, nn
 
+from codmd_serve.files import atomic_file, first_line, write_text
 from codmd_serve.sampler import rollout
 from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
@@ -111,12 +112,11 @@ class Previews:
         try:
             picture = filmstrips(self.clips(latents_BCFHW))
             self.folder.mkdir(exist_ok=True)
-            (self.folder / "prompts.txt").write_text("".join(f"{text}\n" for text in self.prompts), encoding="utf-8")
-            partial = self.folder / ".partial.png"
-            Image.fromarray(picture).save(partial)
-            partial.rename(self.folder / f"step-{step:08d}.png")
+            write_text(self.folder / "prompts.txt", "".join(f"{text}\n" for text in self.prompts))
+            with atomic_file(self.folder / f"step-{step:08d}.png") as temporary:
+                Image.fromarray(picture).save(temporary, format="png")
         except (OSError, torch.OutOfMemoryError) as error:
-            logger.warning("no preview step=%d reason=%s: %s", step, type(error).__name__, error)
+            logger.warning("no preview step=%d reason=%s", step, first_line(error))
             return None
         return picture
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.files import first_line
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, batch_indices, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
@@ -238,8 +239,7 @@ class Trainer:
             self.step, self.num_skipped = int(state["step"]), int(state["num_skipped"])
             self.updates, self.nonfinite_in_row = dict(state["updates"]), dict(state["nonfinite_in_row"])
         except (KeyError, IndexError, RuntimeError, ValueError, CheckpointError) as error:
-            reason = (str(error).strip() or "no message").splitlines()[0]
-            raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from error
+            raise CheckpointError(f"the checkpoint does not fit this run: {first_line(error)}") from error
 
 
 def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) -> RunOutcome:

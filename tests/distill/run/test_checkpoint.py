@@ -59,6 +59,7 @@ def test_failed_save_leaves_older_checkpoints_and_no_rest(tmp_path: Path, monkey
 def test_unfinished_checkpoint_is_not_listed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {"step": 1}, keep_last=1)
     (tmp_path / "checkpoints" / ".step-00000002.partial").mkdir()
+    (tmp_path / "checkpoints" / ".tmp-0123456789ab").mkdir()
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
 
 
