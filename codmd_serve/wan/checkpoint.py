@@ -12,10 +12,10 @@ import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from codmd_serve.config import check_step_grid
 from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import atomic_folder, first_line
+from codmd_serve.grid import check_step_grid
 from codmd_serve.wan.kernels import AttentionShape
 
 SPEC_FILE = "student.json"

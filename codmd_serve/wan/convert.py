@@ -13,9 +13,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 
-from codmd_serve.config import StepGrid, causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import first_line
+from codmd_serve.grid import StepGrid, causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.names import check_config, merge_lora, to_diffusers
 from codmd_serve.wan.published import Published, read_published

@@ -63,6 +63,13 @@ def test_unfinished_checkpoint_is_not_listed(tmp_path: Path) -> None:
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
 
 
+def test_save_removes_what_killed_saves_left(tmp_path: Path) -> None:
+    for name in (".step-00000002.partial", ".tmp-0123456789ab"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    save_checkpoint(tmp_path, 3, {"step": 3}, keep_last=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
 def test_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 3, {"a": torch.zeros(1000)}, keep_last=1)
     path = folder / "state.pt"
