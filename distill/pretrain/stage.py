@@ -248,5 +248,6 @@ def _restore(
 
 def _write(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        torch.save(state, temporary)
+    # Through an open file: given a path, torch would write the random temporary name into the archive.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)

@@ -59,12 +59,12 @@ def test_failed_save_leaves_older_checkpoints_and_no_rest(tmp_path: Path, monkey
 def test_unfinished_checkpoint_is_not_listed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {"step": 1}, keep_last=1)
     (tmp_path / "checkpoints" / ".step-00000002.partial").mkdir()
-    (tmp_path / "checkpoints" / ".tmp-0123456789ab").mkdir()
+    (tmp_path / "checkpoints" / ".tmp-0123456789ab.partial").mkdir()
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
 
 
 def test_save_removes_what_killed_saves_left(tmp_path: Path) -> None:
-    for name in (".step-00000002.partial", ".tmp-0123456789ab"):
+    for name in (".step-00000002.partial", ".tmp-0123456789ab.partial"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     save_checkpoint(tmp_path, 3, {"step": 3}, keep_last=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
