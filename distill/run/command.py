@@ -127,7 +127,7 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
             "device": str(device),
             "processes": processes.world_size,
         }
-        if processes.is_first:
+        if processes.is_rank0:
             print(describe(config, summary))
         return 0
     options = RunOptions(
@@ -142,10 +142,10 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
     outcome = run_training(config, options, resume=args.resume)
     done = f"{outcome.step} steps, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
     if outcome.signal_number is not None:
-        if processes.is_first:
+        if processes.is_rank0:
             print(f"interrupted after {done}; go on with --resume --out {args.out}", file=sys.stderr)
         return 128 + outcome.signal_number
-    if processes.is_first:
+    if processes.is_rank0:
         print(f"bundle {outcome.bundle} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
     return 0
 

@@ -33,15 +33,15 @@ class RunLog:
         config: lengths and batch.
         step: iterations already done; later lines of a log that is there are dropped.
         budget_s: of training; infinite without one.
-        is_first: of several processes only the first one says anything.
+        is_rank0: of several processes only the first one says anything.
     """
 
-    def __init__(self, out: Path, config: DistillConfig, step: int, budget_s: float, is_first: bool = True) -> None:
-        self.config, self.budget_s, self.is_first = config, budget_s, is_first
+    def __init__(self, out: Path, config: DistillConfig, step: int, budget_s: float, is_rank0: bool = True) -> None:
+        self.config, self.budget_s, self.is_rank0 = config, budget_s, is_rank0
         self.path = out / LOG_FILE
         self.sums: dict[str, tuple[Tensor, int]] = {}
         self.window_start, self.window_step = time.monotonic(), step
-        if not is_first:
+        if not is_rank0:
             return
         _keep_lines_up_to(self.path, step)
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
@@ -53,14 +53,14 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.is_first:
+        if not self.is_rank0:
             return
         self.bar.close()
         self.board.close()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Take in one iteration's metrics, without waiting for the device."""
-        if not self.is_first:
+        if not self.is_rank0:
             return
         for name, value in metrics.items():
             total, count = self.sums.get(name, (torch.zeros_like(value), 0))
@@ -73,7 +73,7 @@ class RunLog:
         Raises:
             CheckpointError: the log cannot be written, as on a full disk.
         """
-        if not self.is_first:
+        if not self.is_rank0:
             return
         num_iterations, now = step - self.window_step, time.monotonic()
         seconds = max(now - self.window_start, 1e-9)

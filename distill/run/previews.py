@@ -45,7 +45,7 @@ class Previews:
         data: embeddings; the first prompts are shown.
         shape: (C, F, H, W) of the latents.
         device: where the student is. The VAE is there while it decodes only.
-        is_first: whether this process writes. All processes of a run have to call `write`: they sample together.
+        is_rank0: whether this process writes. All processes of a run have to call `write`: they sample together.
 
     Raises:
         CheckpointError: the base has no complete VAE.
@@ -59,15 +59,15 @@ class Previews:
         data: PromptData,
         shape: tuple[int, ...],
         device: torch.device,
-        is_first: bool = True,
+        is_rank0: bool = True,
     ) -> None:
-        self.is_first = is_first
+        self.is_rank0 = is_rank0
         self.config, self.folder, self.device = config, out / PREVIEW_DIR, device
         self.prompts = load_prompts(config)[:NUM_PROMPTS]
         self.embeds_BLD = data.batch(list(range(len(self.prompts))), device).prompt_embeds
         size = (len(config.grid().timesteps), len(self.prompts), *shape)
         self.noise = torch.randn(size, generator=step_rng(config.seed, "preview", 0))
-        if is_first:
+        if is_rank0:
             self.vae = base.load(AutoencoderKLWan, "vae", torch_dtype=torch.float32)
             self.vae.requires_grad_(False).eval()
 
@@ -110,7 +110,7 @@ class Previews:
             made: that is logged, and training can do without it.
         """
         latents_BCFHW = self.sample(student, average)
-        if not self.is_first:
+        if not self.is_rank0:
             return None
         try:
             picture = filmstrips(self.clips(latents_BCFHW))

@@ -142,7 +142,7 @@ def test_an_unexpected_error_of_the_first_process_reaches_the_others(folder: Pat
     first, other = said(folder, "broken")
     assert first["code"] == "ZeroDivisionError('nobody thought of this')"
     assert other["code"] == 1
-    assert other["error"] == "codmd-distill: the first process failed: ZeroDivisionError: nobody thought of this\n"
+    assert other["error"] == "codmd-distill: rank 0 failed: ZeroDivisionError: nobody thought of this\n"
 
 
 def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
