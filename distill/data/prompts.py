@@ -2,7 +2,7 @@
 
 Knows neither networks nor losses; the text encoder is loaded only while the cache is being made.
 
-Layout: B prompts of a batch, P prompts of the data set, L positions kept, D text width.
+Legend: B prompts of a batch, P prompts of the data set, L positions kept, D text width.
 """
 
 import hashlib

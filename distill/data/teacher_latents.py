@@ -1,6 +1,6 @@
 """Samples of the teacher to train on: one for each training prompt, made once, cached on disk in shards.
 
-Knows no loss and no training loop. Layout: N samples, B batch, C channels, F latent frames, H, W latent pixels.
+Knows no loss and no training loop. Legend: N samples, B batch, C channels, F latent frames, H, W latent pixels.
 
 CACHE/teacher-latents-KEY/00000.safetensors      samples of prompts 0 to 63, complete or absent
 """

@@ -1,4 +1,4 @@
-"""Arguments of `codmd-distill train` and `codmd-distill export`, and what the commands do with them.
+"""Arguments of `codmd-distill train` and `codmd-distill export`, and the commands themselves.
 
 Knows nothing of training itself. Imports nothing heavy until a command runs, so that --help is quick.
 """
@@ -97,7 +97,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         default="bundle",
         help="a bundle for codmd-serve (default), or a complete folder for diffusers.WanPipeline.from_pretrained",
     )
-    parser.add_argument("--step", type=int, help="checkpoint to take; default: the newest")
+    parser.add_argument(
+        "--iteration", "--step", dest="iteration", type=int, help="of the checkpoint to take; default: the newest"
+    )
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -109,8 +111,8 @@ def run_export(args: argparse.Namespace) -> int:
     from distill.run.checkpoint import export_bundle, export_pipeline
 
     export = export_pipeline if args.format == "pipeline" else export_bundle
-    step = export(args.run, args.out, args.step)
-    print(f"{args.format} {args.out} from step {step}")
+    iteration = export(args.run, args.out, args.iteration)
+    print(f"{args.format} {args.out} from iteration {iteration}")
     return 0
 
 
