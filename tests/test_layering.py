@@ -55,8 +55,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.video",
         *WAN,
     ),
-    "codmd_serve.worker": (*PURE, "codmd_serve.engine", *WAN),
-    "codmd_serve.dispatcher": PURE,
+    "codmd_serve.messages": PURE,
+    "codmd_serve.worker": (*PURE, "codmd_serve.messages", "codmd_serve.engine", *WAN),
+    "codmd_serve.dispatcher": (*PURE, "codmd_serve.messages"),
     "codmd_serve.api": (*PURE, "codmd_serve.__version__", "codmd_serve.api", "codmd_serve.dispatcher"),
     "codmd_serve.cli": ("codmd_serve", "app.demo"),
 }
