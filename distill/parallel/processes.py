@@ -133,7 +133,7 @@ class Processes:
             raise failure
         if told[0] is not None:
             kind, message = told[0]
-            raise {kind.__name__: kind for kind in _KINDS}[kind](message)
+            raise {kind.__name__: kind for kind in _ERROR_CLASSES}[kind](message)
         return result
 
     def broadcast_from_rank0(self, action: Callable[[], T]) -> T:
@@ -177,12 +177,12 @@ class Processes:
 
 
 # From the most specific class to the most general.
-_KINDS = (ConfigError, CheckpointError, CodmdError)
+_ERROR_CLASSES = (ConfigError, CheckpointError, CodmdError)
 
 
 def _described(failure: Exception) -> tuple[str, str]:
     """Return the class and the message with which the other ranks report a failure of rank 0."""
-    kind = next((kind for kind in _KINDS if isinstance(failure, kind)), None)
+    kind = next((kind for kind in _ERROR_CLASSES if isinstance(failure, kind)), None)
     if kind is None:
         return CodmdError.__name__, f"rank 0 failed: {first_line(failure)}"
     return kind.__name__, str(failure)

@@ -130,7 +130,7 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
             "processes": processes.world_size,
         }
         if processes.is_rank0:
-            print(describe(config, summary))
+            print(settings_as_json(config, summary))
         return 0
     options = RunOptions(
         out=args.out,
@@ -180,7 +180,7 @@ def resolve_config(args: argparse.Namespace, device: "torch.device") -> "Distill
     return with_overrides(config, [f"precision={resolve_precision(config.precision, device)}"])
 
 
-def describe(config: "DistillConfig", summary: dict[str, object]) -> str:
+def settings_as_json(config: "DistillConfig", summary: dict[str, object]) -> str:
     """Return the resolved settings and what follows from them, as JSON."""
     from distill.config import config_to_dict
 

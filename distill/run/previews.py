@@ -30,7 +30,7 @@ from distill.networks.build import denoiser
 
 PREVIEW_DIR = "previews"
 NUM_PROMPTS = 4
-FRAMES_SHOWN = 6
+PREVIEW_FRAMES = 6
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +144,8 @@ def filmstrips(clips: np.ndarray) -> np.ndarray:
         clips: uint8 (B, T, H, W, 3).
 
     Returns:
-        uint8 (B * H, N * W, 3), N the smaller of T and FRAMES_SHOWN.
+        uint8 (B * H, N * W, 3), N the smaller of T and PREVIEW_FRAMES.
     """
     num_frames = clips.shape[1]
-    picks = np.linspace(0, num_frames - 1, min(FRAMES_SHOWN, num_frames)).round().astype(int)
+    picks = np.linspace(0, num_frames - 1, min(PREVIEW_FRAMES, num_frames)).round().astype(int)
     return np.concatenate([np.concatenate(list(clip[picks]), axis=1) for clip in clips])
