@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from codmd_serve.config import check_step_grid
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import check_step_grid
 from codmd_serve.schedule import add_noise, flow_to_x0
 
 # (latents_BCFHW float32, timestep_B float32, prompt_embeds_BLD) -> flow_pred_BCFHW

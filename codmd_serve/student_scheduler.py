@@ -14,8 +14,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from codmd_serve.config import check_step_grid
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import check_step_grid
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0
 
 

@@ -12,8 +12,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.files import atomic_folder
 from codmd_serve.student_scheduler import StudentScheduler
-from codmd_serve.wan.checkpoint import StudentSpec, fresh_folder, read_spec, resolve_base
+from codmd_serve.wan.checkpoint import StudentSpec, read_spec, resolve_base
 
 INDEX_FILE = "model_index.json"
 # Of the base; the transformer is the student's and the scheduler its step list.
@@ -73,7 +74,7 @@ def save_pipeline(bundle: Path, folder: Path) -> None:
     base = _local_base(bundle, spec)
     index = _student_index(base)
     try:
-        with fresh_folder(folder) as fresh:
+        with atomic_folder(folder) as fresh:
             for part in BASE_PARTS:
                 shutil.copytree(base / part, fresh / part)
             shutil.copytree(bundle / "transformer", fresh / "transformer")

@@ -8,7 +8,6 @@ import hashlib
 import html
 import itertools
 import logging
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from codmd_serve.config import TEXT_ENCODERS
 from codmd_serve.errors import ConfigError
+from codmd_serve.files import atomic_file
 from codmd_serve.wan.attention import compact_prompt_embeds
 
 MAX_SEQUENCE_LENGTH = 512
@@ -251,12 +251,9 @@ def _checksum(embeds: Tensor) -> str:
 
 
 def _write(path: Path, embeds_BLD: Tensor) -> None:
-    """Put a file in its place whole. A cache that cannot be written costs time, not the video."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write an entry atomically. A cache that cannot be written costs time, not the video."""
     try:
-        save_file({"prompt_embeds": embeds_BLD}, partial, metadata={"blake2b": _checksum(embeds_BLD)})
-        partial.replace(path)
+        with atomic_file(path) as temporary:
+            save_file({"prompt_embeds": embeds_BLD}, temporary, metadata={"blake2b": _checksum(embeds_BLD)})
     except (OSError, SafetensorError) as error:
         log.warning("text_cache=unwritable file=%s reason=%r", path.name, str(error))
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

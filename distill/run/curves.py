@@ -8,6 +8,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from codmd_serve.files import atomic_file
+
 CURVES_FILE = "curves.png"
 # What the panels have as their axis, or say of the machine and not of the run.
 NOT_DRAWN = ("step", "elapsed_s", "eta_s", "student_updates")
@@ -40,10 +42,9 @@ def plot_curves(log: Path, picture: Path) -> None:
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     figure.supxlabel("step", fontsize=9)
-    partial = picture.with_name(f".{picture.name}.partial")
     try:
-        figure.savefig(partial, format="png", dpi=100)
-        partial.rename(picture)
+        with atomic_file(picture) as temporary:
+            figure.savefig(temporary, format="png", dpi=100)
     except OSError as error:
         logger.warning("no curves path=%s reason=%s", picture.name, error)
 

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from codmd_serve.errors import CheckpointError
+from codmd_serve.files import write_text
 from distill.config import DistillConfig
 
 LOG_FILE = "log.jsonl"
@@ -117,6 +118,4 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.rename(path)
+    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -19,12 +19,14 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor, nn
 
+from codmd_serve.files import atomic_file, first_line, write_text
 from codmd_serve.sampler import rollout
 from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, load_prompts
 from distill.methods.matching import step_rng
-from distill.networks.build import denoiser, load_part
+from distill.networks.base import Base
+from distill.networks.build import denoiser
 
 PREVIEW_DIR = "previews"
 NUM_PROMPTS = 4
@@ -38,7 +40,8 @@ class Previews:
 
     Args:
         config: of the run.
-        out: its folder.
+        base: whose VAE decodes.
+        out: folder of the run.
         data: embeddings; the first prompts are shown.
         shape: (C, F, H, W) of the latents.
         device: where the student is. The VAE is there while it decodes only.
@@ -51,6 +54,7 @@ class Previews:
     def __init__(
         self,
         config: DistillConfig,
+        base: Base,
         out: Path,
         data: PromptData,
         shape: tuple[int, ...],
@@ -64,7 +68,7 @@ class Previews:
         size = (len(config.grid().timesteps), len(self.prompts), *shape)
         self.noise = torch.randn(size, generator=step_rng(config.seed, "preview", 0))
         if is_first:
-            self.vae = load_part(AutoencoderKLWan, config.base, "vae", torch_dtype=torch.float32)
+            self.vae = base.load(AutoencoderKLWan, "vae", torch_dtype=torch.float32)
             self.vae.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -111,12 +115,11 @@ class Previews:
         try:
             picture = filmstrips(self.clips(latents_BCFHW))
             self.folder.mkdir(exist_ok=True)
-            (self.folder / "prompts.txt").write_text("".join(f"{text}\n" for text in self.prompts), encoding="utf-8")
-            partial = self.folder / ".partial.png"
-            Image.fromarray(picture).save(partial)
-            partial.rename(self.folder / f"step-{step:08d}.png")
+            write_text(self.folder / "prompts.txt", "".join(f"{text}\n" for text in self.prompts))
+            with atomic_file(self.folder / f"step-{step:08d}.png") as temporary:
+                Image.fromarray(picture).save(temporary, format="png")
         except (OSError, torch.OutOfMemoryError) as error:
-            logger.warning("no preview step=%d reason=%s: %s", step, type(error).__name__, error)
+            logger.warning("no preview step=%d reason=%s", step, first_line(error))
             return None
         return picture
 
