@@ -23,8 +23,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.schedule": PURE,
     "codmd_serve.sampler": (*PURE, "codmd_serve.schedule"),
     "codmd_serve.student_scheduler": (*PURE, "codmd_serve.schedule"),
+    "codmd_serve.grammar": PURE,
     "codmd_serve.wan": (
         *PURE,
+        "codmd_serve.grammar",
         "codmd_serve.schedule",
         "codmd_serve.sampler",
         "codmd_serve.student_scheduler",
@@ -66,6 +68,7 @@ DISTILL_MAY = (
     "codmd_serve.__version__",
     "codmd_serve.commands",
     "codmd_serve.device",
+    "codmd_serve.grammar",
     "codmd_serve.schedule",
     "codmd_serve.sampler",
     "codmd_serve.video",

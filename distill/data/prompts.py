@@ -21,12 +21,13 @@ from transformers import UMT5EncoderModel
 from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import atomic_file
+from codmd_serve.grammar import Grammar
 from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH, clean_prompt, encode_prompts
 from distill.config import DistillConfig
 from distill.data.shards import read_shard_prompts, read_shards, shard_paths
 from distill.networks.base import Base
-from distill.worlds.shapeworld.captions import sample_caption
+from distill.worlds.shapeworld.captions import grammar, sample_caption
 
 PROMPTS_PER_CALL = 64
 HASHED_BYTES = 1 << 20
@@ -120,6 +121,11 @@ def load_prompts(config: DistillConfig) -> list[str]:
     if not prompts:
         raise ConfigError(f"prompts {path} holds no prompt")
     return prompts
+
+
+def caption_grammar(config: DistillConfig) -> Grammar | None:
+    """Return the grammar that all training prompts are captions of; None when they come from a file."""
+    return None if config.prompts else grammar()
 
 
 def _jsonl_prompt(line: str, where: str) -> str:

@@ -28,6 +28,7 @@ from codmd_serve.files import TEMPORARY_PREFIX, atomic_folder, first_line, lefto
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
 from distill.config import RESUMABLE, DistillConfig, config_from_dict, config_to_dict
+from distill.data.prompts import caption_grammar
 from distill.networks.base import Base, open_base
 
 CONFIG_FILE = "config.json"
@@ -171,7 +172,7 @@ def write_bundle(
         dtype = DTYPES_BY_NAME[config.bundle_dtype]
         weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in ema_weights.items()}
         transformer.load_state_dict(weights, assign=True)
-        save_bundle(bundle_dir, transformer, spec)
+        save_bundle(bundle_dir, transformer, spec, caption_grammar(config))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"bundle {bundle_dir} cannot be written: {first_line(error)}") from error
 
