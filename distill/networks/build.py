@@ -178,13 +178,13 @@ def guided_teacher_flow(
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name."""
+    """Return the parameters that require gradient, by name."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
 def load_parameters(parameters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
-    """Set parameters to saved whole tensors, in place.
+    """Copy saved whole tensors into parameters, sharded or not, in place.
 
     Raises:
         CheckpointError: names or shapes differ.
