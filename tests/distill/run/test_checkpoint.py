@@ -158,10 +158,10 @@ def test_export_takes_the_wanted_checkpoint(
         trainer = {"ema": {"shadow": shadow}, "updates": {"student": step // 2}}
         save_checkpoint(tmp_path, step, {"trainer": trainer}, keep_last=5)
     assert export_bundle(tmp_path, tmp_path / "student") == 4
-    assert export_bundle(tmp_path, tmp_path / "student", step=2) == 2
+    assert export_bundle(tmp_path, tmp_path / "student", iteration=2) == 2
     assert read_spec(tmp_path / "student").step == 1
     with pytest.raises(CheckpointError, match="kept are: 2, 4"):
-        export_bundle(tmp_path, tmp_path / "student", step=3)
+        export_bundle(tmp_path, tmp_path / "student", iteration=3)
 
 
 def test_weights_of_another_network_make_no_bundle(
