@@ -70,10 +70,11 @@ def run_bench_step(args: argparse.Namespace) -> int:
 
 def bench_config(base: str, batch_size: int) -> "DistillConfig":
     """Return the shapeworld recipe in the authors' conventions, so that both compute the same losses."""
-    from distill.config import shapeworld, with_overrides
+    from distill.config import with_overrides
+    from distill.methods.registry import recipe_config
 
-    settings = [f"base={base}", f"batch_size={batch_size}", "reference_compat=true", "score_window=full"]
-    return with_overrides(shapeworld(), [*settings, "num_captions=64", "precision=fp32"])
+    settings = [f"base={base}", f"batch_size={batch_size}", "copula.reference_compat=true", "score_window=full"]
+    return with_overrides(recipe_config(), [*settings, "num_captions=64", "precision=fp32"])
 
 
 def measure(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
@@ -103,8 +104,8 @@ def measure(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
                 arm = arms[(place + trial) % len(arms)]
                 starts = time.process_time(), time.perf_counter()
                 _cycle(arm, config, trial)
-                cpu_s[arm.name].append((time.process_time() - starts[0]) / config.student_every_steps)
-                wall_s[arm.name].append((time.perf_counter() - starts[1]) / config.student_every_steps)
+                cpu_s[arm.name].append((time.process_time() - starts[0]) / config.student_every_iterations)
+                wall_s[arm.name].append((time.perf_counter() - starts[1]) / config.student_every_iterations)
     finally:
         torch.set_num_threads(threads)
     return {"batch_size": config.batch_size, "trials": num_trials, "loss_error": loss_error, **summary(cpu_s, wall_s)}
@@ -157,8 +158,10 @@ def _arm(name: str, config: "DistillConfig", data: "PromptData", shape: tuple[in
 
     from distill.bench.authors import padded_batch, restated_critic_step, restated_student_step
     from distill.data.prompts import batch_indices
-    from distill.methods.matching import critic_step, draw_step, step_rng, student_step
+    from distill.methods.draws import StepResult
+    from distill.methods.matching import critic_step, draw_sample, student_step
     from distill.networks.build import Ema, Networks, build_networks, load_transformer
+    from distill.streams import named_rng
 
     device, num_steps = torch.device("cpu"), len(config.grid().timesteps)
     if rung is not None and rung.padded_prompts:
@@ -169,13 +172,13 @@ def _arm(name: str, config: "DistillConfig", data: "PromptData", shape: tuple[in
         )
     else:
         networks = build_networks(config, device)
-    ours = {"student": student_step, "critic": critic_step}
+    ours: dict[str, Callable[..., StepResult]] = {"student": student_step, "critic": critic_step}
     theirs = {"student": restated_student_step, "critic": restated_critic_step}
 
     def losses(role: str, step: int, exit_step: int) -> "Tensor":
         batch = data.batch(batch_indices(step, data.num_prompts, config.batch_size, config.seed), device)
         # All noise is drawn, also what an early exit does not need: then every variant gets the same numbers.
-        draws = draw_step(config, step_rng(config.seed, role, step), shape, num_steps - 1, device)
+        draws = draw_sample(config, named_rng(config.seed, role, step), shape, num_steps - 1, device)
         draws = replace(draws, exit_step=exit_step)
         if rung is None:
             return ours[role](networks, batch, draws, config).loss
@@ -210,7 +213,7 @@ def check_losses(arms: list[Arm]) -> float:
 
 def _cycle(arm: Arm, config: "DistillConfig", trial: int) -> None:
     """Do the iterations of one trial: the student's turn in the first, the critic's in each."""
-    every = config.student_every_steps
+    every = config.student_every_iterations
     for step in range(trial * every, (trial + 1) * every):
         for role in ("student", "critic") if step % every == 0 else ("critic",):
             _update(arm, role, arm.losses(role, step, step % 4), config.optimizer.clip_norm)

@@ -24,7 +24,7 @@ from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.sampler import Denoise
 from codmd_serve.wan.attention import use_compact_cross_attention
 from codmd_serve.wan.checkpoint import load_module
-from distill.config import DistillConfig, EmaConfig, NativeConfig, gather_precision
+from distill.config import DistillConfig, EmaConfig, NativeConfig
 from distill.losses.dmd import guided_flow
 from distill.networks.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
 from distill.parallel.processes import ALONE, Processes
@@ -85,7 +85,7 @@ def build_networks(config: DistillConfig, device: torch.device, processes: Proce
             prepare(network)
             network.to(device)
         else:
-            gathered = gather_precision(config.method, role, config.precision)
+            gathered = config.gather_precision(role, config.precision)
             network = load_sharded(load, prepare, transformer_config(config.base), processes, gathered)
         if config.activation_checkpointing and (is_trained or has_adapters):
             checkpoint_activations(network, switch)

@@ -24,7 +24,8 @@ import codmd_serve
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
-from distill.config import RESUMABLE, DistillConfig, config_from_dict, config_to_dict
+from distill.config import RESUMABLE, DistillConfig, config_to_dict
+from distill.methods.registry import config_from_dict
 from distill.networks.build import TORCH_DTYPES, resolve_base, transformer_config
 
 CONFIG_FILE = "config.json"

@@ -46,7 +46,7 @@ class RunLog:
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
         bar = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         # disable=None: no bar where nobody watches; the log lines stay.
-        self.bar = tqdm(total=config.max_steps, initial=step, disable=None, bar_format=bar, dynamic_ncols=True)
+        self.bar = tqdm(total=config.max_iterations, initial=step, disable=None, bar_format=bar, dynamic_ncols=True)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -78,7 +78,7 @@ class RunLog:
         seconds = max(now - self.window_start, 1e-9)
         means = {name: float(total) / count for name, (total, count) in self.sums.items()}
         samples_per_s = num_iterations * self.config.batch_size / seconds
-        remaining_s = min((self.config.max_steps - step) * seconds / num_iterations, self.budget_s - elapsed_s)
+        remaining_s = min((self.config.max_iterations - step) * seconds / num_iterations, self.budget_s - elapsed_s)
         record: dict[str, Any] = {
             "step": step,
             "student_updates": num_student_updates,

@@ -23,8 +23,8 @@ from codmd_serve.sampler import rollout
 from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, load_prompts
-from distill.methods.matching import step_rng
 from distill.networks.build import denoiser, load_part
+from distill.streams import named_rng
 
 PREVIEW_DIR = "previews"
 NUM_PROMPTS = 4
@@ -62,7 +62,7 @@ class Previews:
         self.prompts = load_prompts(config)[:NUM_PROMPTS]
         self.embeds_BLD = data.batch(list(range(len(self.prompts))), device).prompt_embeds
         size = (len(config.grid().timesteps), len(self.prompts), *shape)
-        self.noise = torch.randn(size, generator=step_rng(config.seed, "preview", 0))
+        self.noise = torch.randn(size, generator=named_rng(config.seed, "preview", 0))
         if is_first:
             self.vae = load_part(AutoencoderKLWan, config.base, "vae", torch_dtype=torch.float32)
             self.vae.requires_grad_(False).eval()
