@@ -5,7 +5,6 @@ count of our own, because what x264 decides depends on it.
 """
 
 import contextlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ from typing import IO
 import imageio_ffmpeg
 
 from codmd_serve.errors import ConfigError, GenerationError
+from codmd_serve.files import atomic_file
 
 NUM_ENCODER_THREADS = 4
 
@@ -68,35 +68,40 @@ def write_video(
     """
     # Absolute: ffmpeg would take "-x/out.mp4" for an option and "a:b.mp4" for a protocol.
     path = Path(path).absolute()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    command = _command(find_ffmpeg(), partial, height=height, width=width, fps=fps, crf=crf, comment=comment)
-    try:
-        with tempfile.TemporaryFile() as log:
-            # A session of its own: Ctrl-C in a terminal goes to us, and we decide what becomes of the file.
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
-            )
-            assert process.stdin is not None
-            try:
-                if on_start is not None:
-                    on_start(process.kill)
-                for chunk in frames:
-                    if not _is_fed(process.stdin, chunk):
-                        break
-            except BaseException:
-                process.kill()
-                raise
-            finally:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
-                process.wait()
-            if process.returncode != 0:
-                log.seek(0)
-                said = log.read().decode(errors="replace").strip().splitlines()
-                raise GenerationError(f"ffmpeg failed: {said[-1] if said else process.returncode}", "encode_failed")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    program = find_ffmpeg()
+    with atomic_file(path) as temporary:
+        command = _command(program, temporary, height=height, width=width, fps=fps, crf=crf, comment=comment)
+        _encode(command, frames, on_start)
+
+
+def _encode(
+    command: list[str | Path],
+    frames: Iterable[bytes | memoryview],
+    on_start: Callable[[Callable[[], None]], None] | None,
+) -> None:
+    with tempfile.TemporaryFile() as log:
+        # A session of its own: Ctrl-C in a terminal goes to us, and we decide what becomes of the file.
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+        )
+        assert process.stdin is not None
+        try:
+            if on_start is not None:
+                on_start(process.kill)
+            for chunk in frames:
+                if not _is_fed(process.stdin, chunk):
+                    break
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            process.wait()
+        if process.returncode != 0:
+            log.seek(0)
+            said = log.read().decode(errors="replace").strip().splitlines()
+            raise GenerationError(f"ffmpeg failed: {said[-1] if said else process.returncode}", "encode_failed")
 
 
 def _is_fed(stdin: IO[bytes], chunk: bytes | memoryview) -> bool:

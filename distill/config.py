@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from codmd_serve.config import SAMPLERS, StepGrid
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import SAMPLERS, StepGrid
 from distill.settings import EmaConfig as EmaConfig
 from distill.settings import NativeConfig as NativeConfig
 from distill.settings import OptimizerConfig as OptimizerConfig

@@ -19,7 +19,8 @@ from distill.config import DistillConfig
 from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
 from distill.methods.draws import StepResult
-from distill.methods.matching import MatchingDraws, copula_settings, student_sample
+from distill.methods.matching import MatchingDraws, copula_settings
+from distill.methods.scores import student_sample
 from distill.networks.build import Networks, denoiser
 
 NUM_PADDED_POSITIONS = 512

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from codmd_serve.config import StepGrid
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import StepGrid
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
 from distill.config import DistillConfig, MethodSettings, Recipe
 from distill.data.prompts import Batch
@@ -39,7 +39,7 @@ from distill.losses.consistency import (
 from distill.losses.dmd import dmd_loss
 from distill.methods import matching
 from distill.methods.draws import Passes, StepDraws, StepResult, Turn, draw_step
-from distill.methods.matching import score_metrics, score_sample, student_sample
+from distill.methods.scores import score_metrics, score_sample, student_sample
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
 from distill.settings import check_range
 from distill.streams import named_rng, sample_noise

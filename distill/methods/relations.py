@@ -28,7 +28,7 @@ class BatchRelations:
     def __init__(self, num_parts: int, processes: Processes, *, is_divided: bool = False) -> None:
         self.processes = processes
         # Gradients are averaged over micro-batches and ranks, where a sum is wanted.
-        self.gradient_scale = num_parts * (1 if is_divided else processes.num_data)
+        self.gradient_scale = num_parts * (1 if is_divided else processes.data_parallel)
         self.gathered: list[Tensor] = []
 
     def collect(self, own_bVD: Tensor) -> None:

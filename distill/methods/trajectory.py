@@ -14,8 +14,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from codmd_serve.config import StepGrid
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import StepGrid
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig, MethodSettings, Recipe
 from distill.data.prompts import Batch
@@ -24,7 +24,8 @@ from distill.losses.dmd import dmd_loss
 from distill.losses.trajectory import trajectory_loss
 from distill.methods import matching
 from distill.methods.draws import Passes, StepDraws, StepResult, Turn, draw_exit_step, draw_step
-from distill.methods.matching import critic_step, score_metrics, score_sample, shifted_grid, student_sample
+from distill.methods.matching import shifted_grid
+from distill.methods.scores import critic_step, score_metrics, score_sample, student_sample
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
 from distill.settings import check_range
 from distill.streams import named_rng

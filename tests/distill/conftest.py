@@ -7,6 +7,7 @@ import torch
 
 from distill.config import DistillConfig, with_overrides
 from distill.methods.registry import recipe_config
+from distill.networks.base import open_base
 from distill.networks.build import Networks, build_networks
 
 CAPTIONS = [
@@ -50,4 +51,4 @@ def tiny_config(tiny_base: Path, prompt_file: Path) -> DistillConfig:
 
 @pytest.fixture
 def tiny_networks(tiny_config: DistillConfig) -> Networks:
-    return build_networks(tiny_config, torch.device("cpu"))
+    return build_networks(tiny_config, open_base(tiny_config.base), torch.device("cpu"))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from runs import with_method
 
-from codmd_serve.config import wan_1_3b_grid, wan_14b_grid
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import wan_1_3b_grid, wan_14b_grid
 from distill.config import (
     FORMAT,
     RECIPES,

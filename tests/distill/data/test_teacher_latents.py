@@ -13,6 +13,7 @@ from distill.config import DistillConfig, with_overrides
 from distill.data import teacher_latents as latents
 from distill.data.prompts import PromptData, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, TeacherSampling, cached_teacher_latents
+from distill.networks.base import open_base
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
 from distill.streams import named_rng
 
@@ -27,7 +28,7 @@ def config(tiny_config: DistillConfig) -> DistillConfig:
 
 @pytest.fixture
 def data(config: DistillConfig, tmp_path: Path) -> PromptData:
-    return cached_prompt_data(config, tmp_path / "cache", CPU)
+    return cached_prompt_data(config, open_base(config.base), tmp_path / "cache", CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def make(
     config: DistillConfig, networks: Networks, data: PromptData, cache: Path, num_steps: int = 3, shift: float = 3.0
 ) -> TeacherLatents:
     sampling = TeacherSampling(num_steps=num_steps, shift=shift)
-    return cached_teacher_latents(config, sampling, networks, data, SHAPE, cache, CPU)
+    return cached_teacher_latents(config, sampling, open_base(config.base), networks, data, SHAPE, cache, CPU)
 
 
 def test_samples_are_those_of_the_guided_teacher(

@@ -23,7 +23,8 @@ from distill.methods.consistency import (
     rcm_turns,
     rollout_length,
 )
-from distill.methods.matching import student_sample
+from distill.methods.scores import student_sample
+from distill.networks.base import open_base
 from distill.networks.build import Networks, denoiser
 
 CPU = torch.device("cpu")
@@ -271,7 +272,7 @@ def test_bf16_step_is_finite(tiny_config: DistillConfig, batch: Batch, method: s
     from distill.networks.build import build_networks
 
     config = with_overrides(with_method(tiny_config, method), ["precision=bf16", "teacher_dtype=bf16"])
-    networks = build_networks(config, CPU)
+    networks = build_networks(config, open_base(config.base), CPU)
     result = rcm_student_step(networks, batch, student_draws(config, 400), config)
     result.loss.backward()
     assert bool(result.loss.isfinite())

@@ -17,11 +17,11 @@ from distill.methods.draws import draw_exit_step, draw_score_level, reference_si
 from distill.methods.matching import (
     MatchingDraws,
     copula_settings,
-    critic_step,
     draw_sample,
     student_step,
 )
 from distill.methods.registry import recipe_config
+from distill.methods.scores import critic_step
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from distill.methods.relations import BatchRelations
-from distill.parallel.processes import ALONE, Processes
+from distill.parallel.processes import SINGLE_PROCESS, Processes
 
 
 def loss_of(features_BVD: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def test_gradients_of_parts_add_up_to_that_of_the_whole() -> None:
     whole = features.clone().requires_grad_()
     want = loss_of(whole)
     want.backward()
-    relations = BatchRelations(3, ALONE)
+    relations = BatchRelations(3, SINGLE_PROCESS)
     parts = [part.clone().requires_grad_() for part in features.split(2)]
     for part in parts:
         relations.collect(part)

@@ -17,7 +17,7 @@ from distill.methods import matching, trajectory
 from distill.methods.draws import Turn
 from distill.methods.registry import METHODS, recipe_config
 from distill.networks.build import Networks, denoiser
-from distill.parallel.processes import ALONE
+from distill.parallel.processes import SINGLE_PROCESS
 from distill.plan.architecture import Architecture, read_architecture, read_subject
 from distill.plan.flops import NetworkFlops, Sequence, derivative_flops, iteration_flops, network_flops
 
@@ -147,7 +147,7 @@ def test_iteration_equals_the_counter_on_the_losses_of_every_method(
                 iteration=iteration,
                 config=config,
                 networks=tiny_networks,
-                processes=ALONE,
+                processes=SINGLE_PROCESS,
                 shape=shape,
                 device=CPU,
                 load=load,
