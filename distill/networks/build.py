@@ -17,7 +17,7 @@ from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.sampler import Denoise
 from codmd_serve.wan.attention import use_compact_cross_attention
-from distill.config import DistillConfig, gather_precision
+from distill.config import DistillConfig
 from distill.losses.dmd import guided_flow
 from distill.networks.base import Base
 from distill.networks.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
@@ -83,7 +83,7 @@ def build_networks(
             prepare(network)
             network.to(device)
         else:
-            gathered = gather_precision(config.method, role, config.precision)
+            gathered = config.gather_precision(role, config.precision)
             network = load_sharded(load, prepare, base.transformer_config, processes, gathered)
         if config.activation_checkpointing and (is_trained or has_adapters):
             checkpoint_activations(network, switch)
