@@ -93,13 +93,13 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.plan": (*METHODS, "distill.plan"),
     "distill.run": (*METHODS, "distill.run"),
     "distill.methods": METHODS,
-    "distill.data": (*NETWORKS, "distill.data", "distill.worlds", "distill.methods.matching.step_rng"),
+    "distill.data": (*NETWORKS, "distill.data", "distill.worlds"),
     "distill.networks": NETWORKS,
     "distill.parallel": (*SETTINGS, "distill.parallel"),
     "distill.losses": (*SETTINGS, "distill.losses"),
     "distill.worlds": ("distill.worlds",),
     "distill.config": SETTINGS,
-    "distill.settings": ("distill.losses.copula.FEATURES",),
+    "distill.settings": (),
     "distill.streams": (),
 }
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "gradio")
