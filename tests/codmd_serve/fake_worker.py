@@ -4,6 +4,10 @@
     die-once FILE   the same, unless FILE exists; leaves it, and half a video
     wait FILE       goes on reporting progress until FILE exists
     tail FILE       leaves the device at once, and is being encoded until FILE exists
+    stop            stops itself, as `kill -STOP` does
+    deaf FILE       sends no progress, and so sees no cancellation, until FILE exists
+    child FILE      starts a process that does not end by itself, writes its id to FILE, and is deaf for ever
+    device          fails as every call does after a CUDA error
     oom, bug        fails, with an error on purpose and with an unexpected one
     anything else   is made at once; the words in capitals become warnings
 
@@ -15,6 +19,7 @@ while they waited. With `gpu` in it the device is one.
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -64,7 +69,11 @@ class FakeEngine:
         with (self.folder / "prepared").open("a") as prepared:
             prepared.write(prompt + "\n")
 
-    def begin(self, params: GenerateParams, path: Path, on_progress: Any) -> "Future[SimpleNamespace]":
+    def begin(
+        self, params: GenerateParams, path: Path, on_progress: Any, on_preview: Any = None
+    ) -> "Future[SimpleNamespace]":
+        if on_preview is not None:
+            on_preview(b"a picture")
         video: Future[SimpleNamespace] = Future()
         order, _, rest = params.prompt.partition(" ")
 
@@ -94,6 +103,15 @@ class FakeEngine:
         while order == "wait" and not Path(rest).exists():
             on_progress("denoise", 1, 4)
             time.sleep(0.002)
+        if order == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if order == "child":
+            child = subprocess.Popen(["sleep", "1000"], process_group=0)
+            Path(rest).write_text(str(child.pid))
+        while order in ("deaf", "child") and (order == "child" or not Path(rest).exists()):
+            time.sleep(0.002)
+        if order == "device":
+            raise GenerationError("the device failed", "device_error")
         if order == "oom":
             raise GenerationError("out of memory at this shape", "out_of_memory")
         if order == "bug":
@@ -102,7 +120,9 @@ class FakeEngine:
         path.write_bytes(b"mp4 " + json.dumps(asdict(params)).encode())
         timings_ms = {"text": 1.0, "denoise": 20.25, "decode": 3.0, "encode": 4.0}
         return SimpleNamespace(
-            timings_ms=timings_ms, warnings=[word for word in params.prompt.split() if word.isupper()]
+            timings_ms=timings_ms,
+            warnings=[word for word in params.prompt.split() if word.isupper()],
+            peak_memory_mb=12.5,
         )
 
 
@@ -120,7 +140,7 @@ def load_engine(bundle: Path, device: str, dtype: str, **_settings: str) -> Fake
 
 def main() -> None:
     fakes: dict[str, dict[str, Any]] = {
-        "codmd_serve.engine": {"load_engine": load_engine},
+        "codmd_serve.loading": {"load_engine": load_engine},
         "codmd_serve.wan": {},
         "codmd_serve.wan.checkpoint": {"silence_libraries": lambda: None},
     }
