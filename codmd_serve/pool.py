@@ -168,6 +168,11 @@ class WorkerPool:
         return sum(slot.is_ready and self._hangs(slot) for slot in self._slots)
 
     @property
+    def spare_pid(self) -> int | None:
+        """Process id of the spare; None while there is none."""
+        return self._spare.pid if self._spare is not None and self._spare.exit_code is None else None
+
+    @property
     def capacity(self) -> int:
         """Jobs that would be sent to a worker at once."""
         return max(0, sum(slot.may_send(None, self._overlaps()) for slot in self._slots) - len(self._pending))

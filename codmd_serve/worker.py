@@ -200,6 +200,8 @@ def run_job(engine: "Engine", job: Generate, cancelled: set[str], send: Send) ->
     send(Started(job.id))
     video: Future[GenerateResult] = Future()
     try:
+        with contextlib.suppress(OSError):  # whoever writes there says what is wrong
+            Path(job.path).parent.mkdir(parents=True, exist_ok=True)
         video = engine.begin(job.params, Path(job.path), on_progress, on_preview if job.is_previewed else None)
     except Exception as error:  # told like the failure of an encoder
         video.set_exception(error)

@@ -2,7 +2,8 @@
 
     die             the process is killed, as the kernel kills one that wants too much memory
     die-once FILE   the same, unless FILE exists; leaves it, and half a video
-    wait FILE       goes on reporting progress until FILE exists
+    wait FILE       asks whether to go on, until FILE exists
+    busy FILE       the same, and seems to make progress
     tail FILE       leaves the device at once, and is being encoded until FILE exists
     stop            stops itself, as `kill -STOP` does
     deaf FILE       sends no progress, and so sees no cancellation, until FILE exists
@@ -13,7 +14,7 @@
 
 The bundle is an order too: its folder is the fake's memory. `fatal` in it makes loading fail, `deaths` holds how often
 the process is killed while it loads, `starts` collects one line per start, `prepared` the prompts that were prepared
-while they waited. With `gpu` in it the device is one.
+while they waited. With `gpu` in it there are two GPUs; `service_s` holds what a video is said to take.
 """
 
 import json
@@ -61,7 +62,9 @@ class FakeEngine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.facts = replace(FACTS, device="a GPU") if (folder / "gpu").exists() else FACTS
+        self.facts = replace(FACTS, device="a GPU", num_devices=2) if (folder / "gpu").exists() else FACTS
+        if (folder / "service_s").exists():
+            self.facts = replace(self.facts, service_s=float((folder / "service_s").read_text()))
         self.tail = threading.Thread()
         self.tail.start()
 
@@ -100,8 +103,10 @@ class FakeEngine:
             if rest:
                 Path(rest).touch()
             die()
-        while order == "wait" and not Path(rest).exists():
-            on_progress("denoise", 1, 4)
+        num_done = 0
+        while order in ("wait", "busy") and not Path(rest).exists():
+            num_done += 1
+            on_progress("denoise", 1 if order == "wait" else num_done, 4)
             time.sleep(0.002)
         if order == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -126,9 +131,9 @@ class FakeEngine:
         )
 
 
-def load_engine(bundle: Path, device: str, dtype: str, **_settings: str) -> FakeEngine:
+def load_engine(bundle: Path, device: str, dtype: str, threads: int, **_settings: str) -> FakeEngine:
     with (bundle / "starts").open("a") as starts:
-        starts.write(f"{os.getpid()} {device} {dtype}\n")
+        starts.write(f"{os.getpid()} {device} {dtype} {threads}\n")
     if (bundle / "fatal").exists():
         raise CheckpointError("the bundle is truncated")
     deaths = bundle / "deaths"

@@ -38,7 +38,7 @@ def test_jobs_run_one_at_a_time_in_order(play: Play) -> None:
 def test_the_worker_is_told_what_to_load(play: Play) -> None:
     async def story(harness: Harness) -> None:
         await harness.until(lambda: harness.ready)
-        assert (harness.folder / "starts").read_text().split()[1:] == ["cpu", "bfloat16"]
+        assert (harness.folder / "starts").read_text().split()[1:] == ["cpu", "bfloat16", "0"]
         assert harness.dispatcher.facts is harness.ready[0] and harness.ready[0].name == "fake"
 
     play(story, device="cpu", dtype="bfloat16")
