@@ -1,18 +1,14 @@
 """Every default of serving, as frozen dataclasses and presets; reads no environment and imports nothing heavy."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from codmd_serve.errors import ConfigError
 
-SAMPLERS = ("sde", "ode")
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 4000
 DEFAULT_CRF = 18
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 # Fields of ServeConfig that the engine is loaded with; a worker is told them by these names.
 ENGINE_SETTINGS = ("device", "dtype", "attention", "quantization", "execution", "text_encoder", "text_cache", "threads")
 QUANTIZATIONS = ("none", "fp8")
@@ -20,85 +16,6 @@ TEXT_ENCODERS = ("auto", "gpu", "cpu", "offload")
 EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
 OVERLAPS = ("auto", "on", "off")
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
-
-
-def check_step_grid(sigmas: Sequence[float], timesteps: Sequence[float], sampler: str) -> None:
-    """Refuse a step grid that cannot be sampled.
-
-    Args:
-        sigmas: num_steps + 1 noise levels.
-        timesteps: num_steps numbers fed to the network.
-        sampler: `sde` or `ode`.
-
-    Raises:
-        ConfigError: unknown sampler, lengths that do not match, levels outside [0, 1], not strictly descending or not
-            ending in 0, timesteps that are not finite.
-    """
-    if sampler not in SAMPLERS:
-        raise ConfigError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if not timesteps or len(sigmas) != len(timesteps) + 1:
-        raise ConfigError(
-            f"sigmas must have one entry more than timesteps and at least two, got {len(sigmas)} and {len(timesteps)}"
-        )
-    descending = all(high > low for high, low in pairwise(sigmas))
-    if not (descending and sigmas[0] <= 1.0 and sigmas[-1] == 0.0):
-        raise ConfigError(f"sigmas must descend from at most 1.0 to exactly 0.0, got {list(sigmas)}")
-    if not all(math.isfinite(timestep) for timestep in timesteps):
-        raise ConfigError(f"timesteps must be finite, got {list(timesteps)}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepGrid:
-    """Where a student was trained to stop on its way from noise: what the state holds and what the network is told."""
-
-    sigmas: tuple[float, ...]
-    timesteps: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        check_step_grid(self.sigmas, self.timesteps, SAMPLERS[0])
-
-
-def wan_1_3b_grid() -> StepGrid:
-    """The published 4 steps of CoDMD on Wan2.1-T2V-1.3B.
-
-    The network is fed integers, but the state is at the nearest entry of a 1,000-entry shift-8 table, which is why
-    sigma is not exactly timestep / 1000. A student trained so has to be sampled so.
-    """
-    table_entries = (1.0, 0.529, 0.280, 0.120)
-    return StepGrid(
-        sigmas=(*(8.0 * u / (1.0 + 7.0 * u) for u in table_entries), 0.0),
-        timesteps=(1000.0, 900.0, 757.0, 522.0),
-    )
-
-
-def causvid_grid() -> StepGrid:
-    """The published 3 steps of CausVid (bidirectional) and FastWan: those of `wan_1_3b_grid` without the second."""
-    full = wan_1_3b_grid()
-    return StepGrid(
-        sigmas=(full.sigmas[0], *full.sigmas[2:]),
-        timesteps=(full.timesteps[0], *full.timesteps[2:]),
-    )
-
-
-def wan_14b_grid() -> StepGrid:
-    """The published 4 steps on Wan2.1-T2V-14B: shift 5 of 1, 3/4, 1/2, 1/4."""
-    return StepGrid(
-        sigmas=(1.0, 0.9375, 5 / 6, 0.625, 0.0),
-        timesteps=(1000.0, 937.5, 5000 / 6, 625.0),
-    )
-
-
-def rcm_grid() -> StepGrid:
-    """The published 4 steps of rCM: TrigFlow angles atan(80), 1.5, 1.4 and 1.
-
-    cos(angle) * x0 + sin(angle) * noise is (cos + sin) times a state at sigma = sin / (cos + sin), and the network is
-    fed 1000 * sigma. The first level is 80/81, not 1.
-
-    Source: rCM (arXiv 2510.08431); NVlabs/rcm@5b41aa9, inference defaults.
-    """
-    angles = (math.atan(80.0), 1.5, 1.4, 1.0)
-    sigmas = [math.sin(angle) / (math.cos(angle) + math.sin(angle)) for angle in angles]
-    return StepGrid(sigmas=(*sigmas, 0.0), timesteps=tuple(1000.0 * sigma for sigma in sigmas))
 
 
 def default_bundle_path() -> Path:
@@ -162,7 +79,7 @@ class ServeConfig:
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
         choices = {
-            "dtype": DTYPES,
+            "dtype": DTYPE_CHOICES,
             "quantization": QUANTIZATIONS,
             "overlap": OVERLAPS,
             "execution": EXECUTIONS,

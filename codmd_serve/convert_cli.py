@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codmd_serve import __version__
-from codmd_serve.config import SAMPLERS
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import SAMPLERS
 
 if TYPE_CHECKING:
     from codmd_serve.wan.checkpoint import StudentSpec

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codmd_serve.files import first_line
+
 MAX_GRAPHS = 6
 NUM_WARM_RUNS = 2
 MAX_SHAPES_TOLD = 256
@@ -110,7 +112,7 @@ class Graphs:
         try:
             replay, output = self._record(lambda: function(*static))
         except Exception as error:  # whatever a driver, a library or the network raises, eager execution is left
-            self.failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            self.failure = first_line(error)
             self._graphs.clear()
             log.warning("execution=eager reason=%r", self.failure)
             return False

@@ -17,6 +17,7 @@ from torch import Tensor
 from codmd_serve.config import EXECUTIONS
 from codmd_serve.cuda_graph import MAX_SHAPES_TOLD, CudaRecorder, Graphs, Key, Record
 from codmd_serve.errors import ConfigError
+from codmd_serve.files import first_line
 from codmd_serve.sampler import OnStep, rollout
 from codmd_serve.wan.checkpoint import StudentSpec
 from codmd_serve.wan.text import fingerprint
@@ -154,7 +155,7 @@ class DenoiseLoop:
                 self._run(noise, prompt, None, True)
             compiled_s = self._timed(lambda: self._run(noise, prompts[0], None, True))
         except Exception as error:  # without a compiler, or where it does not know an operator, eager execution is left
-            self.fallback = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            self.fallback = first_line(error)
             log.warning("execution=eager reason=%r", self.fallback)
             return least_s
         if self._asked == "auto" and compiled_s > WORTH_IT * least_s:

@@ -151,7 +151,7 @@ class Dispatcher:
         assert self._spool is not None
         job_id = secrets.token_hex(12)
         self._num_submitted += 1
-        job = Job(id=job_id, number=self._num_submitted, params=params, path=self._spool / f"{job_id}.mp4")
+        job = Job(id=job_id, number=self._num_submitted, params=params, path=self._spool / job_id / "video.mp4")
         self._jobs[job.id] = job
         self._forget_old_jobs()
         self._queue.append(job)
@@ -247,8 +247,7 @@ class Dispatcher:
 
     def _remove_files(self, job: Job) -> None:
         """Remove the video and what a killed worker had begun of it."""
-        for path in job.path.parent.glob(f"*{job.id}*"):
-            path.unlink(missing_ok=True)
+        shutil.rmtree(job.path.parent, ignore_errors=True)
 
     def _fail_queued(self, error: GenerationError) -> None:
         while self._queue:

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import torch
 
-from codmd_serve.config import DEFAULT_CRF, DTYPES, GenerateParams, ModelFacts
+from codmd_serve.config import DEFAULT_CRF, GenerateParams, ModelFacts
 from codmd_serve.denoise import choose_execution
+from codmd_serve.device import choose_device, choose_dtype
 from codmd_serve.engine import Engine
-from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
+from codmd_serve.errors import CheckpointError, CodmdError, GenerationError
+from codmd_serve.files import first_line
 from codmd_serve.video import find_ffmpeg
-from codmd_serve.wan.checkpoint import Bundle, load_bundle
+from codmd_serve.wan.checkpoint import Bundle, load_bundle, native_attention_shape
 from codmd_serve.wan.fp8 import check_quantization, quantize_blocks
-from codmd_serve.wan.kernels import LOSSY, AttentionShape, check_attention_name, choose_attention
+from codmd_serve.wan.kernels import LOSSY, check_attention_name, choose_attention
 from codmd_serve.wan.preview import fit_preview
 from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder
 from codmd_serve.wan.transformer import FewStepTransformer
-from codmd_serve.wan.vae import latent_shape
 
 MEMORY_SHARE = 0.9  # of what is free; the rest is for fragments, workspaces and the driver
 
@@ -72,32 +73,44 @@ def load_engine(
     embedder = _embedder(bundle, chosen_device, text_encoder, text_cache, free_bytes)
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
-    chosen = choose_attention(attention, _attention_shape(bundle), chosen_device, chosen_dtype)
+    chosen = choose_attention(
+        attention,
+        native_attention_shape(bundle.transformer.config, bundle.vae.config, bundle.spec.native),
+        chosen_device,
+        chosen_dtype,
+    )
     lossy = [name for name in (quantization, attention) if name == "fp8" or name in LOSSY]
     facts = replace(facts, attention=chosen.name, lossy="+".join(lossy))
     transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
     if quantization == "fp8":
         quantize_blocks(transformer)
     engine = Engine(bundle, transformer, facts, execution=chosen_execution, embedder=embedder)
-    if not engine.preview_map:  # a bundle of before there were previews
-        engine.preview_map = fit_preview(engine.decoder)
+    _warm_up(engine, path)
+    engine.facts = replace(engine.facts, load_s=time.perf_counter() - start_s)
+    return engine
+
+
+def _warm_up(engine: Engine, path: Path) -> None:
+    """Make the first videos, and note in the facts what they showed."""
     try:
-        warm_s, max_video_px = _warm(engine)
+        if not engine.preview_map:  # a bundle of before there were previews
+            engine.preview_map = fit_preview(engine.decoder)
+        warm_s, max_video_px = _make_native_videos(engine)
     except CodmdError:
         raise
     except Exception as error:  # parts that load but do not work together fail anywhere, with any exception
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        raise GenerationError(f"{path} loads but cannot make its own native video: {reason}", "warm_up") from error
+        raise GenerationError(
+            f"{path} loads but cannot make its own native video: {first_line(error)}", "warm_up"
+        ) from error
+    device = engine.transformer.device
     engine.facts = replace(
-        facts,
+        engine.facts,
         execution=engine.loop.execution,
         fallback=engine.loop.fallback,
         max_video_px=max_video_px,
-        num_devices=torch.cuda.device_count() if chosen_device.type == "cuda" else 1,
+        num_devices=torch.cuda.device_count() if device.type == "cuda" else 1,
         service_s=warm_s,
-        load_s=time.perf_counter() - start_s,
     )
-    return engine
 
 
 def _embedder(bundle: Bundle, device: torch.device, place: str, cache: str, free_bytes: int) -> PromptEmbedder:
@@ -116,7 +129,7 @@ def _embedder(bundle: Bundle, device: torch.device, place: str, cache: str, free
     )
 
 
-def _warm(engine: Engine) -> tuple[float, int]:
+def _make_native_videos(engine: Engine) -> tuple[float, int]:
     """Make the native video twice; returns the seconds of the second time, and the pixels that memory has room for."""
     facts, device = engine.facts, engine.transformer.device
     params = GenerateParams(
@@ -178,39 +191,6 @@ def _check_native(path: Path, facts: ModelFacts) -> None:
         )
 
 
-def choose_device(device: str) -> torch.device:
-    """Turn auto, cpu, cuda or cuda:N into a device that is there.
-
-    Raises:
-        ConfigError: not a device, or not on this machine.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"no device {device}: this torch sees {torch.cuda.device_count()} CUDA devices")
-    return chosen
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turn auto or a name into a dtype: bfloat16 on CUDA, float32 elsewhere.
-
-    Raises:
-        ConfigError: not one of the names.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen: torch.dtype = getattr(torch, dtype)
-    return chosen
-
-
 def _describe(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> ModelFacts:
     native, vae, config = bundle.spec.native, bundle.vae.config, bundle.transformer.config
     side_px = vae.scale_factor_spatial * config.patch_size[1]
@@ -231,14 +211,4 @@ def _describe(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Model
         max_num_frames=(config.rope_max_seq_len - 1) * vae.scale_factor_temporal + 1,
         service_s=0.0,
         load_s=0.0,
-    )
-
-
-def _attention_shape(bundle: Bundle) -> AttentionShape:
-    native, config = bundle.spec.native, bundle.transformer.config
-    _, *latent = latent_shape(bundle.vae, native.height, native.width, native.num_frames)
-    return AttentionShape(
-        num_tokens=math.prod(size // patch for size, patch in zip(latent, config.patch_size, strict=True)),
-        num_heads=config.num_attention_heads,
-        head_width=config.attention_head_dim,
     )

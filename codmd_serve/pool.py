@@ -173,6 +173,11 @@ class WorkerPool:
         return self._spare.pid if self._spare is not None and self._spare.exit_code is None else None
 
     @property
+    def num_waiting(self) -> int:
+        """Jobs that have no place yet."""
+        return len(self._pending)
+
+    @property
     def capacity(self) -> int:
         """Jobs that would be sent to a worker at once."""
         return max(0, sum(slot.may_send(None, self._overlaps()) for slot in self._slots) - len(self._pending))

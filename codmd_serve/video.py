@@ -21,6 +21,7 @@ from pathlib import Path
 import imageio_ffmpeg
 
 from codmd_serve.errors import ConfigError, GenerationError
+from codmd_serve.files import atomic_file
 
 NUM_ENCODER_THREADS = 4
 # ffmpeg is killed when it takes longer than this for what it was given: x264 on one busy core is ten times as fast.
@@ -28,8 +29,9 @@ MIN_ENCODER_WAIT_S = 30.0
 MIN_ENCODED_PX_PER_S = 250_000.0
 LOOKAHEAD_FRAMES = 64  # frames that x264 may hold back until its input ends
 POLL_S = 0.2
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE_ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EIO)
 MAX_LOG_BYTES = 2**16
-PARTIAL_SUFFIX = ".partial"
 
 logger = logging.getLogger(__name__)
 
@@ -87,16 +89,15 @@ def write_video(
     """
     # Absolute: ffmpeg would take "-x/out.mp4" for an option and "a:b.mp4" for a protocol.
     path = Path(path).absolute()
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
         program = find_ffmpeg()
     except ConfigError as error:
         logger.error("code=encoder_missing %s", error)
         raise GenerationError("the server has no working ffmpeg; its log says more", "encoder_missing") from error
-    command = _command(program, partial, height=height, width=width, fps=fps, crf=crf, comment=comment)
     with _storage_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _storage_errors(), atomic_file(path) as partial:
+        command = _command(program, partial, height=height, width=width, fps=fps, crf=crf, comment=comment)
         encoder = _Encoder(command, height * width)
         try:
             if on_start is not None:
@@ -113,23 +114,6 @@ def write_video(
         encoder.check(partial)
         if on_wait is not None:
             on_wait()
-        with _storage_errors():
-            partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def sweep_partials(folder: Path) -> int:
-    """Remove what killed processes of this machine left half-written in a folder; call it before any starts.
-
-    Returns:
-        Number of files removed.
-    """
-    leftovers = list(folder.glob(f".*{PARTIAL_SUFFIX}")) if folder.is_dir() else []
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
 
 
 class _Encoder:
@@ -264,7 +248,7 @@ def _dying_with_parent() -> tuple[str, ...]:
 
 
 def _storage_error(error: OSError) -> GenerationError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL_ERRNOS:
         return GenerationError("the server's disk is full", "storage_full")
     return GenerationError(f"the server cannot write videos: {os.strerror(error.errno or 0)}", "storage_unwritable")
 
@@ -275,6 +259,8 @@ def _storage_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno not in (*FULL_ERRNOS, *UNWRITABLE_ERRNOS):  # of whoever makes the frames
+            raise
         logger.error("%s", error)
         raise _storage_error(error) from error
 

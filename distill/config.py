@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from codmd_serve.config import SAMPLERS, StepGrid
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import SAMPLERS, StepGrid
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.settings import CopulaConfig as CopulaConfig
 from distill.settings import DpDmdConfig as DpDmdConfig

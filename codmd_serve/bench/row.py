@@ -53,9 +53,11 @@ from codmd_serve.bench.trials import (
 )
 from codmd_serve.bench.weights import PROMPTS, random_bundle
 from codmd_serve.config import DEFAULT_CRF, GenerateParams
+from codmd_serve.device import choose_device, choose_dtype
 from codmd_serve.engine import Engine
 from codmd_serve.errors import CodmdError, ConfigError
-from codmd_serve.loading import choose_device, choose_dtype, load_engine
+from codmd_serve.files import first_line, write_json, write_text
+from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import load_bundle, read_spec, resolve_base
 from codmd_serve.wan.vae import latent_shape
 
@@ -115,12 +117,12 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
     if not config.serving:
         row["picture"] = file.with_suffix(".png").name
         _draw(folder / row["picture"], row)
-    file.write_text(json.dumps(row, indent=None if config.serving else 1) + "\n", encoding="utf-8")
+    write_json(file, row, indent=None if config.serving else 1)
     rows, serving = (
         [json.loads(other.read_text(encoding="utf-8")) for other in sorted(folder.glob(f"{kind}-*.json"))]
         for kind in ("performance", "serving")
     )
-    (folder / "performance.md").write_text(document(rows, serving), encoding="utf-8")
+    write_text(folder / "performance.md", document(rows, serving))
     return _text(shown(row))
 
 
@@ -275,7 +277,7 @@ def _against_lossy(run: _Run, bundle: Path, engine: Engine, found: _Measured, pa
             variant = lossy.load_variant(name, bundle, engine)
             error = lossy.error_of(variant, wanted, same)
         except (CodmdError, torch.OutOfMemoryError) as failure:
-            problems[name] = str(failure).splitlines()[0]
+            problems[name] = first_line(failure)
             continue
         label = f"lossy {name}"
         found.contestants[label] = Ours(variant)

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from codmd_serve import __version__
 from codmd_serve.bench.floor import num_parameters
-from codmd_serve.config import StepGrid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import StepGrid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white")

@@ -3,10 +3,8 @@
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,13 @@ import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from codmd_serve.config import check_step_grid
 from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.files import atomic_folder, first_line
+from codmd_serve.grammar import Grammar
+from codmd_serve.grid import check_step_grid
 from codmd_serve.wan.kernels import AttentionShape
+from codmd_serve.wan.vae import vae_scales
 
 SPEC_FILE = "student.json"
 
@@ -94,7 +95,10 @@ class StudentSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """A loaded student with everything it needs; the modules are in eval mode and carry no gradient."""
+    """A loaded student with everything it needs; the modules are in eval mode and carry no gradient.
+
+    `grammar` is that of the captions it was trained on, for a student that knows only captions of a grammar.
+    """
 
     path: Path
     spec: StudentSpec
@@ -102,6 +106,7 @@ class Bundle:
     text_encoder: Any
     transformer: Any
     vae: Any
+    grammar: Grammar | None = None
 
 
 def silence_libraries() -> None:
@@ -173,29 +178,64 @@ def resolve_base(bundle: Path, base: str) -> tuple[str, bool]:
 
 
 def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionShape:
-    """What the transformer of a bundle attends to in its native video, read from its configuration alone.
+    """Return what the transformer of a bundle attends to in its native video, from the configs alone.
 
     Args:
-        bundle: folder; the compression of its VAE is taken as Wan's 8 x 8 x 4.
+        bundle: folder.
         max_tokens: an upper bound to the number of tokens that is returned.
 
     Raises:
-        CheckpointError: no such bundle, or a configuration that does not say.
+        CheckpointError: no such bundle, no VAE in its base, or a config that lacks a size.
     """
     spec = read_spec(bundle)
+    base, is_local = resolve_base(bundle, spec.base)
+    config = read_part_config(WanTransformer3DModel, bundle, "transformer", True)
+    vae = read_part_config(AutoencoderKLWan, base, "vae", is_local)
     try:
-        config = json.loads((bundle / "transformer" / "config.json").read_text(encoding="utf-8"))
-        frames, height, width = config["patch_size"]
-        native = spec.native
-        rows, columns = native.height // 8 // height, native.width // 8 // width
-        num_tokens = ((native.num_frames - 1) // 4 + 1) // frames * rows * columns
-        return AttentionShape(
-            num_tokens=min(num_tokens, max_tokens or num_tokens),
-            num_heads=config["num_attention_heads"],
-            head_width=config["attention_head_dim"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {_first_line(error)}") from error
+        shape = native_attention_shape(config, vae, spec.native)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {first_line(error)}") from error
+    return replace(shape, num_tokens=min(shape.num_tokens, max_tokens or shape.num_tokens))
+
+
+def native_attention_shape(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], native: NativeShape
+) -> AttentionShape:
+    """Return what a transformer attends to in a native video.
+
+    Args:
+        transformer, vae: their configs.
+        native: the video.
+
+    Raises:
+        KeyError: a config lacks a size.
+    """
+    temporal, spatial = vae_scales(vae)
+    latents = ((native.num_frames - 1) // temporal + 1, native.height // spatial, native.width // spatial)
+    return AttentionShape(
+        num_tokens=math.prod(size // cell for size, cell in zip(latents, transformer["patch_size"], strict=True)),
+        num_heads=transformer["num_attention_heads"],
+        head_width=transformer["attention_head_dim"],
+    )
+
+
+def read_part_config(kind: Any, folder: Path | str, part: str, is_local: bool) -> dict[str, Any]:
+    """Read the config of one module of a folder or hub id, without its weights.
+
+    Args:
+        kind: the diffusers class of the module.
+        folder: a folder or hub id.
+        part: the subfolder.
+        is_local: whether `folder` is a folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        config: dict[str, Any] = kind.load_config(folder, subfolder=part, local_files_only=is_local)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{part} of {folder} has no readable config: {first_line(error)}") from error
+    return config
 
 
 def load_bundle(
@@ -218,16 +258,14 @@ def load_bundle(
     """
     path = Path(path)
     spec = read_spec(path)
+    grammar = Grammar.load(path)
     base, is_local = resolve_base(path, spec.base)
     transformer = load_module(WanTransformer3DModel, path, "transformer", True, torch_dtype=dtype)
     vae = load_module(AutoencoderKLWan, base, "vae", is_local, torch_dtype=torch.float32)
     # UMT5 was trained in bfloat16; its activations leave the range of float16.
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", is_local, dtype=text_dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=is_local)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"tokenizer of {base} cannot be loaded: {_first_line(error)}") from error
+    tokenizer = load_tokenizer(base, is_local)
     for part, wanted, got in (
         ("latent channels of transformer and VAE", transformer.config.in_channels, vae.config.z_dim),
         ("text width of transformer and text encoder", transformer.config.text_dim, text_encoder.config.d_model),
@@ -241,7 +279,13 @@ def load_bundle(
     for module, place in ((transformer, device), (vae, device), (text_encoder, text_device or device)):
         module.requires_grad_(False).eval().to(place)
     return Bundle(
-        path=path, spec=spec, tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae
+        path=path,
+        spec=spec,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=transformer,
+        vae=vae,
+        grammar=grammar,
     )
 
 
@@ -262,7 +306,7 @@ def load_module(kind: Any, folder: Path | str, subfolder: str, is_local: bool, *
     except CodmdError:
         raise
     except Exception as error:  # safetensors, both libraries and the file system each raise their own kinds
-        raise CheckpointError(f"{where} cannot be loaded, is it complete? {_first_line(error)}") from error
+        raise CheckpointError(f"{where} cannot be loaded, is it complete? {first_line(error)}") from error
     problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     for name, keys in problems.items():
         if keys:
@@ -270,36 +314,29 @@ def load_module(kind: Any, folder: Path | str, subfolder: str, is_local: bool, *
     return module
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+def load_tokenizer(folder: Path | str, is_local: bool) -> Any:
+    """Load the tokenizer of a folder or hub id.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=is_local)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
 
 
-def save_bundle(path: Path, transformer: Any, spec: StudentSpec) -> None:
-    """Write a bundle so that the folder is either the old one or the new one, never half of one.
+def save_bundle(path: Path, transformer: Any, spec: StudentSpec, grammar: Grammar | None = None) -> None:
+    """Write a bundle atomically.
 
     Args:
         path: the bundle folder; one that exists is replaced.
         transformer: a WanTransformer3DModel.
         spec: becomes student.json.
+        grammar: becomes world.json; None when the student takes any text.
     """
-    with fresh_folder(path) as fresh:
+    with atomic_folder(path) as fresh:
         transformer.save_pretrained(fresh / "transformer")
         (fresh / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `path` when the block ends well, and is gone when it does not."""
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("new", "old"))
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        fresh.mkdir()
-        yield fresh
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if grammar is not None:
+            grammar.save(fresh)

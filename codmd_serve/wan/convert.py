@@ -13,8 +13,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 
-from codmd_serve.config import StepGrid, causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.files import first_line
+from codmd_serve.grid import StepGrid, causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.names import check_config, merge_lora, to_diffusers
 from codmd_serve.wan.published import Published, read_published
@@ -136,8 +137,9 @@ def convert(source: Path, base: Path, output: Path, options: ConvertOptions, pac
     try:
         save_bundle(output, transformer, spec)
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"bundle {output} cannot be written: {reason}; nothing was left there") from error
+        raise CheckpointError(
+            f"bundle {output} cannot be written: {first_line(error)}; nothing was left there"
+        ) from error
     return Converted(looks=FAMILIES[published.family].looks, num_tensors=len(published.weights), spec=spec)
 
 
@@ -174,8 +176,7 @@ def read_base_config(base: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = WanTransformer3DModel.load_config(base, subfolder="transformer", local_files_only=True)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"transformer/config.json of {base} cannot be read: {reason}") from error
+        raise CheckpointError(f"transformer/config.json of {base} cannot be read: {first_line(error)}") from error
     kind = config.get("_class_name")
     if kind != "WanTransformer3DModel" or config.get("image_dim") is not None:
         what = kind if kind != "WanTransformer3DModel" else "an image-to-video WanTransformer3DModel"

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from codmd_serve.errors import ConfigError
+from codmd_serve.files import first_line
 from codmd_serve.wan.attention import NUM_PROMPT_POSITIONS, pad_logit_bias
 from codmd_serve.wan.transformer import Attend, sdpa
 
@@ -243,7 +244,7 @@ def _tried(
                 return None, f"wrong numbers, relative error {error:.2g}"
             return _median_ms(lambda: attend(query, key, value, bias), query.device), ""
         except Exception as error:  # packages raise anything, and a kernel that cannot is not a failure of ours
-            return None, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            return None, first_line(error)
 
 
 def _error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> float:

@@ -12,6 +12,7 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from codmd_serve.errors import CheckpointError
+from codmd_serve.files import first_line
 from codmd_serve.wan.published import LORA_PARTS, Published
 
 # Original name of each module that diffusers calls differently; all others have the same name in both. diffusers knows
@@ -175,10 +176,7 @@ def _read_factors(pairs: Mapping[str, Tensor], source: str) -> dict[str, tuple[T
             {key: tensor.to(torch.float32, copy=True) for key, tensor in pairs.items()}
         )
     except (ValueError, KeyError, IndexError, UnboundLocalError) as error:
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise CheckpointError(
-            f"{source} is no Wan LoRA that diffusers reads: {type(error).__name__}: {reason}"
-        ) from error
+        raise CheckpointError(f"{source} is no Wan LoRA that diffusers reads: {first_line(error)}") from error
     factors = {}
     for key, down in converted.items():
         if key.endswith(".lora_A.weight"):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from codmd_serve.errors import CheckpointError
+from codmd_serve.files import first_line
 
 EXPECTED = (
     "expected a CoDMD, CausVid or Self-Forcing .pt (generator, generator_ema), an rCM .pt (net.*), safetensors or a "
@@ -263,4 +264,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _first_sentence(error: Exception) -> str:
     # torch goes on for several sentences.
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+    return first_line(error).split(". ")[0]

@@ -1,6 +1,6 @@
 """Samples of the teacher to train on: one for each training prompt, made once, cached on disk in shards.
 
-Knows no loss and no training loop. Layout: N samples, B batch, C channels, F latent frames, H, W latent pixels.
+Knows no loss and no training loop. Legend: N samples, B batch, C channels, F latent frames, H, W latent pixels.
 
 CACHE/teacher-latents-KEY/00000.safetensors      samples of prompts 0 to 63, complete or absent
 """
@@ -20,13 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codmd_serve.errors import CheckpointError
+from codmd_serve.files import atomic_file
 from codmd_serve.sampler import rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, add_module_files, load_prompts, prompt_key
 from distill.methods.matching import step_rng
-from distill.networks.build import Networks, denoiser, guided_teacher_flow, resolve_base
-from distill.parallel.processes import ALONE, Processes
+from distill.networks.base import Base
+from distill.networks.build import Networks, denoiser, guided_teacher_flow
+from distill.parallel.processes import SINGLE_PROCESS, Processes
 
 SHARD_SIZE = 64
 SAMPLE_BATCH = 16
@@ -71,18 +73,20 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def cached_teacher_latents(
     config: DistillConfig,
+    base: Base,
     networks: Networks,
     data: PromptData,
     shape: tuple[int, ...],
     cache_dir: Path,
     device: torch.device,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> TeacherLatents:
     """Return samples of the teacher for all training prompts, sampling those that the cache does not have.
 
     Args:
         config: rcm.data_steps Euler steps, shifted by rcm.data_shift, guided by guidance_scale; its precision must be
             resolved.
+        base: of the networks; the samples are cached under its files.
         networks: the teacher is sampled.
         data: embeddings of the prompts.
         shape: (C, F, H, W) of the latents.
@@ -99,29 +103,28 @@ def cached_teacher_latents(
 
     An interrupted call has lost the shard it was at; the next call goes on there.
     """
-    folder = cache_dir / f"teacher-latents-{_cache_key(config)[:16]}"
+    folder = cache_dir / f"teacher-latents-{_cache_key(config, base)[:16]}"
     num_shards = -(-data.num_prompts // SHARD_SIZE)
     sizes = [min(SHARD_SIZE, data.num_prompts - shard * SHARD_SIZE) for shard in range(num_shards)]
     wanted = [
         shard for shard, size in enumerate(sizes) if not _holds_samples(shard_path(folder, shard), (size, *shape))
     ]
     # Nobody writes before all have looked.
-    processes.greatest(len(wanted))
-    if wanted and processes.is_first:
+    processes.all_reduce_max(len(wanted))
+    if wanted and processes.is_rank0:
         logger.info("sampling teacher prompts=%d shards=%d folder=%s", data.num_prompts, len(wanted), folder.name)
-    hidden = None if processes.is_first else True
+    hidden = None if processes.is_rank0 else True
     for shard in tqdm(wanted, desc="samples of the teacher", unit="shard", disable=hidden, dynamic_ncols=True):
         x0 = _sample_shard(config, networks, data, shard, (sizes[shard], *shape), device)
-        processes.first_does(partial(_write_shard, folder, shard, x0))
+        processes.on_rank0(partial(_write_shard, folder, shard, x0))
     return TeacherLatents(folder=folder)
 
 
 def _write_shard(folder: Path, shard: int, x0: Tensor) -> None:
-    unfinished = shard_path(folder, shard).with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"x0": x0}, unfinished)
-        unfinished.rename(shard_path(folder, shard))
+        with atomic_file(shard_path(folder, shard)) as temporary:
+            save_file({"x0": x0}, temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"samples of the teacher cannot be written to {folder}: {error}") from error
 
@@ -171,20 +174,19 @@ def _holds_samples(path: Path, shape: tuple[int, ...]) -> bool:
     return found == shape
 
 
-def _cache_key(config: DistillConfig) -> str:
-    folder, is_local = resolve_base(config.base)
+def _cache_key(config: DistillConfig, base: Base) -> str:
     prompts = [*load_prompts(config), config.negative_prompt]
     settings = [
-        prompt_key(prompts, config),
+        prompt_key(prompts, config, base),
         dataclasses.asdict(config.native),
         config.rcm.data_steps,
         config.rcm.data_shift,
         config.guidance_scale,
         config.teacher_dtype,
         config.precision,
-        None if is_local else folder,
+        None if base.is_local else base.source,
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    if is_local:
-        add_module_files(digest, Path(folder), ("transformer",))
+    if base.is_local:
+        add_module_files(digest, Path(base.source), ("transformer",))
     return digest.hexdigest()

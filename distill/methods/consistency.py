@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from codmd_serve.config import StepGrid
+from codmd_serve.grid import StepGrid
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
 from distill.config import DistillConfig
 from distill.data.prompts import Batch

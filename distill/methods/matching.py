@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codmd_serve.config import StepGrid
+from codmd_serve.grid import StepGrid
 from codmd_serve.sampler import Denoise, rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0, shift_sigma
 from distill.config import DistillConfig, reference_sigma

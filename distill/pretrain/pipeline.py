@@ -1,8 +1,5 @@
 """Writes the trained parts as a diffusers WanPipeline folder, each part whole or not at all; knows no training."""
 
-import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,8 @@ import diffusers
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from codmd_serve.files import atomic_folder, write_json
 
 # 16-bit files keep the repository small. float16 and not bfloat16: weights are far inside its range, and its three
 # more mantissa bits keep the rounding at 2^-11.
@@ -55,15 +54,9 @@ def _write_index(folder: Path) -> None:
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    partial = folder / ".model_index.partial"
-    partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "model_index.json")
+    write_json(folder / "model_index.json", index)
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.parent.mkdir(parents=True, exist_ok=True)
-    write(fresh)
-    shutil.rmtree(path, ignore_errors=True)
-    fresh.rename(path)
+    with atomic_folder(path) as fresh:
+        write(fresh)

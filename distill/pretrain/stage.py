@@ -5,7 +5,6 @@ stopped and resumed equals one that was not. Only a time budget, which ends the 
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from codmd_serve.errors import CheckpointError, CodmdError
-from distill.networks.build import load_part
+from codmd_serve.files import atomic_file, first_line
+from distill.networks.base import open_base
 
 WARMUP_STEPS = 50
 FINAL_LR_SHARE = 0.02
@@ -209,7 +209,7 @@ def load_weights(module: nn.Module, pipeline: str, subfolder: str) -> None:
     Raises:
         CheckpointError: it is missing, damaged or of another layout.
     """
-    source = load_part(type(module), pipeline, subfolder)
+    source = open_base(pipeline).load(type(module), subfolder)
     try:
         module.load_state_dict(source.float().state_dict())
     except RuntimeError as error:
@@ -241,12 +241,13 @@ def _restore(
             value.copy_(state["average"][key])
         return int(state["step"]), float(state["elapsed_s"]), float(state["progress"])
     except Exception as error:  # torch, pickle and zip each raise their own kinds
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise CheckpointError(f"{path} cannot be resumed from, delete it to start this stage anew: {reason}") from error
+        raise CheckpointError(
+            f"{path} cannot be resumed from, delete it to start this stage anew: {first_line(error)}"
+        ) from error
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    torch.save(state, partial)
-    partial.replace(path)
+    # Through an open file: given a path, torch would write the random temporary name into the archive.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)

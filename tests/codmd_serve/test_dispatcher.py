@@ -102,7 +102,7 @@ def test_a_job_whose_worker_dies_is_tried_again(play: Play) -> None:
         assert harness.dispatcher.num_restarts == 1
         assert len(harness.ready) == 1, "ready is said once"
         # What the dead worker had begun is gone.
-        assert sorted(path.name for path in job.path.parent.iterdir()) == sorted([job.path.name, after.path.name])
+        assert list(job.path.parent.iterdir()) == [job.path]
 
     play(story)
 
@@ -113,7 +113,7 @@ def test_a_job_that_kills_every_worker_fails_and_the_next_one_works(play: Play) 
         assert [await harness.result(each) for each in (job, after)] == ["failed", "completed"]
         assert job.error is not None and job.error.code == "worker_died"
         assert "the worker died 3 times on this job" in str(job.error)
-        assert [path.name for path in after.path.parent.iterdir()] == [after.path.name]
+        assert list(after.path.parent.iterdir()) == [after.path] and not job.path.parent.exists()
 
     play(story, max_attempts=3)
 

@@ -1,6 +1,7 @@
 """The engine on a tiny random bundle of the real classes: the right frames, the same bytes, and clean failures."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ from codmd_serve.video import write_video
 from codmd_serve.wan import vae as vae_module
 from codmd_serve.wan.checkpoint import StudentSpec
 from codmd_serve.wan.vae import to_uint8
+from distill.worlds.shapeworld.captions import grammar
 
 PARAMS = GenerateParams(prompt="a red circle moves right", seed=7, height=32, width=48, num_frames=9, fps=16, crf=18)
 
@@ -105,7 +107,12 @@ def test_progress_is_told_stage_by_stage_and_every_stage_is_timed(
 ) -> None:
     decode_one_by_one(monkeypatch)
     seen: list[tuple[str, int, int]] = []
+    num_encoded = 0
     result = engine.generate(PARAMS, tmp_path / "a.mp4", lambda *step: seen.append(step))
+    while seen[-1][0] == "encode":
+        assert seen.pop()[2] == 9
+        num_encoded += 1
+    assert num_encoded > 0, "the last one is asked whether the file may appear"
     assert seen == [
         ("text", 1, 1),
         *(("denoise", step, 4) for step in (1, 2, 3, 4)),
@@ -115,7 +122,7 @@ def test_progress_is_told_stage_by_stage_and_every_stage_is_timed(
     assert all(value > 0 for value in result.timings_ms.values())
 
 
-@pytest.mark.parametrize("at", [("text", 1), ("denoise", 2), ("decode", 5)])
+@pytest.mark.parametrize("at", [("text", 1), ("denoise", 2), ("decode", 5), ("encode", 9)])
 def test_cancelling_leaves_nothing_and_disturbs_nothing(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: tuple[str, int]
 ) -> None:
@@ -143,6 +150,21 @@ def test_warnings_name_unknown_words_and_a_shape_that_was_not_trained(engine: En
     ]
     (shape,) = engine.generate(PARAMS, tmp_path / "a.mp4").warnings
     assert shape == "trained at 32x32 with 9 frames, asked for 48x32 with 9: expect less of it"
+
+
+def test_a_student_of_a_grammar_warns_of_prompts_outside_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "student"
+    shutil.copytree(tiny_bundle, copy)
+    spec = json.loads((copy / "student.json").read_text())
+    (copy / "student.json").write_text(json.dumps({**spec, "base": str(tiny_bundle.parent / "tiny")}))
+    grammar().save(copy)
+    engine = load_engine(copy, "cpu")
+    native = replace(PARAMS, width=32, prompt="a red circle moves right")
+    warning, note = engine.generate(native, tmp_path / "a.mp4").warnings
+    assert 'The nearest caption it knows: "a red circle moves right slowly on a black background"' in warning
+    assert note == "It knows a few words only."
+    native = replace(native, prompt="a red circle moves right quickly on a black background")
+    assert engine.generate(native, tmp_path / "a.mp4").warnings == []
 
 
 @pytest.mark.parametrize(

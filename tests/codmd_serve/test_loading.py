@@ -15,7 +15,7 @@ from codmd_serve import loading as loading_module
 from codmd_serve.config import GenerateParams
 from codmd_serve.engine import Engine
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
-from codmd_serve.loading import choose_device, choose_dtype, load_engine
+from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import StudentSpec, save_bundle
 
 PARAMS = GenerateParams(prompt="a red circle moves right", seed=7, height=32, width=48, num_frames=9, fps=16, crf=18)
@@ -72,12 +72,6 @@ def test_load_engine_refuses_parts_that_do_not_work_together(bundle: Path, part:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("device", ["xpu", "gpu", "cpu:x", "meta"])
-def test_choose_device_refuses_what_is_none(device: str) -> None:
-    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:N, got"):
-        choose_device(device)
-
-
 def test_load_engine_uses_the_attention_that_was_named(tiny_bundle: Path, tmp_path: Path) -> None:
     named = load_engine(tiny_bundle, "cpu", attention="_native_math")
     assert named.facts.attention == "_native_math"
@@ -120,16 +114,3 @@ def test_the_largest_video_follows_from_free_memory(monkeypatch: pytest.MonkeyPa
 def test_load_engine_refuses_an_unknown_attention_before_it_loads() -> None:
     with pytest.raises(ConfigError, match="attention 'flashy' is unknown for cpu; known: auto, native"):
         load_engine(Path("/nowhere"), "cpu", attention="flashy")
-
-
-def test_choose_device_refuses_one_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="no device cuda:99: this torch sees"):
-        choose_device("cuda:99")
-
-
-def test_choose_dtype() -> None:
-    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
-    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert choose_dtype("float16", torch.device("cpu")) == torch.float16
-    with pytest.raises(ConfigError, match="dtype must be one of auto, float32"):
-        choose_dtype("int8", torch.device("cpu"))

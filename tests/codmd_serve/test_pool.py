@@ -139,7 +139,7 @@ def test_cancelling_the_task_that_awaits_a_job_cancels_the_job(run: Run) -> None
         task = asyncio.create_task(
             harness.pool.run(pool_module.JobRequest(id="t", params=request.params, path=request.path), events.append)
         )
-        await asyncio.sleep(0)
+        await harness.until(lambda: harness.pool.num_waiting == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from codmd_serve.config import wan_1_3b_grid, wan_14b_grid
 from codmd_serve.errors import CancelledError, ConfigError
+from codmd_serve.grid import wan_1_3b_grid, wan_14b_grid
 from codmd_serve.sampler import rollout
 from codmd_serve.schedule import add_noise
 

@@ -17,7 +17,7 @@ import pytest
 
 from codmd_serve import video
 from codmd_serve.errors import CancelledError, ConfigError, GenerationError
-from codmd_serve.video import find_ffmpeg, sweep_partials, write_video
+from codmd_serve.video import find_ffmpeg, write_video
 
 ReadVideo = Callable[[Path], Any]
 HEIGHT, WIDTH, FRAMES, FPS = 32, 48, 9, 16
@@ -221,13 +221,6 @@ def test_ffmpeg_dies_with_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = subprocess.run([sys.executable, "-c", DYING, tmp_path], check=False)
     assert done.returncode == -signal.SIGKILL
     assert is_gone(int((tmp_path / "pid").read_text())), "ffmpeg outlives its parent"
-
-
-def test_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:
-    (tmp_path / ".j1.mp4.123.partial").write_bytes(b"half")
-    (tmp_path / "j2.mp4").write_bytes(b"whole")
-    assert sweep_partials(tmp_path) == 1 and sweep_partials(tmp_path / "none") == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["j2.mp4"]
 
 
 def test_write_video_removes_what_a_failing_ffmpeg_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

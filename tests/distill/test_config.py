@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from codmd_serve.config import wan_1_3b_grid, wan_14b_grid
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import wan_1_3b_grid, wan_14b_grid
 from distill.config import (
     RECIPES,
     WAN_NEGATIVE_PROMPT,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from codmd_serve.bench.weights import preset, random_bundle
-from codmd_serve.config import wan_14b_grid
 from codmd_serve.errors import ConfigError
+from codmd_serve.grid import wan_14b_grid
 from codmd_serve.wan.checkpoint import load_bundle
 
 CPU = torch.device("cpu")

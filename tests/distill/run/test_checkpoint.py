@@ -10,6 +10,7 @@ import torch
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle, read_spec
 from distill.config import DistillConfig, with_overrides
+from distill.networks.base import open_base
 from distill.networks.build import Networks
 from distill.run import checkpoint
 from distill.run.checkpoint import (
@@ -22,6 +23,7 @@ from distill.run.checkpoint import (
     write_bundle,
     write_config,
 )
+from distill.worlds.shapeworld.captions import grammar
 
 
 def averaged(networks: Networks) -> dict[str, torch.Tensor]:
@@ -59,7 +61,15 @@ def test_failed_save_leaves_older_checkpoints_and_no_rest(tmp_path: Path, monkey
 def test_unfinished_checkpoint_is_not_listed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {"step": 1}, keep_last=1)
     (tmp_path / "checkpoints" / ".step-00000002.partial").mkdir()
+    (tmp_path / "checkpoints" / ".tmp-0123456789ab.partial").mkdir()
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
+
+
+def test_save_removes_what_killed_saves_left(tmp_path: Path) -> None:
+    for name in (".step-00000002.partial", ".tmp-0123456789ab.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    save_checkpoint(tmp_path, 3, {"step": 3}, keep_last=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -106,7 +116,7 @@ def test_bundle_loads_in_the_server_with_the_averaged_weights(
 ) -> None:
     config = with_overrides(tiny_config, [f"bundle_dtype={dtype}", "vocabulary_note=Few words."])
     weights = averaged(tiny_networks)
-    write_bundle(tmp_path / "student", config, weights, 12)
+    write_bundle(tmp_path / "student", config, open_base(config.base), weights, 12)
     bundle = load_bundle(tmp_path / "student")
     for name, tensor in bundle.transformer.named_parameters():
         assert tensor.dtype == torch.float32
@@ -117,12 +127,21 @@ def test_bundle_loads_in_the_server_with_the_averaged_weights(
     assert spec.config_sha256 == config.sha256()
     assert (spec.native.height, spec.native.num_frames, spec.native.fps) == (32, 9, 16)
     assert spec.vocabulary_note == "Few words."
+    assert bundle.grammar is None  # its prompts came from a file
+
+
+def test_bundle_of_a_run_on_the_captions_of_the_world_carries_their_grammar(
+    tmp_path: Path, tiny_config: DistillConfig, tiny_networks: Networks
+) -> None:
+    config = with_overrides(tiny_config, ["prompts="])
+    write_bundle(tmp_path / "student", config, open_base(config.base), averaged(tiny_networks), 12)
+    assert load_bundle(tmp_path / "student").grammar == grammar()
 
 
 def test_bundle_names_its_base_relative_to_itself(
     tmp_path: Path, tiny_config: DistillConfig, tiny_networks: Networks
 ) -> None:
-    write_bundle(tmp_path / "deep" / "student", tiny_config, averaged(tiny_networks), 1)
+    write_bundle(tmp_path / "deep" / "student", tiny_config, open_base(tiny_config.base), averaged(tiny_networks), 1)
     base = read_spec(tmp_path / "deep" / "student").base
     assert not Path(base).is_absolute()
     assert (tmp_path / "deep" / "student" / base).resolve() == Path(tiny_config.base).resolve()
@@ -139,10 +158,10 @@ def test_export_takes_the_wanted_checkpoint(
         trainer = {"ema": {"shadow": shadow}, "updates": {"student": step // 2}}
         save_checkpoint(tmp_path, step, {"trainer": trainer}, keep_last=5)
     assert export_bundle(tmp_path, tmp_path / "student") == 4
-    assert export_bundle(tmp_path, tmp_path / "student", step=2) == 2
+    assert export_bundle(tmp_path, tmp_path / "student", iteration=2) == 2
     assert read_spec(tmp_path / "student").step == 1
     with pytest.raises(CheckpointError, match="kept are: 2, 4"):
-        export_bundle(tmp_path, tmp_path / "student", step=3)
+        export_bundle(tmp_path, tmp_path / "student", iteration=3)
 
 
 def test_weights_of_another_network_make_no_bundle(
@@ -151,5 +170,5 @@ def test_weights_of_another_network_make_no_bundle(
     weights = averaged(tiny_networks)
     weights.popitem()
     with pytest.raises(CheckpointError, match="cannot be written"):
-        write_bundle(tmp_path / "student", tiny_config, weights, 1)
+        write_bundle(tmp_path / "student", tiny_config, open_base(tiny_config.base), weights, 1)
     assert list(tmp_path.iterdir()) == []

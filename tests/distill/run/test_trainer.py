@@ -16,7 +16,8 @@ from distill.config import DistillConfig, wan_1_3b, with_overrides
 from distill.data.prompts import cached_prompt_data
 from distill.methods.matching import StepResult, step_rng
 from distill.methods.registry import METHODS, with_method
-from distill.networks.build import build_networks, load_transformer
+from distill.networks.base import open_base
+from distill.networks.build import build_networks
 from distill.run.checkpoint import list_checkpoints, load_checkpoint
 from distill.run.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, stop_signal
 
@@ -41,8 +42,9 @@ def run(cache_dir: Path) -> Callable[..., RunOutcome]:
 @pytest.fixture
 def new_trainer(cache_dir: Path) -> Callable[[DistillConfig], Trainer]:
     def build(config: DistillConfig) -> Trainer:
-        data = cached_prompt_data(config, cache_dir, CPU)
-        return Trainer(config, build_networks(config, CPU), data, native_latents(config), CPU)
+        base = open_base(config.base)
+        data = cached_prompt_data(config, base, cache_dir, CPU)
+        return Trainer(config, build_networks(config, base, CPU), data, native_latents(config, base), CPU)
 
     return build
 
@@ -105,7 +107,7 @@ def test_a_run_ends_in_a_bundle_a_log_and_a_checkpoint(
     shadow = final_state(tmp_path / "run")["ema"]["shadow"]
     assert all(torch.equal(tensor, shadow[name]) for name, tensor in bundle.transformer.named_parameters())
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [2, 4, 6]
+    assert [record["iteration"] for record in records] == [2, 4, 6]
     wanted = {"student_loss", "student_grad_norm", "critic_loss", "critic_grad_norm", "loss_dmd", "loss_frame"}
     assert wanted | {"samples_per_s", "eta_s", "elapsed_s", "student_updates", "num_skipped"} <= records[0].keys()
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
@@ -189,7 +191,7 @@ def test_other_methods_train_resume_exactly_and_end_in_a_bundle_on_their_grid(
     assert bundle.spec.method == other_method.method
     assert bundle.spec.sigmas == other_method.grid().sigmas
     assert bundle.spec.timesteps == other_method.grid().timesteps
-    base = load_transformer(other_method.base, torch.float32)
+    base = open_base(other_method.base).load_transformer(torch.float32)
     weight = "blocks.0.ffn.net.2.weight"
     assert not torch.equal(bundle.transformer.get_parameter(weight), base.get_parameter(weight))
 
@@ -267,7 +269,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_unbroken_one(
     run(config, tmp_path / "cut", resume=True)
     assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
     logs = [
-        [json.loads(line)["step"] for line in (tmp_path / kind / "log.jsonl").read_text().splitlines()]
+        [json.loads(line)["iteration"] for line in (tmp_path / kind / "log.jsonl").read_text().splitlines()]
         for kind in ("whole", "cut")
     ]
     assert logs == [[2, 4, 6], [2, 3, 4, 6]]
@@ -307,7 +309,7 @@ def test_a_crash_loses_nothing_before_the_last_checkpoint(
     assert outcome.step == 6
     assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "crashed"))
     lines = (tmp_path / "crashed" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+    assert [json.loads(line)["iteration"] for line in lines] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("role", ["student", "critic"])
@@ -457,7 +459,7 @@ def test_wan_1_3b_scaled_down_trains_to_a_bundle(
     outcome = run(config, tmp_path / "run")
     assert (outcome.step, outcome.num_student_updates, outcome.num_skipped) == (2, 2, 0)
     state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])["trainer"]
-    start = load_transformer(config.base, torch.float32).state_dict()
+    start = open_base(config.base).load_transformer(torch.float32).state_dict()
     for role in ("student", "critic"):
         assert any(not torch.equal(tensor, start[name]) for name, tensor in state["networks"][role].items())
     bundle = load_bundle(tmp_path / "run" / "bundle", torch.float32, CPU)
