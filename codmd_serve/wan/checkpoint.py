@@ -58,6 +58,7 @@ class StudentSpec:
         package_version: of codmd-serve that wrote the bundle.
         assumed: names of the fields that were guessed because the source of the weights does not record them;
             `attention` among them means that nothing said whether the weights are causal: they were taken not to be.
+        preview_map: linear map from latents to RGB, see wan/preview.py; empty when unknown: it is fitted at load.
         vocabulary_note: one sentence for users whose prompt has words that the model never saw; empty for none.
 
     Raises:
@@ -77,6 +78,7 @@ class StudentSpec:
     package_version: str
     assumed: tuple[str, ...] = field(default=())
     vocabulary_note: str = ""
+    preview_map: tuple[tuple[float, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("base", "sampler", "method", "base_model", "config_sha256", "package_version", "vocabulary_note"):
@@ -86,6 +88,8 @@ class StudentSpec:
             raise ConfigError("base must name a folder or a hub id, got nothing")
         if type(self.step) is not int or self.step < 0 or not isinstance(self.ema, bool):
             raise ConfigError(f"step must be a count and ema true or false, got {self.step!r} and {self.ema!r}")
+        if any(len(row) != 3 or not all(math.isfinite(value) for value in row) for row in self.preview_map):
+            raise ConfigError("preview_map must be rows of three finite numbers")
         check_step_grid(self.sigmas, self.timesteps, self.sampler)
 
 
@@ -136,9 +140,13 @@ def read_spec(bundle: Path) -> StudentSpec:
     if unknown:
         raise CheckpointError(f"{path} has unknown fields: {', '.join(unknown)}")
     try:
-        tuples = {name: tuple(data[name]) for name in ("sigmas", "timesteps", "assumed") if name in data}
+        tuples: dict[str, Any] = {
+            name: tuple(data[name]) for name in ("sigmas", "timesteps", "assumed") if name in data
+        }
         for name in ("sigmas", "timesteps"):
             tuples[name] = tuple(_number(value) for value in tuples[name])
+        if "preview_map" in data:
+            tuples["preview_map"] = tuple(tuple(map(_number, row)) for row in data["preview_map"])
         return StudentSpec(**{**data, **tuples, "native": NativeShape(**data["native"])})
     except (ConfigError, KeyError, TypeError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
