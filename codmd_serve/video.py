@@ -5,6 +5,8 @@ count of our own, because what x264 decides depends on it.
 """
 
 import contextlib
+import functools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -15,9 +17,15 @@ from typing import IO
 import imageio_ffmpeg
 
 from codmd_serve.errors import ConfigError, GenerationError
-from codmd_serve.files import atomic_file
+from codmd_serve.files import atomic_file, first_line
 
 NUM_ENCODER_THREADS = 4
+CHECK_TIMEOUT_S = 10.0
+VIDEO_SUFFIXES = (".mp4", ".m4v")
+_FAILURE = re.compile(
+    r"error|fail|unknown|unrecogni|invalid|denied|cannot|could not|unable|no such|no space|not ", re.I
+)
+_NOTICE = re.compile(r"deprecated|^warning|^last message repeated|^conversion failed", re.I)
 
 
 def find_ffmpeg() -> str:
@@ -36,6 +44,50 @@ def find_ffmpeg() -> str:
             f"no ffmpeg{named}: reinstall imageio-ffmpeg or let IMAGEIO_FFMPEG_EXE name an ffmpeg program"
         )
     return program
+
+
+@functools.cache
+def check_encoder(program: str) -> None:
+    """Refuse an ffmpeg that was built without libx264, as some distributions do for its licence.
+
+    Raises:
+        ConfigError: it has no libx264, or cannot be run at all.
+    """
+    command = [program, "-hide_banner", "-loglevel", "error", "-encoders"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=CHECK_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"ffmpeg {program} cannot be run: {first_line(error)}") from None
+    if re.search(rb"(?m)^ V\S* +libx264 ", done.stdout) is None:
+        said = cause_of(done.stderr.decode(errors="replace"))
+        reason = f": {said}" if said else ""
+        raise ConfigError(
+            f"this ffmpeg has no libx264{reason} ({program}): unset IMAGEIO_FFMPEG_EXE to use the one that comes with "
+            "imageio-ffmpeg, or let it name an ffmpeg that was built with --enable-libx264"
+        )
+
+
+def cause_of(said: str) -> str:
+    """Return the line of a program's error output that names the cause: the first that tells of a failure.
+
+    ffmpeg says what is wrong first and then what it gave up for that reason, up to a bare "Conversion failed!".
+    """
+    lines = [re.sub(r"^\[[^\]]* @ 0x[0-9a-f]+\] *", "", line.strip()) for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if _FAILURE.search(line) and not _NOTICE.search(line)]
+    return (telling or lines or [""])[0]
+
+
+def check_video_name(path: Path) -> None:
+    """Refuse a name whose suffix promises another format than the mp4 that is written.
+
+    Raises:
+        ConfigError: a suffix other than .mp4 and .m4v; none at all is fine.
+    """
+    if path.suffix.lower() not in ("", *VIDEO_SUFFIXES):
+        raise ConfigError(
+            f"{path.name} would hold an mp4 under the suffix {path.suffix}: only mp4 is written; name it "
+            f"{path.with_suffix('.mp4').name}, and turn it into another format with ffmpeg"
+        )
 
 
 def write_video(
@@ -62,7 +114,7 @@ def write_video(
         on_start: is given a function that ends ffmpeg at once, from any thread and at any time; encode_failed follows.
 
     Raises:
-        ConfigError: no ffmpeg.
+        ConfigError: no ffmpeg, or one without libx264.
         GenerationError: ffmpeg failed; code encode_failed.
         Exception: whatever the iterable raises; nothing is left on disk then.
     """
@@ -71,7 +123,12 @@ def write_video(
     program = find_ffmpeg()
     with atomic_file(path) as temporary:
         command = _command(program, temporary, height=height, width=width, fps=fps, crf=crf, comment=comment)
-        _encode(command, frames, on_start)
+        try:
+            _encode(command, frames, on_start)
+        except GenerationError as error:
+            if "encoder" in str(error).lower():
+                check_encoder(program)
+            raise
 
 
 def _encode(
@@ -100,8 +157,8 @@ def _encode(
             process.wait()
         if process.returncode != 0:
             log.seek(0)
-            said = log.read().decode(errors="replace").strip().splitlines()
-            raise GenerationError(f"ffmpeg failed: {said[-1] if said else process.returncode}", "encode_failed")
+            said = log.read().decode(errors="replace")
+            raise GenerationError(f"ffmpeg failed: {cause_of(said) or process.returncode}", "encode_failed")
 
 
 def _is_fed(stdin: IO[bytes], chunk: bytes | memoryview) -> bool:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from codmd_serve.textfiles import escape_console, shown
 from distill.bench.iteration import add_bench_step_arguments, run_bench_step
 from distill.evaluate.command import add_eval_arguments, run_eval
 from distill.plan.command import add_plan_arguments, run_plan
@@ -37,8 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit code (0 done, 1 failed, 2 bad input, 128 + signal when interrupted)."""
+    escape_console()
     args = build_parser().parse_args(argv)
-    level = os.environ.get("CODMD_LOG_LEVEL", "INFO").upper()
+    level = os.environ.get("CODMD_LOG_LEVEL", "").strip().upper() or "INFO"
+    if level not in logging.getLevelNamesMapping():
+        print(f"error: $CODMD_LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, got {shown(level)}", file=sys.stderr)
+        return 2
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     for library in ("httpx", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)

@@ -169,8 +169,8 @@ def _measured(run: _Run, bundle: Path) -> Row:
     date = datetime.now(UTC)
     cold = None
     if run.config.cold_start:
-        base, is_local = resolve_base(bundle, spec.base)
-        parts = [Path(base) / "text_encoder", Path(base) / "vae"] if is_local else []
+        base = resolve_base(bundle, spec.base)
+        parts = [base / "text_encoder", base / "vae"]
         timeout_s = max(60.0, float(run.config.limit_s))
         cold = measure_cold_start(bundle, [bundle / "transformer", *parts], run.device, run.dtype, timeout_s)
     held = _held_bytes(run.device)

@@ -1,8 +1,9 @@
 """Student bundles on disk: what they say, loading them, writing them; knows nothing of requests or training."""
 
 import json
-import os
+import unicodedata
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,18 @@ from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import atomic_folder, first_line
 from codmd_serve.grid import check_step_grid
+from codmd_serve.textfiles import read_json_object, shown
+from codmd_serve.wan.hub import find_pipeline
 from codmd_serve.wan.kernels import AttentionShape
 
 SPEC_FILE = "student.json"
+# Ranges of the native video: what requests may ask for, and far more pixels and frames than any student makes.
+MOST_NATIVE = {"height": 16_384, "width": 16_384, "num_frames": 10_000, "fps": 120}
+MAX_STEPS = 1000
+MAX_TIMESTEP = 1000.0
+MAX_UPDATES = 10**12
+MAX_TEXT_CHARS = {"base": 4096, "vocabulary_note": 4096}
+MAX_NAME_CHARS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,17 +43,19 @@ class NativeShape:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if type(value) is not int or value < 1:
-                raise ConfigError(f"native.{name} must be a positive whole number, got {value!r}")
+                raise ConfigError(f"native.{name} must be a positive whole number, got {shown(value)}")
+            if value > MOST_NATIVE[name]:
+                raise ConfigError(f"native.{name} must be at most {MOST_NATIVE[name]}, got {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentSpec:
     """The content of student.json: how to sample the student, and where it came from.
 
-    Args:
+    Attributes:
         base: folder (a relative one is relative to the bundle) or hub id of a diffusers Wan pipeline.
         sigmas: num_steps + 1 levels, descending, the last 0.0.
-        timesteps: num_steps numbers fed to the network.
+        timesteps: num_steps numbers fed to the network, descending, in (0, 1000].
         sampler: `sde` or `ode`.
         native: the video it was trained to make.
         method: how it was distilled, for example codmd or dmd.
@@ -53,11 +65,12 @@ class StudentSpec:
         config_sha256: of the resolved training config; empty when unknown.
         package_version: of codmd-serve that wrote the bundle.
         assumed: names of the fields that were guessed because the source of the weights does not record them;
-            `attention` among them means that nothing said whether the weights are causal: they were taken not to be.
+            `attention` among them means that nothing said whether the weights are causal: they were taken not to be;
+            `lora_scale` that nothing said how strong the update is: it was added once.
         vocabulary_note: one sentence for users whose prompt has words that the model never saw; empty for none.
 
     Raises:
-        ConfigError: a grid that cannot be sampled, or a field of the wrong type.
+        ConfigError: a grid that cannot be sampled, or a field of the wrong type or out of range.
     """
 
     base: str
@@ -76,13 +89,32 @@ class StudentSpec:
 
     def __post_init__(self) -> None:
         for name in ("base", "sampler", "method", "base_model", "config_sha256", "package_version", "vocabulary_note"):
-            if not isinstance(getattr(self, name), str):
-                raise ConfigError(f"{name} must be text, got {getattr(self, name)!r}")
+            _check_text(name, getattr(self, name))
+        for name in self.assumed:
+            _check_text("assumed", name)
         if not self.base:
             raise ConfigError("base must name a folder or a hub id, got nothing")
-        if type(self.step) is not int or self.step < 0 or not isinstance(self.ema, bool):
-            raise ConfigError(f"step must be a count and ema true or false, got {self.step!r} and {self.ema!r}")
+        is_count = type(self.step) is int and 0 <= self.step <= MAX_UPDATES
+        if not is_count or not isinstance(self.ema, bool):
+            raise ConfigError(
+                f"step must be a count and ema true or false, got {shown(self.step)} and {shown(self.ema)}"
+            )
+        if len(self.timesteps) > MAX_STEPS:
+            raise ConfigError(f"timesteps must be at most {MAX_STEPS}, got {len(self.timesteps)} of them")
         check_step_grid(self.sigmas, self.timesteps, self.sampler)
+        steps = (*self.timesteps, 0.0)
+        if steps[0] > MAX_TIMESTEP or not all(high > low for high, low in pairwise(steps)):
+            raise ConfigError(f"timesteps must be descending numbers in (0, 1000], got {shown(list(self.timesteps))}")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must be text, got {shown(value)}")
+    most = MAX_TEXT_CHARS.get(name, MAX_NAME_CHARS)
+    if len(value) > most:
+        raise ConfigError(f"{name} must be at most {most} characters, got {shown(value)}")
+    if any(ord(char) < 32 or unicodedata.category(char) == "Cs" for char in value):
+        raise ConfigError(f"{name} must be one line of text, got {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,49 +148,54 @@ def read_spec(bundle: Path) -> StudentSpec:
     if not bundle.is_dir():
         raise CheckpointError(f"no student bundle at {bundle}: name a folder that holds {SPEC_FILE} and transformer/")
     path = bundle / SPEC_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{bundle} is not a student bundle: it has no {SPEC_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold one JSON object, got {type(data).__name__}")
+    if not path.exists():
+        raise CheckpointError(f"{bundle} is not a student bundle: it has no {SPEC_FILE}")
+    data = read_json_object(path, CheckpointError)
     unknown = sorted(data.keys() - {entry.name for entry in fields(StudentSpec)})
     if unknown:
-        raise CheckpointError(f"{path} has unknown fields: {', '.join(unknown)}")
+        raise CheckpointError(f"{path} has unknown fields: {', '.join(unknown[:3])[:MAX_NAME_CHARS]}")
     try:
-        tuples = {name: tuple(data[name]) for name in ("sigmas", "timesteps", "assumed") if name in data}
+        tuples: dict[str, tuple[Any, ...]] = {
+            name: _list(data, name) for name in ("sigmas", "timesteps", "assumed") if name in data
+        }
         for name in ("sigmas", "timesteps"):
             tuples[name] = tuple(_number(value) for value in tuples[name])
-        return StudentSpec(**{**data, **tuples, "native": NativeShape(**data["native"])})
+        native = data["native"]
+        if not isinstance(native, dict):
+            raise ConfigError(f"native must be an object, got {shown(native)}")
+        given: dict[str, Any] = {**data, **tuples, "native": NativeShape(**native)}
+        return StudentSpec(**given)
     except (ConfigError, KeyError, TypeError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: {detail}") from error
 
 
+def _list(data: dict[str, Any], name: str) -> tuple[Any, ...]:
+    if not isinstance(data[name], list):
+        raise ConfigError(f"{name} must be a list, got {shown(data[name])}")
+    return tuple(data[name])
+
+
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"expected a number, got {value!r}")
-    return float(value)
+        raise ConfigError(f"expected a number, got {shown(value)}")
+    try:
+        return float(value)
+    except OverflowError:  # an integer past 1.8e308
+        raise ConfigError(f"expected a number, got {shown(value)}") from None
 
 
-def resolve_base(bundle: Path, base: str) -> tuple[str, bool]:
-    """Find where the tokenizer, text encoder and VAE of a bundle are.
-
-    Returns:
-        A folder and True, or a hub id and False.
+def resolve_base(bundle: Path, base: str) -> Path:
+    """Find the folder with the tokenizer, text encoder and VAE of a bundle; one snapshot of a hub id.
 
     Raises:
-        CheckpointError: no such folder, and the text cannot be a hub id either.
+        CheckpointError: no such folder, and the hub does not have it either.
     """
-    folder = Path(os.path.normpath(bundle.resolve() / base))
-    if folder.is_dir():
-        return str(folder), True
-    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/")) and not base.endswith("/")
-    if not is_hub_id:
-        raise CheckpointError(f"the base pipeline of {bundle} is missing: expected a folder at {folder}")
-    return base, False
+    try:
+        folder, _ = find_pipeline(base, [bundle.resolve()])
+    except CheckpointError as error:
+        raise CheckpointError(f"the base pipeline of {bundle} is missing: {error}") from error
+    return folder
 
 
 def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionShape:
@@ -173,7 +210,7 @@ def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionSha
     """
     spec = read_spec(bundle)
     try:
-        config = json.loads((bundle / "transformer" / "config.json").read_text(encoding="utf-8"))
+        config = read_json_object(bundle / "transformer" / "config.json", CheckpointError)
         frames, height, width = config["patch_size"]
         native = spec.native
         rows, columns = native.height // 8 // height, native.width // 8 // width
@@ -183,7 +220,7 @@ def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionSha
             num_heads=config["num_attention_heads"],
             head_width=config["attention_head_dim"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {first_line(error)}") from error
 
 
@@ -207,16 +244,13 @@ def load_bundle(
     """
     path = Path(path)
     spec = read_spec(path)
-    base, is_local = resolve_base(path, spec.base)
-    transformer = load_module(WanTransformer3DModel, path, "transformer", True, torch_dtype=dtype)
-    vae = load_module(AutoencoderKLWan, base, "vae", is_local, torch_dtype=torch.float32)
+    base = resolve_base(path, spec.base)
+    transformer = load_module(WanTransformer3DModel, path, "transformer", torch_dtype=dtype)
+    vae = load_module(AutoencoderKLWan, base, "vae", torch_dtype=torch.float32)
     # UMT5 was trained in bfloat16; its activations leave the range of float16.
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-    text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", is_local, dtype=text_dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=is_local)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"tokenizer of {base} cannot be loaded: {first_line(error)}") from error
+    text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", dtype=text_dtype)
+    tokenizer = load_tokenizer(base)
     for part, wanted, got in (
         ("latent channels of transformer and VAE", transformer.config.in_channels, vae.config.z_dim),
         ("text width of transformer and text encoder", transformer.config.text_dim, text_encoder.config.d_model),
@@ -234,19 +268,40 @@ def load_bundle(
     )
 
 
-def load_module(kind: Any, folder: Path | str, subfolder: str, is_local: bool, **options: Any) -> Any:
-    """Load one module of a folder or hub id with `kind.from_pretrained`, complete or not at all.
+def load_tokenizer(base: Path | str) -> Any:
+    """Load the tokenizer of a pipeline folder; code that the folder may bring is never run.
+
+    Raises:
+        CheckpointError: missing, damaged, or one that needs code of its own.
+    """
+    if not (Path(base) / "tokenizer").is_dir():
+        raise CheckpointError(f"{base} has no tokenizer/ folder")
+    try:
+        return AutoTokenizer.from_pretrained(
+            base, subfolder="tokenizer", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the libraries and the file system each raise their own kinds
+        raise CheckpointError(f"tokenizer of {base} cannot be loaded: {first_line(error)}") from error
+
+
+def load_module(kind: Any, folder: Path | str, subfolder: str, **options: Any) -> Any:
+    """Load one module of a pipeline folder with `kind.from_pretrained`, complete or not at all.
 
     Raises:
         CheckpointError: missing, truncated or of another kind. Both libraries fill missing tensors with random numbers
             and only log it: here that is an error.
     """
     where = f"{subfolder} of {folder}"
-    if is_local and not (Path(folder) / subfolder).is_dir():
+    if not (Path(folder) / subfolder).is_dir():
         raise CheckpointError(f"{folder} has no {subfolder}/ folder")
     try:
         module, info = kind.from_pretrained(
-            folder, subfolder=subfolder, local_files_only=is_local, output_loading_info=True, **options
+            folder,
+            subfolder=subfolder,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except CodmdError:
         raise

@@ -274,8 +274,7 @@ def load_part(kind: Any, base: str, subfolder: str, **options: Any) -> Any:
     Raises:
         CheckpointError: missing, truncated or of another kind; missing tensors count, which the libraries only log.
     """
-    folder, is_local = resolve_base(base)
-    return load_module(kind, folder, subfolder, is_local, **options)
+    return load_module(kind, resolve_base(base)[0], subfolder, **options)
 
 
 def transformer_config(base: str) -> dict[str, Any]:

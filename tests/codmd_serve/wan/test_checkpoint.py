@@ -126,7 +126,7 @@ def test_a_tokenizer_that_knows_more_words_than_the_text_encoder_is_refused(copy
     [
         ({"sigmas": [1.0, 0.0]}, "one entry more"),
         ({"sigmas": [1.0, "x", 0.5, 0.2, 0.0]}, "expected a number"),
-        ({"timesteps": 4}, "not iterable"),
+        ({"timesteps": 4}, "timesteps must be a list, got 4"),
         ({"sampler": "euler"}, "sampler must be one of"),
         ({"native": {"height": 64}}, "missing 3 required"),
         ({"native": {"height": 64, "width": 64, "num_frames": 17, "fps": 0}}, "native.fps must be a positive"),
@@ -159,10 +159,9 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
         read_spec(tmp_path / "nowhere")
 
 
-def test_resolve_base_tells_folders_from_hub_ids(copy: Path) -> None:
-    assert resolve_base(copy, "../tiny") == (str(copy.parent / "tiny"), True)
-    assert resolve_base(copy, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", False)
-    with pytest.raises(CheckpointError, match=r"expected a folder at .*weights/gone$"):
+def test_resolve_base_finds_folders_beside_the_bundle(copy: Path) -> None:
+    assert resolve_base(copy, "../tiny") == copy.parent / "tiny"
+    with pytest.raises(CheckpointError, match=r"base pipeline of .* is missing: there is no folder .*gone: name a"):
         resolve_base(copy, "../gone")
 
 

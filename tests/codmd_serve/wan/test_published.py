@@ -147,7 +147,7 @@ def test_pickled_objects_are_refused_by_name(write: Write) -> None:
         ({}, "holds no Wan weights of a known family: .*; got nothing"),
         ({"epoch": 3, "lr": 0.1}, "; got epoch, lr"),
         ({"encoder.weight": torch.zeros(2)}, r"; got encoder\.weight"),
-        ({"state_dict": {"a": torch.zeros(2)}}, "; got state_dict"),
+        ({"state_dict": {"a": torch.zeros(2)}}, "; got a"),
         ({"generator": {"a": torch.zeros(2)}}, "; got a"),
         ({3: torch.zeros(2)}, "; got 3"),
     ],
