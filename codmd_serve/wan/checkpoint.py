@@ -1,8 +1,10 @@
 """Student bundles on disk: what they say, loading them, writing them; knows nothing of requests or training."""
 
 import json
+import math
 import unicodedata
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from codmd_serve.grid import check_step_grid
 from codmd_serve.textfiles import read_json_object, shown
 from codmd_serve.wan.hub import find_pipeline
 from codmd_serve.wan.kernels import AttentionShape
+from codmd_serve.wan.vae import vae_scales
 
 SPEC_FILE = "student.json"
 # Ranges of the native video: what requests may ask for, and far more pixels and frames than any student makes.
@@ -185,43 +188,81 @@ def _number(value: object) -> float:
         raise ConfigError(f"expected a number, got {shown(value)}") from None
 
 
-def resolve_base(bundle: Path, base: str) -> Path:
+def resolve_base(bundle: Path, base: str, *, configs_only: bool = False) -> Path:
     """Find the folder with the tokenizer, text encoder and VAE of a bundle; one snapshot of a hub id.
+
+    Args:
+        bundle: the bundle folder, which a relative base is relative to.
+        base: as student.json names it.
+        configs_only: of a hub id, the weights are not needed.
 
     Raises:
         CheckpointError: no such folder, and the hub does not have it either.
     """
     try:
-        folder, _ = find_pipeline(base, [bundle.resolve()])
+        folder, _ = find_pipeline(base, [bundle.resolve()], configs_only=configs_only)
     except CheckpointError as error:
         raise CheckpointError(f"the base pipeline of {bundle} is missing: {error}") from error
     return folder
 
 
 def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionShape:
-    """What the transformer of a bundle attends to in its native video, read from its configuration alone.
+    """Return what the transformer of a bundle attends to in its native video, from the configs alone.
 
     Args:
-        bundle: folder; the compression of its VAE is taken as Wan's 8 x 8 x 4.
+        bundle: folder.
         max_tokens: an upper bound to the number of tokens that is returned.
 
     Raises:
-        CheckpointError: no such bundle, or a configuration that does not say.
+        CheckpointError: no such bundle, no VAE in its base, or a config that lacks a size.
     """
     spec = read_spec(bundle)
+    config = read_part_config(WanTransformer3DModel, bundle, "transformer")
+    vae = read_part_config(AutoencoderKLWan, resolve_base(bundle, spec.base, configs_only=True), "vae")
     try:
-        config = read_json_object(bundle / "transformer" / "config.json", CheckpointError)
-        frames, height, width = config["patch_size"]
-        native = spec.native
-        rows, columns = native.height // 8 // height, native.width // 8 // width
-        num_tokens = ((native.num_frames - 1) // 4 + 1) // frames * rows * columns
-        return AttentionShape(
-            num_tokens=min(num_tokens, max_tokens or num_tokens),
-            num_heads=config["num_attention_heads"],
-            head_width=config["attention_head_dim"],
-        )
-    except (CheckpointError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        shape = native_attention_shape(config, vae, spec.native)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {first_line(error)}") from error
+    return replace(shape, num_tokens=min(shape.num_tokens, max_tokens or shape.num_tokens))
+
+
+def native_attention_shape(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], native: NativeShape
+) -> AttentionShape:
+    """Return what a transformer attends to in a native video.
+
+    Args:
+        transformer, vae: their configs.
+        native: the video.
+
+    Raises:
+        KeyError: a config lacks a size.
+    """
+    temporal, spatial = vae_scales(vae)
+    latents = ((native.num_frames - 1) // temporal + 1, native.height // spatial, native.width // spatial)
+    return AttentionShape(
+        num_tokens=math.prod(size // cell for size, cell in zip(latents, transformer["patch_size"], strict=True)),
+        num_heads=transformer["num_attention_heads"],
+        head_width=transformer["attention_head_dim"],
+    )
+
+
+def read_part_config(kind: Any, folder: Path | str, part: str) -> dict[str, Any]:
+    """Read the config of one module of a pipeline folder, without its weights.
+
+    Args:
+        kind: the diffusers class of the module.
+        folder: of the pipeline.
+        part: the subfolder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        config: dict[str, Any] = kind.load_config(folder, subfolder=part, local_files_only=True)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{part} of {folder} has no readable config: {first_line(error)}") from error
+    return config
 
 
 def load_bundle(

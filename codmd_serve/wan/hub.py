@@ -31,7 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def find_pipeline(
-    name: str, places: Sequence[Path], parts: Sequence[str] = STUDENT_PARTS, wanted: str = WANTED
+    name: str,
+    places: Sequence[Path],
+    parts: Sequence[str] = STUDENT_PARTS,
+    wanted: str = WANTED,
+    *,
+    configs_only: bool = False,
 ) -> tuple[Path, bool]:
     """Find the folder of a diffusers pipeline.
 
@@ -40,6 +45,7 @@ def find_pipeline(
         places: folders that a relative name may be relative to, the most likely one first.
         parts: subfolders that are needed of a hub id; only they are downloaded.
         wanted: what to name instead, for messages.
+        configs_only: of a hub id, the weights are not needed.
 
     Returns:
         The folder, and whether `name` names a folder and not a hub id.
@@ -56,7 +62,7 @@ def find_pipeline(
     missing = f"there is no folder {folders[0].absolute()}"
     if not is_hub_id(name):
         raise CheckpointError(f"{missing}: {wanted}")
-    return hub_snapshot(name, parts, missing), False
+    return hub_snapshot(name, parts, missing, configs_only=configs_only), False
 
 
 def is_hub_id(name: str) -> bool:
@@ -65,12 +71,13 @@ def is_hub_id(name: str) -> bool:
     return fits and "--" not in name and ".." not in name and not name.endswith((".", "-", ".git"))
 
 
-def hub_snapshot(name: str, parts: Sequence[str], missing: str = "") -> Path:
+def hub_snapshot(name: str, parts: Sequence[str], missing: str = "", *, configs_only: bool = False) -> Path:
     """Return one snapshot of a hub repository on disk: the cached one when it is complete, else downloaded.
 
     Args:
         name: hub id.
         parts: subfolders that are needed.
+        configs_only: the weights are not needed.
         missing: a sentence for messages about the folder that was looked for before the hub.
 
     Raises:
@@ -79,7 +86,7 @@ def hub_snapshot(name: str, parts: Sequence[str], missing: str = "") -> Path:
     """
     prefix = f"{missing}, and " if missing else ""
     cached = _cached(name)
-    lacking = None if cached is None else lacking_file(cached, parts)
+    lacking = None if cached is None else lacking_file(cached, parts, configs_only=configs_only)
     if cached is not None and lacking is None:
         return cached
     state = "it is not in the cache" if cached is None else f"its cached copy lacks {lacking}"
@@ -92,19 +99,19 @@ def hub_snapshot(name: str, parts: Sequence[str], missing: str = "") -> Path:
     try:
         # Of its own and first: a name server that does not answer would hold the download for a minute.
         _within(TIMEOUT_S, lambda: HfApi().repo_info(name, timeout=TIMEOUT_S))
-        patterns = [INDEX_FILE, *(f"{part}/*" for part in parts)]
+        patterns = [INDEX_FILE, *(f"{part}/{'*config.json' if configs_only else '*'}" for part in parts)]
         folder = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=TIMEOUT_S))
     except Exception as error:  # the client, its HTTP library and the file system each raise their own kinds
         raise CheckpointError(
             f"{prefix}the hub does not give {name}: {first_line(error)}; {state}, and no folder has that name"
         ) from error
-    lacking = lacking_file(folder, parts)
+    lacking = lacking_file(folder, parts, configs_only=configs_only)
     if lacking is not None:
         raise CheckpointError(f"{name} on the hub is no complete Wan pipeline: it lacks {lacking}")
     return folder
 
 
-def lacking_file(folder: Path, parts: Sequence[str]) -> str | None:
+def lacking_file(folder: Path, parts: Sequence[str], *, configs_only: bool = False) -> str | None:
     """Name the first file that a pipeline folder needs for `parts` and does not have; None when it is complete."""
     for part in parts:
         if not any((folder / part).glob("*")):
@@ -113,6 +120,8 @@ def lacking_file(folder: Path, parts: Sequence[str]) -> str | None:
             continue
         if not (folder / part / "config.json").exists():
             return f"{part}/config.json"
+        if configs_only:
+            continue
         for index in sorted((folder / part).glob("*.index.json")):
             names = read_json_object(index, CheckpointError).get("weight_map")
             for file in sorted(set(names.values())) if isinstance(names, dict) else ():

@@ -57,5 +57,5 @@ def test_preview_says_in_one_line_what_is_wrong(
 ) -> None:
     assert main(["shapeworld", "preview", "--out", str(tmp_path / "x"), *arguments]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert error.startswith("codmd-distill: ") and message in error and "\n" not in error
     assert not (tmp_path / "x.mp4").exists()
