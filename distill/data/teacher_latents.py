@@ -167,11 +167,12 @@ def _holds_samples(path: Path, shape: tuple[int, ...]) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            found = tuple(file.get_slice("x0").get_shape())
+            samples = file.get_slice("x0")
+            found, dtype = tuple(samples.get_shape()), samples.get_dtype()
     except (SafetensorError, OSError) as error:
         logger.warning("shard made anew path=%s reason=%s", path.name, error)
         return False
-    return found == shape
+    return found == shape and dtype == "F32"
 
 
 def _cache_key(config: DistillConfig, base: Base) -> str:

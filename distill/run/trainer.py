@@ -262,6 +262,8 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     # The first process fills the cache, the others read it.
     processes.first_does(lambda: cached_prompt_data(config, base, cache_dir, device))
     data = processes.all_do(lambda: cached_prompt_data(config, base, cache_dir, device))
+    if processes.is_first:
+        logger.info("trains on %s from=%s", data.report, config.prompts or "captions")
     networks = build_networks(config, base, device, processes)
     if options.compiled:
         for network in networks.transformers():

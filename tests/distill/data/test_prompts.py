@@ -56,7 +56,7 @@ def test_txt_and_jsonl_give_the_same_prompts(tiny_config: DistillConfig, tmp_pat
     [
         ("p.txt", b"\n \n", "no prompt"),
         ("p.csv", b"a\n", "jsonl or .tar"),
-        ("p.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("p.txt", b"\xff\xfe\x00", "p.txt is not UTF-16-LE text: line 1"),
         ("p.jsonl", b'{"prompt":"a"}\n{"x":1}\n', "p.jsonl line 2"),
         ("p.jsonl", b'{"prompt":"a"}\n\nnot json\n', "p.jsonl line 3"),
         ("p.jsonl", b'{"prompt":3}\n', "p.jsonl line 1"),
