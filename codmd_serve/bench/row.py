@@ -392,7 +392,7 @@ def _device_name(device: torch.device) -> str:
 def _machine(run: _Run, load: float) -> Row:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    lines = information.read_text(encoding="utf-8").split("\n") if information.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = models[0] if models else platform.machine()
     device, threads = _device_name(run.device), torch.get_num_threads()

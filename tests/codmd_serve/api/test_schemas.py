@@ -73,6 +73,9 @@ def test_the_examples_of_the_documentation_are_accepted(body: dict[str, Any]) ->
     [
         ({"prompt": ""}, "at least 1 character"),
         ({"prompt": " \n\t"}, "must not be blank"),
+        ({"prompt": "\ufeff"}, "must not be blank"),
+        ({"prompt": "\x00\x07"}, "must not be blank"),
+        ({"prompt": "\u200b &nbsp;"}, "must not be blank"),
         ({"prompt": "x" * 4001}, "at most 4000 characters"),
         ({"prompt": 7}, "valid string"),
         ({"prompt": "a \ud800 b"}, "valid string"),
