@@ -161,7 +161,7 @@ def test_an_ffmpeg_that_does_not_start_is_refused(tmp_path: Path, monkeypatch: p
 
 
 NO_ENCODER = "[vost#0:0 @ 0x55a] Unknown encoder 'libx264'\nError opening output file a.mp4.\nEncoder not found\n"
-FULL = "[mp4 @ 0x5] deprecated pixel format\n[out#0/mp4 @ 0x5] Error writing: No space left on device\nConversion failed!\n"
+FULL = "[mp4 @ 0x5] deprecated pixel format\n[out#0 @ 0x5] Error writing: No space left on device\nConversion failed!\n"
 FAILURES: dict[str, tuple[type[Exception], str]] = {
     NO_ENCODER: (ConfigError, "this ffmpeg has no libx264"),
     FULL: (GenerationError, "ffmpeg failed: Error writing: No space left on device$"),
