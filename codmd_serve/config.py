@@ -8,7 +8,7 @@ from codmd_serve.errors import ConfigError
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 4000
 DEFAULT_CRF = 18
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 # Fields of ServeConfig that the engine is loaded with; a worker is told them by these names.
 ENGINE_SETTINGS = ("device", "dtype", "attention", "quantization", "execution", "text_encoder", "text_cache")
 QUANTIZATIONS = ("none", "fp8")
@@ -71,7 +71,7 @@ class ServeConfig:
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
         choices = {
-            "dtype": DTYPES,
+            "dtype": DTYPE_CHOICES,
             "quantization": QUANTIZATIONS,
             "overlap": OVERLAPS,
             "execution": EXECUTIONS,

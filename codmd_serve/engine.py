@@ -104,7 +104,7 @@ class Engine:
         start_s = time.perf_counter()
         embeds_BLD = pad_prompt_embeds(self.embedder(prompt), self.loop.prompt_sizes)
         cache = self.transformer.encode_prompt(embeds_BLD)
-        warnings = prompt_warnings(self.bundle.tokenizer, prompt)
+        warnings = prompt_warnings(self.bundle.tokenizer, prompt, grammar=self.bundle.grammar)
         if warnings and self.bundle.spec.vocabulary_note:
             warnings.append(self.bundle.spec.vocabulary_note)
         return _Text(cache, warnings, Span("text", start_s, time.perf_counter()))

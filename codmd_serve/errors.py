@@ -3,15 +3,15 @@
 CodmdError
 |-- ConfigError           a setting, preset or machine that cannot work
 |-- CheckpointError       weights that are missing, truncated or of another kind
-|-- InvalidRequestError   a request that no retry will make good
+|-- InvalidRequestError   a request that fails however often it is retried
 |-- QueueFullError        come back later; says when
-|-- CancelledError        nobody waits for the result any more
-`-- GenerationError       a good request that failed while running
+|-- CancelledError        the request was cancelled
+`-- GenerationError       a valid request that failed while running
 """
 
 
 class CodmdError(Exception):
-    """Root of every error that this project raises on purpose."""
+    """Base of every error that this project raises on purpose."""
 
 
 class ConfigError(CodmdError):
@@ -23,11 +23,11 @@ class CheckpointError(CodmdError):
 
 
 class InvalidRequestError(CodmdError):
-    """A request that no retry will make good.
+    """A request that fails however often it is retried.
 
     Args:
-        message: what was expected, what came, what to do.
-        field: name of the offending field, or None when it concerns several.
+        message: expected, got, what to do.
+        field: name of the offending field; None for several.
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:
@@ -36,11 +36,11 @@ class InvalidRequestError(CodmdError):
 
 
 class QueueFullError(CodmdError):
-    """The queue is at its bound.
+    """The queue is full.
 
     Args:
         message: how long the queue is.
-        retry_after_s: seconds after which a place is likely to be free, at least 1.
+        retry_after_s: seconds until a place is likely to be free, at least 1.
     """
 
     def __init__(self, message: str, retry_after_s: int) -> None:
@@ -49,15 +49,15 @@ class QueueFullError(CodmdError):
 
 
 class CancelledError(CodmdError):
-    """Nobody waits for the result any more."""
+    """The request was cancelled."""
 
 
 class GenerationError(CodmdError):
-    """A good request that failed while running.
+    """A valid request that failed while running.
 
     Args:
         message: what failed.
-        code: stable machine-readable word, for example out_of_memory or worker_died.
+        code: stable machine-readable code, for example out_of_memory or worker_died.
     """
 
     def __init__(self, message: str, code: str = "generation_failed") -> None:

@@ -23,6 +23,7 @@ from diffusers import WanTransformer3DModel
 from codmd_serve.device import choose_device
 from distill.config import RECIPES, DistillConfig, with_overrides
 from distill.data.prompts import PromptData
+from distill.methods.registry import recipe_config
 from distill.networks.base import latent_grid, open_base
 from distill.networks.build import build_networks
 from distill.networks.precision import resolve_precision
@@ -96,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, config: DistillConfig, processes: Processes, folder: Path) -> dict[str, Any]:
     architecture = scaled(PUBLISHED[config.base], args.scale)
-    processes.first_does(lambda: write_random_base(folder, architecture))
+    processes.on_rank0(lambda: write_random_base(folder, architecture))
     config = with_overrides(config, [f"base={folder}"])
     patch = tuple(architecture["patch_size"])
     shape = latent_grid(config.native, architecture["in_channels"], patch, *PUBLISHED_VAE_SCALES)
@@ -123,14 +124,14 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     # Other than in the recipe, whatever the batch: a batch of one has no relations between samples.
     small = ["copula.weight_batch=0"] if args.batch_size < 3 else []
-    config = with_overrides(RECIPES[args.recipe](), [f"batch_size={args.batch_size}", *small, *args.settings])
+    config = with_overrides(recipe_config(args.recipe), [f"batch_size={args.batch_size}", *small, *args.settings])
     config = with_overrides(config, [f"precision={resolve_precision(config.precision, device)}"])
     with process_group(device, config) as processes, tempfile.TemporaryDirectory() as own:
         folders = [own]
         if processes.world_size > 1:
             torch.distributed.broadcast_object_list(folders, src=0)
         result = run(args, config, processes, Path(folders[0]))
-        if processes.is_first:
+        if processes.is_rank0:
             print(json.dumps(result))
 
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import atomic_folder, first_line
+from codmd_serve.grammar import Grammar
 from codmd_serve.grid import check_step_grid
 from codmd_serve.textfiles import read_json_object, shown
 from codmd_serve.wan.hub import find_pipeline
@@ -122,7 +123,10 @@ def _check_text(name: str, value: object) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """A loaded student with everything it needs; the modules are in eval mode and carry no gradient."""
+    """A loaded student with everything it needs; the modules are in eval mode and carry no gradient.
+
+    `grammar` is that of the captions it was trained on, for a student that knows only captions of a grammar.
+    """
 
     path: Path
     spec: StudentSpec
@@ -130,6 +134,7 @@ class Bundle:
     text_encoder: Any
     transformer: Any
     vae: Any
+    grammar: Grammar | None = None
 
 
 def silence_libraries() -> None:
@@ -285,6 +290,7 @@ def load_bundle(
     """
     path = Path(path)
     spec = read_spec(path)
+    grammar = Grammar.load(path)
     base = resolve_base(path, spec.base)
     transformer = load_module(WanTransformer3DModel, path, "transformer", torch_dtype=dtype)
     vae = load_module(AutoencoderKLWan, base, "vae", torch_dtype=torch.float32)
@@ -305,7 +311,13 @@ def load_bundle(
     for module, place in ((transformer, device), (vae, device), (text_encoder, text_device or device)):
         module.requires_grad_(False).eval().to(place)
     return Bundle(
-        path=path, spec=spec, tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae
+        path=path,
+        spec=spec,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=transformer,
+        vae=vae,
+        grammar=grammar,
     )
 
 
@@ -355,14 +367,17 @@ def load_module(kind: Any, folder: Path | str, subfolder: str, **options: Any) -
     return module
 
 
-def save_bundle(path: Path, transformer: Any, spec: StudentSpec) -> None:
+def save_bundle(path: Path, transformer: Any, spec: StudentSpec, grammar: Grammar | None = None) -> None:
     """Write a bundle atomically.
 
     Args:
         path: the bundle folder; one that exists is replaced.
         transformer: a WanTransformer3DModel.
         spec: becomes student.json.
+        grammar: becomes world.json; None when the student takes any text.
     """
     with atomic_folder(path) as fresh:
         transformer.save_pretrained(fresh / "transformer")
         (fresh / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
+        if grammar is not None:
+            grammar.save(fresh)

@@ -17,7 +17,7 @@ from codmd_serve.wan.hub import INDEX_FILE, STUDENT_PARTS
 from codmd_serve.wan.stated import DMD2_KEY, dmd2_config
 
 # Of the base; the transformer is the student's and the scheduler its step list.
-BASE_PARTS = STUDENT_PARTS
+COPIED_PARTS = STUDENT_PARTS
 
 _CARD = """\
 # A {num_steps}-step student of {base_model}
@@ -74,7 +74,7 @@ def save_pipeline(bundle: Path, folder: Path) -> None:
     index = _student_index(base, spec)
     try:
         with atomic_folder(folder) as fresh:
-            for part in BASE_PARTS:
+            for part in COPIED_PARTS:
                 shutil.copytree(base / part, fresh / part)
             shutil.copytree(bundle / "transformer", fresh / "transformer")
             scheduler = StudentScheduler(spec.sigmas, spec.timesteps, spec.sampler)
@@ -87,7 +87,7 @@ def save_pipeline(bundle: Path, folder: Path) -> None:
 
 def _local_base(bundle: Path, spec: StudentSpec) -> Path:
     base = resolve_base(bundle, spec.base)
-    missing = [name for name in (INDEX_FILE, *BASE_PARTS) if not (base / name).exists()]
+    missing = [name for name in (INDEX_FILE, *COPIED_PARTS) if not (base / name).exists()]
     if missing:
         raise CheckpointError(f"base {base} is no complete pipeline: it has no {missing[0]}")
     return base

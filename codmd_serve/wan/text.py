@@ -21,6 +21,7 @@ from torch import Tensor
 from codmd_serve.config import TEXT_ENCODERS
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import atomic_file
+from codmd_serve.grammar import Grammar
 from codmd_serve.prompts import clean_prompt as clean_prompt
 from codmd_serve.prompts import is_blank
 from codmd_serve.wan.attention import compact_prompt_embeds
@@ -69,17 +70,20 @@ def encode_prompts(
     return torch.nn.functional.pad(embeds_BLD, (0, 0, 0, max_sequence_length - embeds_BLD.shape[1]))
 
 
-def prompt_warnings(tokenizer: Any, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> list[str]:
-    """Say what of a prompt the text encoder will not see.
+def prompt_warnings(
+    tokenizer: Any, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH, grammar: Grammar | None = None
+) -> list[str]:
+    """Say what of a prompt the text encoder will not see, and what the model was never shown.
 
     Args:
         tokenizer: a transformers tokenizer; without an unknown token, or not a fast one, no word is reported.
         prompt: the text as the user wrote it.
         max_sequence_length: positions the encoder reads.
+        grammar: of the only captions the model knows; None when it takes any text.
 
     Returns:
-        At most three sentences: one naming the words and symbols outside the vocabulary, one when nothing is left of
-        the prompt, one when it is too long.
+        At most four sentences: the words and symbols outside the vocabulary, how the prompt differs from every caption
+        the model knows and the nearest one, that nothing is left of it, and where a long prompt was cut.
     """
     cleaned = clean_prompt(prompt)
     warnings = []
@@ -96,6 +100,8 @@ def prompt_warnings(tokenizer: Any, prompt: str, max_sequence_length: int = MAX_
         ids = tokens.input_ids
     else:
         ids = tokenizer(cleaned).input_ids
+    if grammar is not None and (outside := grammar.warning(cleaned)) is not None:
+        warnings.append(outside)
     if not set(ids) - set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} and tokenizer.unk_token_id not in ids:
         warnings.append("nothing of this prompt reaches the text encoder: its tokenizer drops all of it")
     if len(ids) > max_sequence_length:

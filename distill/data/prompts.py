@@ -21,15 +21,16 @@ from transformers import UMT5EncoderModel
 from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import atomic_file, first_line
+from codmd_serve.grammar import Grammar
 from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH, clean_prompt, encode_prompts
 from distill.config import DistillConfig
 from distill.data.shards import read_shard_prompts, read_shards, shard_paths
 from distill.data.texts import Prompts, read_prompt_file
 from distill.networks.base import Base
-from distill.worlds.shapeworld.captions import sample_caption
+from distill.worlds.shapeworld.captions import grammar, sample_caption
 
-ENCODE_BATCH = 64
+PROMPTS_PER_CALL = 64
 HASHED_BYTES = 1 << 20
 # Recipes whose teacher knows the captions of the shapeworld grammar; any other would be trained on words it never saw.
 CAPTIONED_RECIPES = ("shapeworld",)
@@ -155,6 +156,11 @@ def check_prompts(config: DistillConfig, base: Base) -> dict[str, object]:
     return dict(counts)
 
 
+def caption_grammar(config: DistillConfig) -> Grammar | None:
+    """Return the grammar that all training prompts are captions of; None when they come from a file."""
+    return None if config.prompts else grammar()
+
+
 def cached_prompt_data(config: DistillConfig, base: Base, cache_dir: Path, device: torch.device) -> PromptData:
     """Return embeddings of the training prompts and the negative prompt, from the cache when it has them.
 
@@ -225,8 +231,8 @@ def encode_prompt_data(prompts: list[str], base: Base, dtype: torch.dtype, devic
     # Equal prompts are encoded once, and prompts of similar length together: padding costs as much as text.
     distinct = sorted(dict(zip(cleaned, lengths, strict=True)).items(), key=lambda item: item[1])
     rows: dict[str, Tensor] = {}
-    for start in range(0, len(distinct), ENCODE_BATCH):
-        chunk = distinct[start : start + ENCODE_BATCH]
+    for start in range(0, len(distinct), PROMPTS_PER_CALL):
+        chunk = distinct[start : start + PROMPTS_PER_CALL]
         # The encoder masks padding, so embeddings do not depend on how much of it there is.
         embeds_BLD = encode_prompts(tokenizer, text_encoder, [text for text, _ in chunk], max(chunk[-1][1], 1)).cpu()
         rows |= {text: embeds[:length] for (text, length), embeds in zip(chunk, embeds_BLD, strict=True)}

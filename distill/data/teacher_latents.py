@@ -1,6 +1,6 @@
 """Samples of the teacher to train on: one for each training prompt, made once, cached on disk in shards.
 
-Knows no loss and no training loop. Layout: N samples, B batch, C channels, F latent frames, H, W latent pixels.
+Knows no loss and no training loop. Legend: N samples, B batch, C channels, F latent frames, H, W latent pixels.
 
 CACHE/teacher-latents-KEY/00000.safetensors      samples of prompts 0 to 63, complete or absent
 """
@@ -25,15 +25,23 @@ from codmd_serve.sampler import rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, add_module_files, load_prompts, prompt_key
-from distill.methods.matching import step_rng
 from distill.networks.base import Base
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
-from distill.parallel.processes import ALONE, Processes
+from distill.parallel.processes import SINGLE_PROCESS, Processes
+from distill.streams import named_rng
 
 SHARD_SIZE = 64
 SAMPLE_BATCH = 16
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSampling:
+    """How samples are made: num_steps Euler steps of the guided teacher at levels moved by `shift`."""
+
+    num_steps: int
+    shift: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,19 +81,20 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def cached_teacher_latents(
     config: DistillConfig,
+    sampling: TeacherSampling,
     base: Base,
     networks: Networks,
     data: PromptData,
     shape: tuple[int, ...],
     cache_dir: Path,
     device: torch.device,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> TeacherLatents:
     """Return samples of the teacher for all training prompts, sampling those that the cache does not have.
 
     Args:
-        config: rcm.data_steps Euler steps, shifted by rcm.data_shift, guided by guidance_scale; its precision must be
-            resolved.
+        config: its guidance_scale guides the teacher; its precision must be resolved.
+        sampling: steps of the teacher.
         base: of the networks; the samples are cached under its files.
         networks: the teacher is sampled.
         data: embeddings of the prompts.
@@ -103,20 +112,20 @@ def cached_teacher_latents(
 
     An interrupted call has lost the shard it was at; the next call goes on there.
     """
-    folder = cache_dir / f"teacher-latents-{_cache_key(config, base)[:16]}"
+    folder = cache_dir / f"teacher-latents-{_cache_key(config, sampling, base)[:16]}"
     num_shards = -(-data.num_prompts // SHARD_SIZE)
     sizes = [min(SHARD_SIZE, data.num_prompts - shard * SHARD_SIZE) for shard in range(num_shards)]
     wanted = [
         shard for shard, size in enumerate(sizes) if not _holds_samples(shard_path(folder, shard), (size, *shape))
     ]
     # Nobody writes before all have looked.
-    processes.greatest(len(wanted))
-    if wanted and processes.is_first:
+    processes.all_reduce_max(len(wanted))
+    if wanted and processes.is_rank0:
         logger.info("sampling teacher prompts=%d shards=%d folder=%s", data.num_prompts, len(wanted), folder.name)
-    hidden = None if processes.is_first else True
+    hidden = None if processes.is_rank0 else True
     for shard in tqdm(wanted, desc="samples of the teacher", unit="shard", disable=hidden, dynamic_ncols=True):
-        x0 = _sample_shard(config, networks, data, shard, (sizes[shard], *shape), device)
-        processes.first_does(partial(_write_shard, folder, shard, x0))
+        x0 = _sample_shard(config, sampling, networks, data, shard, (sizes[shard], *shape), device)
+        processes.on_rank0(partial(_write_shard, folder, shard, x0))
     return TeacherLatents(folder=folder)
 
 
@@ -131,17 +140,17 @@ def _write_shard(folder: Path, shard: int, x0: Tensor) -> None:
 
 def _sample_shard(
     config: DistillConfig,
+    sampling: TeacherSampling,
     networks: Networks,
     data: PromptData,
     shard: int,
     shape: tuple[int, ...],
     device: torch.device,
 ) -> Tensor:
-    noise = torch.randn(shape, generator=step_rng(0, "teacher-latents", shard))
+    noise = torch.randn(shape, generator=named_rng(0, "teacher-latents", shard))
     teacher = denoiser(networks.teacher, networks.precision)
-    settings = config.rcm
-    levels = [1.0 - index / settings.data_steps for index in range(settings.data_steps + 1)]
-    sigmas = [shift_sigma(level, settings.data_shift) for level in levels]
+    levels = [1.0 - index / sampling.num_steps for index in range(sampling.num_steps + 1)]
+    sigmas = [shift_sigma(level, sampling.shift) for level in levels]
     parts = []
     for start in range(0, shape[0], SAMPLE_BATCH):
         part = noise[start : start + SAMPLE_BATCH].to(device)
@@ -175,13 +184,13 @@ def _holds_samples(path: Path, shape: tuple[int, ...]) -> bool:
     return found == shape and dtype == "F32"
 
 
-def _cache_key(config: DistillConfig, base: Base) -> str:
+def _cache_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> str:
     prompts = [*load_prompts(config), config.negative_prompt]
     settings = [
         prompt_key(prompts, config, base),
         dataclasses.asdict(config.native),
-        config.rcm.data_steps,
-        config.rcm.data_shift,
+        sampling.num_steps,
+        sampling.shift,
         config.guidance_scale,
         config.teacher_dtype,
         config.precision,

@@ -1,4 +1,4 @@
-"""Arguments of `codmd-distill train` and `codmd-distill export`, and what the commands do with them.
+"""Arguments of `codmd-distill train` and `codmd-distill export`, and the commands themselves.
 
 Knows nothing of training itself. Imports nothing heavy until a command runs, so that --help is quick.
 """
@@ -28,7 +28,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the bundle goes to OUT/bundle")
     parser.add_argument("--seed", type=int, help="default: the recipe's")
     parser.add_argument("--minutes", type=float, help="time budget, over all resumptions together")
-    parser.add_argument("--max-steps", type=int, help="iterations; default: the recipe's")
+    parser.add_argument(
+        "--max-iterations", "--max-steps", dest="max_iterations", type=int, help="default: the recipe's"
+    )
     parser.add_argument(
         "--set",
         dest="settings",
@@ -46,8 +48,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--preview-every",
         type=int,
         default=200,
-        metavar="STEPS",
-        help="a picture of the averaged student in OUT/previews, and one at the end (default 200); 0 makes none",
+        metavar="ITERATIONS",
+        help="a picture of the EMA student in OUT/previews, and one at the end (default 200); 0 makes none",
     )
     parser.add_argument("--cache", type=Path, help="folder of prompt embeddings; default: OUT/cache")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the settings, write nothing")
@@ -97,7 +99,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         default="bundle",
         help="a bundle for codmd-serve (default), or a complete folder for diffusers.WanPipeline.from_pretrained",
     )
-    parser.add_argument("--step", type=int, help="checkpoint to take; default: the newest")
+    parser.add_argument(
+        "--iteration", "--step", dest="iteration", type=int, help="of the checkpoint to take; default: the newest"
+    )
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -109,8 +113,8 @@ def run_export(args: argparse.Namespace) -> int:
     from distill.run.checkpoint import export_bundle, export_pipeline
 
     export = export_pipeline if args.format == "pipeline" else export_bundle
-    step = export(args.run, args.out, args.step)
-    print(f"{args.format} {args.out} from step {step}")
+    iteration = export(args.run, args.out, args.iteration)
+    print(f"{args.format} {args.out} from iteration {iteration}")
     return 0
 
 
@@ -130,8 +134,8 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
             "device": str(device),
             "processes": processes.world_size,
         }
-        if processes.is_first:
-            print(describe(config, summary))
+        if processes.is_rank0:
+            print(settings_as_json(config, summary))
         return 0
     options = RunOptions(
         out=args.out,
@@ -139,16 +143,18 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
         minutes=args.minutes,
         cache_dir=args.cache,
         compiled=args.compile,
-        preview_every_steps=args.preview_every,
+        preview_every_iterations=args.preview_every,
         processes=processes,
     )
     outcome = run_training(config, options, resume=args.resume)
-    done = f"{outcome.step} steps, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
+    done = (
+        f"{outcome.iteration} iterations, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
+    )
     if outcome.signal_number is not None:
-        if processes.is_first:
+        if processes.is_rank0:
             print(f"interrupted after {done}; go on with --resume --out {args.out}", file=sys.stderr)
         return 128 + outcome.signal_number
-    if processes.is_first:
+    if processes.is_rank0:
         print(f"bundle {outcome.bundle} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
     return 0
 
@@ -159,29 +165,28 @@ def resolve_config(args: argparse.Namespace, device: "torch.device") -> "Distill
     Raises:
         ConfigError: unknown recipe or setting, a value out of range, or nothing to resume.
     """
-    from distill.config import RECIPES, with_overrides
-    from distill.methods.registry import with_method
+    from distill.config import with_overrides
+    from distill.methods.registry import recipe_config
     from distill.networks.precision import resolve_precision
     from distill.run.checkpoint import read_config
 
     if args.resume:
         config = read_config(args.out)
-        if args.recipe not in (None, config.recipe):
-            raise ConfigError(f"{args.out} is a run of recipe {config.recipe}, got --recipe {args.recipe}")
+        for name in ("recipe", "method"):
+            saved, wanted = getattr(config, name), getattr(args, name)
+            if wanted not in (None, saved):
+                raise ConfigError(
+                    f"cannot resume with another {name}: {args.out} is a run of {name} {saved}, got {wanted}"
+                )
     else:
-        recipe = args.recipe or "shapeworld"
-        if recipe not in RECIPES:
-            raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-        config = RECIPES[recipe]()
-        if args.method is not None:
-            config = with_method(config, args.method)
-    flags = {"method": args.method, "seed": args.seed, "max_steps": args.max_steps}
+        config = recipe_config(args.recipe, args.method)
+    flags = {"seed": args.seed, "max_iterations": args.max_iterations}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     config = with_overrides(config, [*args.settings, *given])
     return with_overrides(config, [f"precision={resolve_precision(config.precision, device)}"])
 
 
-def describe(config: "DistillConfig", summary: dict[str, object]) -> str:
+def settings_as_json(config: "DistillConfig", summary: dict[str, object]) -> str:
     """Return the resolved settings and what follows from them, as JSON."""
     from distill.config import config_to_dict
 

@@ -23,6 +23,7 @@ from codmd_serve.video import write_video
 from codmd_serve.wan import vae as vae_module
 from codmd_serve.wan.checkpoint import StudentSpec, save_bundle
 from codmd_serve.wan.vae import to_uint8
+from distill.worlds.shapeworld.captions import grammar
 
 PARAMS = GenerateParams(prompt="a red circle moves right", seed=7, height=32, width=48, num_frames=9, fps=16, crf=18)
 
@@ -144,6 +145,21 @@ def test_warnings_name_unknown_words_and_a_shape_that_was_not_trained(engine: En
     ]
     (shape,) = engine.generate(PARAMS, tmp_path / "a.mp4").warnings
     assert shape == "trained at 32x32 with 9 frames, asked for 48x32 with 9: expect less of it"
+
+
+def test_a_student_of_a_grammar_warns_of_prompts_outside_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "student"
+    shutil.copytree(tiny_bundle, copy)
+    spec = json.loads((copy / "student.json").read_text())
+    (copy / "student.json").write_text(json.dumps({**spec, "base": str(tiny_bundle.parent / "tiny")}))
+    grammar().save(copy)
+    engine = load_engine(copy, "cpu")
+    native = replace(PARAMS, width=32, prompt="a red circle moves right")
+    warning, note = engine.generate(native, tmp_path / "a.mp4").warnings
+    assert 'The nearest caption it knows: "a red circle moves right slowly on a black background"' in warning
+    assert note == "It knows a few words only."
+    native = replace(native, prompt="a red circle moves right quickly on a black background")
+    assert engine.generate(native, tmp_path / "a.mp4").warnings == []
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ Knows nothing of pixels or of the law of what a caption leaves open.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 
 from codmd_serve.errors import ConfigError
+from codmd_serve.grammar import Grammar, Reading
 from distill.worlds.shapeworld.schema import (
     BACKGROUNDS,
     COLOURS,
@@ -60,34 +59,91 @@ _RELATION_PHRASES = {
     "above": ("above",),
     "below": ("below", "under"),
 }
-_ARTICLES = ("a", "one", "the", "single", "two", "shapes", "and", "with", "on", "against")
+_FUNCTION_WORDS = ("a", "one", "the", "single", "two", "shapes", "and", "while", "with", "on", "against")
 _AUXILIARIES = ("do", "does", "is", "are", "stay", "stays", "remain", "remains")
 _FREE_SHARE = 0.6
 TWO_OBJECT_SHARE = 0.4
+_APART_SHARE = 0.3
 _RELATION_SHARE = 0.6
 
-WORD_COLOURS = {word: name for name, words in _COLOUR_WORDS.items() for word in words}
-_WORD_SHAPES = {word: name for name, words in _SHAPE_WORDS.items() for word in words}
-_WORD_BACKGROUNDS = {word: name for name, words in _BACKGROUND_WORDS.items() for word in words}
-_WORD_SPEEDS = {word: name for name, words in _SPEED_WORDS.items() for word in words}
-_WORD_MOTIONS = {f"{d}{suffix}": d for d in DIRECTIONS for suffix in ("", "ward", "wards")} | dict.fromkeys(
-    _STILL_WORDS, STILL
+_NEAR = {
+    **dict.fromkeys(("ball", "sphere", "dot"), "circle"),
+    **dict.fromkeys(("cube", "rectangle", "block"), "square"),
+    **dict.fromkeys(("pyramid", "cone", "arrow"), "triangle"),
+    **dict.fromkeys(("star", "x"), "cross"),
+    **dict.fromkeys(("donut", "doughnut", "loop", "torus"), "ring"),
+    **dict.fromkeys(("orange", "gold"), "yellow"),
+    **dict.fromkeys(("pink", "magenta"), "purple"),
+    **dict.fromkeys(("maroon", "ruby"), "red"),
+    **dict.fromkeys(("aqua",), "cyan"),
+    **dict.fromkeys(("night",), "black"),
+    **dict.fromkeys(("slow",), "slowly"),
+    **dict.fromkeys(("quick", "speedy"), "quickly"),
+    **dict.fromkeys(("stationary", "static", "stops", "stands"), STILL),
+    **dict.fromkeys(("rises", "jumps", "climbs"), "up"),
+    **dict.fromkeys(("falls", "drops", "sinks"), "down"),
+    **dict.fromkeys(("over",), "above"),
+    **dict.fromkeys(("beneath",), "below"),
+}
+"""Words that people try, and the word of the grammar that says the most like it."""
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Return every word any caption of the grammar can hold, sorted; the tokenizer is built from it."""
+    words: set[str] = {*_FUNCTION_WORDS, *_AUXILIARIES}
+    words.update(
+        w for table in (_COLOUR_WORDS, _SHAPE_WORDS, _BACKGROUND_WORDS, _SPEED_WORDS) for v in table.values() for w in v
+    )
+    words.update(f"{verb}{s}" for verb in _VERBS for s in ("", "s"))
+    words.update(_STILL_WORDS)
+    words.update(_BACKDROPS)
+    phrases = [p for table in (_MOTION_PHRASES, _RELATION_PHRASES) for v in table.values() for p in v]
+    words.update(w for phrase in phrases for w in phrase.split())
+    return tuple(sorted(words))
+
+
+_GRAMMAR = Grammar(
+    colours=_COLOUR_WORDS,
+    shapes=_SHAPE_WORDS,
+    backgrounds=_BACKGROUND_WORDS,
+    speeds=_SPEED_WORDS,
+    motions={d: tuple(f"{d}{suffix}" for suffix in ("", "ward", "wards")) for d in DIRECTIONS} | {STILL: _STILL_WORDS},
+    relations={
+        name: tuple(phrase for phrase in phrases if " " not in phrase) for name, phrases in _RELATION_PHRASES.items()
+    },
+    rest=STILL,
+    forms={
+        "one": "a {colour1} {shape1} {action1} on a {background} background",
+        "two": "a {colour1} {shape1} {relation} a {colour2} {shape2} {action} on a {background} background",
+        "apart": "a {colour1} {shape1} {action1} and a {colour2} {shape2} {action2} on a {background} background",
+        "moves": "moves {motion} {speed}",
+        "move": "move {motion} {speed}",
+        "rests": "stays still",
+        "rest": "stay still",
+    },
+    vocabulary=vocabulary(),
+    near=_NEAR,
+    about=(
+        f"It draws one or two shapes ({', '.join(SHAPES)}; {', '.join(COLOURS)}), each still or moving left, right, up "
+        f"or down, slowly or quickly, on a {', '.join(tuple(BACKGROUNDS)[:-1])} or {tuple(BACKGROUNDS)[-1]} background."
+    ),
+    examples=(
+        "a red circle moves right quickly on a black background",
+        "a white ring stays still on a navy background",
+        "a green square left of a purple triangle move up slowly on a teal background",
+        "a cyan cross moves right slowly and a yellow circle moves left quickly on a gray background",
+    ),
 )
-_WORD_RELATIONS = {"above": "above", "below": "below", "under": "below"}
+
+
+def grammar() -> Grammar:
+    """Return the grammar as a bundle carries it, for servers to read captions by."""
+    return _GRAMMAR
 
 
 def canonical_caption(scene: Scene) -> str:
     """Return the canonical sentence of a scene, the form every parser and example relies on."""
-    first = f"a {scene.objects[0][0]} {scene.objects[0][1]}"
-    if scene.count == 2:
-        second = f"a {scene.objects[1][0]} {scene.objects[1][1]}"
-        first = f"{first} {scene.relation or 'and'} {second}"
-    plural = scene.count == 2
-    if scene.motion == STILL:
-        action = "stay still" if plural else "stays still"
-    else:
-        action = f"{'move' if plural else 'moves'} {scene.motion} {scene.speed}"
-    return f"{first} {action} on a {scene.background} background"
+    return _GRAMMAR.caption(Reading(scene.objects, scene.moves, scene.background, scene.relation))
 
 
 def free_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -101,25 +157,30 @@ def free_caption(scene: Scene, rng: np.random.Generator) -> str:
         article = pick(("a", "a", "one", "the", "a single" if scene.count == 1 else "a"))
         return f"{article} {pick(_COLOUR_WORDS[colour])} {pick(_SHAPE_WORDS[shape])}"
 
-    plural = scene.count == 2
+    def action(motion: str, speed: str | None, is_plural: bool) -> str:
+        if motion == STILL:
+            plural = ("stay still", "remain still", "are motionless", "do not move", "rest")
+            single = ("stays still", "remains still", "is motionless", "does not move", "rests")
+            return pick(plural if is_plural else single)
+        verb = pick(_VERBS) + ("" if is_plural else "s")
+        where, how = pick(_MOTION_PHRASES[motion]), pick(_SPEED_WORDS[speed or ""])
+        orders = (f"{verb} {where} {how}", f"{verb} {how} {where}")
+        before = () if how == "fast" else (f"{how} {verb} {where}",)
+        return pick(orders + before)
+
     subject = noun(0)
-    if plural:
-        join = pick(_RELATION_PHRASES[scene.relation]) if scene.relation else pick(("and", "and", "with"))
-        subject = f"{subject} {join} {noun(1)}"
-        if scene.relation is None and rng.random() < 0.25:
-            subject = f"two shapes, {subject},"
-    if scene.motion == STILL:
-        options = ("stay still", "remain still", "are motionless", "do not move", "rest")
-        single = ("stays still", "remains still", "is motionless", "does not move", "rests")
-        action = pick(options if plural else single)
+    if scene.second_move is not None:
+        first, second = (action(*move, False) for move in scene.moves)
+        sentence = f"{subject} {first} {pick(('and', 'and', 'while'))} {noun(1)} {second}"
     else:
-        verb = pick(_VERBS) + ("" if plural else "s")
-        where, speed = pick(_MOTION_PHRASES[scene.motion]), pick(_SPEED_WORDS[scene.speed or ""])
-        orders = (f"{verb} {where} {speed}", f"{verb} {speed} {where}")
-        before = () if speed == "fast" else (f"{speed} {verb} {where}",)
-        action = pick(orders + before)
+        if scene.count == 2:
+            join = pick(_RELATION_PHRASES[scene.relation]) if scene.relation else pick(("and", "and", "with"))
+            subject = f"{subject} {join} {noun(1)}"
+            if scene.relation is None and rng.random() < 0.25:
+                subject = f"two shapes, {subject},"
+        sentence = f"{subject} {action(scene.motion, scene.speed, scene.count == 2)}"
     ground = f"{pick(('on', 'on', 'against'))} a {pick(_BACKGROUND_WORDS[scene.background])} {pick(_BACKDROPS)}"
-    return f"{ground}, {subject} {action}" if rng.random() < 0.2 else f"{subject} {action} {ground}"
+    return f"{ground}, {sentence}" if rng.random() < 0.2 else f"{sentence} {ground}"
 
 
 def parse_caption(text: str) -> Scene:
@@ -128,65 +189,9 @@ def parse_caption(text: str) -> Scene:
     Raises:
         ConfigError: naming the part of the caption (objects, motion, speed, background) that is missing or doubled.
     """
-    words = re.findall(r"[a-z]+", text.lower())
-    objects = _read_objects(words)
-    found: dict[str, list[str]] = {"motion": [], "speed": [], "background": [], "relation": []}
-    for word, following in pairwise([*words, ""]):
-        meaning = _word_meaning(word, following)
-        if meaning is not None:
-            part, value = meaning
-            found[part].append(value)
-    if not objects:
-        raise ConfigError(f"no 'colour shape' pair found in {text!r}; expected for example 'a red circle'")
-    for part, values in found.items():
-        if len(values) > 1 or (not values and part in ("motion", "background")):
-            raise ConfigError(f"expected one {part} in {text!r}, got {len(values)}: {', '.join(values) or 'none'}")
-    return Scene(
-        objects=objects,
-        motion=found["motion"][0],
-        speed=found["speed"][0] if found["speed"] else None,
-        background=found["background"][0],
-        relation=found["relation"][0] if found["relation"] else None,
-    )
-
-
-def _read_objects(words: list[str]) -> tuple[tuple[str, str], ...]:
-    """Pair every shape word with the colour word before it."""
-    objects: list[tuple[str, str]] = []
-    colour: str | None = None
-    for word in words:
-        if word in WORD_COLOURS:
-            colour = WORD_COLOURS[word]
-        elif word in _WORD_SHAPES and colour is not None:
-            objects.append((colour, _WORD_SHAPES[word]))
-            colour = None
-    return tuple(objects)
-
-
-def _word_meaning(word: str, following: str) -> tuple[str, str] | None:
-    """Which part of a caption a word decides, and how; "left" before "of" is a relation, else a motion."""
-    if word in ("left", "right") and following == "of":
-        return "relation", f"{word} of"
-    if word in _WORD_RELATIONS:
-        return "relation", _WORD_RELATIONS[word]
-    for part, table in (("background", _WORD_BACKGROUNDS), ("motion", _WORD_MOTIONS), ("speed", _WORD_SPEEDS)):
-        if word in table:
-            return part, table[word]
-    return None
-
-
-def vocabulary() -> tuple[str, ...]:
-    """Return every word any caption of the grammar can hold, sorted; the tokenizer is built from it."""
-    words: set[str] = {*_ARTICLES, *_AUXILIARIES}
-    words.update(
-        w for table in (_COLOUR_WORDS, _SHAPE_WORDS, _BACKGROUND_WORDS, _SPEED_WORDS) for v in table.values() for w in v
-    )
-    words.update(f"{verb}{s}" for verb in _VERBS for s in ("", "s"))
-    words.update(_STILL_WORDS)
-    words.update(_BACKDROPS)
-    phrases = [p for table in (_MOTION_PHRASES, _RELATION_PHRASES) for v in table.values() for p in v]
-    words.update(w for phrase in phrases for w in phrase.split())
-    return tuple(sorted(words))
+    reading = _GRAMMAR.read(text)
+    second = reading.moves[1] if reading.is_apart else None
+    return Scene(reading.objects, *reading.moves[0], reading.background, reading.relation, second)
 
 
 def sample_scene(
@@ -251,7 +256,17 @@ def all_single_scenes() -> Iterator[Scene]:
 def _draw_scene(rng: np.random.Generator, count: int) -> Scene:
     colours = [str(c) for c in rng.choice(list(COLOURS), size=count, replace=False)]
     objects = tuple((colour, str(rng.choice(SHAPES))) for colour in colours)
-    motion = str(rng.choice(MOTIONS))
-    speed = None if motion == STILL else str(rng.choice(list(SPEEDS)))
+    background = str(rng.choice(list(BACKGROUNDS)))
+    first = _draw_move(rng)
+    if count == 2 and rng.random() < _APART_SHARE:
+        second = first
+        while second == first:
+            second = _draw_move(rng)
+        return Scene(objects, *first, background, second_move=second)
     relation = str(rng.choice(list(RELATIONS))) if count == 2 and rng.random() < _RELATION_SHARE else None
-    return Scene(objects, motion, speed, str(rng.choice(list(BACKGROUNDS))), relation)
+    return Scene(objects, *first, background, relation)
+
+
+def _draw_move(rng: np.random.Generator) -> tuple[str, str | None]:
+    motion = str(rng.choice(MOTIONS))
+    return motion, None if motion == STILL else str(rng.choice(list(SPEEDS)))

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from runs import with_method
 
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig, config_to_dict, with_overrides
-from distill.methods.registry import with_method
-from distill.parallel.processes import ALONE, Processes, check_shares
-from distill.parallel.sharding import check_tokens
+from distill.parallel.processes import SINGLE_PROCESS, Processes, check_world_size
+from distill.parallel.sharding import check_token_split
 
 ROOT = Path(__file__).resolve().parents[3]
 ITERATIONS = 3
@@ -71,18 +71,14 @@ RESUMED = ("two", "lora-two")
 def scenario_config(tiny_config: DistillConfig, settings: list[str]) -> DistillConfig:
     methods = [setting.removeprefix("method=") for setting in settings if setting.startswith("method=")]
     config = with_method(tiny_config, methods[0]) if methods else tiny_config
-    common = [
-        "batch_size=4",
-        "student_every_steps=1" if not methods or methods[0] == "dp-dmd" else "student_every_steps=2",
-        "rcm.data_steps=2",
-        "rcm.warmup_steps=0",
-        "dp_dmd.teacher_steps=4",
-        "dp_dmd.match_step=2",
+    own = {
         # The relational term is most of the loss, so that an error in its gradient cannot hide behind the rest.
-        "copula.scale=20",
-        # Keys have a bias whose gradient is 0 but for rounding, and Adam would make updates of full size of that.
-        "optimizer.eps=0.01",
-    ]
+        "copula": ["student_every_iterations=1", "copula.scale=20"],
+        "rcm": ["student_every_iterations=2", "rcm.data_steps=2", "rcm.warmup_iterations=0"],
+        "dp_dmd": ["student_every_iterations=1", "dp_dmd.teacher_steps=4", "dp_dmd.match_step=2"],
+    }
+    # Keys have a bias whose gradient is 0 but for rounding, and Adam would make updates of full size of that.
+    common = ["batch_size=4", "optimizer.eps=0.01", *own[config.method_settings.group]]
     return with_overrides(config, [*common, *(setting for setting in settings if not setting.startswith("method="))])
 
 
@@ -212,7 +208,7 @@ def test_positions_share_out_the_batch_once() -> None:
             taken.append(list(processes.positions(12, 2, part)))
     assert taken[0] == taken[1] == [0, 1]
     assert [place for places in taken[::2] for place in places] == list(range(12))
-    assert ALONE.positions(3, 1, 0) == range(3)
+    assert SINGLE_PROCESS.positions(3, 1, 0) == range(3)
 
 
 @pytest.mark.parametrize(
@@ -229,16 +225,16 @@ def test_a_run_that_cannot_be_shared_out_is_refused_by_key(
     tiny_config: DistillConfig, settings: list[str], world_size: int, named: str
 ) -> None:
     with pytest.raises(ConfigError, match=named):
-        check_shares(with_overrides(tiny_config, settings), world_size)
+        check_world_size(with_overrides(tiny_config, settings), world_size)
 
 
 def test_tokens_and_heads_have_to_divide(tiny_config: DistillConfig) -> None:
     eight = with_overrides(tiny_config, ["context_parallel=8"])
     with pytest.raises(ConfigError, match="must divide the 32764 tokens"):
-        check_tokens(eight, 16, 32764)
+        check_token_split(eight, 16, 32764)
     with pytest.raises(ConfigError, match="context_parallel must divide the 12 attention heads, got 8"):
-        check_tokens(eight, 12, 32760)
-    check_tokens(eight, 40, 32760)
+        check_token_split(eight, 12, 32760)
+    check_token_split(eight, 40, 32760)
 
 
 def test_rcm_cannot_split_tokens(tiny_config: DistillConfig) -> None:
