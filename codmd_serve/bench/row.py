@@ -7,7 +7,6 @@ psnr_db, one number per seed, execution, attention), ratios (per opponent and st
 pairs), pairs (raw), operators (per name: calls, top), left_out (sentences), picture, seconds.
 """
 
-import json
 import os
 import platform
 import subprocess
@@ -57,6 +56,7 @@ from codmd_serve.device import choose_device, choose_dtype
 from codmd_serve.engine import Engine, load_engine
 from codmd_serve.errors import CodmdError, ConfigError
 from codmd_serve.files import first_line, write_json, write_text
+from codmd_serve.textfiles import read_json_object
 from codmd_serve.wan.checkpoint import load_bundle, read_spec, resolve_base
 from codmd_serve.wan.vae import latent_shape
 
@@ -107,7 +107,7 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
         file = folder / f"serving-{row_name}.json"
     shown = serving_lines if config.serving else short_table
     if config.resume and _is_current(file, device):
-        return _text(shown(json.loads(file.read_text(encoding="utf-8"))))
+        return _text(shown(read_json_object(file, ConfigError)))
     with tempfile.TemporaryDirectory(prefix="codmd-bench-") as temporary:
         run = _Run(config, device, dtype, Path(temporary))
         with _bundle(run) as bundle:
@@ -118,7 +118,7 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
         _draw(folder / row["picture"], row)
     write_json(file, row, indent=None if config.serving else 1)
     rows, serving = (
-        [json.loads(other.read_text(encoding="utf-8")) for other in sorted(folder.glob(f"{kind}-*.json"))]
+        [read_json_object(other, ConfigError) for other in sorted(folder.glob(f"{kind}-*.json"))]
         for kind in ("performance", "serving")
     )
     write_text(folder / "performance.md", document(rows, serving))
@@ -150,7 +150,7 @@ def _served(run: _Run, bundle: Path, timeline: Path) -> Row:
 def _is_current(file: Path, device: torch.device) -> bool:
     if not file.is_file():
         return False
-    row = json.loads(file.read_text(encoding="utf-8"))
+    row = read_json_object(file, ConfigError)
     return bool(row["versions"] == _versions() and row["machine"]["device"] == _device_name(device))
 
 

@@ -9,7 +9,6 @@ RUN/bundle/                        the student, once the run has ended
 RUN/pipeline/                      the same as a complete diffusers folder, where the stock pipeline can sample it
 """
 
-import json
 import logging
 import os
 import shutil
@@ -25,6 +24,7 @@ import codmd_serve
 from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import TEMPORARY_PREFIX, atomic_folder, first_line, leftovers, write_json
+from codmd_serve.textfiles import read_json_object
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
 from distill.config import RESUMABLE, DistillConfig, config_to_dict
@@ -51,12 +51,9 @@ def read_config(run_dir: Path) -> DistillConfig:
         ConfigError: there is no run, or its config is damaged; the message names the file.
     """
     path = run_dir / CONFIG_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{run_dir} holds no run: it has no {CONFIG_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not path.exists():
+        raise ConfigError(f"{run_dir} holds no run: it has no {CONFIG_FILE}")
+    data = read_json_object(path, ConfigError)
     try:
         return config_from_dict(data)
     except ConfigError as error:
@@ -131,24 +128,14 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     return state
 
 
-def write_bundle(
-    bundle_dir: Path, config: DistillConfig, base: Base, ema_weights: dict[str, Tensor], num_student_updates: int
-) -> None:
-    """Write a student bundle that codmd_serve loads.
-
-    Args:
-        bundle_dir: its folder; one that exists is replaced.
-        config: of the run.
-        base: of the run.
-        ema_weights: float32 moving average by parameter name.
-        num_student_updates: updates of the student so far.
+def student_spec(bundle_dir: Path, config: DistillConfig, base: Base, num_student_updates: int) -> StudentSpec:
+    """Return the student.json of a run's bundle.
 
     Raises:
-        CheckpointError: the base is gone, the weights do not fit it, or the bundle cannot be written.
+        ConfigError: a setting that no bundle can have; a run calls this before its first iteration.
     """
-    bundle_dir = bundle_dir.absolute()
     grid = config.grid()
-    spec = StudentSpec(
+    return StudentSpec(
         base=os.path.relpath(Path(base.source).resolve(), bundle_dir.resolve()) if base.is_local else base.source,
         sigmas=grid.sigmas,
         timesteps=grid.timesteps,
@@ -167,6 +154,25 @@ def write_bundle(
         package_version=codmd_serve.__version__,
         vocabulary_note=config.vocabulary_note,
     )
+
+
+def write_bundle(
+    bundle_dir: Path, config: DistillConfig, base: Base, ema_weights: dict[str, Tensor], num_student_updates: int
+) -> None:
+    """Write a student bundle that codmd_serve loads.
+
+    Args:
+        bundle_dir: its folder; one that exists is replaced.
+        config: of the run.
+        base: of the run.
+        ema_weights: float32 moving average by parameter name.
+        num_student_updates: updates of the student so far.
+
+    Raises:
+        CheckpointError: the base is gone, the weights do not fit it, or the bundle cannot be written.
+    """
+    bundle_dir = bundle_dir.absolute()
+    spec = student_spec(bundle_dir, config, base, num_student_updates)
     try:
         with torch.device("meta"):
             transformer = WanTransformer3DModel.from_config(base.transformer_config)
