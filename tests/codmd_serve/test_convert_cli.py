@@ -116,10 +116,10 @@ def test_convert_takes_strength_and_key(tiny_base: Path, tmp_path: Path, capsys:
     torch.save({"a": pair, "b": {name: 2 * tensor for name, tensor in pair.items()}}, tmp_path / "lora.pt")
     words = ["convert", str(tmp_path / "lora.pt"), "--base", str(tiny_base), "-o", str(tmp_path / "bundle")]
     assert cli.main(words) == 2
-    assert "holds 2 networks: 'a', 'b'; say which with --key" in capsys.readouterr().err
+    assert "holds 2 networks: 'a.transformer', 'b.transformer'; say which with --key" in capsys.readouterr().err
     assert cli.main([*words, "--key", "a", "--lora-scale", "0.25"]) == 0
     said = capsys.readouterr().out
-    assert "  taken from 'a' of the file (--key)\n  left out: 'b'\n" in said
+    assert "  taken from 'a.transformer' of the file (--key)\n  left out: 'b'\n" in said
     assert "  update of 1 modules at scale 0.25 (--lora-scale)\n" in said and "lora_scale" not in said.replace("--", "")
     weights = "transformer/diffusion_pytorch_model.safetensors"
     change = load_file(tmp_path / "bundle" / weights)["blocks.0.attn1.to_q.weight"]

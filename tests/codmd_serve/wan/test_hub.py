@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -122,9 +123,11 @@ def test_a_name_that_is_no_folder_says_so_before_the_hub_is_asked(cache: Path, b
 def test_a_hub_that_never_answers_costs_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from codmd_serve.wan import hub
 
+    silent = threading.Event()
+
     class Silent:
         def repo_info(self, name: str, timeout: float) -> None:
-            time.sleep(30)  # as a name look-up that no time-out reaches; the thread is left behind
+            silent.wait(60)  # as a name look-up that no time-out reaches
 
     monkeypatch.setattr(hub, "HfApi", Silent)
     monkeypatch.setattr(hub, "TIMEOUT_S", 0.1)
@@ -133,6 +136,7 @@ def test_a_hub_that_never_answers_costs_seconds(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(CheckpointError, match=r"there is no folder .*x/y, and the hub does not give x/y: .*no answer"):
         find_pipeline("x/y", [tmp_path])
     assert time.monotonic() - start_s < 10
+    silent.set()
 
 
 @pytest.mark.parametrize(
