@@ -46,13 +46,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.cuda_graph": PURE,
     "codmd_serve.denoise": (*PURE, "codmd_serve.sampler", "codmd_serve.cuda_graph", *WAN),
     "codmd_serve.threads": (),
-    "codmd_serve.stages": PURE,
+    "codmd_serve.stages": (*PURE, "codmd_serve.messages"),
     "codmd_serve.engine": (
         *PURE,
-        "codmd_serve.device",
         "codmd_serve.denoise",
         "codmd_serve.stages",
         "codmd_serve.threads",
+        "codmd_serve.video",
+        *WAN,
+    ),
+    "codmd_serve.loading": (
+        *PURE,
+        "codmd_serve.denoise",
+        "codmd_serve.device",
+        "codmd_serve.engine",
         "codmd_serve.video",
         *WAN,
     ),
@@ -63,25 +70,41 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.bench",
         "codmd_serve.device",
         "codmd_serve.engine",
+        "codmd_serve.loading",
         "codmd_serve.video",
         *WAN,
     ),
     "codmd_serve.messages": PURE,
-    "codmd_serve.worker": (*PURE, "codmd_serve.messages", "codmd_serve.engine", *WAN),
-    "codmd_serve.dispatcher": (*PURE, "codmd_serve.messages"),
+    "codmd_serve.cpu": (),
+    "codmd_serve.service_time": PURE,
+    "codmd_serve.worker_process": (*PURE, "codmd_serve.messages"),
+    "codmd_serve.worker_slot": (
+        *PURE,
+        *(f"codmd_serve.{name}" for name in ("messages", "service_time", "worker_process")),
+    ),
+    "codmd_serve.pool": (
+        *PURE,
+        *(f"codmd_serve.{name}" for name in ("cpu", "messages", "service_time", "worker_process", "worker_slot")),
+    ),
+    "codmd_serve.worker": (
+        *PURE,
+        "codmd_serve.cpu",
+        "codmd_serve.messages",
+        "codmd_serve.engine",
+        "codmd_serve.loading",
+        *WAN,
+    ),
+    "codmd_serve.dispatcher": (*PURE, "codmd_serve.messages", "codmd_serve.pool"),
     "codmd_serve.api": (
         *PURE,
         "codmd_serve.__version__",
-        "codmd_serve.api",
-        "codmd_serve.dispatcher",
-        "codmd_serve.prompts",
-    ),
-    "codmd_serve.cli": ("codmd_serve", "app.demo"),
+        "codmd_serve.cli": ("codmd_serve", "app.demo"),
 }
 DISTILL_MAY = (
     *PURE,
     "codmd_serve.__version__",
     "codmd_serve.commands",
+    "codmd_serve.cpu",
     "codmd_serve.device",
     "codmd_serve.grammar",
     "codmd_serve.prompts",
@@ -218,12 +241,14 @@ def test_only_one_file_knows_cuda_graphs() -> None:
             assert not graphs or module == "codmd_serve.cuda_graph", f"{module} records CUDA graphs"
 
 
-def test_only_the_command_lines_read_the_environment() -> None:
+def test_only_processes_where_they_begin_read_the_environment() -> None:
     for package in PACKAGES:
         for module, path in modules(package):
             names = dotted_names(path)
             reads = names & {"os.environ", "os.getenv", "environ", "getenv"}
-            assert not reads or module in ("codmd_serve.cli", "distill.cli"), f"{module} reads the environment"
+            assert not reads or module in ("codmd_serve.cli", "codmd_serve.worker", "distill.cli"), (
+                f"{module} reads the environment"
+            )
 
 
 def test_help_of_the_distiller_does_not_wait_for_torch() -> None:

@@ -71,6 +71,7 @@ class StudentSpec:
         assumed: names of the fields that were guessed because the source of the weights does not record them;
             `attention` among them means that nothing said whether the weights are causal: they were taken not to be;
             `lora_scale` that nothing said how strong the update is: it was added once.
+        preview_map: linear map from latents to RGB, see wan/preview.py; empty when unknown: it is fitted at load.
         vocabulary_note: one sentence for users whose prompt has words that the model never saw; empty for none.
 
     Raises:
@@ -90,6 +91,7 @@ class StudentSpec:
     package_version: str
     assumed: tuple[str, ...] = field(default=())
     vocabulary_note: str = ""
+    preview_map: tuple[tuple[float, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("base", "sampler", "method", "base_model", "config_sha256", "package_version", "vocabulary_note"):
@@ -105,6 +107,8 @@ class StudentSpec:
             )
         if len(self.timesteps) > MAX_STEPS:
             raise ConfigError(f"timesteps must be at most {MAX_STEPS}, got {len(self.timesteps)} of them")
+        if any(len(row) != 3 or not all(math.isfinite(value) for value in row) for row in self.preview_map):
+            raise ConfigError("preview_map must be rows of three finite numbers")
         check_step_grid(self.sigmas, self.timesteps, self.sampler)
         steps = (*self.timesteps, 0.0)
         if steps[0] > MAX_TIMESTEP or not all(high > low for high, low in pairwise(steps)):
@@ -168,6 +172,8 @@ def read_spec(bundle: Path) -> StudentSpec:
         }
         for name in ("sigmas", "timesteps"):
             tuples[name] = tuple(_number(value) for value in tuples[name])
+        if "preview_map" in data:
+            tuples["preview_map"] = tuple(_row(row) for row in _list(data, "preview_map"))
         native = data["native"]
         if not isinstance(native, dict):
             raise ConfigError(f"native must be an object, got {shown(native)}")
@@ -182,6 +188,12 @@ def _list(data: dict[str, Any], name: str) -> tuple[Any, ...]:
     if not isinstance(data[name], list):
         raise ConfigError(f"{name} must be a list, got {shown(data[name])}")
     return tuple(data[name])
+
+
+def _row(value: object) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise ConfigError(f"preview_map must be rows of three finite numbers, got {shown(value)}")
+    return tuple(map(_number, value))
 
 
 def _number(value: object) -> float:

@@ -23,6 +23,7 @@ from codmd_serve.wan.families import CONTRACTS, FAMILIES
 from codmd_serve.wan.hub import find_pipeline
 from codmd_serve.wan.lora import Scales, add_lora, find_scales, read_lora
 from codmd_serve.wan.names import check_config, to_diffusers
+from codmd_serve.wan.preview import preview_map_of_base
 from codmd_serve.wan.published import IMAGE_CHANNELS, Published, read_published
 from codmd_serve.wan.stated import Sampling, read_sampling
 
@@ -138,6 +139,7 @@ def convert(source: Path, base: Path, output: Path, options: ConvertOptions, pac
         "base": os.path.relpath(folder, output.resolve()) if is_folder else str(base),
         "base_model": folder.name if is_folder else str(base),
         "package_version": package_version,
+        "preview_map": preview_map_of_base(folder),
     }
     finished = StudentSpec(**spec)
     try:

@@ -27,6 +27,7 @@ from codmd_serve.files import TEMPORARY_PREFIX, atomic_folder, first_line, lefto
 from codmd_serve.textfiles import read_json_object
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
+from codmd_serve.wan.preview import preview_map_of_base
 from distill.config import RESUMABLE, DistillConfig, config_to_dict
 from distill.data.prompts import caption_grammar
 from distill.methods.registry import config_from_dict
@@ -173,6 +174,7 @@ def write_bundle(
     """
     bundle_dir = bundle_dir.absolute()
     spec = student_spec(bundle_dir, config, base, num_student_updates)
+    spec = replace(spec, preview_map=preview_map_of_base(base.folder))
     try:
         with torch.device("meta"):
             transformer = WanTransformer3DModel.from_config(base.transformer_config)

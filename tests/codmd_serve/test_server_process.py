@@ -33,7 +33,7 @@ class Running:
         spool.mkdir()
         self.spool = spool
         command = [sys.executable, "-m", "codmd_serve.cli", "--bundle", str(bundle), "--port", str(self.port)]
-        environment = {**os.environ, "TMPDIR": str(spool), "CODMD_DRAIN_TIMEOUT_S": "120"}
+        environment = {**os.environ, "TMPDIR": str(spool), "CODMD_DRAIN_TIMEOUT_S": "120", "CODMD_SPARE_WORKER": "0"}
         with self.log.open("wb") as log, self.out.open("wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=log, env=environment)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=DEADLINE_S, trust_env=False)

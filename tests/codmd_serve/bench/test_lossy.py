@@ -16,7 +16,8 @@ from codmd_serve.bench.report import document
 from codmd_serve.bench.row import measure_row
 from codmd_serve.bench.weights import PROMPTS
 from codmd_serve.config import GenerateParams
-from codmd_serve.engine import Engine, load_engine
+from codmd_serve.engine import Engine
+from codmd_serve.loading import load_engine
 
 CPU = torch.device("cpu")
 PARAMS = GenerateParams(prompt=PROMPTS[0], seed=0, height=32, width=32, num_frames=9, fps=16, crf=18)

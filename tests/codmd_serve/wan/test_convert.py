@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codmd_serve.config import GenerateParams
-from codmd_serve.engine import load_engine
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.grid import causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
+from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import NativeShape, load_bundle, read_spec
 from codmd_serve.wan.convert import CONTRACTS, FAMILIES, ConvertOptions, convert
 from codmd_serve.wan.names import original_name
@@ -86,6 +86,7 @@ def test_a_converted_bundle_makes_a_video(
 ) -> None:
     converted(write("rcm"), golden_base, tmp_path / "bundle", height=32, width=48, num_frames=5, fps=8)
     engine = load_engine(tmp_path / "bundle", "cpu")
+    assert engine.preview_map == read_spec(tmp_path / "bundle").preview_map != ()
     params = GenerateParams(prompt="a red circle", seed=1, height=32, width=48, num_frames=5, fps=8, crf=18)
     engine.generate(params, tmp_path / "a.mp4")
     assert read_video(tmp_path / "a.mp4").frames.shape == (5, 32, 48, 3)
