@@ -98,7 +98,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.api": (
         *PURE,
         "codmd_serve.__version__",
-        "codmd_serve.cli": ("codmd_serve", "app.demo"),
+        "codmd_serve.api",
+        "codmd_serve.dispatcher",
+        "codmd_serve.prompts",
+    ),
+    "codmd_serve.cli": ("codmd_serve", "app.demo"),
 }
 DISTILL_MAY = (
     *PURE,
