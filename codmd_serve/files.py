@@ -106,7 +106,10 @@ def check_name(path: Path) -> None:
     Raises:
         ConfigError: the name or the whole path has too many bytes, or one that no name may have.
     """
-    size, most = len(os.fsencode(path.name)), _most_name_bytes(path.parent)
+    try:
+        size, most = len(os.fsencode(path.name)), _most_name_bytes(path.parent)
+    except UnicodeEncodeError:
+        raise ConfigError(f"no file can be called {path.name[:40]!r}: it holds half of a character") from None
     if size > most:
         shown = f"{path.name[:40]}..."
         raise ConfigError(

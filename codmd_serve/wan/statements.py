@@ -69,14 +69,16 @@ def header_statements(header: Mapping[str, str], source: str) -> list[Statement]
         plain["use_rslora"] = str(header.get("use_rslora", "")).lower() in ("true", "1")  # type: ignore[assignment]
         found.append(statement_of("its header", plain, source))
     kohya = {name: _float_or_none(header.get(f"ss_network_{name}")) for name in ("alpha", "dim")}
+    arguments = str(header.get("ss_network_args", ""))
     if kohya["alpha"] is not None:
         found.append(
             Statement(
                 where="ss_network_alpha of its header",
                 alpha=kohya["alpha"],
                 rank=kohya["dim"],
+                is_rank_stabilised=re.search(r"rs_?lora\W+true", arguments, re.IGNORECASE) is not None,
                 is_exact=False,
-                varies="alphas" in str(header.get("ss_network_args", "")),
+                varies="alphas" in arguments,
             )
         )
     return [statement for statement in found if statement is not None]

@@ -1,11 +1,15 @@
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from codmd_serve import files
 from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.video import check_video_name
 
 
 def names(folder: Path) -> list[str]:
@@ -167,3 +171,14 @@ def test_paths_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
 
 def test_first_line_keeps_the_line_ends_of_quoted_text() -> None:
     assert files.first_line(ConfigError("got 'a\u2028b'\nmore")) == "got 'a\u2028b'"
+
+
+@given(name=st.text(max_size=300) | st.text(st.sampled_from("ab/.\0\n\u2028\ud800ü"), max_size=600))
+def test_any_name_is_taken_or_refused_in_one_sentence(name: str) -> None:
+    path = Path(tempfile.gettempdir()) / "nowhere" / name
+    try:
+        files.check_name(path)
+        check_video_name(path)
+    except ConfigError:
+        return
+    assert len(os.fsencode(path.name)) <= 255 and path.suffix.lower() in ("", ".mp4", ".m4v")

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from codmd_serve.errors import CheckpointError
 from codmd_serve.wan.hub import find_pipeline, is_hub_id, lacking_file
@@ -178,3 +180,15 @@ def test_a_part_that_an_index_names_and_that_is_not_there_is_named(tiny_base: Pa
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / "base/text_encoder/model.safetensors.index.json").write_text(json.dumps(index))
     assert lacking_file(tmp_path / "base", ("text_encoder",)) == "text_encoder/model-00001-of-00002.safetensors"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(name=st.text(max_size=100) | st.text(st.sampled_from("ab/.\0-\ud800ü"), max_size=300))
+def test_any_name_is_a_folder_a_hub_id_or_one_sentence(tmp_path: Path, name: str) -> None:
+    if is_hub_id(name):
+        return
+    try:
+        folder, is_folder = find_pipeline(name, [tmp_path])
+    except CheckpointError:
+        return
+    assert is_folder and folder.is_dir()

@@ -185,6 +185,7 @@ def factor(path: Path, base: dict[str, Tensor], scale: float | None = None) -> f
         ({"lora_adapter_metadata": json.dumps({**PEFT, "alpha_pattern": {"attn2.to_q": 6}})}, 0.5),
         ({"lora_adapter_metadata": json.dumps({**PEFT, "r": 8, "rank_pattern": {r"blocks\.\d+\.attn1.*": 4}})}, 0.5),
         ({"ss_network_alpha": "1.0", "ss_network_dim": "4", "ss_network_module": "networks.lora_wan"}, 0.25),
+        ({"ss_network_alpha": "2", "ss_network_dim": "4", "ss_network_args": '{"rs_lora": "True"}'}, 1.0),
         ({"lora_alpha": "8", "rank": "4"}, 2.0),
         ({"format": "pt"}, 1.0),
         ({"ss_network_alpha": "None", "ss_network_dim": "Dynamic"}, 1.0),
