@@ -335,7 +335,7 @@ def with_overrides(config: DistillConfig, assignments: list[str]) -> DistillConf
             raise ConfigError(f"unknown setting {given!r} of method {config.method}, expected one of: {keys}")
         try:
             target[leaf] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             target[leaf] = text
     return _assemble(data, type(config.method_settings))
 

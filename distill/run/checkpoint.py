@@ -9,11 +9,11 @@ RUN/bundle/                        the student, once the run has ended
 RUN/pipeline/                      the same as a complete diffusers folder, where the stock pipeline can sample it
 """
 
-import json
 import logging
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import codmd_serve
 from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import TEMPORARY_PREFIX, atomic_folder, first_line, leftovers, write_json
+from codmd_serve.textfiles import read_json_object
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
 from codmd_serve.wan.preview import preview_map_of_base
@@ -60,12 +61,9 @@ def read_config(run_dir: Path) -> DistillConfig:
 
 def _saved_settings(run_dir: Path) -> Any:
     path = run_dir / CONFIG_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{run_dir} holds no run: it has no {CONFIG_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not path.exists():
+        raise ConfigError(f"{run_dir} holds no run: it has no {CONFIG_FILE}")
+    return read_json_object(path, ConfigError)
 
 
 def check_resumable(saved: DistillConfig, wanted: DistillConfig) -> None:
@@ -136,6 +134,47 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     return state
 
 
+def student_spec(
+    bundle_dir: Path,
+    config: DistillConfig,
+    base: Base,
+    num_student_updates: int,
+    config_sha256: str | None = None,
+) -> StudentSpec:
+    """Return the student.json of a run's bundle.
+
+    Args:
+        bundle_dir: where the bundle goes.
+        config: of the run.
+        base: of the run.
+        num_student_updates: updates of the student so far.
+        config_sha256: digest of the run's config.json; None where this version wrote it.
+
+    Raises:
+        ConfigError: a setting that no bundle can have; a run calls this before its first iteration.
+    """
+    grid = config.grid()
+    return StudentSpec(
+        base=os.path.relpath(Path(base.source).resolve(), bundle_dir.resolve()) if base.is_local else base.source,
+        sigmas=grid.sigmas,
+        timesteps=grid.timesteps,
+        sampler=config.sampler,
+        native=NativeShape(
+            height=config.native.height,
+            width=config.native.width,
+            num_frames=config.native.num_frames,
+            fps=config.native.fps,
+        ),
+        method=config.method,
+        base_model=base.name,
+        step=num_student_updates,
+        ema=True,
+        config_sha256=config_sha256 or config.sha256(),
+        package_version=codmd_serve.__version__,
+        vocabulary_note=config.vocabulary_note,
+    )
+
+
 def write_bundle(
     bundle_dir: Path,
     config: DistillConfig,
@@ -158,27 +197,8 @@ def write_bundle(
         CheckpointError: the base is gone, the weights do not fit it, or the bundle cannot be written.
     """
     bundle_dir = bundle_dir.absolute()
-    grid = config.grid()
-    spec = StudentSpec(
-        base=os.path.relpath(Path(base.source).resolve(), bundle_dir.resolve()) if base.is_local else base.source,
-        sigmas=grid.sigmas,
-        timesteps=grid.timesteps,
-        sampler=config.sampler,
-        native=NativeShape(
-            height=config.native.height,
-            width=config.native.width,
-            num_frames=config.native.num_frames,
-            fps=config.native.fps,
-        ),
-        method=config.method,
-        base_model=base.name,
-        step=num_student_updates,
-        ema=True,
-        config_sha256=config_sha256 or config.sha256(),
-        package_version=codmd_serve.__version__,
-        vocabulary_note=config.vocabulary_note,
-        preview_map=preview_map_of_base(base.source, base.is_local),
-    )
+    spec = student_spec(bundle_dir, config, base, num_student_updates, config_sha256)
+    spec = replace(spec, preview_map=preview_map_of_base(base.folder))
     try:
         with torch.device("meta"):
             transformer = WanTransformer3DModel.from_config(base.transformer_config)
