@@ -108,7 +108,7 @@ def refusal(answer: Any, status: int, code: str) -> str:
         ({}, "prompt: Field required"),
         ({"prompt": "   "}, "prompt: must not be blank"),
         ({"prompt": "x" * 5000}, "prompt: String should have at most 4000 characters"),
-        ({"prompt": "a", "num_frames": 10**9}, "num_frames must be 4k + 1, and at 64x64 up to 68, got 1000000000; 65"),
+        ({"prompt": "a", "num_frames": 10**9}, "num_frames must be 4k + 1, and at 64x64 up to 65, got 1000000000; 65"),
         ({"prompt": "a", "height": 60}, "height must be a multiple of 16 up to 1024, got 60; 64 would be accepted"),
         ({"prompt": "a", "sed": 7}, "unknown field 'sed'; the fields are in /docs"),
         ({"prompt": "a", "y" * 500: 7}, "unknown field 'yyy"),
