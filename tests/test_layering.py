@@ -19,6 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.config": ("codmd_serve.errors",),
     "codmd_serve.files": ("codmd_serve.errors",),
     "codmd_serve.grid": ("codmd_serve.errors",),
+    "codmd_serve.jobs": (*PURE, "codmd_serve.files", "codmd_serve.jobs"),
     "codmd_serve.video": PURE,
     "codmd_serve.schedule": PURE,
     "codmd_serve.sampler": (*PURE, "codmd_serve.schedule"),
