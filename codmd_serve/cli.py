@@ -19,12 +19,13 @@ from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
+from codmd_serve.commands import EXIT_BAD_INPUT, OneLineParser, print_error, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
 from codmd_serve.video import find_ffmpeg
 
-EXIT_BAD_INPUT = 2
+PROGRAM = "codmd-serve"
 COMMANDS = ("serve", "generate", "bench", "convert", "doctor")
 ENVIRONMENT_PREFIX = "CODMD_"
 ANY_HOST = ("0.0.0.0", "::")
@@ -94,38 +95,29 @@ GENERATE_FLAGS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run one command; return its exit code, see `codmd_serve.commands`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "serve")
-    try:
-        options = _parser().parse_args(words)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-        for noisy in ("httpx", "httpcore", "uvicorn.error"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        if options.command == "bench":
-            with _ended_by_sigterm():
-                return run_bench(options, words)
-        run = {"serve": serve, "generate": generate, "convert": convert, "doctor": doctor}[options.command]
-        status: int = run(options)
-        return status
-    except CodmdError as error:
-        print(f"codmd-serve: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        return 130
+    return run_command(PROGRAM, lambda: _run(words))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the whole usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
+def _run(words: list[str]) -> int:
+    options = _parser().parse_args(words)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for noisy in ("httpx", "httpcore", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if options.command == "bench":
+        with _ended_by_sigterm():
+            return run_bench(options, words)
+    run = {"serve": serve, "generate": generate, "convert": convert, "doctor": doctor}[options.command]
+    status: int = run(options)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="codmd-serve",
+    parser = OneLineParser(
+        prog=PROGRAM,
         description="Text to video with few-step distilled Wan students. Without a command: serve.",
     )
     parser.add_argument("--version", action="version", version=f"codmd-serve {__version__}")
@@ -333,7 +325,7 @@ def doctor(options: argparse.Namespace) -> int:
     """Print what is installed, what would be used and why, and what is missing; 2 when serving could not work."""
     import torch
 
-    from codmd_serve.engine import choose_device, choose_dtype
+    from codmd_serve.device import choose_device, choose_dtype
     from codmd_serve.wan.checkpoint import read_spec
 
     device = choose_device(options.device)
@@ -361,7 +353,7 @@ def doctor(options: argparse.Namespace) -> int:
     for name, value in lines.items():
         print(f"{name:>12}  {value}")
     for problem in dict.fromkeys(problems):
-        print(f"codmd-serve: {problem}", file=sys.stderr)
+        print_error(PROGRAM, problem)
     return EXIT_BAD_INPUT if problems else 0
 
 

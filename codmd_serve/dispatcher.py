@@ -10,7 +10,6 @@ Knows nothing of HTTP, and nothing of torch: it survives whatever happens to the
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import secrets
@@ -21,16 +20,32 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from codmd_serve.config import ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.errors import CodmdError, GenerationError, QueueFullError
+from codmd_serve.messages import (
+    MAX_MESSAGE_BYTES,
+    Cancel,
+    Cancelled,
+    Done,
+    Failed,
+    Fatal,
+    FromWorker,
+    Generate,
+    JobMessage,
+    Load,
+    Progress,
+    Ready,
+    Started,
+    ToWorker,
+    decode,
+    encode,
+)
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "codmd_serve.worker")
 MAX_BACKOFF_S = 30.0
-MAX_MESSAGE_BYTES = 2**20
 # Where each stage begins and how much of the whole it is, roughly, for a bar that moves.
 STAGE_PROGRESS = {"text": (0.0, 0.05), "denoise": (0.05, 0.65), "decode": (0.7, 0.3)}
 SERVICE_TIME_WEIGHT = 0.3
@@ -165,7 +180,7 @@ class Dispatcher:
             self._queue.remove(job)
             self._finish(job, "cancelled")
         else:
-            self._send({"type": "cancel", "id": job.id})
+            self._send(Cancel(job.id))
 
     def _forget_old_jobs(self) -> None:
         surplus = len(self._jobs) - self.config.jobs_kept
@@ -184,7 +199,8 @@ class Dispatcher:
                 num_failures = 0
                 self._send_jobs()
                 while (message := await self._receive()) is not None:
-                    self._on_message(message)
+                    if isinstance(message, JobMessage):
+                        self._on_message(message)
             except (CodmdError, OSError) as error:
                 if self.facts is None:
                     if self._on_fatal is not None:
@@ -207,14 +223,16 @@ class Dispatcher:
 
     async def _load(self) -> None:
         settings = {name: getattr(self.config, name) for name in ENGINE_SETTINGS}
-        self._send({"type": "load", "bundle": self.config.bundle, **settings})
+        self._send(Load(self.config.bundle, settings))
         message = await self._receive()
         if message is None:
             raise GenerationError("the worker process ended while loading; its own words are above", "worker_died")
-        if message["type"] == "fatal":
-            raise GenerationError(message["message"], "worker_fatal")
+        if isinstance(message, Fatal):
+            raise GenerationError(message.message, "worker_fatal")
+        if not isinstance(message, Ready):
+            raise GenerationError(f"the worker said {message} instead of being ready", "worker_died")
         is_first = self.facts is None
-        self.facts = ModelFacts(**message["facts"])
+        self.facts = message.facts
         self._service_s = self._service_s or self.facts.service_s
         self.is_ready = True
         if is_first and self._on_ready is not None:
@@ -227,7 +245,7 @@ class Dispatcher:
             if not self._sent:
                 self._begin(job)
             self._sent.append(job)
-            self._send({"type": "generate", "id": job.id, "path": str(job.path), "params": asdict(job.params)})
+            self._send(Generate(job.id, str(job.path), job.params))
 
     def _may_send(self, job: Job) -> bool:
         if not self._sent:
@@ -245,37 +263,38 @@ class Dispatcher:
             job.status, job.started_at = "running", time.time()
             job.attempts += 1
 
-    def _on_message(self, message: dict[str, Any]) -> None:
+    def _on_message(self, message: JobMessage) -> None:
         """Take in one message about a job that was sent."""
-        job = next((job for job in self._sent if job.id == message.get("id")), None)
+        job = next((job for job in self._sent if job.id == message.id), None)
         if job is None:
-            log.warning("worker message type=%s is about no job that it has", message.get("type"))
+            log.warning("worker message=%s is about no job that it has", message)
             return
-        kind = message["type"]
-        if kind == "started":
+        if isinstance(message, Started):
             self._begin(job)
-        elif kind == "progress":
-            begin, share = STAGE_PROGRESS[message["stage"]]
-            job.stage, job.progress = message["stage"], begin + share * message["done"] / message["total"]
+        elif isinstance(message, Progress):
+            begin, share = STAGE_PROGRESS[message.stage]
+            job.stage, job.progress = message.stage, begin + share * message.done / message.total
         else:
             self._sent.remove(job)
-            self._on_last_message(job, kind, message)
+            self._on_last_message(job, message)
         self._send_jobs()
 
-    def _on_last_message(self, job: Job, kind: str, message: dict[str, Any]) -> None:
-        if kind == "done":
+    def _on_last_message(self, job: Job, message: Done | Failed | Cancelled) -> None:
+        status = "cancelled"
+        if isinstance(message, Done):
+            status = "completed"
             assert job.started_at is not None
             queue_ms = 1000 * (job.started_at - job.created_at)
-            job.timings_ms = {"queue": queue_ms, **message["timings_ms"]}
-            job.warnings = message["warnings"]
+            job.timings_ms = {"queue": queue_ms, **message.timings_ms}
+            job.warnings = message.warnings
             job.progress = 1.0
             # What the next one waits for: the time that two jobs had in common counts once.
             took_s = time.time() - max(job.started_at, self._last_done_at)
             self._service_s += SERVICE_TIME_WEIGHT * (took_s - self._service_s)
             self._last_done_at = time.time()
-        if kind == "failed":
-            job.error = GenerationError(message["message"], message["code"])
-        self._finish(job, {"done": "completed"}.get(kind, kind))
+        elif isinstance(message, Failed):
+            status, job.error = "failed", GenerationError(message.message, message.code)
+        self._finish(job, status)
 
     def _take_back(self) -> None:
         """Put what a dead worker had back to the head of the queue, in its order, as far as it may be tried again."""
@@ -321,11 +340,11 @@ class Dispatcher:
             job.error = error
             self._finish(job, "failed")
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: ToWorker) -> None:
         if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.write(encode(message))
 
-    async def _receive(self) -> dict[str, Any] | None:
+    async def _receive(self) -> FromWorker | None:
         """The next message of the worker; None when it is gone, also in the middle of a line, or talks nonsense."""
         assert self._process is not None
         assert self._process.stdout is not None
@@ -333,9 +352,9 @@ class Dispatcher:
             line = await self._process.stdout.readline()
             if not line.endswith(b"\n"):
                 return None
-            message: dict[str, Any] = json.loads(line)
-            if not isinstance(message, dict) or "type" not in message:
-                raise ValueError("no object with a type")
+            message = decode(line)
+            if isinstance(message, ToWorker):
+                raise ValueError(f"a worker does not say {message}")
         except ValueError as error:
             log.error("worker sent what is no message: %s", error)
             return None

@@ -17,17 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codmd_serve.config import DEFAULT_CRF, DTYPES, GenerateParams, ModelFacts
+from codmd_serve.config import DEFAULT_CRF, GenerateParams, ModelFacts
 from codmd_serve.denoise import DenoiseLoop, choose_execution
-from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
+from codmd_serve.device import choose_device, choose_dtype
+from codmd_serve.errors import CheckpointError, CodmdError, GenerationError
 from codmd_serve.files import first_line
 from codmd_serve.stages import Download, Span, StageClock, memory_errors
 from codmd_serve.threads import HandOver, Memory
 from codmd_serve.video import find_ffmpeg, write_video
 from codmd_serve.wan.attention import pad_prompt_embeds
-from codmd_serve.wan.checkpoint import Bundle, load_bundle
+from codmd_serve.wan.checkpoint import Bundle, load_bundle, native_attention_shape
 from codmd_serve.wan.fp8 import check_quantization, quantize_blocks
-from codmd_serve.wan.kernels import LOSSY, AttentionShape, check_attention_name, choose_attention
+from codmd_serve.wan.kernels import LOSSY, check_attention_name, choose_attention
 from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder, prompt_warnings
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 from codmd_serve.wan.vae import StreamingDecoder, latent_shape
@@ -293,7 +294,12 @@ def load_engine(
     embedder = _embedder(bundle, chosen_device, text_encoder, text_cache, free_bytes)
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
-    chosen = choose_attention(attention, _attention_shape(bundle), chosen_device, chosen_dtype)
+    chosen = choose_attention(
+        attention,
+        native_attention_shape(bundle.transformer.config, bundle.vae.config, bundle.spec.native),
+        chosen_device,
+        chosen_dtype,
+    )
     lossy = [name for name in (quantization, attention) if name == "fp8" or name in LOSSY]
     facts = replace(facts, attention=chosen.name, lossy="+".join(lossy))
     transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
@@ -397,39 +403,6 @@ def _check_native(path: Path, facts: ModelFacts) -> None:
         )
 
 
-def choose_device(device: str) -> torch.device:
-    """Turn auto, cpu, cuda or cuda:N into a device that is there.
-
-    Raises:
-        ConfigError: not a device, or not on this machine.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"no device {device}: this torch sees {torch.cuda.device_count()} CUDA devices")
-    return chosen
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turn auto or a name into a dtype: bfloat16 on CUDA, float32 elsewhere.
-
-    Raises:
-        ConfigError: not one of the names.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen: torch.dtype = getattr(torch, dtype)
-    return chosen
-
-
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
     """All noise of one video, float32 on the CPU, so that it depends on the seed alone and not on the device.
 
@@ -463,16 +436,6 @@ def _describe(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Model
         max_num_frames=(config.rope_max_seq_len - 1) * vae.scale_factor_temporal + 1,
         service_s=0.0,
         load_s=0.0,
-    )
-
-
-def _attention_shape(bundle: Bundle) -> AttentionShape:
-    native, config = bundle.spec.native, bundle.transformer.config
-    _, *latent = latent_shape(bundle.vae, native.height, native.width, native.num_frames)
-    return AttentionShape(
-        num_tokens=math.prod(size // patch for size, patch in zip(latent, config.patch_size, strict=True)),
-        num_heads=config.num_attention_heads,
-        head_width=config.attention_head_dim,
     )
 
 

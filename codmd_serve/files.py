@@ -118,8 +118,9 @@ def first_line(error: BaseException) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    # Independent of the target's name, which can have the 255 bytes that a file system allows.
-    return path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}")
+    # Independent of the target's name, which can have the 255 bytes that a file system allows. With a suffix, because
+    # torch.save refuses a name that is all suffix, as .tmp-1 is.
+    return path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}.partial")
 
 
 def _swap(fresh: Path, path: Path, old: Path) -> None:

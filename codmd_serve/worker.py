@@ -1,19 +1,13 @@
-"""The process around one engine: jobs in on stdin, what becomes of them out on stdout, one JSON object per line.
+"""The process around one engine: messages in on stdin, messages out on stdout (messages.py has them all).
 
-In:   {"type": "load", "bundle", and the ENGINE_SETTINGS} once, then {"type": "generate", "id", "path", "params"} and
-      {"type": "cancel", "id"}. The end of the input ends the process, so a worker never outlives its server.
-Out:  {"type": "ready", "facts"} or {"type": "fatal", "message"}; then per job {"type": "started", "id"}, {"type":
-      "progress", "id", "stage", "done", "total"} and one of "done" (timings_ms, warnings), "failed" (code, message),
-      "cancelled"; a job that was cancelled while it waited here was never started.
+Jobs may be sent before the running one is done. They start in order of arrival, each as soon as the device has decoded
+the one before it, whose video may still be in its encoder. Whether that pays is for the sender to decide. The end of
+the input ends the process, so a worker never outlives its server.
 
-Jobs may be sent before the one that runs is done. They start in the order in which they came: each as soon as the
-device has decoded the one before it, whose video may be encoded for a while yet. Whether that pays is for who sends.
-
-Three threads: `main` has the engine; one reads, so that a cancellation is seen at once; one embeds the prompt of a job
-that waits. Knows nothing of HTTP or of the queue. Nothing heavy is imported before the process runs as a worker.
+Three threads: `main` runs the engine; one reads, so that a cancellation is seen at once; one embeds the prompt of the
+job that waits. Knows nothing of HTTP or of the queue. Nothing heavy is imported before the process runs as a worker.
 """
 
-import json
 import logging
 import os
 import sys
@@ -21,53 +15,67 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
-from codmd_serve.config import ENGINE_SETTINGS, GenerateParams
 from codmd_serve.errors import CancelledError, CodmdError, GenerationError
+from codmd_serve.messages import (
+    Cancel,
+    Cancelled,
+    Done,
+    Failed,
+    Fatal,
+    FromWorker,
+    Generate,
+    Load,
+    Progress,
+    Ready,
+    Started,
+    decode,
+    encode,
+)
 
 if TYPE_CHECKING:
     from codmd_serve.engine import Engine, GenerateResult
 
-Message = dict[str, Any]
-Send = Callable[[Message], None]
+Send = Callable[[FromWorker], None]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Run as a worker until the input ends."""
-    # Libraries print; the channel is moved away from them, and what they print goes to the server's log.
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    # Libraries print; the channel is moved away from them, and what they print goes to the server's logger.
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
     writing = threading.Lock()
 
-    def send(message: Message) -> None:
+    def send(message: FromWorker) -> None:
         with writing:
-            channel.write(json.dumps(message) + "\n")
+            channel.write(encode(message))
             channel.flush()
 
     first = sys.stdin.readline()
     if first:
-        serve(json.loads(first), sys.stdin, send)
+        load = decode(first)
+        assert isinstance(load, Load), f"expected a load message first, got {load}"
+        serve(load, sys.stdin, send)
 
 
-def serve(load: Message, lines: IO[str], send: Send) -> None:
+def serve(load: Load, lines: IO[str], send: Send) -> None:
     """Load the engine that `load` asks for, then do the jobs that arrive, in order."""
     from codmd_serve.engine import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 
     silence_libraries()
     try:
-        engine = load_engine(Path(load["bundle"]), **{name: load[name] for name in ENGINE_SETTINGS})
+        engine = load_engine(Path(load.bundle), **load.settings)
     except CodmdError as error:
-        send({"type": "fatal", "message": str(error)})
+        send(Fatal(str(error)))
         return
-    send({"type": "ready", "facts": asdict(engine.facts)})
+    send(Ready(engine.facts))
     inbox, cancelled = Inbox(), set[str]()
     threading.Thread(target=_read, args=(engine, lines, inbox, cancelled, send), daemon=True).start()
     while True:
@@ -78,11 +86,11 @@ class Inbox:
     """Jobs that wait in this process; one thread puts them in and takes back what is cancelled, another does them."""
 
     def __init__(self) -> None:
-        self._jobs: deque[Message] = deque()
+        self._jobs: deque[Generate] = deque()
         self._changed = threading.Condition()
         self._is_awaited = False
 
-    def put(self, job: Message) -> bool:
+    def put(self, job: Generate) -> bool:
         """Let a job wait; True when it has something to wait for."""
         with self._changed:
             has_to_wait = bool(self._jobs) or not self._is_awaited
@@ -90,7 +98,7 @@ class Inbox:
             self._changed.notify()
             return has_to_wait
 
-    def take(self) -> Message:
+    def take(self) -> Generate:
         """The job that has waited longest, as soon as there is one."""
         with self._changed:
             self._is_awaited = True
@@ -102,70 +110,67 @@ class Inbox:
         """Forget a job that still waits; False when it does not."""
         with self._changed:
             num_before = len(self._jobs)
-            self._jobs = deque(job for job in self._jobs if job["id"] != job_id)
+            self._jobs = deque(job for job in self._jobs if job.id != job_id)
             return len(self._jobs) < num_before
 
 
 def _read(engine: "Engine", lines: IO[str], inbox: Inbox, cancelled: set[str], send: Send) -> None:
     with ThreadPoolExecutor(max_workers=1) as ahead:
         for line in lines:
-            message = json.loads(line)
-            if message["type"] == "cancel":
-                if inbox.take_back(message["id"]):
-                    send({"type": "cancelled", "id": message["id"]})
+            message = decode(line)
+            if isinstance(message, Cancel):
+                if inbox.take_back(message.id):
+                    send(Cancelled(message.id))
                 else:
-                    cancelled.add(message["id"])
-            elif inbox.put(message):
+                    cancelled.add(message.id)
+            elif isinstance(message, Generate) and inbox.put(message):
                 # What is wrong with a prompt shows again when its turn comes.
-                ahead.submit(engine.prepare, message["params"]["prompt"])
+                ahead.submit(engine.prepare, message.params.prompt)
         # Nobody is left to make a video for, whatever step it is at.
         os._exit(0)
 
 
-def run_job(engine: "Engine", job: Message, cancelled: set[str], send: Send) -> None:
-    """Do the device's part of one job, and have said what became of it when its video is finished.
-
-    No failure of a job leaves this function.
+def run_job(engine: "Engine", job: Generate, cancelled: set[str], send: Send) -> None:
+    """Run one job on the device; its outcome is sent once the mp4 is written. Never raises.
 
     Args:
         engine: a loaded engine.
-        job: a generate message.
+        job: what to make.
         cancelled: ids of jobs to give up, filled by another thread.
         send: takes the messages out, from any thread.
     """
-    job_id = job["id"]
 
     def on_progress(stage: str, done: int, total: int) -> None:
-        if job_id in cancelled:
-            raise CancelledError(f"job {job_id} was cancelled")
-        send({"type": "progress", "id": job_id, "stage": stage, "done": done, "total": total})
+        if job.id in cancelled:
+            raise CancelledError(f"job {job.id} was cancelled")
+        send(Progress(job.id, stage, done, total))
 
     def tell(video: "Future[GenerateResult]") -> None:
-        cancelled.discard(job_id)
-        send({"id": job_id, **_outcome(job_id, video)})
+        cancelled.discard(job.id)
+        send(_outcome(job.id, video))
 
-    send({"type": "started", "id": job_id})
+    send(Started(job.id))
     video: Future[GenerateResult] = Future()
     try:
-        video = engine.begin(GenerateParams(**job["params"]), Path(job["path"]), on_progress)
+        video = engine.begin(job.params, Path(job.path), on_progress)
     except Exception as error:  # told like the failure of an encoder
         video.set_exception(error)
     video.add_done_callback(tell)
 
 
-def _outcome(job_id: str, video: "Future[GenerateResult]") -> Message:
+def _outcome(job_id: str, video: "Future[GenerateResult]") -> Done | Failed | Cancelled:
     try:
         result = video.result()
     except CancelledError:
-        return {"type": "cancelled"}
+        return Cancelled(job_id)
     except GenerationError as error:
-        log.error("job=%s code=%s message=%r", job_id, error.code, str(error))
-        return {"type": "failed", "code": error.code, "message": str(error)}
+        logger.error("job=%s code=%s message=%r", job_id, error.code, str(error))
+        return Failed(job_id, error.code, str(error))
     except Exception:  # the worker boundary: this job fails, the next one runs
-        log.exception("job=%s code=internal_error", job_id)
+        logger.exception("job=%s code=internal_error", job_id)
         message = f"internal error; the server's log has the details under job {job_id}"
-        return {"type": "failed", "code": "internal_error", "message": message}
-    return {"type": "done", "timings_ms": result.timings_ms, "warnings": result.warnings}
+        return Failed(job_id, "internal_error", message)
+    return Done(job_id, result.timings_ms, result.warnings)
 
 
 if __name__ == "__main__":

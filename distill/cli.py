@@ -1,11 +1,13 @@
-"""codmd-distill: train | export | bench-step | plan | teacher | eval | shapeworld: composes them, sets up logging."""
+"""codmd-distill on the command line: the one place of the package that reads the environment and configures logging."""
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from codmd_serve.commands import OneLineParser, run_command
+from codmd_serve.errors import ConfigError
 from distill.bench.iteration import add_bench_step_arguments, run_bench_step
 from distill.evaluate.command import add_eval_arguments, run_eval
 from distill.plan.command import add_plan_arguments, run_plan
@@ -24,26 +26,34 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Every command with its arguments; `args.handler` is what to call."""
-    parser = argparse.ArgumentParser(prog="codmd-distill", description="Distil few-step text-to-video students.")
+PROGRAM = "codmd-distill"
+
+
+def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    """Return the parser of all commands; `args.handler` is what to call, `args.compiler` the C++ compiler of $CXX."""
+    parser = OneLineParser(prog=PROGRAM, description="Distil few-step text-to-video students.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments, run) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         add_arguments(command)
-        command.set_defaults(handler=run)
+        command.set_defaults(handler=run, compiler=environment.get("CXX", "g++"))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return its exit code (0 done, 1 failed, 2 bad input, 128 + signal when interrupted)."""
-    args = build_parser().parse_args(argv)
+    """Run one command; return its exit code, see `codmd_serve.commands`."""
+    return run_command(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    args = build_parser(os.environ).parse_args(argv)
     level = os.environ.get("CODMD_LOG_LEVEL", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise ConfigError(f"$CODMD_LOG_LEVEL must be one of {', '.join(logging.getLevelNamesMapping())}, got {level!r}")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     for library in ("httpx", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    code = args.handler(args)
-    return int(code)
+    return int(args.handler(args))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
+from codmd_serve.device import choose_device
 from distill.config import RECIPES, DistillConfig, with_overrides
 from distill.data.prompts import PromptData
-from distill.networks.build import build_networks, latent_grid, resolve_precision
+from distill.networks.base import latent_grid, open_base
+from distill.networks.build import build_networks
+from distill.networks.precision import resolve_precision
 from distill.parallel.processes import Processes, process_group
 from distill.plan.architecture import PUBLISHED, PUBLISHED_VAE_SCALES
-from distill.run.command import resolve_device
 from distill.run.trainer import Trainer
 
 PROMPT_TOKENS = 120
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace, config: DistillConfig, processes: Processes, f
     config = with_overrides(config, [f"base={folder}"])
     patch = tuple(architecture["patch_size"])
     shape = latent_grid(config.native, architecture["in_channels"], patch, *PUBLISHED_VAE_SCALES)
-    networks = build_networks(config, processes.device, processes)
+    networks = build_networks(config, open_base(config.base), processes.device, processes)
     data = random_prompts(architecture["text_dim"])
     trainer = Trainer(config, networks, data, shape, processes.device, processes=processes)
     on_cuda = processes.device.type == "cuda"
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace, config: DistillConfig, processes: Processes, f
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    device = resolve_device(args.device)
+    device = choose_device(args.device)
     # Other than in the recipe, whatever the batch: a batch of one has no relations between samples.
     small = ["copula.weight_batch=0"] if args.batch_size < 3 else []
     config = with_overrides(RECIPES[args.recipe](), [f"batch_size={args.batch_size}", *small, *args.settings])

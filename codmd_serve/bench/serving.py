@@ -16,13 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from codmd_serve.bench.cold import running_server
 from codmd_serve.bench.timeline import draw_timeline, overlap_s
 from codmd_serve.bench.trials import requests, spread_of
 from codmd_serve.bench.weights import PROMPTS
 from codmd_serve.config import GenerateParams
+from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.engine import Engine, GenerateResult
 
 Row = dict[str, Any]
@@ -55,7 +54,7 @@ def measure_serving(engine: Engine, bundle: Path | None, params: GenerateParams,
         GenerationError: the server did not start; code cold_start.
     """
     asked = requests(params, PROMPTS)
-    device, dtype = engine.transformer.device, getattr(torch, engine.facts.dtype)
+    device, dtype = engine.transformer.device, DTYPES_BY_NAME[engine.facts.dtype]
     num_blocks = max(2, pairs // BLOCKS_PER_PAIR)
     with tempfile.TemporaryDirectory(prefix="codmd-bench-") as temporary:
         folder = Path(temporary)

@@ -1,8 +1,10 @@
 """Student bundles on disk: what they say, loading them, writing them; knows nothing of requests or training."""
 
 import json
+import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import atomic_folder, first_line
 from codmd_serve.grid import check_step_grid
 from codmd_serve.wan.kernels import AttentionShape
+from codmd_serve.wan.vae import vae_scales
 
 SPEC_FILE = "student.json"
 
@@ -162,29 +165,64 @@ def resolve_base(bundle: Path, base: str) -> tuple[str, bool]:
 
 
 def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionShape:
-    """What the transformer of a bundle attends to in its native video, read from its configuration alone.
+    """Return what the transformer of a bundle attends to in its native video, from the configs alone.
 
     Args:
-        bundle: folder; the compression of its VAE is taken as Wan's 8 x 8 x 4.
+        bundle: folder.
         max_tokens: an upper bound to the number of tokens that is returned.
 
     Raises:
-        CheckpointError: no such bundle, or a configuration that does not say.
+        CheckpointError: no such bundle, no VAE in its base, or a config that lacks a size.
     """
     spec = read_spec(bundle)
+    base, is_local = resolve_base(bundle, spec.base)
+    config = read_part_config(WanTransformer3DModel, bundle, "transformer", True)
+    vae = read_part_config(AutoencoderKLWan, base, "vae", is_local)
     try:
-        config = json.loads((bundle / "transformer" / "config.json").read_text(encoding="utf-8"))
-        frames, height, width = config["patch_size"]
-        native = spec.native
-        rows, columns = native.height // 8 // height, native.width // 8 // width
-        num_tokens = ((native.num_frames - 1) // 4 + 1) // frames * rows * columns
-        return AttentionShape(
-            num_tokens=min(num_tokens, max_tokens or num_tokens),
-            num_heads=config["num_attention_heads"],
-            head_width=config["attention_head_dim"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        shape = native_attention_shape(config, vae, spec.native)
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {first_line(error)}") from error
+    return replace(shape, num_tokens=min(shape.num_tokens, max_tokens or shape.num_tokens))
+
+
+def native_attention_shape(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], native: NativeShape
+) -> AttentionShape:
+    """Return what a transformer attends to in a native video.
+
+    Args:
+        transformer, vae: their configs.
+        native: the video.
+
+    Raises:
+        KeyError: a config lacks a size.
+    """
+    temporal, spatial = vae_scales(vae)
+    latents = ((native.num_frames - 1) // temporal + 1, native.height // spatial, native.width // spatial)
+    return AttentionShape(
+        num_tokens=math.prod(size // cell for size, cell in zip(latents, transformer["patch_size"], strict=True)),
+        num_heads=transformer["num_attention_heads"],
+        head_width=transformer["attention_head_dim"],
+    )
+
+
+def read_part_config(kind: Any, folder: Path | str, part: str, is_local: bool) -> dict[str, Any]:
+    """Read the config of one module of a folder or hub id, without its weights.
+
+    Args:
+        kind: the diffusers class of the module.
+        folder: a folder or hub id.
+        part: the subfolder.
+        is_local: whether `folder` is a folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        config: dict[str, Any] = kind.load_config(folder, subfolder=part, local_files_only=is_local)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{part} of {folder} has no readable config: {first_line(error)}") from error
+    return config
 
 
 def load_bundle(
@@ -213,10 +251,7 @@ def load_bundle(
     # UMT5 was trained in bfloat16; its activations leave the range of float16.
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", is_local, dtype=text_dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=is_local)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"tokenizer of {base} cannot be loaded: {first_line(error)}") from error
+    tokenizer = load_tokenizer(base, is_local)
     for part, wanted, got in (
         ("latent channels of transformer and VAE", transformer.config.in_channels, vae.config.z_dim),
         ("text width of transformer and text encoder", transformer.config.text_dim, text_encoder.config.d_model),
@@ -257,6 +292,18 @@ def load_module(kind: Any, folder: Path | str, subfolder: str, is_local: bool, *
         if keys:
             raise CheckpointError(f"{where} has {len(keys)} {name.replace('_', ' ')}, the first is {keys[0]}")
     return module
+
+
+def load_tokenizer(folder: Path | str, is_local: bool) -> Any:
+    """Load the tokenizer of a folder or hub id.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=is_local)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def save_bundle(path: Path, transformer: Any, spec: StudentSpec) -> None:

@@ -11,7 +11,7 @@ Both layouts of diffusers: Wan 2.1's, and the residual one with patches of Wan 2
 Legend: B batch, C channels, F latent frames, T frames, H and W rows and columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,9 +26,14 @@ NORM_EPS = 1e-12
 
 def latent_shape(vae: Any, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
     """Latent (C, F, H, W) of a video of height x width pixels and num_frames = k * temporal factor + 1 frames."""
-    frames = (num_frames - 1) // vae.config.scale_factor_temporal + 1
-    factor = vae.config.scale_factor_spatial
-    return vae.config.z_dim, frames, height // factor, width // factor
+    temporal, spatial = vae_scales(vae.config)
+    return vae.config.z_dim, (num_frames - 1) // temporal + 1, height // spatial, width // spatial
+
+
+def vae_scales(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the frames and the pixels per side that one latent of a VAE stands for, from its config."""
+    # Published Wan 2.1 folders leave these out; they are the defaults of the class.
+    return config.get("scale_factor_temporal", 4), config.get("scale_factor_spatial", 8)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -6,9 +6,7 @@ over 4 trials student and critic leave at each of the 4 steps equally often, as 
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,13 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codmd_serve.errors import CodmdError, ConfigError
+from codmd_serve.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from distill.config import DistillConfig
     from distill.data.prompts import PromptData
-    from distill.networks.build import Ema, Networks
+    from distill.networks.base import Base
+    from distill.networks.build import Networks
+    from distill.networks.ema import Ema
 
 # The authors' iteration first; each further variant takes one more thing back, the last is what we run.
 VARIANTS = ("authors", "prompts trimmed", "rollout stops at its exit", "one teacher call", "ours")
@@ -52,18 +53,17 @@ def add_bench_step_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bench_step(args: argparse.Namespace) -> int:
-    """Measure and print a table; return 0, 2 on bad input, 1 where losses are not those of the authors' iteration."""
-    try:
-        if args.trials < 4 or args.trials % 4:
-            raise ConfigError(
-                f"--trials must be a multiple of 4, got {args.trials}: each exit step has to come as often"
-            )
-        report = measure(bench_config(args.base, args.batch_size), args.trials)
-    except CodmdError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    """Measure and print a table; return 0.
+
+    Raises:
+        ConfigError, CheckpointError: bad input.
+        CodmdError: losses differ from those of the authors' iteration.
+    """
+    if args.trials < 4 or args.trials % 4:
+        raise ConfigError(f"--trials must be a multiple of 4, got {args.trials}: each exit step has to come as often")
+    report = measure(bench_config(args.base, args.batch_size), args.trials)
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, report)
     print(describe(report))
     return 0
 
@@ -137,11 +137,14 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
 
     from distill.bench.authors import Rung
     from distill.data.prompts import cached_prompt_data
+    from distill.networks.base import open_base
     from distill.run.trainer import native_latents
 
+    base = open_base(config.base)
+
     with tempfile.TemporaryDirectory() as cache:
-        data = cached_prompt_data(config, Path(cache), torch.device("cpu"))
-    shape = (config.batch_size, *native_latents(config))
+        data = cached_prompt_data(config, base, Path(cache), torch.device("cpu"))
+    shape = (config.batch_size, *native_latents(config, base))
     rungs = (
         Rung(),
         Rung(padded_prompts=False),
@@ -149,26 +152,29 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
         Rung(padded_prompts=False, full_rollout=False, two_teacher_calls=False),
         None,
     )
-    return [_arm(name, config, data, shape, rung) for name, rung in zip(VARIANTS, rungs, strict=True)]
+    return [_arm(name, config, base, data, shape, rung) for name, rung in zip(VARIANTS, rungs, strict=True)]
 
 
-def _arm(name: str, config: "DistillConfig", data: "PromptData", shape: tuple[int, ...], rung: Any) -> Arm:
+def _arm(
+    name: str, config: "DistillConfig", base: "Base", data: "PromptData", shape: tuple[int, ...], rung: Any
+) -> Arm:
     import torch
 
     from distill.bench.authors import padded_batch, restated_critic_step, restated_student_step
     from distill.data.prompts import batch_indices
     from distill.methods.matching import critic_step, draw_step, step_rng, student_step
-    from distill.networks.build import Ema, Networks, build_networks, load_transformer
+    from distill.networks.build import Networks, build_networks
+    from distill.networks.ema import Ema
 
     device, num_steps = torch.device("cpu"), len(config.grid().timesteps)
     if rung is not None and rung.padded_prompts:
         # The stock network: ours reads trimmed prompts only.
-        student, critic, teacher = (load_transformer(config.base, torch.float32).eval() for _ in range(3))
+        student, critic, teacher = (base.load_transformer(torch.float32).eval() for _ in range(3))
         networks = Networks(
             student=student, critic=critic, teacher=teacher.requires_grad_(False), precision=config.precision
         )
     else:
-        networks = build_networks(config, device)
+        networks = build_networks(config, base, device)
     ours = {"student": student_step, "critic": critic_step}
     theirs = {"student": restated_student_step, "critic": restated_critic_step}
 

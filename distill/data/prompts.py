@@ -16,15 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
+from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import atomic_file
 from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH, clean_prompt, encode_prompts
 from distill.config import DistillConfig
 from distill.data.shards import read_shard_prompts, read_shards, shard_paths
-from distill.networks.build import TORCH_DTYPES, load_part, resolve_base, transformer_config
+from distill.networks.base import Base
 from distill.worlds.shapeworld.captions import sample_caption
 
 ENCODE_BATCH = 64
@@ -132,11 +133,12 @@ def _jsonl_prompt(line: str, where: str) -> str:
     return found[0].strip()
 
 
-def cached_prompt_data(config: DistillConfig, cache_dir: Path, device: torch.device) -> PromptData:
+def cached_prompt_data(config: DistillConfig, base: Base, cache_dir: Path, device: torch.device) -> PromptData:
     """Return embeddings of the training prompts and the negative prompt, from the cache when it has them.
 
     Args:
-        config: names prompts, negative prompt, base and text_dtype.
+        config: names prompts, negative prompt and text_dtype.
+        base: whose text encoder embeds them.
         cache_dir: where the cache file is looked for and written; made when needed.
         device: where the text encoder runs if it has to; it is gone on return.
 
@@ -146,43 +148,39 @@ def cached_prompt_data(config: DistillConfig, cache_dir: Path, device: torch.dev
     """
     shards = shard_paths(config.prompts)
     if not shards:
-        return _encoded_prompt_data([*load_prompts(config), config.negative_prompt], config, cache_dir, device)
+        return _encoded_prompt_data([*load_prompts(config), config.negative_prompt], config, base, cache_dir, device)
     # Shards bring their embeddings, so that only the negative prompt is left to encode; a bad one is told of before.
-    samples = read_shards(shards, int(transformer_config(config.base)["text_dim"]))
-    data = _encoded_prompt_data([config.negative_prompt], config, cache_dir, device)
+    samples = read_shards(shards, int(base.transformer_entry("text_dim")))
+    data = _encoded_prompt_data([config.negative_prompt], config, base, cache_dir, device)
     packed = [*(embeds for _, embeds in samples), data.packed.float()]
     offsets = torch.tensor([0, *map(len, packed)]).cumsum(0)
     return PromptData(packed=torch.cat(packed), offsets=offsets)
 
 
 def _encoded_prompt_data(
-    prompts: list[str], config: DistillConfig, cache_dir: Path, device: torch.device
+    prompts: list[str], config: DistillConfig, base: Base, cache_dir: Path, device: torch.device
 ) -> PromptData:
-    key = prompt_key(prompts, config)
+    key = prompt_key(prompts, config, base)
     path = cache_dir / f"prompt-embeds-{key[:16]}.safetensors"
     cached = _read_cache(path, key)
     if cached is not None:
         return cached
-    logger.info("encoding prompts=%d base=%s", len(prompts), config.base)
-    data = encode_prompt_data(prompts, config.base, TORCH_DTYPES[config.text_dtype], device)
+    logger.info("encoding prompts=%d base=%s", len(prompts), base.source)
+    data = encode_prompt_data(prompts, base, DTYPES_BY_NAME[config.text_dtype], device)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         save_file({"packed": data.packed, "offsets": data.offsets}, temporary, metadata={"key": key})
     return data
 
 
-def encode_prompt_data(prompts: list[str], base: str, dtype: torch.dtype, device: torch.device) -> PromptData:
+def encode_prompt_data(prompts: list[str], base: Base, dtype: torch.dtype, device: torch.device) -> PromptData:
     """Encode prompts, the last of which is the negative one, with the text encoder of `base`.
 
     Raises:
         CheckpointError: tokenizer or text encoder cannot be loaded.
     """
-    folder, is_local = resolve_base(base)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=is_local)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"tokenizer of {folder} cannot be loaded: {type(error).__name__}") from error
-    text_encoder = load_part(UMT5EncoderModel, base, "text_encoder", dtype=dtype).eval().to(device)
+    tokenizer = base.load_tokenizer()
+    text_encoder = base.load(UMT5EncoderModel, "text_encoder", dtype=dtype).eval().to(device)
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     lengths = [min(len(ids), MAX_SEQUENCE_LENGTH) for ids in tokenizer(cleaned).input_ids]
     # Equal prompts are encoded once, and prompts of similar length together: padding costs as much as text.
@@ -210,12 +208,11 @@ def _read_cache(path: Path, key: str) -> PromptData | None:
         return None
 
 
-def prompt_key(prompts: list[str], config: DistillConfig) -> str:
-    """Return a digest of prompts and of the text encoder of the config's base."""
-    folder, is_local = resolve_base(config.base)
-    digest = hashlib.sha256(json.dumps([prompts, config.text_dtype, None if is_local else folder]).encode())
-    if is_local:
-        add_module_files(digest, Path(folder), ("tokenizer", "text_encoder"))
+def prompt_key(prompts: list[str], config: DistillConfig, base: Base) -> str:
+    """Return a digest of prompts and of the base's text encoder."""
+    digest = hashlib.sha256(json.dumps([prompts, config.text_dtype, None if base.is_local else base.source]).encode())
+    if base.is_local:
+        add_module_files(digest, Path(base.source), ("tokenizer", "text_encoder"))
     return digest.hexdigest()
 
 

@@ -26,7 +26,8 @@ from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, add_module_files, load_prompts, prompt_key
 from distill.methods.matching import step_rng
-from distill.networks.build import Networks, denoiser, guided_teacher_flow, resolve_base
+from distill.networks.base import Base
+from distill.networks.build import Networks, denoiser, guided_teacher_flow
 from distill.parallel.processes import ALONE, Processes
 
 SHARD_SIZE = 64
@@ -72,6 +73,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def cached_teacher_latents(
     config: DistillConfig,
+    base: Base,
     networks: Networks,
     data: PromptData,
     shape: tuple[int, ...],
@@ -84,6 +86,7 @@ def cached_teacher_latents(
     Args:
         config: rcm.data_steps Euler steps, shifted by rcm.data_shift, guided by guidance_scale; its precision must be
             resolved.
+        base: of the networks; the samples are cached under its files.
         networks: the teacher is sampled.
         data: embeddings of the prompts.
         shape: (C, F, H, W) of the latents.
@@ -100,7 +103,7 @@ def cached_teacher_latents(
 
     An interrupted call has lost the shard it was at; the next call goes on there.
     """
-    folder = cache_dir / f"teacher-latents-{_cache_key(config)[:16]}"
+    folder = cache_dir / f"teacher-latents-{_cache_key(config, base)[:16]}"
     num_shards = -(-data.num_prompts // SHARD_SIZE)
     sizes = [min(SHARD_SIZE, data.num_prompts - shard * SHARD_SIZE) for shard in range(num_shards)]
     wanted = [
@@ -171,20 +174,19 @@ def _holds_samples(path: Path, shape: tuple[int, ...]) -> bool:
     return found == shape
 
 
-def _cache_key(config: DistillConfig) -> str:
-    folder, is_local = resolve_base(config.base)
+def _cache_key(config: DistillConfig, base: Base) -> str:
     prompts = [*load_prompts(config), config.negative_prompt]
     settings = [
-        prompt_key(prompts, config),
+        prompt_key(prompts, config, base),
         dataclasses.asdict(config.native),
         config.rcm.data_steps,
         config.rcm.data_shift,
         config.guidance_scale,
         config.teacher_dtype,
         config.precision,
-        None if is_local else folder,
+        None if base.is_local else base.source,
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    if is_local:
-        add_module_files(digest, Path(folder), ("transformer",))
+    if base.is_local:
+        add_module_files(digest, Path(base.source), ("transformer",))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The background of a clip: two flat levels, lighter below a horizon; knows nothing of objects.
+"""The background of a clip: a sky and, below the horizon, a lighter floor; knows nothing of objects.
 
 Legend: T frames, H and W rows and columns. Levels are 8-bit, rows are pixels from the top.
 """
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill.worlds.shapeworld.render import HORIZON_LIFT
+from distill.worlds.shapeworld.render import HORIZON_LIFT, background_levels, background_rows
 from distill.worlds.shapeworld.schema import BACKGROUNDS
 
 UNCLEAR = "unclear"
 _MIN_LIFT = 7.0
-"""Least step, in levels per channel, that is taken for a horizon; the world's smallest is 13.5."""
+"""Least step, in levels per channel, that is taken for a horizon; the world's smallest is 19.5."""
 _ROW_TOLERANCE = 12.0
 _NAME_TOLERANCE = 25.0
 _SHADE_BOUNDS = (0.6, 1.45)
@@ -27,7 +27,7 @@ class Background:
 
     Attributes:
         rows: float32 (H, 3), colour of each row.
-        above, below: float32 (3,), the two levels; equal when there is no horizon.
+        above, below: float32 (3,), median of sky and of floor; equal when there is no horizon.
         horizon_px: row coordinate of the step (0 top edge, H bottom edge); nan when there is none.
         name: one of BACKGROUNDS, or "unclear" when none is within 25 levels.
         shade: brightness factor of that palette colour.
@@ -42,7 +42,7 @@ class Background:
 
 
 def fit_background(frames: np.ndarray) -> Background:
-    """Fit the two levels by row medians over time and columns.
+    """Fit sky and floor by row medians over time and columns.
 
     Args:
         frames: float32 (T, H, W, 3) in 8-bit levels. In most rows objects must cover less than half of the pixels.
@@ -68,15 +68,11 @@ def refine_background(first: Background, frames: np.ndarray, is_object: np.ndarr
 
 
 def world_rows(background: Background, height: int) -> np.ndarray:
-    """Rows of the nearest background the world can show: palette colour times shade, sharp horizon; float32 (H, 3)."""
+    """Rows of the nearest background the world can show, with a sharp horizon; float32 (H, 3)."""
     if background.name == UNCLEAR:
         return background.rows
-    base = np.array(BACKGROUNDS[background.name], dtype=np.float32)
-    below = np.zeros((height, 1), dtype=np.float32)
-    if np.isfinite(background.horizon_px):
-        below[:, 0] = np.clip(np.arange(height) + 1.0 - background.horizon_px, 0.0, 1.0)
-    rows: np.ndarray = (base + HORIZON_LIFT * below) * np.float32(background.shade)
-    return rows
+    horizon_px = background.horizon_px if np.isfinite(background.horizon_px) else float(height)
+    return background_rows(background.name, horizon_px, background.shade, height)
 
 
 def _from_rows(rows: np.ndarray) -> Background:
@@ -89,7 +85,9 @@ def _from_rows(rows: np.ndarray) -> Background:
     else:
         horizon = _horizon(rows.sum(axis=1), float(above.sum()), float(below.sum()), split)
         share_below = np.clip(np.arange(height) + 1.0 - horizon, 0.0, 1.0)
-    model = above + (below - above) * share_below[:, None]
+    levels = background_levels(horizon if np.isfinite(horizon) else float(height), height)
+    gradient = (levels - HORIZON_LIFT * share_below)[:, None].astype(np.float32)
+    model = above + (below - above) * share_below[:, None] + gradient
     # A row that objects cover for more than half of its pixels has their colour as its median.
     is_model = np.abs(rows - model).max(axis=1) > _ROW_TOLERANCE
     rows = np.where(is_model[:, None], model, rows).astype(np.float32)
@@ -108,7 +106,10 @@ def _split_row(brightness: np.ndarray) -> int:
 
 
 def _horizon(brightness: np.ndarray, above: float, below: float, split: int) -> float:
-    """Return the step's row coordinate; the row it crosses is a mixture of both levels, in proportion."""
+    """Return the step's row coordinate; the row it crosses is a mixture of both levels, in proportion.
+
+    Both gradients bring the rows next to the horizon closer together, by as much above as below.
+    """
     low, high = max(split - 2, 0), min(split + 2, len(brightness))
     share_above = np.clip((below - brightness[low:high]) / (below - above), 0.0, 1.0)
     return low + float(share_above.sum())

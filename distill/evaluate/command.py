@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.errors import ConfigError
 from codmd_serve.files import write_text
 
 if TYPE_CHECKING:
@@ -51,26 +50,22 @@ def run_eval(args: argparse.Namespace) -> int:
     """Run `codmd-distill eval`; the same arguments print and write the same numbers.
 
     Returns:
-        0 when the report is written; 2 for settings, weights or folders that cannot work; 1 when sampling failed.
+        0 when the report is written.
+
+    Raises:
+        ConfigError, CheckpointError: settings, weights or folders that cannot work.
+        CodmdError: sampling failed.
     """
-    try:
-        return _eval(args)
-    except CodmdError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | CheckpointError) else 1
-
-
-def _eval(args: argparse.Namespace) -> int:
     _check(args)
 
     import torch
 
+    from codmd_serve.device import choose_device
     from codmd_serve.wan.checkpoint import read_spec, silence_libraries
     from distill.evaluate.report import Analysis, as_json
     from distill.evaluate.shapebench import BenchConfig, plan_suite
     from distill.evaluate.tables import as_markdown
-    from distill.networks.build import resolve_base
-    from distill.run.command import resolve_device
+    from distill.networks.base import open_base
 
     silence_libraries()
     if args.threads is not None:
@@ -86,9 +81,9 @@ def _eval(args: argparse.Namespace) -> int:
     for folder in students.values():  # hours of sampling must not end in a misspelt folder
         read_spec(folder)
     if set(args.arms) - {"truth", STUDENTS}:
-        resolve_base(args.teacher)
+        open_base(args.teacher)
     suite = plan_suite(config)
-    runner = _Runner(args, config, suite, students, resolve_device(args.device))
+    runner = _Runner(args, config, suite, students, choose_device(args.device))
     arms = runner.run()
     settings = _settings(args)
     analysis = Analysis(arms, suite, runner.reference, args.seed)

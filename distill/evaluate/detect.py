@@ -28,12 +28,12 @@ from distill.worlds.shapeworld.schema import (
 
 MIXED = "mixed"
 NOTHING = "none"
-STILL_SPEED = 0.17
-"""World units per native frame below which an object stands still; the slowest motion of the world is 0.35."""
+STILL_SPEED = 0.13
+"""World units per native frame below which an object stands still; the slowest motion of the world is 0.26."""
 SPEED_BOUNDARY = (SPEEDS["slowly"][1] + SPEEDS["quickly"][0]) / 2
 _MIN_DISTANCE = 18.0
 _MIN_AREA = 12
-"""Smallest part, in pixels of a 64x64 frame; the world's smallest object has 41."""
+"""Smallest part, in pixels of a 64x64 frame; the world's smallest object has 53."""
 _MAX_PARTS = 6
 """Parts kept of one frame, the largest; a clip of many specks is wrong anyway and must not take minutes."""
 _SPLIT_SHARE = 0.3
@@ -91,6 +91,11 @@ class Track:
         return float(np.hypot(*self.velocity) if self.motion == STILL else max(abs(v) for v in self.velocity))
 
     @property
+    def speed_word(self) -> str | None:
+        """One of SPEEDS, or None when still."""
+        return None if self.motion == STILL else ("quickly" if self.speed > SPEED_BOUNDARY else "slowly")
+
+    @property
     def bend(self) -> float:
         """Signed peak of the sideways bow, with the sign convention of the law; 0 when still."""
         if self.motion == STILL:
@@ -109,7 +114,7 @@ class Detection:
         foreground: bool (T, H, W), pixels of any object, with a rim of two pixels.
         motion: what all objects do, one of MOTIONS; "mixed" when they differ, "none" without objects.
         speed: mean over the objects, world units per native frame; nan without objects.
-        speed_word: one of SPEEDS, or None when nothing moves.
+        speed_word: of all objects, one of SPEEDS or None when nothing moves; "mixed" when they differ.
         relation: of the larger object to the second by the larger separation at the first frame; None unless two.
         horizon: world units; nan when there is none.
     """
@@ -348,16 +353,14 @@ def _line(tau: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
 def _summarise(tracks: tuple[Track, ...], background: Background, rim: np.ndarray, scale: float) -> Detection:
     motions = {track.motion for track in tracks}
-    motion = motions.pop() if len(motions) == 1 else (MIXED if motions else NOTHING)
-    speed = float(np.mean([track.speed for track in tracks])) if tracks else float("nan")
-    word = None if not tracks or motion == STILL else ("quickly" if speed > SPEED_BOUNDARY else "slowly")
+    words = {track.speed_word for track in tracks}
     return Detection(
         tracks=tracks,
         background=background,
         foreground=rim,
-        motion=motion,
-        speed=speed,
-        speed_word=word,
+        motion=motions.pop() if len(motions) == 1 else (MIXED if motions else NOTHING),
+        speed=float(np.mean([track.speed for track in tracks])) if tracks else float("nan"),
+        speed_word=words.pop() if len(words) == 1 else (MIXED if words else None),
         relation=relation_of(*tracks) if len(tracks) == 2 else None,
         horizon=background.horizon_px / scale,
     )

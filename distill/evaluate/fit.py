@@ -4,8 +4,9 @@ Knows nothing of captions or of how the object's pixels were found.
 
 Legend: N frames the object was seen in, P patch rows and columns, R candidate radii. Lengths are pixels.
 
-A pixel of coverage m over the background b shows (1 - m) * b + m * light * c, c being a palette colour. For a given m
-the best light is linear least squares, so a candidate (shape, radius) costs a few sums over its patch.
+A pixel of coverage m over the background b shows (1 - m) * b + m * v * light * c, c being a palette colour and v the
+world's shading of the shape. For a given m and v the best light is linear least squares, so a candidate (shape, radius)
+costs a few sums over its patch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill.evaluate.background import UNCLEAR
-from distill.worlds.shapeworld.render import AREA, coverage
+from distill.worlds.shapeworld.render import AREA, coverage, volume
 from distill.worlds.shapeworld.schema import COLOURS, SHAPES
 
 _SHAPE_FRAMES = 4
@@ -27,7 +28,7 @@ as dark, a small ring as a disc and a triangle, its corners gone, as a circle.""
 _MIN_FIT = 0.5
 _MARGIN_PX = 3
 _MAX_REACH = 0.4
-"""Half a patch at most, of a frame's short side; the world's largest object reaches 0.28."""
+"""Half a patch at most, of a frame's short side; the world's largest object reaches 0.33."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +68,7 @@ class _Patches:
     row_row: np.ndarray
     row_colour: np.ndarray
     rows: np.ndarray
-    by_cover: np.ndarray  # (N, P * P, 2): factors of coverage in the sums of a candidate
-    by_square: np.ndarray  # (N, P * P, 3): factors of its square
+    by_pixel: np.ndarray  # (N, P * P, 5): factors of m, m * m, m * v, m * m * v and (m * v) ** 2 in a candidate's sums
     colour_energy: float
 
 
@@ -110,12 +110,12 @@ def fit_object(
     picks = np.unique(np.linspace(0, len(frames) - 1, min(_SHAPE_FRAMES, len(frames))).round().astype(int))
     shape, factor, blur_px = _choose_shape(_take(patches, picks), centre[picks], area[picks])
     radius = _refine_radius(patches, shape, centre, np.sqrt(area / AREA[shape]) * factor, blur_px)
-    residual, light, cover = _residual(patches, shape, centre, radius[:, None], blur_px)
+    residual, light, cover, lit = _residual(patches, shape, centre, radius[:, None], blur_px)
     energy = float((patches.energy * patches.weight).sum())
     explained = max(0.0, 1.0 - float(residual.sum()) / max(energy, 1e-6))
-    covered = cover[:, 0] * patches.weight
-    over_row = patches.above + covered[..., None] * patches.rows
-    paint = np.einsum("npqc,npq->c", over_row, covered, optimize=True) / max(float((covered**2).sum()), 1e-6)
+    over_row = patches.above + (cover[:, 0] * patches.weight)[..., None] * patches.rows
+    shown = lit[:, 0] * patches.weight
+    paint = np.einsum("npqc,npq->c", over_row, shown, optimize=True) / max(float((shown**2).sum()), 1e-6)
     return Fit(shape if explained >= _MIN_FIT else UNCLEAR, centre, radius, light[:, 0], paint, explained)
 
 
@@ -143,7 +143,7 @@ def _cut(
     row = rows[y_in][:, :, None, :]
     dot_colour, dot_row = above @ colour, (above * row).sum(axis=-1)
     row_row, row_colour = (row * row).sum(axis=-1), row @ colour
-    squares = np.broadcast_arrays(row_row, row_colour, weight)
+    terms = (dot_row, row_row, dot_colour, row_colour, np.float32(1.0))
     return _Patches(
         ys=ys + np.float32(0.5),
         xs=xs + np.float32(0.5),
@@ -157,8 +157,7 @@ def _cut(
         row_row=row_row,
         row_colour=row_colour,
         rows=row,
-        by_cover=np.stack([dot_row * weight, dot_colour * weight], axis=-1).reshape(len(frames), -1, 2),
-        by_square=np.stack([squares[0] * weight, squares[1] * weight, weight], -1).reshape(len(frames), -1, 3),
+        by_pixel=np.stack([term * weight for term in terms], axis=-1).reshape(len(frames), -1, 5),
         colour_energy=float(colour @ colour),
     )
 
@@ -169,20 +168,31 @@ def _take(patches: _Patches, picks: np.ndarray) -> _Patches:
 
 
 def _centre_and_area(patches: _Patches) -> tuple[np.ndarray, np.ndarray]:
-    """Return centres (N, 2) and areas (N,) from the coverage each pixel shows by itself."""
+    """Return centres (N, 2) and areas (N,) from the coverage each pixel shows by itself.
+
+    The second pass knows where the object is, so it allows for the shading, which moves the first pass's centre to the
+    lit side.
+    """
     energy = np.where(patches.own, patches.energy, 0.0)
     core = energy > 0.56 * energy.max(axis=(1, 2), keepdims=True)
-    light = np.where(core, patches.dot_colour + patches.row_colour, 0.0).sum(axis=(1, 2))
-    light = light / np.maximum(core.sum(axis=(1, 2)), 1) / patches.colour_energy
-    light = np.clip(light, 0.1, 1.5)[:, None, None]
-    dot = light * patches.dot_colour - patches.dot_row
-    norm = light**2 * patches.colour_energy - 2 * light * patches.row_colour + patches.row_row
-    alpha = np.clip(dot / np.maximum(norm, 1.0), -0.5, 1.2) * patches.region
-    area = np.maximum(alpha.sum(axis=(1, 2)), 4.0)
-    x = (alpha * patches.xs[:, None, :]).sum(axis=(1, 2)) / area
-    y = (alpha * patches.ys[:, :, None]).sum(axis=(1, 2)) / area
-    x = np.clip(x, patches.xs[:, 0], patches.xs[:, -1])
-    y = np.clip(y, patches.ys[:, 0], patches.ys[:, -1])
+    towards = np.where(core, patches.dot_colour + patches.row_colour, 0.0).sum(axis=(1, 2)) / patches.colour_energy
+    shading = np.ones_like(energy)
+    for is_last in (False, True):
+        light = towards / np.maximum(np.where(core, shading, 0.0).sum(axis=(1, 2)), 1.0)
+        light = np.clip(light, 0.1, 1.5)[:, None, None] * shading
+        dot = light * patches.dot_colour - patches.dot_row
+        norm = light**2 * patches.colour_energy - 2 * light * patches.row_colour + patches.row_row
+        alpha = np.clip(dot / np.maximum(norm, 1.0), -0.5, 1.2) * patches.region
+        area = np.maximum(alpha.sum(axis=(1, 2)), 4.0)
+        x = (alpha * patches.xs[:, None, :]).sum(axis=(1, 2)) / area
+        y = (alpha * patches.ys[:, :, None]).sum(axis=(1, 2)) / area
+        x = np.clip(x, patches.xs[:, 0], patches.xs[:, -1])
+        y = np.clip(y, patches.ys[:, 0], patches.ys[:, -1])
+        if not is_last:
+            radius = np.sqrt(area / np.pi)[:, None, None]
+            shading = volume(
+                patches.xs[:, None, :] - x[:, None, None], patches.ys[:, :, None] - y[:, None, None], radius
+            )
     return np.stack([x, y], axis=1), area
 
 
@@ -211,22 +221,27 @@ def _blurring(size: int, blur_px: float) -> np.ndarray:
 
 def _residual(
     patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray, blur_px: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return squared error (N, R), best light (N, R) and coverage (N, R, P, P) of candidate radii (N, R)."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return squared error (N, R), best light (N, R), coverage and lit coverage (N, R, P, P) of radii (N, R)."""
     dx = (patches.xs - centre[:, :1]).astype(np.float32)[:, None, None, :]
     dy = (patches.ys - centre[:, 1:]).astype(np.float32)[:, None, :, None]
-    cover = coverage(shape, dx, dy, radius.astype(np.float32)[:, :, None, None], 1.0)
+    size = radius.astype(np.float32)[:, :, None, None]
+    cover = coverage(shape, dx, dy, size, 1.0)
     if blur_px > 0.0:
         blurring = _blurring(cover.shape[-1], blur_px)
         along_rows = (cover.reshape(-1, cover.shape[-1]) @ blurring).reshape(cover.shape)
         cover = blurring @ along_rows
-    flat = cover.reshape(*radius.shape, -1)
-    sums = flat @ patches.by_cover
-    sums2 = (flat * flat) @ patches.by_square
-    towards = sums[..., 1] + sums2[..., 1]
-    norm = np.maximum(patches.colour_energy * sums2[..., 2], 1e-6)
+    # Shading is smooth, so that blurring it as well would change nothing.
+    lit = cover * volume(dx, dy, size)
+    powers = (cover, cover * cover, lit, cover * lit, lit * lit)
+    sums = [
+        (power.reshape(*radius.shape, -1) @ patches.by_pixel[..., place, None])[..., 0]
+        for place, power in enumerate(powers)
+    ]
+    towards = sums[2] + sums[3]
+    norm = np.maximum(patches.colour_energy * sums[4], 1e-6)
     energy = (patches.energy * patches.weight).sum(axis=(1, 2))[:, None]
-    return energy + 2 * sums[..., 0] + sums2[..., 0] - towards**2 / norm, towards / norm, cover
+    return energy + 2 * sums[0] + sums[1] - towards**2 / norm, towards / norm, cover, lit
 
 
 def _refine_radius(patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray, blur_px: float) -> np.ndarray:

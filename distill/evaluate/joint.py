@@ -48,6 +48,8 @@ _LEVELS = (np.arange(64) + 0.5) / 64
 def measure_factors(scene: Scene, detection: Detection) -> np.ndarray:
     """Read every factor of FACTORS off a detection.
 
+    Where objects with a motion of their own start is not a factor: the law ties their places to nothing.
+
     Returns:
         float (F,) in [-0.5, 1.5] (bend in [-1.5, 1.5]); nan for a factor the scene does not have, and -0.5 for one
         that it has but that could not be measured because its object is missing.
@@ -55,11 +57,12 @@ def measure_factors(scene: Scene, detection: Detection) -> np.ndarray:
     tracks = [track for track in pair_objects(scene, detection) if track is not None]
     values = dict.fromkeys(FACTORS, np.nan)
     expected = {"radius", "growth", "fade", "shade", "background_shade", "horizon"}
-    expected |= {"speed", "bend"} if scene.speed else set()
-    expected |= {"offset1", "offset2"} if scene.count == 2 else {"place_x", "place_y"}
+    expected |= {"speed", "bend"} if any(word for _, word in scene.moves) else set()
+    if scene.second_move is None:
+        expected |= {"offset1", "offset2"} if scene.count == 2 else {"place_x", "place_y"}
     if tracks:
-        values |= _shared(scene, tracks)
-        if len(tracks) == scene.count:
+        values |= _shared(scene, pair_objects(scene, detection))
+        if len(tracks) == scene.count and scene.second_move is None:
             values |= _places(scene, tracks)
     values["background_shade"] = _unit(detection.background.shade, BACKGROUND_SHADE_RANGE)
     values["horizon"] = _unit(detection.horizon, HORIZON_RANGE)
@@ -168,11 +171,12 @@ def mean_distance(points: np.ndarray) -> float:
     return float(np.sqrt(np.maximum(squared[upper], 0.0)).mean())
 
 
-def _shared(scene: Scene, tracks: list[Track]) -> dict[str, float]:
-    """Factors that all objects share, or that are averaged over them."""
+def _shared(scene: Scene, tracks: list[Track | None]) -> dict[str, float]:
+    """Factors that all objects share, or that are averaged over those that were found; `tracks` is one per object."""
+    found = [track for track in tracks if track is not None]
 
     def mean(name: str, bounds: tuple[float, float]) -> float:
-        return _unit(float(np.mean([getattr(track, name) for track in tracks])), bounds)
+        return _unit(float(np.mean([getattr(track, name) for track in found])), bounds)
 
     values = {
         "radius": mean("radius", RADIUS_RANGE[scene.count]),
@@ -180,12 +184,14 @@ def _shared(scene: Scene, tracks: list[Track]) -> dict[str, float]:
         "fade": mean("fade", FADE_RANGE),
         "shade": mean("shade", SHADE_RANGE),
     }
-    if scene.speed:
-        along = np.array(DIRECTIONS[scene.motion], dtype=float)
-        velocity = np.mean([track.velocity for track in tracks], axis=0)
-        bow = np.mean([track.bow for track in tracks], axis=0)
-        values["speed"] = _unit(float(velocity @ along), SPEEDS[scene.speed])
-        values["bend"] = float(-along[1] * bow[0] + along[0] * bow[1]) / BEND_RANGE[1]
+    speeds, bends = [], []
+    for track, (motion, word) in zip(tracks, scene.moves, strict=True):
+        if track is not None and word is not None:
+            along = np.array(DIRECTIONS[motion], dtype=float)
+            speeds.append(_unit(float(np.array(track.velocity) @ along), SPEEDS[word]))
+            bends.append(float(-along[1] * track.bow[0] + along[0] * track.bow[1]) / BEND_RANGE[1])
+    if speeds:
+        values |= {"speed": float(np.mean(speeds)), "bend": float(np.mean(bends))}
     return values
 
 

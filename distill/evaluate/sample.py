@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
-from codmd_serve.errors import CheckpointError, ConfigError
-from codmd_serve.files import first_line
+from codmd_serve.errors import ConfigError
 from codmd_serve.sampler import Denoise, rollout
 from codmd_serve.wan.attention import compact_prompt_embeds, use_compact_cross_attention
 from codmd_serve.wan.checkpoint import load_bundle
 from codmd_serve.wan.text import encode_prompts
 from codmd_serve.wan.vae import StreamingDecoder, latent_shape
-from distill.networks.build import denoiser, guided_teacher_flow, load_part, resolve_base
+from distill.networks.base import open_base
+from distill.networks.build import denoiser, guided_teacher_flow
 from distill.worlds.shapeworld.captions import parse_caption
 from distill.worlds.shapeworld.render import sample_clip
 from distill.worlds.shapeworld.schema import NATIVE_HEIGHT, NATIVE_NUM_FRAMES, NATIVE_WIDTH
@@ -84,28 +84,21 @@ def load_teacher(folder: str, device: torch.device) -> Model:
     Raises:
         CheckpointError: a part is missing, truncated or of another kind.
     """
-    from diffusers import WanTransformer3DModel
-
-    transformer = load_part(WanTransformer3DModel, folder, "transformer", torch_dtype=torch.float32)
-    vae = load_part(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32)
-    text_encoder = load_part(UMT5EncoderModel, folder, "text_encoder", dtype=torch.float32)
-    base, is_local = resolve_base(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer", local_files_only=is_local)
-        config = FlowMatchEulerDiscreteScheduler.load_config(base, subfolder="scheduler", local_files_only=is_local)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"tokenizer or scheduler of {folder} cannot be loaded: {first_line(error)}") from error
+    base = open_base(folder)
+    transformer = base.load_transformer(torch.float32)
+    vae = base.load(AutoencoderKLWan, "vae", torch_dtype=torch.float32)
+    text_encoder = base.load(UMT5EncoderModel, "text_encoder", dtype=torch.float32)
+    tokenizer = base.load_tokenizer()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=base.scheduler_shift())
     for module in (transformer, vae, text_encoder):
         module.requires_grad_(False).eval().to(device)
-    # Published Wan folders name a multistep scheduler, whose entry for the same number is flow_shift.
-    shift = config.get("shift", config.get("flow_shift", 1.0))
     return Model(
         denoise=denoiser(use_compact_cross_attention(transformer), "fp32"),
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=vae,
         device=device,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        scheduler=scheduler,
     )
 
 

@@ -13,9 +13,9 @@ from itertools import permutations
 import numpy as np
 
 from distill.evaluate.background import world_rows
-from distill.evaluate.detect import SPEED_BOUNDARY, Detection, Track, relation_holds
-from distill.worlds.shapeworld.render import coverage
-from distill.worlds.shapeworld.schema import COLOURS, STILL, WORLD_SIZE, Scene
+from distill.evaluate.detect import Detection, Track, relation_holds
+from distill.worlds.shapeworld.render import paint
+from distill.worlds.shapeworld.schema import COLOURS, SHAPES, STILL, WORLD_SIZE, Scene
 
 CAPTION_SCORES = ("object", "colour", "object_colour", "count", "direction", "speed", "background", "relation", "all")
 """1 right, 0 wrong, nan when the caption does not say; higher is better."""
@@ -64,14 +64,15 @@ def caption_scores(scene: Scene, detection: Detection, tracks: list[Track | None
         "colour": colours,
         "object_colour": shapes and colours,
         "count": detection.count == scene.count,
-        "direction": is_complete and all(track.motion == scene.motion for track in found),
+        "direction": is_complete and all(t.motion == motion for t, (motion, _) in zip(found, scene.moves, strict=True)),
         "speed": None,
         "background": detection.background.name == scene.background,
         "relation": None,
     }
-    if scene.speed is not None:
-        is_fast = scene.speed == "quickly"
-        right["speed"] = is_complete and all(t.motion != STILL and (t.speed > SPEED_BOUNDARY) == is_fast for t in found)
+    if any(word is not None for _, word in scene.moves):
+        right["speed"] = is_complete and all(
+            word in (None, t.speed_word) for t, (_, word) in zip(found, scene.moves, strict=True)
+        )
     if scene.relation is not None:
         right["relation"] = is_complete and relation_holds(scene.relation, found[0], found[1])
     right["all"] = all(value for value in right.values() if value is not None)
@@ -123,21 +124,20 @@ def saturation(colour: np.ndarray) -> float:
 
 
 def reconstruct(detection: Detection, height: int, width: int) -> np.ndarray:
-    """Draw what was detected as the world would: palette colours, sharp edges; float32 (T, H, W, 3)."""
-    num_frames = detection.foreground.shape[0]
+    """Draw what was detected as the world would: palette colours, its light, sharp edges; uint8 (T, H, W, 3)."""
+    rows = np.clip(np.rint(world_rows(detection.background, height)), 0, 255).astype(np.uint8)
+    frames = np.empty((len(detection.foreground), height, width, 3), dtype=np.uint8)
+    frames[:] = np.repeat(rows[:, None, :], width, axis=1)
     scale = min(height, width) / WORLD_SIZE
-    frames = np.empty((num_frames, height, width, 3), dtype=np.float32)
-    frames[:] = world_rows(detection.background, height)[None, :, None, :]
-    xs, ys = np.arange(width, dtype=np.float32) + 0.5, np.arange(height, dtype=np.float32) + 0.5
     for track in detection.tracks:
         seen = np.nonzero(track.seen)[0]
-        centre = (track.centres[seen] * scale).astype(np.float32)
-        radius = (track.radii[seen] * scale).astype(np.float32)[:, None, None]
-        dx, dy = (xs - centre[:, :1])[:, None, :], (ys - centre[:, 1:])[:, :, None]
-        shape = track.shape if track.shape in ("circle", "square", "triangle", "cross", "ring") else "circle"
-        alpha = coverage(shape, dx, dy, radius, 1.0)[..., None]
-        paint = np.array(COLOURS[track.colour]) * np.clip(track.lights[seen], 0.4, 1.05)[:, None]
-        frames[seen] += alpha * (paint.astype(np.float32)[:, None, None, :] - frames[seen])
+        drawn = frames[seen]
+        shape = track.shape if track.shape in SHAPES else "circle"
+        light = np.clip(track.lights[seen], 0.4, 1.05)
+        paint(
+            drawn, shape, np.array(COLOURS[track.colour]), track.centres[seen] * scale, track.radii[seen] * scale, light
+        )
+        frames[seen] = drawn
     return frames
 
 
@@ -149,7 +149,7 @@ def imaging_quality(clip: np.ndarray, detection: Detection) -> float:
     """
     if not detection.tracks:
         return 0.0
-    drawn, shown = reconstruct(detection, *clip.shape[1:3]), clip.astype(np.float32)
+    drawn, shown = reconstruct(detection, *clip.shape[1:3]).astype(np.float32), clip.astype(np.float32)
     shared = energy = 0.0
     for axis in (1, 2):
         g, r = np.diff(shown, axis=axis).ravel(), np.diff(drawn, axis=axis).ravel()

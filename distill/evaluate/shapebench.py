@@ -42,7 +42,8 @@ class BenchConfig:
     Args:
         num_captions: held-out captions of the breadth suite, one and two objects in turn.
         num_seeds: clips of each.
-        depth_captions: moving captions of the depth suite, one and two objects in turn; 0 leaves it out.
+        depth_captions: captions of the depth suite, one and two objects in turn, all of them moving alike; 0 leaves
+            it out.
         depth_seeds: clips of each.
         seed: of captions, noise and ground truth.
 
@@ -133,7 +134,7 @@ def plan_suite(config: BenchConfig) -> Suite:
     moving: dict[int, list[int]] = {1: [], 2: []}
     for index, caption in enumerate(pool):
         scene = parse_caption(caption)
-        if scene.motion != STILL:
+        if scene.motion != STILL and scene.second_move is None:
             moving[scene.count].append(index)
     by_turns = [moving[1 + turn % 2][turn // 2] for turn in range(config.depth_captions)]
     depth = tuple(sorted(by_turns))

@@ -13,7 +13,7 @@ from torch import nn
 
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig
-from distill.networks.build import latent_grid, latent_shape, resolve_base, transformer_config
+from distill.networks.base import latent_grid, open_base
 
 _WAN_2_1 = {
     "attention_head_dim": 128,
@@ -99,16 +99,16 @@ def read_subject(config: DistillConfig) -> Subject:
         ConfigError: a base of unknown architecture, one that is not text to video, or a size off its grid.
         CheckpointError: a base that cannot be, or whose configs cannot be read.
     """
-    folder, is_local = resolve_base(config.base)
-    if not is_local and folder not in PUBLISHED:
+    base = open_base(config.base)
+    if not base.is_local and base.source not in PUBLISHED:
         raise ConfigError(
             f"expected a base that is a folder or one of {', '.join(PUBLISHED)}, got {config.base}: "
             "a plan downloads nothing, so fetch that pipeline's configs and name their folder with --set base=FOLDER"
         )
-    network = transformer_config(config.base) if is_local else PUBLISHED[folder]
+    network = base.transformer_config if base.is_local else PUBLISHED[base.source]
     architecture = read_architecture(network)
-    if is_local:
-        latents = latent_shape(config.base, config.native, architecture.in_channels, architecture.patch_size)
+    if base.is_local:
+        latents = base.latent_shape(config.native)
     else:
         latents = latent_grid(config.native, architecture.in_channels, architecture.patch_size, *PUBLISHED_VAE_SCALES)
     return Subject(

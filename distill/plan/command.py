@@ -4,9 +4,8 @@ import argparse
 import dataclasses
 import json
 import shlex
-import sys
 
-from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.errors import ConfigError
 from distill.plan.options import PlanOptions, flag
 
 HELP = {
@@ -49,16 +48,11 @@ def run_plan(args: argparse.Namespace) -> int:
     """Run `codmd-distill plan`.
 
     Returns:
-        0 with the plan printed, whether it fits or not; 2 for settings, options or a base that cannot work.
+        0 with the plan printed, whether it fits or not.
+
+    Raises:
+        ConfigError, CheckpointError: settings, options or a base that cannot work.
     """
-    try:
-        return _plan(args)
-    except CodmdError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | CheckpointError) else 1
-
-
-def _plan(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(PlanOptions)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = PlanOptions(**given)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.errors import ConfigError
 from codmd_serve.files import write_text
 from distill.pretrain.config import PRESETS, PretrainConfig, config_to_dict
 
@@ -51,36 +51,37 @@ def run_teacher(args: argparse.Namespace) -> int:
     """Run `codmd-distill teacher`.
 
     Returns:
-        0 when OUT/pipeline is complete or the stage of --until is; 2 for settings or folders that cannot work; 1 when
-        training diverged; 128 + the signal's number when interrupted, with everything needed to resume.
+        0 when OUT/pipeline is complete or the stage of --until is; 128 + the signal's number when interrupted, with
+        everything needed to resume.
+
+    Raises:
+        ConfigError, CheckpointError: settings, weights or folders that cannot work.
+        CodmdError: training diverged.
     """
-    try:
-        return _teacher(args)
-    except CodmdError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | CheckpointError) else 1
-
-
-def _teacher(args: argparse.Namespace) -> int:
     if args.preset not in PRESETS:
         raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {args.preset!r}")
     if args.minutes is not None and not args.minutes > 0:
         raise ConfigError(f"--minutes must be positive, got {args.minutes}")
     config = dataclasses.replace(PRESETS[args.preset](), seed=args.seed, start=args.start)
-    _claim(args.out, config, args.resume)
 
     import torch
 
-    from distill.networks.build import resolve_precision
+    from codmd_serve.device import choose_device
+    from distill.networks.build import check_compiler
+    from distill.networks.precision import resolve_precision
     from distill.pretrain.stage import StageOptions
-    from distill.run.command import resolve_device
     from distill.run.trainer import stop_signal
 
-    device = resolve_device(args.device)
+    device = choose_device(args.device)
+    if args.compile:
+        check_compiler(args.compiler, device)
     if args.precision not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"--precision must be auto, fp32 or bf16, got {args.precision!r}")
     if args.threads is not None:
+        if args.threads < 1:
+            raise ConfigError(f"--threads must be 1 or more, got {args.threads}")
         torch.set_num_threads(args.threads)
+    _claim(args.out, config, args.resume)
     with stop_signal() as received:
         options = {
             stage: StageOptions(
@@ -126,7 +127,7 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     import torch
 
     from distill.data.prompts import encode_prompt_data
-    from distill.networks.build import load_part
+    from distill.networks.base import open_base
     from distill.pretrain.pipeline import save_scheduler, save_text, save_transformer, save_vae
     from distill.pretrain.teacher import ClipSource, encode_clips, train_transformer
     from distill.pretrain.text import train_text_encoder
@@ -136,7 +137,7 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     vae = train_vae(config.vae, config.seed, options["vae"], config.start)
     if vae is not None and config.vae.decoder_only:
         # The encoder is the start's, and so are the statistics of its latents.
-        kept = load_part(type(vae), config.start, "vae").config
+        kept = open_base(config.start).load(type(vae), "vae").config
         save_vae(pipeline, vae, list(kept.latents_mean), list(kept.latents_std))
     if vae is None or until == "vae":
         return "vae"
@@ -156,7 +157,9 @@ def _run_stages(config: PretrainConfig, pipeline: Path, options: dict[str, "Stag
     save_vae(pipeline, vae.cpu(), encoded.mean, encoded.std)
     del vae
     captions = source.captions(settings.num_clips)
-    prompts = encode_prompt_data([*captions, ""], str(pipeline), torch.float32, options["transformer"].device)
+    prompts = encode_prompt_data(
+        [*captions, ""], open_base(str(pipeline)), torch.float32, options["transformer"].device
+    )
     if until == "latents":
         return "latents"
     transformer = train_transformer(

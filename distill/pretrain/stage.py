@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from codmd_serve.errors import CheckpointError, CodmdError
 from codmd_serve.files import atomic_file, first_line
-from distill.networks.build import load_part
+from distill.networks.base import open_base
 
 WARMUP_STEPS = 50
 FINAL_LR_SHARE = 0.02
@@ -209,7 +209,7 @@ def load_weights(module: nn.Module, pipeline: str, subfolder: str) -> None:
     Raises:
         CheckpointError: it is missing, damaged or of another layout.
     """
-    source = load_part(type(module), pipeline, subfolder)
+    source = open_base(pipeline).load(type(module), subfolder)
     try:
         module.load_state_dict(source.float().state_dict())
     except RuntimeError as error:
@@ -248,5 +248,6 @@ def _restore(
 
 def _write(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        torch.save(state, temporary)
+    # Through an open file: given a path, torch would write the random temporary name into the archive.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)

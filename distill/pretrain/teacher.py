@@ -15,19 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from codmd_serve.device import multiplies_bfloat16
 from codmd_serve.errors import CheckpointError
 from codmd_serve.files import atomic_file
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
 from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.data.prompts import PromptData
-from distill.networks.build import (
-    choose_attention,
-    compile_blocks,
-    denoiser,
-    keep_sensitive_parts_float32,
-    load_part,
-    multiplies_bfloat16,
-)
+from distill.networks.base import open_base
+from distill.networks.build import compile_blocks, denoiser
+from distill.networks.precision import keep_sensitive_parts_float32, unfuse_bf16_attention
 from distill.pretrain.config import TransformerConfig
 from distill.pretrain.stage import StageOptions, load_weights, run_stage
 from distill.pretrain.vae import to_pixels
@@ -188,10 +184,10 @@ def train_transformer(
     transformer = build_transformer(config, latents.shape[1], text_dim)
     if start:
         load_weights(transformer, start, "transformer")
-        start_std = torch.tensor(load_part(AutoencoderKLWan, start, "vae").config.latents_std)
+        start_std = torch.tensor(open_base(start).load(AutoencoderKLWan, "vae").config.latents_std)
         fold_into_transformer(transformer, encoded.basis() @ torch.diag(start_std))
     keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
-    choose_attention(transformer, options.precision, options.device)
+    unfuse_bf16_attention(transformer, options.precision, options.device)
     transformer.to(options.device).train()
     if options.compiled:
         compile_blocks(transformer)

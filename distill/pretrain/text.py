@@ -22,8 +22,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape1": SHAPES,
     "colour2": (*COLOURS, "none"),
     "shape2": (*SHAPES, "none"),
-    "motion": MOTIONS,
-    "speed": (*SPEEDS, "none"),
+    "motion1": MOTIONS,
+    "speed1": (*SPEEDS, "none"),
+    "motion2": (*MOTIONS, "none"),
+    "speed2": (*SPEEDS, "none"),
     "background": tuple(BACKGROUNDS),
     "relation": (*RELATIONS, "none"),
 }
@@ -67,11 +69,11 @@ def build_text_encoder(config: TextConfig, vocab_size: int) -> UMT5EncoderModel:
 def attribute_labels(scene: Scene) -> list[int]:
     """Index of the scene's value of every entry of ATTRIBUTES."""
     second = scene.objects[1] if scene.count == 2 else ("none", "none")
+    moves = (*scene.moves, ("none", None))[:2]
     values = (
         *scene.objects[0],
         *second,
-        scene.motion,
-        scene.speed or "none",
+        *(value or "none" for move in moves for value in move),
         scene.background,
         scene.relation or "none",
     )

@@ -66,7 +66,7 @@ def draw_clips(rng: np.random.Generator, num_frames: int, batch_size: int) -> Te
     """Draw training clips or images of the training captions.
 
     Returns:
-        (batch_size, 3, num_frames, 64, 64) float32 in [-1, 1]; images come several to a clip, short clips from a
+        (batch_size, 3, num_frames, 96, 96) float32 in [-1, 1]; images come several to a clip, short clips from a
         random moment of a full one.
     """
     per_clip = IMAGES_PER_CLIP if num_frames == 1 else 1

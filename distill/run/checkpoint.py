@@ -22,12 +22,13 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 import codmd_serve
+from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import TEMPORARY_PREFIX, atomic_folder, first_line, leftovers, write_json
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
 from distill.config import RESUMABLE, DistillConfig, config_from_dict, config_to_dict
-from distill.networks.build import TORCH_DTYPES, resolve_base, transformer_config
+from distill.networks.base import Base, open_base
 
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.pt"
@@ -95,8 +96,9 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep_last: 
     for unfinished in (*leftovers(folder.parent), *folder.parent.glob(f".{STEP_PREFIX}*.partial")):
         shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        with atomic_folder(folder) as fresh:
-            torch.save(state, fresh / STATE_FILE)
+        # Through an open file: given a path, torch reports a full disk as "unexpected pos 64 vs 0".
+        with atomic_folder(folder) as fresh, (fresh / STATE_FILE).open("wb") as file:
+            torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise CheckpointError(f"checkpoint {folder} cannot be written: {first_line(error)}") from error
     for old in list_checkpoints(run_dir)[:-keep_last]:
@@ -128,24 +130,24 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def write_bundle(
-    bundle_dir: Path, config: DistillConfig, ema_weights: dict[str, Tensor], num_student_updates: int
+    bundle_dir: Path, config: DistillConfig, base: Base, ema_weights: dict[str, Tensor], num_student_updates: int
 ) -> None:
     """Write a student bundle that codmd_serve loads.
 
     Args:
         bundle_dir: its folder; one that exists is replaced.
         config: of the run.
+        base: of the run.
         ema_weights: float32 moving average by parameter name.
         num_student_updates: how many updates it has seen.
 
     Raises:
         CheckpointError: the base is gone, the weights do not fit it, or the bundle cannot be written.
     """
-    base, is_local = resolve_base(config.base)
     bundle_dir = bundle_dir.absolute()
     grid = config.grid()
     spec = StudentSpec(
-        base=os.path.relpath(Path(base).resolve(), bundle_dir.resolve()) if is_local else base,
+        base=os.path.relpath(Path(base.source).resolve(), bundle_dir.resolve()) if base.is_local else base.source,
         sigmas=grid.sigmas,
         timesteps=grid.timesteps,
         sampler=config.sampler,
@@ -156,7 +158,7 @@ def write_bundle(
             fps=config.native.fps,
         ),
         method=config.method,
-        base_model=Path(base).name if is_local else base,
+        base_model=base.name,
         step=num_student_updates,
         ema=True,
         config_sha256=config.sha256(),
@@ -165,8 +167,8 @@ def write_bundle(
     )
     try:
         with torch.device("meta"):
-            transformer = WanTransformer3DModel.from_config(transformer_config(config.base))
-        dtype = TORCH_DTYPES[config.bundle_dtype]
+            transformer = WanTransformer3DModel.from_config(base.transformer_config)
+        dtype = DTYPES_BY_NAME[config.bundle_dtype]
         weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in ema_weights.items()}
         transformer.load_state_dict(weights, assign=True)
         save_bundle(bundle_dir, transformer, spec)
@@ -199,7 +201,7 @@ def export_bundle(run_dir: Path, bundle_dir: Path, step: int | None = None) -> i
     chosen = max(folders) if step is None else step
     state = load_checkpoint(folders[chosen])
     trainer = state["trainer"]
-    write_bundle(bundle_dir, config, trainer["ema"]["shadow"], trainer["updates"]["student"])
+    write_bundle(bundle_dir, config, open_base(config.base), trainer["ema"]["shadow"], trainer["updates"]["student"])
     return chosen
 
 

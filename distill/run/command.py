@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -57,13 +57,34 @@ def run_train(args: argparse.Namespace) -> int:
     """Run `codmd-distill train`.
 
     Returns:
-        0 when the run ended with a bundle; 2 for settings, prompts, weights or folders that cannot work; 1 when
-        training diverged; 128 + the signal's number when interrupted, with a checkpoint to resume from.
+        0 when the run ended with a bundle; 128 + the signal's number when it was interrupted and can be resumed.
+
+    Raises:
+        ConfigError, CheckpointError: settings, prompts, weights or folders that cannot work.
+        CodmdError: training diverged.
     """
-    try:
-        return _train(args)
-    except CodmdError as error:
-        return _report(error)
+    import torch
+
+    from codmd_serve.device import choose_device
+    from codmd_serve.wan.checkpoint import silence_libraries
+    from distill.networks.build import check_compiler
+    from distill.parallel.processes import process_group
+
+    silence_libraries()
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ConfigError(f"--threads must be 1 or more, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    if args.minutes is not None and not args.minutes > 0:
+        raise ConfigError(f"--minutes must be above 0, got {args.minutes}")
+    if args.preview_every < 0:
+        raise ConfigError(f"--preview-every must be 0 or more, got {args.preview_every}")
+    device = choose_device(args.device)
+    if args.compile:
+        check_compiler(args.compiler, device)
+    config = resolve_config(args, device)
+    with process_group(device, config) as processes:
+        return _train_with(args, config, processes)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,52 +101,28 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Run `codmd-distill export`: write the student of a run from a checkpoint; return 0, or 2 on bad input."""
+    """Run `codmd-distill export`: write the student of a run from a checkpoint; return 0.
+
+    Raises:
+        ConfigError, CheckpointError: no such run or checkpoint, or a folder that cannot be written.
+    """
     from distill.run.checkpoint import export_bundle, export_pipeline
 
     export = export_pipeline if args.format == "pipeline" else export_bundle
-    try:
-        step = export(args.run, args.out, args.step)
-    except CodmdError as error:
-        return _report(error)
+    step = export(args.run, args.out, args.step)
     print(f"{args.format} {args.out} from step {step}")
     return 0
 
 
-def _report(error: CodmdError) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2 if isinstance(error, ConfigError | CheckpointError) else 1
-
-
-def _train(args: argparse.Namespace) -> int:
-    import torch
-
-    from codmd_serve.wan.checkpoint import silence_libraries
-    from distill.parallel.processes import process_group
-
-    silence_libraries()
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ConfigError(f"--threads must be 1 or more, got {args.threads}")
-        torch.set_num_threads(args.threads)
-    if args.minutes is not None and not args.minutes > 0:
-        raise ConfigError(f"--minutes must be above 0, got {args.minutes}")
-    if args.preview_every < 0:
-        raise ConfigError(f"--preview-every must be 0 or more, got {args.preview_every}")
-    device = resolve_device(args.device)
-    config = resolve_config(args, device)
-    with process_group(device, config) as processes:
-        return _train_with(args, config, processes)
-
-
 def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
     from distill.data.prompts import load_prompts
+    from distill.networks.base import open_base
     from distill.run.trainer import RunOptions, native_latents, run_training
 
     device = processes.device
     if args.dry_run:
         summary = {
-            "latents": native_latents(config),
+            "latents": native_latents(config, open_base(config.base)),
             "prompts": len(load_prompts(config)),
             "device": str(device),
             "processes": processes.world_size,
@@ -153,26 +150,6 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
     return 0
 
 
-def resolve_device(name: str) -> "torch.device":
-    """Turn auto, cpu, cuda or cuda:N into a device that is there.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    num_devices = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
-    if (device.index or 0) >= num_devices:
-        raise ConfigError(f"no device {name} on this machine")
-    return device
-
-
 def resolve_config(args: argparse.Namespace, device: "torch.device") -> "DistillConfig":
     """Build the config of a run: the recipe, or the saved config when resuming, then the overrides.
 
@@ -181,7 +158,7 @@ def resolve_config(args: argparse.Namespace, device: "torch.device") -> "Distill
     """
     from distill.config import RECIPES, with_overrides
     from distill.methods.registry import with_method
-    from distill.networks.build import resolve_precision
+    from distill.networks.precision import resolve_precision
     from distill.run.checkpoint import read_config
 
     if args.resume:

@@ -25,7 +25,8 @@ from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, load_prompts
 from distill.methods.matching import step_rng
-from distill.networks.build import denoiser, load_part
+from distill.networks.base import Base
+from distill.networks.build import denoiser
 
 PREVIEW_DIR = "previews"
 NUM_PROMPTS = 4
@@ -39,7 +40,8 @@ class Previews:
 
     Args:
         config: of the run.
-        out: its folder.
+        base: whose VAE decodes.
+        out: folder of the run.
         data: embeddings; the first prompts are shown.
         shape: (C, F, H, W) of the latents.
         device: where the student is. The VAE is there while it decodes only.
@@ -52,6 +54,7 @@ class Previews:
     def __init__(
         self,
         config: DistillConfig,
+        base: Base,
         out: Path,
         data: PromptData,
         shape: tuple[int, ...],
@@ -65,7 +68,7 @@ class Previews:
         size = (len(config.grid().timesteps), len(self.prompts), *shape)
         self.noise = torch.randn(size, generator=step_rng(config.seed, "preview", 0))
         if is_first:
-            self.vae = load_part(AutoencoderKLWan, config.base, "vae", torch_dtype=torch.float32)
+            self.vae = base.load(AutoencoderKLWan, "vae", torch_dtype=torch.float32)
             self.vae.requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -30,16 +30,15 @@ from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
 from distill.methods.matching import StepResult
 from distill.methods.registry import METHODS
 from distill.methods.relations import BatchRelations
+from distill.networks.base import Base, open_base
 from distill.networks.build import (
-    Ema,
     Networks,
     build_networks,
     compile_blocks,
-    latent_shape,
     load_parameters,
     trained_parameters,
-    transformer_config,
 )
+from distill.networks.ema import Ema
 from distill.parallel.processes import ALONE, Processes
 from distill.parallel.sharding import check_tokens, shard_optimizer_state
 from distill.run.checkpoint import (
@@ -257,32 +256,33 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     """
     processes, device = options.processes, options.device
     processes.first_does(lambda: _check_out(config, options.out, resume))
-    shape = native_latents(config)
+    base = open_base(config.base)
+    shape = native_latents(config, base)
     cache_dir = options.cache_dir or options.out / "cache"
     # The first process fills the cache, the others read it.
-    processes.first_does(lambda: cached_prompt_data(config, cache_dir, device))
-    data = processes.all_do(lambda: cached_prompt_data(config, cache_dir, device))
-    networks = build_networks(config, device, processes)
+    processes.first_does(lambda: cached_prompt_data(config, base, cache_dir, device))
+    data = processes.all_do(lambda: cached_prompt_data(config, base, cache_dir, device))
+    networks = build_networks(config, base, device, processes)
     if options.compiled:
         for network in networks.transformers():
             compile_blocks(network)
     latents = None
     if METHODS[config.method].needs_x0:
-        latents = cached_teacher_latents(config, networks, data, shape, cache_dir, device, processes)
+        latents = cached_teacher_latents(config, base, networks, data, shape, cache_dir, device, processes)
     trainer = Trainer(config, networks, data, shape, device, latents, processes)
     elapsed_s = 0.0
     checkpoints = processes.first_tells(lambda: list_checkpoints(options.out)) if resume else []
     if checkpoints:
         elapsed_s = processes.all_do(lambda: _load_state(trainer, checkpoints[-1]))
     processes.first_does(lambda: _start_folder(options.out, config))
-    signal_number, elapsed_s = _loop(trainer, options, elapsed_s)
+    signal_number, elapsed_s = _loop(trainer, base, options, elapsed_s)
     bundle = None
     if signal_number is None:
         bundle = options.out / "bundle"
         average = processes.full(trainer.ema.shadow)
 
         def export() -> None:
-            write_bundle(bundle, config, average, trainer.updates["student"])
+            write_bundle(bundle, config, base, average, trainer.updates["student"])
             write_pipeline(bundle, options.out / "pipeline")
 
         processes.first_does(export)
@@ -307,18 +307,15 @@ def _load_state(trainer: Trainer, folder: Path) -> float:
     return elapsed_s
 
 
-def native_latents(config: DistillConfig) -> tuple[int, ...]:
+def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
     """Return (C, F, H, W) of the latents of the config's native video.
 
     Raises:
         CheckpointError: the base is missing or has no transformer.
         ConfigError: the size is off the grid of VAE and patches, or its tokens cannot be split as wanted.
     """
-    architecture = transformer_config(config.base)
-    patch = tuple(architecture["patch_size"])
-    shape = latent_shape(config.base, config.native, architecture["in_channels"], patch)
-    num_tokens = math.prod(size // cell for size, cell in zip(shape[1:], patch, strict=True))
-    check_tokens(config, architecture["num_attention_heads"], num_tokens)
+    shape = base.latent_shape(config.native)
+    check_tokens(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
     return shape
 
 
@@ -338,7 +335,7 @@ def _check_out(config: DistillConfig, out: Path, resume: bool) -> None:
         raise ConfigError(f"{out} cannot be written: {nearest} is no folder or is read-only")
 
 
-def _loop(trainer: Trainer, options: RunOptions, elapsed_before_s: float) -> tuple[int | None, float]:
+def _loop(trainer: Trainer, base: Base, options: RunOptions, elapsed_before_s: float) -> tuple[int | None, float]:
     """Iterate until done; return the signal that ended it, if one did, and the seconds trained so far.
 
     Processes have their own clocks and get their own signals, so after each iteration they agree whether to stop.
@@ -354,7 +351,7 @@ def _loop(trainer: Trainer, options: RunOptions, elapsed_before_s: float) -> tup
         return number, bool(number or is_over or trainer.step >= config.max_steps)
 
     with stop_signal() as received, RunLog(options.out, config, trainer.step, budget_s, processes.is_first) as log:
-        outputs = _Outputs(trainer, options, log)
+        outputs = _Outputs(trainer, base, options, log)
         signal_number, is_last = stopped()
         while not is_last:
             log.add(trainer.iterate())
@@ -374,13 +371,13 @@ def _loop(trainer: Trainer, options: RunOptions, elapsed_before_s: float) -> tup
 class _Outputs:
     """Checkpoints, curves and previews of a run; every process calls it, the first one writes."""
 
-    def __init__(self, trainer: Trainer, options: RunOptions, log: RunLog) -> None:
+    def __init__(self, trainer: Trainer, base: Base, options: RunOptions, log: RunLog) -> None:
         self.trainer, self.out, self.log, self.every = trainer, options.out, log, options.preview_every_steps
         self.previews: Previews | None = None
         if self.every:
             is_first = trainer.processes.is_first
             self.previews = Previews(
-                trainer.config, options.out, trainer.data, trainer.shape[1:], trainer.device, is_first
+                trainer.config, base, options.out, trainer.data, trainer.shape[1:], trainer.device, is_first
             )
 
     def save(self, elapsed_s: float) -> None:

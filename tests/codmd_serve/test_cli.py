@@ -256,7 +256,7 @@ def test_generate_that_fails_says_why_and_leaves_the_old_video(
         return engine.generate(params, output)
 
     monkeypatch.setattr(cli, "_generate_with_bar", without_bar)
-    assert cli.main(generate()) == 2
+    assert cli.main(generate()) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "codmd-serve: out of memory at this shape"
     assert Path("out.mp4").read_bytes() == b"old"
     assert sorted(path.name for path in Path().iterdir()) == ["out.mp4", "warm"]

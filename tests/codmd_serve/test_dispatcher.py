@@ -1,7 +1,6 @@
 """The dispatcher with real worker processes and a fake engine: order, bounds, cancelling, and every kind of death."""
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from dispatching import DEADLINE_S, Harness, Play
 from codmd_serve.config import ENGINE_SETTINGS
 from codmd_serve.dispatcher import Job
 from codmd_serve.errors import QueueFullError
+from codmd_serve.messages import Load, encode
 
 pytestmark = pytest.mark.usefixtures("no_backoff")
 
@@ -206,12 +206,12 @@ def test_a_worker_that_cannot_be_started_is_fatal(play: Play) -> None:
 
 
 BABBLER = """
-import json, os, sys
+import sys
 sys.path.insert(0, {folder!r})
-from dataclasses import asdict
+from codmd_serve.messages import Ready, encode
 from fake_worker import FACTS
 sys.stdin.readline()
-print(json.dumps({{"type": "ready", "facts": asdict(FACTS)}}), flush=True)
+print(encode(Ready(FACTS)).decode(), end="", flush=True)
 sys.stdin.readline()
 print({said}, flush=True)
 sys.stdin.read()
@@ -311,8 +311,7 @@ def test_stopping_fails_what_is_not_finished_and_leaves_nothing(tmp_path: Path, 
 def test_a_worker_ends_when_its_server_is_gone(tmp_path: Path, fake_worker: tuple[str, ...]) -> None:
     with subprocess.Popen(fake_worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
-        load = {"type": "load", "bundle": str(tmp_path), **dict.fromkeys(ENGINE_SETTINGS, "auto")}
-        process.stdin.write(json.dumps(load) + "\n")
+        process.stdin.write(encode(Load(str(tmp_path), dict.fromkeys(ENGINE_SETTINGS, "auto"))).decode())
         process.stdin.flush()
         assert '"ready"' in process.stdout.readline()
         process.stdin.close()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from codmd_serve import engine as engine_module
 from codmd_serve.config import MAX_SEED, GenerateParams
-from codmd_serve.engine import Engine, choose_device, choose_dtype, draw_noise, load_engine
+from codmd_serve.engine import Engine, draw_noise, load_engine
 from codmd_serve.errors import CancelledError, CheckpointError, CodmdError, ConfigError, GenerationError
 from codmd_serve.sampler import rollout
 from codmd_serve.video import write_video
@@ -231,12 +231,6 @@ def test_load_engine_refuses_parts_that_do_not_work_together(bundle: Path, part:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("device", ["xpu", "gpu", "cpu:x", "meta"])
-def test_choose_device_refuses_what_is_none(device: str) -> None:
-    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:N, got"):
-        choose_device(device)
-
-
 def test_load_engine_uses_the_attention_that_was_named(tiny_bundle: Path, tmp_path: Path) -> None:
     named = load_engine(tiny_bundle, "cpu", attention="_native_math")
     assert named.facts.attention == "_native_math"
@@ -281,19 +275,6 @@ def test_the_largest_video_follows_from_free_memory(monkeypatch: pytest.MonkeyPa
 def test_load_engine_refuses_an_unknown_attention_before_it_loads() -> None:
     with pytest.raises(ConfigError, match="attention 'flashy' is unknown for cpu; known: auto, native"):
         load_engine(Path("/nowhere"), "cpu", attention="flashy")
-
-
-def test_choose_device_refuses_one_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="no device cuda:99: this torch sees"):
-        choose_device("cuda:99")
-
-
-def test_choose_dtype() -> None:
-    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
-    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert choose_dtype("float16", torch.device("cpu")) == torch.float16
-    with pytest.raises(ConfigError, match="dtype must be one of auto, float32"):
-        choose_dtype("int8", torch.device("cpu"))
 
 
 def test_draw_noise_is_what_manual_seed_gives_for_small_seeds() -> None:

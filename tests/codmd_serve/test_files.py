@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from codmd_serve import files
 from codmd_serve.errors import CheckpointError
@@ -51,6 +52,12 @@ def test_atomic_file_that_fails_keeps_the_old_one_and_leaves_nothing(
     with pytest.raises(error):
         write()
     assert target.read_bytes() == b"old" and names(tmp_path) == ["x.bin"]
+
+
+def test_atomic_file_has_a_name_that_torch_can_save_to(tmp_path: Path) -> None:
+    with files.atomic_file(tmp_path / "state.pt") as temporary:
+        torch.save({"step": 3}, temporary)
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == {"step": 3}
 
 
 def test_atomic_file_that_was_not_written_is_an_error(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The worker's loop without a process: one message per outcome, and a loop that no job can end."""
 
 import io
-import json
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,11 +11,15 @@ import pytest
 
 from codmd_serve import engine as engine_module
 from codmd_serve import worker
-from codmd_serve.config import ENGINE_SETTINGS
+from codmd_serve.config import ENGINE_SETTINGS, GenerateParams
 from codmd_serve.errors import CancelledError, CheckpointError, GenerationError
+from codmd_serve.messages import Cancelled, Done, Failed, Fatal, FromWorker, Generate, Load, Progress, Started
 
-PARAMS = {"prompt": "a", "seed": 1, "height": 32, "width": 32, "num_frames": 9, "fps": 16, "crf": 18}
-JOB = {"type": "generate", "id": "j1", "path": "/nowhere/a.mp4", "params": PARAMS}
+PARAMS = GenerateParams(prompt="a", seed=1, height=32, width=32, num_frames=9, fps=16, crf=18)
+
+
+def job(name: str) -> Generate:
+    return Generate(name, "/nowhere/a.mp4", PARAMS)
 
 
 class FakeEngine:
@@ -38,18 +41,18 @@ class FakeEngine:
         return video
 
 
-def run(outcome: Any, cancelled: set[str] | None = None) -> tuple[FakeEngine, list[worker.Message]]:
-    engine, sent = FakeEngine(outcome), list[worker.Message]()
-    worker.run_job(engine, JOB, set() if cancelled is None else cancelled, sent.append)  # type: ignore[arg-type]
+def run(outcome: Any, cancelled: set[str] | None = None) -> tuple[FakeEngine, list[FromWorker]]:
+    engine, sent = FakeEngine(outcome), list[FromWorker]()
+    worker.run_job(engine, job("j1"), set() if cancelled is None else cancelled, sent.append)  # type: ignore[arg-type]
     return engine, sent
 
 
 def test_a_finished_job_is_told_with_its_progress() -> None:
     engine, sent = run(SimpleNamespace(timings_ms={"text": 1.5}, warnings=["w"]))
     assert sent == [
-        {"type": "started", "id": "j1"},
-        {"type": "progress", "id": "j1", "stage": "denoise", "done": 1, "total": 4},
-        {"type": "done", "id": "j1", "timings_ms": {"text": 1.5}, "warnings": ["w"]},
+        Started("j1"),
+        Progress("j1", "denoise", 1, 4),
+        Done("j1", {"text": 1.5}, ["w"]),
     ]
     params, path = engine.seen[0]
     assert params.prompt == "a" and params.num_frames == 9 and path == Path("/nowhere/a.mp4")
@@ -57,32 +60,33 @@ def test_a_finished_job_is_told_with_its_progress() -> None:
 
 def test_a_failure_on_purpose_keeps_its_code_and_message() -> None:
     sent = run(GenerationError("no room", "out_of_memory"))[1]
-    assert sent[-1] == {"type": "failed", "id": "j1", "code": "out_of_memory", "message": "no room"}
+    assert sent[-1] == Failed("j1", "out_of_memory", "no room")
 
 
 def test_an_unexpected_failure_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
     sent = run(KeyError("a secret"))[1]
-    assert sent[-1]["code"] == "internal_error" and "secret" not in sent[-1]["message"]
-    assert "j1" in sent[-1]["message"] and "a secret" in caplog.text
+    failed = sent[-1]
+    assert isinstance(failed, Failed) and failed.code == "internal_error" and "secret" not in failed.message
+    assert "j1" in failed.message and "a secret" in caplog.text
 
 
 def test_a_cancelled_job_stops_at_the_next_step_and_its_id_is_forgotten() -> None:
     cancelled = {"j1", "j2"}
     sent = run(SimpleNamespace(timings_ms={}, warnings=[]), cancelled)[1]
-    assert sent == [{"type": "started", "id": "j1"}, {"type": "cancelled", "id": "j1"}]
+    assert sent == [Started("j1"), Cancelled("j1")]
     assert cancelled == {"j2"}
 
 
 def test_cancelling_from_inside_is_the_same() -> None:
-    assert run(CancelledError("enough"))[1][-1] == {"type": "cancelled", "id": "j1"}
+    assert run(CancelledError("enough"))[1][-1] == Cancelled("j1")
 
 
 def test_a_job_is_told_when_its_encoder_has_ended_which_may_be_later() -> None:
     video: Future[Any] = Future()
     sent = run(video)[1]
-    assert [message["type"] for message in sent] == ["started", "progress"]
+    assert [type(message) for message in sent] == [Started, Progress]
     video.set_result(SimpleNamespace(timings_ms={}, warnings=[]))
-    assert sent[2:] == [{"type": "done", "id": "j1", "timings_ms": {}, "warnings": []}]
+    assert sent[2:] == [Done("j1", {}, [])]
 
 
 @pytest.mark.parametrize("error", [GenerationError("ffmpeg failed: 3", "encode_failed"), KeyError("a secret")])
@@ -91,30 +95,31 @@ def test_an_encoder_that_fails_is_told_like_any_failure(error: Exception) -> Non
     sent = run(video)[1]
     video.set_exception(error)
     expected = error.code if isinstance(error, GenerationError) else "internal_error"
-    assert len(sent) == 3 and (sent[2]["type"], sent[2]["code"]) == ("failed", expected)
-    assert "secret" not in sent[2]["message"]
+    failed = sent[-1]
+    assert len(sent) == 3 and isinstance(failed, Failed) and failed.code == expected
+    assert "secret" not in failed.message
 
 
 def test_the_inbox_gives_jobs_in_order_and_takes_back_what_waits() -> None:
     inbox = worker.Inbox()
     for name in "abc":
-        assert inbox.put({"id": name}), "nobody awaits it"
+        assert inbox.put(job(name)), "nobody awaits it"
     assert inbox.take_back("b") and not inbox.take_back("b") and not inbox.take_back("z")
-    assert [inbox.take()["id"] for _ in range(2)] == ["a", "c"]
+    assert [inbox.take().id for _ in range(2)] == ["a", "c"]
     assert not inbox.take_back("a"), "it is being done"
 
 
 def test_the_inbox_says_whether_a_job_has_to_wait() -> None:
     inbox = worker.Inbox()
-    taken: list[worker.Message] = []
+    taken: list[FromWorker] = []
     taker = threading.Thread(target=lambda: taken.append(inbox.take()))
     taker.start()
     while not inbox._is_awaited:
         pass
-    assert not inbox.put({"id": "a"}), "somebody takes it at once"
+    assert not inbox.put(job("a")), "somebody takes it at once"
     taker.join()
-    assert taken == [{"id": "a"}]
-    assert inbox.put({"id": "b"})
+    assert taken == [job("a")]
+    assert inbox.put(job("b"))
 
 
 def test_a_bundle_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,10 +128,6 @@ def test_a_bundle_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch)
         raise CheckpointError("the bundle is truncated")
 
     monkeypatch.setattr(engine_module, "load_engine", load_engine)
-    sent: list[worker.Message] = []
-    worker.serve({"bundle": "/nowhere", **dict.fromkeys(ENGINE_SETTINGS, "auto")}, io.StringIO(), sent.append)
-    assert sent == [{"type": "fatal", "message": "the bundle is truncated"}]
-
-
-def test_messages_survive_json() -> None:
-    assert all(json.loads(json.dumps(message)) == message for message in run(GenerationError("x"))[1])
+    sent: list[FromWorker] = []
+    worker.serve(Load("/nowhere", dict.fromkeys(ENGINE_SETTINGS, "auto")), io.StringIO(), sent.append)
+    assert sent == [Fatal("the bundle is truncated")]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distill.config import DistillConfig, shapeworld, with_overrides
+from distill.networks.base import open_base
 from distill.networks.build import Networks, build_networks
 
 CAPTIONS = [
@@ -49,4 +50,4 @@ def tiny_config(tiny_base: Path, prompt_file: Path) -> DistillConfig:
 
 @pytest.fixture
 def tiny_networks(tiny_config: DistillConfig) -> Networks:
-    return build_networks(tiny_config, torch.device("cpu"))
+    return build_networks(tiny_config, open_base(tiny_config.base), torch.device("cpu"))

@@ -60,10 +60,11 @@ _RELATION_PHRASES = {
     "above": ("above",),
     "below": ("below", "under"),
 }
-_ARTICLES = ("a", "one", "the", "single", "two", "shapes", "and", "with", "on", "against")
+_FUNCTION_WORDS = ("a", "one", "the", "single", "two", "shapes", "and", "while", "with", "on", "against")
 _AUXILIARIES = ("do", "does", "is", "are", "stay", "stays", "remain", "remains")
 _FREE_SHARE = 0.6
 TWO_OBJECT_SHARE = 0.4
+_APART_SHARE = 0.3
 _RELATION_SHARE = 0.6
 
 WORD_COLOURS = {word: name for name, words in _COLOUR_WORDS.items() for word in words}
@@ -78,16 +79,17 @@ _WORD_RELATIONS = {"above": "above", "below": "below", "under": "below"}
 
 def canonical_caption(scene: Scene) -> str:
     """Return the canonical sentence of a scene, the form every parser and example relies on."""
-    first = f"a {scene.objects[0][0]} {scene.objects[0][1]}"
-    if scene.count == 2:
-        second = f"a {scene.objects[1][0]} {scene.objects[1][1]}"
-        first = f"{first} {scene.relation or 'and'} {second}"
-    plural = scene.count == 2
-    if scene.motion == STILL:
-        action = "stay still" if plural else "stays still"
-    else:
-        action = f"{'move' if plural else 'moves'} {scene.motion} {scene.speed}"
-    return f"{first} {action} on a {scene.background} background"
+    nouns = [f"a {colour} {shape}" for colour, shape in scene.objects]
+    if scene.second_move is not None:
+        clauses = [f"{noun} {_canonical_action(*move, 's')}" for noun, move in zip(nouns, scene.moves, strict=True)]
+        return f"{' and '.join(clauses)} on a {scene.background} background"
+    subject = f" {scene.relation or 'and'} ".join(nouns)
+    action = _canonical_action(scene.motion, scene.speed, "" if scene.count == 2 else "s")
+    return f"{subject} {action} on a {scene.background} background"
+
+
+def _canonical_action(motion: str, speed: str | None, ending: str) -> str:
+    return f"stay{ending} still" if motion == STILL else f"move{ending} {motion} {speed}"
 
 
 def free_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -101,66 +103,86 @@ def free_caption(scene: Scene, rng: np.random.Generator) -> str:
         article = pick(("a", "a", "one", "the", "a single" if scene.count == 1 else "a"))
         return f"{article} {pick(_COLOUR_WORDS[colour])} {pick(_SHAPE_WORDS[shape])}"
 
-    plural = scene.count == 2
+    def action(motion: str, speed: str | None, is_plural: bool) -> str:
+        if motion == STILL:
+            plural = ("stay still", "remain still", "are motionless", "do not move", "rest")
+            single = ("stays still", "remains still", "is motionless", "does not move", "rests")
+            return pick(plural if is_plural else single)
+        verb = pick(_VERBS) + ("" if is_plural else "s")
+        where, how = pick(_MOTION_PHRASES[motion]), pick(_SPEED_WORDS[speed or ""])
+        orders = (f"{verb} {where} {how}", f"{verb} {how} {where}")
+        before = () if how == "fast" else (f"{how} {verb} {where}",)
+        return pick(orders + before)
+
     subject = noun(0)
-    if plural:
-        join = pick(_RELATION_PHRASES[scene.relation]) if scene.relation else pick(("and", "and", "with"))
-        subject = f"{subject} {join} {noun(1)}"
-        if scene.relation is None and rng.random() < 0.25:
-            subject = f"two shapes, {subject},"
-    if scene.motion == STILL:
-        options = ("stay still", "remain still", "are motionless", "do not move", "rest")
-        single = ("stays still", "remains still", "is motionless", "does not move", "rests")
-        action = pick(options if plural else single)
+    if scene.second_move is not None:
+        first, second = (action(*move, False) for move in scene.moves)
+        sentence = f"{subject} {first} {pick(('and', 'and', 'while'))} {noun(1)} {second}"
     else:
-        verb = pick(_VERBS) + ("" if plural else "s")
-        where, speed = pick(_MOTION_PHRASES[scene.motion]), pick(_SPEED_WORDS[scene.speed or ""])
-        orders = (f"{verb} {where} {speed}", f"{verb} {speed} {where}")
-        before = () if speed == "fast" else (f"{speed} {verb} {where}",)
-        action = pick(orders + before)
+        if scene.count == 2:
+            join = pick(_RELATION_PHRASES[scene.relation]) if scene.relation else pick(("and", "and", "with"))
+            subject = f"{subject} {join} {noun(1)}"
+            if scene.relation is None and rng.random() < 0.25:
+                subject = f"two shapes, {subject},"
+        sentence = f"{subject} {action(scene.motion, scene.speed, scene.count == 2)}"
     ground = f"{pick(('on', 'on', 'against'))} a {pick(_BACKGROUND_WORDS[scene.background])} {pick(_BACKDROPS)}"
-    return f"{ground}, {subject} {action}" if rng.random() < 0.2 else f"{subject} {action} {ground}"
+    return f"{ground}, {sentence}" if rng.random() < 0.2 else f"{sentence} {ground}"
 
 
 def parse_caption(text: str) -> Scene:
     """Read any phrasing of the grammar back into its scene; the order of clauses does not matter.
 
+    A motion on either side of the second object's name gives each object its own.
+
     Raises:
         ConfigError: naming the part of the caption (objects, motion, speed, background) that is missing or doubled.
     """
     words = re.findall(r"[a-z]+", text.lower())
-    objects = _read_objects(words)
-    found: dict[str, list[str]] = {"motion": [], "speed": [], "background": [], "relation": []}
-    for word, following in pairwise([*words, ""]):
+    objects, places = _read_objects(words)
+    second_at = places[1] if len(places) == 2 else len(words)
+    found: dict[str, list[tuple[str, bool]]] = {"motion": [], "speed": [], "background": [], "relation": []}
+    for place, (word, following) in enumerate(pairwise([*words, ""])):
         meaning = _word_meaning(word, following)
         if meaning is not None:
-            part, value = meaning
-            found[part].append(value)
+            found[meaning[0]].append((meaning[1], place > second_at))
     if not objects:
         raise ConfigError(f"no 'colour shape' pair found in {text!r}; expected for example 'a red circle'")
-    for part, values in found.items():
-        if len(values) > 1 or (not values and part in ("motion", "background")):
-            raise ConfigError(f"expected one {part} in {text!r}, got {len(values)}: {', '.join(values) or 'none'}")
-    return Scene(
-        objects=objects,
-        motion=found["motion"][0],
-        speed=found["speed"][0] if found["speed"] else None,
-        background=found["background"][0],
-        relation=found["relation"][0] if found["relation"] else None,
-    )
+    background = _single("background", found["background"], text, is_needed=True)
+    relation = _single("relation", found["relation"], text, is_needed=False)
+    if {is_second for _, is_second in found["motion"]} != {False, True}:
+        motion = _single("motion", found["motion"], text, is_needed=True)
+        return Scene(objects, motion or "", _single("speed", found["speed"], text, False), background or "", relation)
+    moves = []
+    for name, is_second in (("first", False), ("second", True)):
+        motions, speeds = ([word for word in found[part] if word[1] == is_second] for part in ("motion", "speed"))
+        motion = _single(f"motion of the {name} object", motions, text, is_needed=True) or ""
+        speed = _single(f"speed of the {name} object", speeds, text, is_needed=motion != STILL)
+        moves.append((motion, speed))
+    second = None if moves[0] == moves[1] else moves[1]
+    return Scene(objects, *moves[0], background or "", relation, second)
 
 
-def _read_objects(words: list[str]) -> tuple[tuple[str, str], ...]:
-    """Pair every shape word with the colour word before it."""
+def _single(part: str, found: list[tuple[str, bool]], text: str, is_needed: bool) -> str | None:
+    """Return the one value of a part, or None when there is none and none is needed."""
+    if len(found) > 1 or (is_needed and not found):
+        values = ", ".join(value for value, _ in found) or "none"
+        raise ConfigError(f"expected one {part} in {text!r}, got {len(found)}: {values}")
+    return found[0][0] if found else None
+
+
+def _read_objects(words: list[str]) -> tuple[tuple[tuple[str, str], ...], list[int]]:
+    """Pair every shape word with the colour word before it; return the pairs and the places of their shape words."""
     objects: list[tuple[str, str]] = []
+    places: list[int] = []
     colour: str | None = None
-    for word in words:
+    for place, word in enumerate(words):
         if word in WORD_COLOURS:
             colour = WORD_COLOURS[word]
         elif word in _WORD_SHAPES and colour is not None:
             objects.append((colour, _WORD_SHAPES[word]))
+            places.append(place)
             colour = None
-    return tuple(objects)
+    return tuple(objects), places
 
 
 def _word_meaning(word: str, following: str) -> tuple[str, str] | None:
@@ -177,7 +199,7 @@ def _word_meaning(word: str, following: str) -> tuple[str, str] | None:
 
 def vocabulary() -> tuple[str, ...]:
     """Return every word any caption of the grammar can hold, sorted; the tokenizer is built from it."""
-    words: set[str] = {*_ARTICLES, *_AUXILIARIES}
+    words: set[str] = {*_FUNCTION_WORDS, *_AUXILIARIES}
     words.update(
         w for table in (_COLOUR_WORDS, _SHAPE_WORDS, _BACKGROUND_WORDS, _SPEED_WORDS) for v in table.values() for w in v
     )
@@ -251,7 +273,17 @@ def all_single_scenes() -> Iterator[Scene]:
 def _draw_scene(rng: np.random.Generator, count: int) -> Scene:
     colours = [str(c) for c in rng.choice(list(COLOURS), size=count, replace=False)]
     objects = tuple((colour, str(rng.choice(SHAPES))) for colour in colours)
-    motion = str(rng.choice(MOTIONS))
-    speed = None if motion == STILL else str(rng.choice(list(SPEEDS)))
+    background = str(rng.choice(list(BACKGROUNDS)))
+    first = _draw_move(rng)
+    if count == 2 and rng.random() < _APART_SHARE:
+        second = first
+        while second == first:
+            second = _draw_move(rng)
+        return Scene(objects, *first, background, second_move=second)
     relation = str(rng.choice(list(RELATIONS))) if count == 2 and rng.random() < _RELATION_SHARE else None
-    return Scene(objects, motion, speed, str(rng.choice(list(BACKGROUNDS))), relation)
+    return Scene(objects, *first, background, relation)
+
+
+def _draw_move(rng: np.random.Generator) -> tuple[str, str | None]:
+    motion = str(rng.choice(MOTIONS))
+    return motion, None if motion == STILL else str(rng.choice(list(SPEEDS)))

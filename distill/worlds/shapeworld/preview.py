@@ -1,13 +1,12 @@
 """`codmd-distill shapeworld preview`: a contact sheet and an mp4 of what the world looks like."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from codmd_serve.errors import CodmdError, ConfigError
+from codmd_serve.errors import ConfigError
 
 MARGIN_PX = 4
 TEXT_PX = 14
@@ -26,16 +25,11 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_preview(args: argparse.Namespace) -> int:
-    """Write both files; return 0, or 2 on captions the grammar cannot read or a folder that cannot be written."""
-    try:
-        _preview(args)
-    except CodmdError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    """Write both files; return 0.
 
-
-def _preview(args: argparse.Namespace) -> None:
+    Raises:
+        ConfigError: captions that the grammar cannot read, or a folder that cannot be written.
+    """
     from codmd_serve.video import write_video
     from distill.worlds.shapeworld.captions import parse_caption, sample_caption
     from distill.worlds.shapeworld.render import sample_clip
@@ -56,6 +50,7 @@ def _preview(args: argparse.Namespace) -> None:
     height, width = grid.shape[1:3]
     write_video([grid.tobytes()], video, height=height, width=width, fps=NATIVE_FPS, crf=12)
     print(f"{sheet} and {video}: {len(clips)} clips")
+    return 0
 
 
 def contact_sheet(captions: list[str], clips: list[np.ndarray], columns: int = 2) -> Image.Image:

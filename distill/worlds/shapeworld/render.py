@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from codmd_serve.errors import ConfigError
-from distill.worlds.shapeworld.law import Latent, displacement, sample_latent
+from distill.worlds.shapeworld.law import EXTENT, Latent, displacement, sample_latent
 from distill.worlds.shapeworld.schema import (
     BACKGROUNDS,
     COLOURS,
@@ -19,8 +19,12 @@ from distill.worlds.shapeworld.schema import (
     Scene,
 )
 
-HORIZON_LIFT = 18.0
-"""8-bit levels by which the background below the horizon is lighter, before background_shade."""
+HORIZON_LIFT = 26.0
+"""8-bit levels by which the floor, the background below the horizon, is lighter, before background_shade."""
+SKY_GRADIENT, FLOOR_GRADIENT = 9.0, 8.0
+"""8-bit levels by which each part of the background gains from its top to its bottom, before background_shade."""
+VOLUME, LIGHT_X, LIGHT_Y = 0.14, 0.2, 0.45
+"""Shapes are lit from the upper left: the far side is darker by up to VOLUME; the slopes are per radius."""
 SQUARE_HALF, TRIANGLE_RADIUS, CROSS_ARM, CROSS_HALF, RING_OUTER, RING_INNER = 0.9, 1.25, 1.1, 0.4, 1.1, 0.6
 AREA = {
     "circle": np.pi,
@@ -61,14 +65,102 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray, px_
     return share
 
 
+def volume(dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Return the brightness factor in [1 - VOLUME, 1] that the light from the upper left gives a shape's pixels.
+
+    Args:
+        dx, dy, radius: as for `coverage`.
+    """
+    towards = 0.5 + (LIGHT_Y * dy + LIGHT_X * dx) / radius
+    factor: np.ndarray = 1.0 - VOLUME * np.clip(towards, 0.0, 1.0)
+    return factor
+
+
+def background_levels(horizon_px: float, height: int) -> np.ndarray:
+    """Return by how many levels each row, (height,), is lighter than the background's colour, at shade 1.
+
+    Args:
+        horizon_px: row coordinate of the line between sky and floor; `height` or more draws no floor.
+        height: rows of the frame; the ramp at the horizon is one pixel wide.
+    """
+    ys = np.arange(height) + 0.5
+    is_floor = np.clip(0.5 + ys - horizon_px, 0.0, 1.0)
+    sky = SKY_GRADIENT * (ys / max(horizon_px, 1.0) - 0.5)
+    floor = HORIZON_LIFT + FLOOR_GRADIENT * ((ys - horizon_px) / max(height - horizon_px, 1.0) - 0.5)
+    levels: np.ndarray = (1.0 - is_floor) * sky + is_floor * floor
+    return levels
+
+
+def background_rows(name: str, horizon_px: float, shade: float, height: int) -> np.ndarray:
+    """Return the colour of every row, float32 (height, 3).
+
+    Args:
+        name: one of BACKGROUNDS.
+        horizon_px, height: as for `background_levels`.
+        shade: brightness factor.
+    """
+    rows: np.ndarray = (np.array(BACKGROUNDS[name]) + background_levels(horizon_px, height)[:, None]) * shade
+    return rows.astype(np.float32)
+
+
+def paint(
+    frames: np.ndarray,
+    shape: str,
+    colour: np.ndarray,
+    centre: np.ndarray,
+    radius: np.ndarray,
+    light: np.ndarray,
+    covered: np.ndarray | None = None,
+) -> None:
+    """Paint one lit object over frames, in place; the renderer and every score that draws what it detected use this.
+
+    Args:
+        frames: uint8 (T, H, W, 3).
+        shape: one of SHAPES.
+        colour: (3,), 8-bit RGB.
+        centre: (T, 2), x and y in pixels from the top left corner.
+        radius: (T,), pixels.
+        light: (T,), brightness factor of the colour.
+        covered: bool (T, H, W); where given, set to True in every pixel that the object touches.
+    """
+    num_frames, height, width, _ = frames.shape
+    side = 2 * int(np.ceil(EXTENT[shape] * float(radius.max(initial=0.0)) + 1.0)) + 1
+    rows, columns = min(side, height), min(side, width)
+    # A window per frame, moved inside the frame where the object is near its edge.
+    left = np.clip(np.floor(centre[:, 0]).astype(int) - side // 2, 0, width - columns)
+    top = np.clip(np.floor(centre[:, 1]).astype(int) - side // 2, 0, height - rows)
+    dx = (left - centre[:, 0] + 0.5).astype(np.float32)[:, None, None] + np.arange(columns, dtype=np.float32)
+    dy = (top - centre[:, 1] + 0.5).astype(np.float32)[:, None, None] + np.arange(rows, dtype=np.float32)[:, None]
+    size = np.maximum(radius, 1e-3).astype(np.float32)[:, None, None]
+    share = coverage(shape, dx, dy, size, 1.0)
+    lit = volume(dx, dy, size) * light.astype(np.float32)[:, None, None]
+    windows = [np.s_[t, top[t] : top[t] + rows, left[t] : left[t] + columns] for t in range(num_frames)]
+    patches = np.stack([frames[window] for window in windows]).astype(np.float32)
+    for channel, level in enumerate(np.asarray(colour, dtype=np.float32)):
+        patches[..., channel] += share * (lit * level - patches[..., channel])
+    painted = np.clip(np.rint(patches), 0, 255).astype(np.uint8)
+    touched = share > 0.0
+    for frame, window in enumerate(windows):
+        frames[window] = painted[frame]
+        if covered is not None:
+            covered[window] |= touched[frame]
+
+
 def render(
     scene: Scene,
     latent: Latent,
     height: int = NATIVE_HEIGHT,
     width: int = NATIVE_WIDTH,
     num_frames: int = NATIVE_NUM_FRAMES,
+    covered: np.ndarray | None = None,
 ) -> np.ndarray:
     """Render one clip.
+
+    Args:
+        scene, latent: what is shown.
+        height, width: pixels, multiples of 16.
+        num_frames: over the whole clip; fewer frames show the same motion in larger steps.
+        covered: bool (num_frames, height, width); where given, set to True in every pixel that an object touches.
 
     Returns:
         uint8 array (num_frames, height, width, 3), RGB.
@@ -79,24 +171,15 @@ def render(
     check_size(height, width, num_frames)
     scale = min(height, width) / WORLD_SIZE
     tau = np.linspace(0.0, 1.0, num_frames) if num_frames > 1 else np.zeros(1)
-    path = displacement(scene, latent, tau)
-    ys = ((np.arange(height) + 0.5) / scale).astype(np.float32)
-    xs = ((np.arange(width) + 0.5) / scale).astype(np.float32)
-    background = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
-    below = np.clip(0.5 + (ys - latent.horizon) * scale, 0.0, 1.0)[:, None]
-    rows = (background + HORIZON_LIFT * below) * np.float32(latent.background_shade)
-    frames = np.empty((num_frames, height, width, 3), dtype=np.float32)
-    frames[:] = rows[None, :, None, :]
+    rows = background_rows(scene.background, latent.horizon * scale, latent.background_shade, height)
+    frames = np.empty((num_frames, height, width, 3), dtype=np.uint8)
+    frames[:] = np.repeat(np.clip(np.rint(rows), 0, 255).astype(np.uint8)[:, None, :], width, axis=1)
     for index, (colour, shape) in enumerate(scene.objects):
-        centre = np.asarray(latent.start[index]) + path
-        radius = (latent.radius[index] * (1.0 + latent.growth * tau)).astype(np.float32)[:, None, None]
-        dx = (xs[None, :] - centre[:, :1]).astype(np.float32)[:, None, :]
-        dy = (ys[None, :] - centre[:, 1:]).astype(np.float32)[:, :, None]
-        alpha = coverage(shape, dx, dy, radius, scale)[..., None]
-        light = (latent.shade[index] * (1.0 - latent.fade * tau)).astype(np.float32)[:, None]
-        paint = np.array(COLOURS[colour], dtype=np.float32)[None] * light
-        frames += alpha * (paint[:, None, None, :] - frames)
-    return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
+        centre = (np.asarray(latent.start[index]) + displacement(scene, latent, tau, index)) * scale
+        radius = latent.radius[index] * (1.0 + latent.growth * tau) * scale
+        light = latent.shade[index] * (1.0 - latent.fade * tau)
+        paint(frames, shape, np.array(COLOURS[colour]), centre, radius, light, covered)
+    return frames
 
 
 def sample_clip(

@@ -37,16 +37,17 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up"
 """Unit motion (dx, dy) in image coordinates: x to the right, y downwards."""
 STILL = "still"
 MOTIONS = (*DIRECTIONS, STILL)
-SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.35, 0.70), "quickly": (1.20, 1.60)}
-"""Speed range in world units (1/64 of the short side) per frame of the native 17-frame clip."""
+SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.26, 0.42), "quickly": (0.64, 0.80)}
+"""Speed range in world units (1/64 of the short side) per frame of the native 25-frame clip."""
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Unit offset of the FIRST object from the second."""
 
 WORLD_SIZE = 64.0
 """World units across the short side of a frame."""
-NATIVE_HEIGHT = NATIVE_WIDTH = 64
-NATIVE_NUM_FRAMES = 17
+NATIVE_HEIGHT = NATIVE_WIDTH = 96
+NATIVE_NUM_FRAMES = 25
 NATIVE_FPS = 16
+"""The default of whatever renders. A bundle trained at another size states its own, and the world renders at any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,12 @@ class Scene:
 
     Attributes:
         objects: one or two (colour, shape) pairs; two objects always differ in colour.
-        motion: one of MOTIONS, shared by both objects.
+        motion: one of MOTIONS, of the first object, and of the second unless `second_move` says otherwise.
         speed: one of SPEEDS, or None exactly when `motion` is "still".
         background: one of BACKGROUNDS.
         relation: one of RELATIONS (first object relative to the second), or None when unsaid.
+        second_move: (motion, speed) of the second object when it differs from the first's; None when both move alike.
+            Objects that move apart have no stated relation, because it would not hold for the whole clip.
 
     Raises:
         ConfigError: when a value is outside the schema or the combination has no meaning.
@@ -69,6 +72,7 @@ class Scene:
     speed: str | None
     background: str
     relation: str | None = None
+    second_move: tuple[str, str | None] | None = None
 
     def __post_init__(self) -> None:
         if len(self.objects) not in (1, 2):
@@ -76,14 +80,18 @@ class Scene:
         for colour, shape in self.objects:
             _member("colour", colour, COLOURS)
             _member("shape", shape, SHAPES)
-        _member("motion", self.motion, MOTIONS)
         _member("background", self.background, BACKGROUNDS)
-        if (self.speed is None) != (self.motion == STILL):
-            raise ConfigError(
-                f"speed must be given exactly when something moves, got {self.speed!r} with {self.motion!r}"
-            )
-        if self.speed is not None:
-            _member("speed", self.speed, SPEEDS)
+        if self.second_move is not None:
+            if len(self.objects) != 2 or self.relation is not None:
+                raise ConfigError("a motion of its own needs a second object and no stated relation")
+            if self.second_move == (self.motion, self.speed):
+                raise ConfigError("two objects that move alike have one motion: leave second_move out")
+        for motion, speed in self.moves:
+            _member("motion", motion, MOTIONS)
+            if (speed is None) != (motion == STILL):
+                raise ConfigError(f"speed must be given exactly when something moves, got {speed!r} with {motion!r}")
+            if speed is not None:
+                _member("speed", speed, SPEEDS)
         if self.relation is not None:
             _member("relation", self.relation, RELATIONS)
             if len(self.objects) != 2:
@@ -95,6 +103,12 @@ class Scene:
     def count(self) -> int:
         """Number of objects."""
         return len(self.objects)
+
+    @property
+    def moves(self) -> tuple[tuple[str, str | None], ...]:
+        """(motion, speed) of every object."""
+        first = (self.motion, self.speed)
+        return (first, self.second_move or first)[: self.count]
 
     @property
     def is_held_out(self) -> bool:

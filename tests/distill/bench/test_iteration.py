@@ -1,6 +1,5 @@
 """The restated iteration computes our losses and gradients, and does the extra work that it is there to show."""
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +12,12 @@ from distill.bench import iteration as bench_step
 from distill.bench.iteration import (
     VARIANTS,
     Arm,
-    add_bench_step_arguments,
     build_arms,
     check_losses,
     describe,
-    run_bench_step,
     summary,
 )
+from distill.cli import main
 from distill.config import DistillConfig, with_overrides
 
 
@@ -111,13 +109,11 @@ def test_command_measures_prints_and_writes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    parser = argparse.ArgumentParser()
-    add_bench_step_arguments(parser)
-    assert run_bench_step(parser.parse_args(["--trials", "3"])) == 2
+    assert main(["bench-step", "--trials", "3"]) == 2
     assert "multiple of 4" in capsys.readouterr().err
     monkeypatch.setattr(bench_step, "bench_config", lambda _base, _batch_size: config)
     monkeypatch.setattr(bench_step, "build_arms", lambda _config: arms)  # a loss of fresh copies is mostly rounding
-    assert run_bench_step(parser.parse_args(["--trials", "4", "--json", str(tmp_path / "step.json")])) == 0
+    assert main(["bench-step", "--trials", "4", "--json", str(tmp_path / "step.json")]) == 0
     report = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
     assert list(report["cpu_s"]) == list(VARIANTS)
     assert all(len(times) == 4 and min(times) > 0 for times in report["cpu_s"].values())

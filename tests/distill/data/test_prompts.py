@@ -13,6 +13,7 @@ from codmd_serve.wan.text import encode_prompts
 from distill.config import DistillConfig, with_overrides
 from distill.data import prompts as data
 from distill.data.prompts import batch_indices, cached_prompt_data, encode_prompt_data, load_prompts
+from distill.networks.base import open_base
 from distill.worlds.shapeworld.captions import parse_caption
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def test_missing_prompt_file_is_refused(tiny_config: DistillConfig, tmp_path: Pa
 
 def test_embeddings_equal_those_of_padded_encoding(tiny_base: Path, tiny_pipeline: WanPipeline) -> None:
     prompts = ["a red ring", "a blue  circle moves right", "a red ring", ""]
-    packed = encode_prompt_data(prompts, str(tiny_base), torch.float32, CPU)
+    packed = encode_prompt_data(prompts, open_base(str(tiny_base)), torch.float32, CPU)
     batch = packed.batch([0, 1, 2], CPU)
     want = encode_prompts(tiny_pipeline.tokenizer, tiny_pipeline.text_encoder, prompts)
     num_kept = batch.prompt_embeds.shape[1]
@@ -90,24 +91,26 @@ def test_embeddings_equal_those_of_padded_encoding(tiny_base: Path, tiny_pipelin
 def test_cache_spares_the_text_encoder(
     tiny_config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = cached_prompt_data(tiny_config, tmp_path, CPU)
+    first = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU)
 
     def refuse(*_: object) -> None:
         raise AssertionError("the text encoder was loaded again")
 
     monkeypatch.setattr(data, "encode_prompt_data", refuse)
-    second = cached_prompt_data(tiny_config, tmp_path, CPU)
+    second = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU)
     assert torch.equal(first.packed, second.packed)
     assert torch.equal(first.offsets, second.offsets)
     with pytest.raises(AssertionError, match="loaded again"):
-        cached_prompt_data(with_overrides(tiny_config, ["negative_prompt=blue"]), tmp_path, CPU)
+        cached_prompt_data(
+            with_overrides(tiny_config, ["negative_prompt=blue"]), open_base(tiny_config.base), tmp_path, CPU
+        )
 
 
 def test_damaged_cache_is_made_anew(tiny_config: DistillConfig, tmp_path: Path) -> None:
-    first = cached_prompt_data(tiny_config, tmp_path, CPU)
+    first = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU)
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:50])
-    assert torch.equal(cached_prompt_data(tiny_config, tmp_path, CPU).packed, first.packed)
+    assert torch.equal(cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU).packed, first.packed)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -115,4 +118,4 @@ def test_missing_text_encoder_is_a_checkpoint_error(tiny_config: DistillConfig, 
     (tmp_path / "base" / "transformer").mkdir(parents=True)
     config = with_overrides(tiny_config, [f"base={tmp_path / 'base'}"])
     with pytest.raises(CheckpointError, match="tokenizer"):
-        cached_prompt_data(config, tmp_path / "cache", CPU)
+        cached_prompt_data(config, open_base(config.base), tmp_path / "cache", CPU)

@@ -13,6 +13,7 @@ from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import cached_prompt_data, load_prompts
 from distill.data.shards import read_shards, shard_paths
+from distill.networks.base import open_base
 from distill.run.checkpoint import list_checkpoints
 from distill.run.trainer import RunOptions, run_training
 
@@ -56,12 +57,12 @@ def test_folder_of_shards_gives_prompts_and_embeddings_without_padding(
     write_tar(tmp_path / "shards" / "a.tar", sample("1", 5, seed=2) | sample("0", 2, seed=1))
     config = with_overrides(tiny_config, [f"prompts={tmp_path / 'shards'}"])
     assert load_prompts(config) == ["prompt 0", "prompt 1", "prompt 0"]
-    data = cached_prompt_data(config, tmp_path / "cache", CPU)
+    data = cached_prompt_data(config, open_base(config.base), tmp_path / "cache", CPU)
     assert data.num_prompts == 3
     for index, (length, seed) in enumerate([(2, 1), (5, 2), (4, 3)]):
         rows = data.packed[data.offsets[index] : data.offsets[index + 1]]
         assert torch.equal(rows, embedding(length, seed)[:length])
-    encoded = cached_prompt_data(tiny_config, tmp_path / "cache", CPU)
+    encoded = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path / "cache", CPU)
     negative = [part.packed[part.offsets[-2] : part.offsets[-1]] for part in (data, encoded)]
     # Encoded alone and beside longer prompts: sums over another number of masked positions.
     assert torch.allclose(negative[0], negative[1], atol=1e-5)

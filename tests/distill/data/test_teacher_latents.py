@@ -14,6 +14,7 @@ from distill.data.prompts import PromptData, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
 from distill.methods.matching import step_rng
 from distill.methods.registry import with_method
+from distill.networks.base import open_base
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
 
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ def config(tiny_config: DistillConfig) -> DistillConfig:
 
 @pytest.fixture
 def data(config: DistillConfig, tmp_path: Path) -> PromptData:
-    return cached_prompt_data(config, tmp_path / "cache", CPU)
+    return cached_prompt_data(config, open_base(config.base), tmp_path / "cache", CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(config: DistillConfig, networks: Networks, data: PromptData, cache: Path) -> TeacherLatents:
-    return cached_teacher_latents(config, networks, data, SHAPE, cache, CPU)
+    return cached_teacher_latents(config, open_base(config.base), networks, data, SHAPE, cache, CPU)
 
 
 def test_samples_are_those_of_the_guided_teacher(

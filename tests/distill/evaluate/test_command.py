@@ -69,7 +69,7 @@ def test_eval_refuses_bad_input_in_one_line(
 ) -> None:
     assert main(["eval", "shapebench", "--teacher", str(tiny_base), *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("codmd-distill: ") and message in error and error.count("\n") == 1
 
 
 def test_eval_refuses_a_bundle_given_twice(tiny_base: Path, tiny_bundle: Path) -> None:

@@ -21,11 +21,11 @@ def is_read_right(scene: Scene, found: Detection) -> bool:
         return False
     if scene.relation and not relation_holds(scene.relation, *(tracks[colour] for colour, _ in scene.objects)):
         return False
-    said = (scene.motion, scene.speed, scene.background)
-    return (found.motion, found.speed_word, found.background.name) == said
+    read = tuple((tracks[colour].motion, tracks[colour].speed_word) for colour, _ in scene.objects)
+    return read == scene.moves and found.background.name == scene.background
 
 
-def assert_factors(examples: list, found: list[Detection], least: float) -> None:
+def assert_factors(examples: list, found: list[Detection], least: dict[str, float]) -> None:
     """Correlation with the latent of every factor, one and two objects apart where their ranges differ."""
     pairs: dict[str, list[tuple[float, float]]] = {}
 
@@ -47,20 +47,48 @@ def assert_factors(examples: list, found: list[Detection], least: float) -> None
             add("shade", track.shade, z.shade[index])
             add("x", track.start[0], z.start[index][0])
             add("y", track.start[1], z.start[index][1])
-            if scene.speed:
-                add(f"speed {scene.speed}", track.speed, z.speed)
-                add("bend", track.bend, z.bend)
-                assert np.sign(track.bend) == np.sign(z.bend)
+            word = scene.moves[index][1]
+            if word:
+                add(f"speed {word}", track.speed, z.speed[index])
+                add("bend", track.bend, z.bend[index])
+                assert np.sign(track.bend) == np.sign(z.bend[index])
+    assert len(pairs) == 13
     for name, values in pairs.items():
         correlation = np.corrcoef(np.array(values).T)[0, 1]
-        assert correlation > (0.9 if name == "shade" else least), f"{name}: {correlation:.4f}"
+        assert correlation > least.get(name, least[""]), f"{name}: {correlation:.4f}"
+
+
+def unbiased(values: list[tuple[float, float]]) -> float:
+    """Mean of measured less true, in standard deviations of the true values."""
+    measured, true = np.array(values).T
+    return float((measured - true).mean() / true.std())
 
 
 def test_detect_reads_every_attribute_and_factor_of_renders(examples: list) -> None:
     found = [detect(example.clip) for example in examples]
     right = np.mean([is_read_right(e.scene, d) for e, d in zip(examples, found, strict=True)])
-    assert right >= 0.99
-    assert_factors(examples, found, least=0.99)
+    assert right == 1.0
+    assert_factors(examples, found, {"": 0.995})
+
+
+def test_detect_measures_light_without_bias(examples: list) -> None:
+    one = [example for example in examples if example.scene.count == 1][:40]
+    tracks = [detect(example.clip).tracks[0] for example in one]
+    factors = {
+        "shade": [(t.shade, e.latent.shade[0]) for t, e in zip(tracks, one, strict=True)],
+        "fade": [(t.fade, e.latent.fade) for t, e in zip(tracks, one, strict=True)],
+        "x": [(t.start[0], e.latent.start[0][0]) for t, e in zip(tracks, one, strict=True)],
+        "y": [(t.start[1], e.latent.start[0][1]) for t, e in zip(tracks, one, strict=True)],
+        "radius": [(t.radius, e.latent.radius[0]) for t, e in zip(tracks, one, strict=True)],
+    }
+    for name, values in factors.items():
+        assert abs(unbiased(values)) < 0.05, name
+
+
+def test_detect_reads_the_first_edition_size(examples: list) -> None:
+    some = examples[:48]
+    found = [detect(render(example.scene, example.latent, 64, 64, 17)) for example in some]
+    assert np.mean([is_read_right(e.scene, d) for e, d in zip(some, found, strict=True)]) >= 0.98
 
 
 def test_detect_reads_compressed_and_blurred_renders(examples: list, degraded: Callable[..., np.ndarray]) -> None:
@@ -68,14 +96,14 @@ def test_detect_reads_compressed_and_blurred_renders(examples: list, degraded: C
     found = [detect(degraded(example.clip, index)) for index, example in enumerate(some)]
     right = np.mean([is_read_right(e.scene, d) for e, d in zip(some, found, strict=True)])
     assert right >= 0.98
-    assert_factors(some, found, least=0.97)
+    assert_factors(some, found, {"": 0.97, "shade": 0.9})
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_detect_tells_small_blurred_shapes_apart(shape: str, degraded: Callable[..., np.ndarray]) -> None:
     rng = np.random.default_rng(3)
     scene = Scene((("cyan", shape), ("yellow", shape)), "left", "slowly", "brown")
-    latent = replace(sample_latent(scene, rng), radius=(4.6, 4.6), growth=-0.1)
+    latent = replace(sample_latent(scene, rng), radius=(5.8, 5.8), growth=-0.12)
     tracks = detect(degraded(render(scene, latent), 0, noise=2.0, blur_px=1.0)).tracks
     assert [track.shape for track in tracks] == [shape, shape]
 
@@ -86,7 +114,7 @@ def test_detect_reads_every_colour_on_every_background_at_its_darkest() -> None:
             rng = np.random.default_rng(4)
             scene = Scene(((colour, "ring"),), "up", "quickly", background)
             latent = sample_latent(scene, rng)
-            latent = replace(latent, shade=(0.85,), fade=0.3, background_shade=1.25)
+            latent = replace(latent, shade=(0.85,), fade=0.16, background_shade=1.25)
             assert is_read_right(scene, detect(render(scene, latent))), (colour, background)
 
 
@@ -94,14 +122,14 @@ def test_detect_at_another_size_and_length() -> None:
     scene = parse_caption("a red circle above a white cross moves right quickly on a teal background")
     rng = np.random.default_rng(5)
     latent = sample_latent(scene, rng, width=96.0)
-    found = detect(render(scene, latent, 96, 144, 25))
+    found = detect(render(scene, latent, 128, 192, 17))
     assert is_read_right(scene, found)
-    assert found.speed == pytest.approx(latent.speed, abs=0.02)
+    assert found.speed == pytest.approx(latent.speed[0], abs=0.02)
 
 
 def test_detect_finds_nothing_where_nothing_is() -> None:
     for level in (0, 10, 72, 255):
-        found = detect(np.full((17, 64, 64, 3), level, dtype=np.uint8))
+        found = detect(np.full((25, 96, 96, 3), level, dtype=np.uint8))
         assert (found.count, found.motion, found.speed_word, found.relation) == (0, "none", None, None)
 
 
@@ -133,22 +161,18 @@ def test_detect_keeps_touching_objects_of_two_colours_apart() -> None:
     assert sorted((t.colour, t.shape) for t in found.tracks) == [("blue", "square"), ("red", "square")]
 
 
-def test_detect_calls_disagreeing_motions_mixed() -> None:
-    scene = parse_caption("a red circle above a white square moves left slowly on a black background")
-    other = parse_caption("a red circle above a white square moves up quickly on a black background")
-    latent = sample_latent(scene, np.random.default_rng(1))
-    latent = replace(latent, start=((40.0, 30.0), (40.0, 55.0)), radius=(5.0, 5.0), bend=0.0, horizon=20.0)
-    first, second = render(scene, latent), render(other, replace(latent, speed=1.3))
-    split = np.concatenate([second[:, :42], first[:, 42:]], axis=1)
-    found = detect(split)
-    assert {track.motion for track in found.tracks} == {"up", "left"}
-    assert found.motion == "mixed"
+def test_detect_reads_motions_that_differ() -> None:
+    scene = parse_caption("a red circle moves left slowly and a white square moves up quickly on a black background")
+    found = detect(sample_clip(scene, np.random.default_rng(1)))
+    read = {track.colour: (track.motion, track.speed_word) for track in found.tracks}
+    assert read == {"red": ("left", "slowly"), "white": ("up", "quickly")}
+    assert (found.motion, found.speed_word) == ("mixed", "mixed")
 
 
 def test_motion_of_names_directions_and_stillness() -> None:
     assert motion_of((0.0, -0.5)) == "up"
     assert motion_of((-0.5, 0.2)) == "left"
-    assert motion_of((0.1, 0.1)) == "still"
+    assert motion_of((0.08, 0.08)) == "still"
 
 
 def test_detect_refuses_other_arrays() -> None:

@@ -100,7 +100,7 @@ def test_sample_batches_alike(teacher: Model, monkeypatch: pytest.MonkeyPatch) -
 def test_render_truth_is_the_world(teacher: Model) -> None:
     requests = [Request("a red circle moves right quickly on a black background", 0, seed) for seed in range(2)]
     clips = render_truth(requests, 0)
-    assert clips.shape == (2, 17, 64, 64, 3)
+    assert clips.shape == (2, 25, 96, 96, 3)
     assert np.array_equal(clips, render_truth(requests, 0))
     assert not np.array_equal(clips[0], clips[1])
     assert not np.array_equal(clips, render_truth(requests, 0, repeat=1))

@@ -22,7 +22,8 @@ from distill.losses.consistency import (
     velocity_and_tangent,
     velocity_loss,
 )
-from distill.networks.build import Networks, denoiser, load_transformer
+from distill.networks.base import open_base
+from distill.networks.build import Networks, denoiser
 
 SHAPE = (3, 2, 4, 5, 6)
 THETA = torch.tensor([0.05, 0.8, 1.5], dtype=torch.float64)
@@ -247,7 +248,7 @@ def test_derivative_through_wan_agrees_with_a_central_difference_in_float64(
     own, derivative = velocity_and_tangent(student, x.float(), THETA.float(), teacher.float())
     assert not own.requires_grad and not derivative.requires_grad
     assert all(parameter.grad is None for parameter in tiny_networks.student.parameters())
-    stock = use_compact_cross_attention(load_transformer(tiny_config.base, torch.float64).eval())
+    stock = use_compact_cross_attention(open_base(tiny_config.base).load_transformer(torch.float64).eval())
     # Wan's norms and its time embedding ask for float32 by name; a difference over 1e-5 needs more digits than that.
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     wide = through(stock, torch.float64)

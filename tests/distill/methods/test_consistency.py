@@ -23,6 +23,7 @@ from distill.methods.consistency import (
 )
 from distill.methods.matching import student_sample
 from distill.methods.registry import with_method
+from distill.networks.base import open_base
 from distill.networks.build import Networks, denoiser
 
 CPU = torch.device("cpu")
@@ -266,7 +267,7 @@ def test_bf16_step_is_finite(tiny_config: DistillConfig, batch: Batch, method: s
     from distill.networks.build import build_networks
 
     config = with_overrides(with_method(tiny_config, method), ["precision=bf16", "teacher_dtype=bf16"])
-    networks = build_networks(config, CPU)
+    networks = build_networks(config, open_base(config.base), CPU)
     result = rcm_student_step(networks, batch, student_draws(config, 400), config)
     result.loss.backward()
     assert bool(result.loss.isfinite())

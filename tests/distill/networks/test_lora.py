@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distill.config import DistillConfig, with_overrides
+from distill.networks.base import open_base
 from distill.networks.build import Networks, build_networks, denoiser, trained_parameters
 from distill.networks.lora import ADAPTED, AdaptedCritic
 
@@ -30,7 +31,7 @@ def move(networks: Networks) -> None:
 
 
 def test_critic_starts_as_the_teacher_and_shares_its_weights(config: DistillConfig) -> None:
-    networks = build_networks(config, CPU)
+    networks = build_networks(config, open_base(config.base), CPU)
     assert isinstance(networks.critic, AdaptedCritic)
     assert networks.critic.base is networks.teacher
     assert len(networks.transformers()) == 2
@@ -38,7 +39,7 @@ def test_critic_starts_as_the_teacher_and_shares_its_weights(config: DistillConf
 
 
 def test_adapters_change_the_critic_as_merged_weights_would_and_leave_the_teacher(config: DistillConfig) -> None:
-    networks = build_networks(config, CPU)
+    networks = build_networks(config, open_base(config.base), CPU)
     before = flow(networks, "teacher")
     move(networks)
     adapted = flow(networks, "critic")
@@ -53,7 +54,7 @@ def test_adapters_change_the_critic_as_merged_weights_would_and_leave_the_teache
 
 
 def test_only_adapters_train_and_are_few(config: DistillConfig) -> None:
-    networks = build_networks(config, CPU)
+    networks = build_networks(config, open_base(config.base), CPU)
     trained = trained_parameters(networks.critic)
     assert {name.rpartition(".")[2] for name in trained} == {"lora_down", "lora_up"}
     assert len(trained) == 2 * len(ADAPTED) * len(networks.teacher.blocks)
@@ -72,7 +73,8 @@ def test_blocks_computed_again_have_their_adapters_on(config: DistillConfig) -> 
     """The backward pass comes after the critic's call has switched them off."""
     gradients = []
     for checkpointing in ("false", "true"):
-        networks = build_networks(with_overrides(config, [f"activation_checkpointing={checkpointing}"]), CPU)
+        changed = with_overrides(config, [f"activation_checkpointing={checkpointing}"])
+        networks = build_networks(changed, open_base(config.base), CPU)
         assert networks.teacher.is_gradient_checkpointing is (checkpointing == "true")
         move(networks)
         flow(networks, "critic", with_grad=True).square().mean().backward()
@@ -86,7 +88,8 @@ def test_blocks_computed_again_have_their_adapters_on(config: DistillConfig) -> 
 def test_checkpointed_student_keeps_less_and_has_the_same_gradient(tiny_config: DistillConfig) -> None:
     kept, gradients = [], []
     for checkpointing in ("false", "true"):
-        networks = build_networks(with_overrides(tiny_config, [f"activation_checkpointing={checkpointing}"]), CPU)
+        changed = with_overrides(tiny_config, [f"activation_checkpointing={checkpointing}"])
+        networks = build_networks(changed, open_base(tiny_config.base), CPU)
         sizes: list[int] = []
 
         def note(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:

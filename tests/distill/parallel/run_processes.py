@@ -25,6 +25,7 @@ from distill.config import DistillConfig, config_from_dict
 from distill.data.prompts import cached_prompt_data
 from distill.data.teacher_latents import cached_teacher_latents
 from distill.methods.registry import METHODS
+from distill.networks.base import open_base
 from distill.networks.build import Networks, build_networks, trained_parameters
 from distill.parallel.processes import ALONE, Processes, join_processes
 from distill.parallel.sharding import sharded_like
@@ -47,13 +48,13 @@ class Collectives(TorchDispatchMode):
 
 
 def new_trainer(config: DistillConfig, processes: Processes, cache: Path) -> Trainer:
-    data = cached_prompt_data(config, cache, CPU)
-    networks = build_networks(config, CPU, processes)
+    data = cached_prompt_data(config, open_base(config.base), cache, CPU)
+    networks = build_networks(config, open_base(config.base), CPU, processes)
     part_ways(networks)
-    shape = native_latents(config)
+    shape = native_latents(config, open_base(config.base))
     latents = None
     if METHODS[config.method].needs_x0:
-        latents = cached_teacher_latents(config, networks, data, shape, cache, CPU, processes)
+        latents = cached_teacher_latents(config, open_base(config.base), networks, data, shape, cache, CPU, processes)
     return Trainer(config, networks, data, shape, CPU, latents, processes)
 
 

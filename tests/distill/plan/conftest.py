@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from codmd_serve.wan.attention import use_compact_cross_attention
-from distill.networks.build import keep_sensitive_parts_float32
+from distill.networks.precision import keep_sensitive_parts_float32
 from distill.plan.architecture import Architecture, read_architecture
 from distill.plan.flops import Sequence
 

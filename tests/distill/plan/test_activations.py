@@ -8,7 +8,8 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from codmd_serve.wan.attention import use_compact_cross_attention
-from distill.networks.build import denoiser, keep_sensitive_parts_float32
+from distill.networks.build import denoiser
+from distill.networks.precision import keep_sensitive_parts_float32
 from distill.plan.activations import (
     backward_working_bytes,
     block_bytes,

@@ -61,5 +61,5 @@ def test_bad_input_is_one_line_and_code_2(arguments: list[str], words: str, caps
     assert main(["plan", *arguments]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("error: ") and words in shown.err
+    assert shown.err.startswith("codmd-distill: ") and words in shown.err
     assert len(shown.err.splitlines()) == 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import PromptData
 from distill.methods.registry import with_method
+from distill.networks.base import open_base
 from distill.networks.build import build_networks
 from distill.plan.architecture import Subject, read_subject
 from distill.plan.memory import PARTS, copy_bytes, state_bytes
@@ -39,10 +40,10 @@ def long_config(tiny_config: DistillConfig) -> DistillConfig:
 
 def new_trainer(config: DistillConfig, prompts: PromptData) -> Trainer:
     """A trainer whose attention is fused, as the plan counts it, also in bf16 on a CPU."""
-    networks = build_networks(config, CPU)
+    networks = build_networks(config, open_base(config.base), CPU)
     for network in networks.transformers():
         network.reset_attention_backend()
-    return Trainer(config, networks, prompts, native_latents(config), CPU)
+    return Trainer(config, networks, prompts, native_latents(config, open_base(config.base)), CPU)
 
 
 def size(tensors: Any) -> int:

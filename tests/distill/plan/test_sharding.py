@@ -13,7 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.config import DistillConfig, with_overrides
-from distill.networks.build import denoiser, keep_sensitive_parts_float32
+from distill.networks.build import denoiser
+from distill.networks.precision import keep_sensitive_parts_float32
 from distill.parallel.processes import Processes
 from distill.parallel.sharding import shard
 from distill.plan.architecture import Subject, count_parameters, read_architecture

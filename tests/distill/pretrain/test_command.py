@@ -1,6 +1,5 @@
 """`codmd-distill teacher` on the tiny preset: a real WanPipeline folder, resumable, with clear refusals."""
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -11,17 +10,15 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
 
+from distill.cli import main
 from distill.pretrain import stage
-from distill.pretrain.command import add_teacher_arguments, run_teacher
 from distill.pretrain.config import PRESETS, VaeConfig, VaePhase, tiny
 from distill.pretrain.teacher import ClipSource, encode_clips
 from distill.pretrain.vae import to_pixels
 
 
 def teacher(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_teacher_arguments(parser)
-    return run_teacher(parser.parse_args(["--preset", "tiny", "--device", "cpu", "--precision", "fp32", *arguments]))
+    return main(["teacher", "--preset", "tiny", "--device", "cpu", "--precision", "fp32", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +169,7 @@ def test_bad_settings_are_one_line_and_code_2(
 ) -> None:
     assert teacher("--out", str(tmp_path / "run"), *arguments) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert error.startswith("codmd-distill: ") and message in error and "\n" not in error
 
 
 def test_a_used_folder_other_settings_and_a_damaged_state_are_refused(

@@ -35,8 +35,10 @@ def test_labels_cover_every_attribute() -> None:
         "shape1": "ring",
         "colour2": "white",
         "shape2": "cross",
-        "motion": "still",
-        "speed": "none",
+        "motion1": "still",
+        "speed1": "none",
+        "motion2": "still",
+        "speed2": "none",
         "background": "navy",
         "relation": "left of",
     }

@@ -31,7 +31,7 @@ def test_unclamped_decode_equals_the_class_within_its_clamp() -> None:
 @pytest.mark.parametrize(("num_frames", "batch_size"), [(1, 6), (5, 2), (17, 1)])
 def test_clips_have_the_stated_shape_and_depend_on_the_seed_alone(num_frames: int, batch_size: int) -> None:
     clips = draw_clips(np.random.default_rng(3), num_frames, batch_size)
-    assert clips.shape == (batch_size, 3, num_frames, 64, 64)
+    assert clips.shape == (batch_size, 3, num_frames, 96, 96)
     assert -1.0 <= clips.min() < clips.max() <= 1.0
     assert torch.equal(clips, draw_clips(np.random.default_rng(3), num_frames, batch_size))
 

@@ -10,6 +10,7 @@ import torch
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle, read_spec
 from distill.config import DistillConfig, with_overrides
+from distill.networks.base import open_base
 from distill.networks.build import Networks
 from distill.run import checkpoint
 from distill.run.checkpoint import (
@@ -59,12 +60,12 @@ def test_failed_save_leaves_older_checkpoints_and_no_rest(tmp_path: Path, monkey
 def test_unfinished_checkpoint_is_not_listed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {"step": 1}, keep_last=1)
     (tmp_path / "checkpoints" / ".step-00000002.partial").mkdir()
-    (tmp_path / "checkpoints" / ".tmp-0123456789ab").mkdir()
+    (tmp_path / "checkpoints" / ".tmp-0123456789ab.partial").mkdir()
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001"]
 
 
 def test_save_removes_what_killed_saves_left(tmp_path: Path) -> None:
-    for name in (".step-00000002.partial", ".tmp-0123456789ab"):
+    for name in (".step-00000002.partial", ".tmp-0123456789ab.partial"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     save_checkpoint(tmp_path, 3, {"step": 3}, keep_last=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
@@ -114,7 +115,7 @@ def test_bundle_loads_in_the_server_with_the_averaged_weights(
 ) -> None:
     config = with_overrides(tiny_config, [f"bundle_dtype={dtype}", "vocabulary_note=Few words."])
     weights = averaged(tiny_networks)
-    write_bundle(tmp_path / "student", config, weights, 12)
+    write_bundle(tmp_path / "student", config, open_base(config.base), weights, 12)
     bundle = load_bundle(tmp_path / "student")
     for name, tensor in bundle.transformer.named_parameters():
         assert tensor.dtype == torch.float32
@@ -130,7 +131,7 @@ def test_bundle_loads_in_the_server_with_the_averaged_weights(
 def test_bundle_names_its_base_relative_to_itself(
     tmp_path: Path, tiny_config: DistillConfig, tiny_networks: Networks
 ) -> None:
-    write_bundle(tmp_path / "deep" / "student", tiny_config, averaged(tiny_networks), 1)
+    write_bundle(tmp_path / "deep" / "student", tiny_config, open_base(tiny_config.base), averaged(tiny_networks), 1)
     base = read_spec(tmp_path / "deep" / "student").base
     assert not Path(base).is_absolute()
     assert (tmp_path / "deep" / "student" / base).resolve() == Path(tiny_config.base).resolve()
@@ -159,5 +160,5 @@ def test_weights_of_another_network_make_no_bundle(
     weights = averaged(tiny_networks)
     weights.popitem()
     with pytest.raises(CheckpointError, match="cannot be written"):
-        write_bundle(tmp_path / "student", tiny_config, weights, 1)
+        write_bundle(tmp_path / "student", tiny_config, open_base(tiny_config.base), weights, 1)
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """`codmd-distill train` and `export`: what they print, what they return, what they refuse."""
 
-import argparse
 import io
 import json
 import os
@@ -15,9 +14,9 @@ from diffusers import WanTransformer3DModel
 
 from codmd_serve.student_scheduler import StudentScheduler
 from codmd_serve.wan.checkpoint import read_spec
+from distill.cli import main
 from distill.config import DistillConfig, config_to_dict
 from distill.run import checkpoint, trainer
-from distill.run.command import add_export_arguments, add_train_arguments, run_export, run_train
 
 
 @pytest.fixture
@@ -29,15 +28,11 @@ def settings(tiny_config: DistillConfig) -> list[str]:
 
 
 def train(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_train_arguments(parser)
-    return run_train(parser.parse_args([*arguments]))
+    return main(["train", *arguments])
 
 
 def export(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_export_arguments(parser)
-    return run_export(parser.parse_args([*arguments]))
+    return main(["export", *arguments])
 
 
 def test_train_resume_and_export(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +126,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert code == 2
     assert error.count("\n") == 1
-    assert error.startswith("error: ")
+    assert error.startswith("codmd-distill: ")
     assert named in error
     assert not (tmp_path / "run").exists()
 
@@ -176,7 +171,7 @@ def test_bad_prompts_are_one_line_and_exit_code_2(
         write_shard(path, embeds if kind == "nan" else Trap(trace))
     assert train("--out", str(tmp_path / "run"), "--set", *settings, f"prompts={path}") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("codmd-distill: ") and error.count("\n") == 1
     assert named in error
     assert not (tmp_path / "run").exists() and not trace.exists()
 
@@ -197,7 +192,7 @@ def test_checkpoint_of_another_architecture_is_exit_code_2_and_stays(
     capsys.readouterr()
     assert train("--out", str(runs[0]), "--resume", "--max-steps", "2", "--preview-every", "0") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: the checkpoint does not fit this run: the saved network is another one: ")
+    assert error.startswith("codmd-distill: the checkpoint does not fit this run: the saved network is another one: ")
     assert error.count("\n") == 1
     assert (runs[0] / name).read_bytes() == before
 
@@ -230,7 +225,7 @@ def test_full_disk_is_exit_code_2_and_spares_the_checkpoint_before(
         (run / "log.jsonl").symlink_to("/dev/full")
     assert train("--out", str(run), "--resume", "--max-steps", "2", *quick) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("codmd-distill: ") and error.count("\n") == 1
     assert "cannot be written" in error and "No space left on device" in error
     assert kept.read_bytes() == before
 

@@ -17,6 +17,7 @@ from codmd_serve.wan.checkpoint import load_bundle
 from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import cached_prompt_data
+from distill.networks.base import open_base
 from distill.networks.build import Networks, compile_blocks
 from distill.run.checkpoint import list_checkpoints, load_checkpoint
 from distill.run.previews import Previews, averaged_weights, filmstrips
@@ -42,8 +43,9 @@ def train(cache_dir: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def previews(tiny_config: DistillConfig, tmp_path: Path, cache_dir: Path) -> Previews:
-    data = cached_prompt_data(tiny_config, cache_dir, CPU)
-    return Previews(tiny_config, tmp_path, data, native_latents(tiny_config), CPU)
+    base = open_base(tiny_config.base)
+    data = cached_prompt_data(tiny_config, base, cache_dir, CPU)
+    return Previews(tiny_config, base, tmp_path, data, native_latents(tiny_config, base), CPU)
 
 
 def shifted(networks: Networks) -> dict[str, torch.Tensor]:

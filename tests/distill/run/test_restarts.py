@@ -133,7 +133,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(folder: Path) -> 
 def test_a_full_disk_ends_all_processes_with_the_same_message(folder: Path) -> None:
     for one in said(folder, "full"):
         assert one["code"] == 2
-        assert one["error"].startswith("error: checkpoint ") and one["error"].count("\n") == 1
+        assert one["error"].startswith("codmd-distill: checkpoint ") and one["error"].count("\n") == 1
         assert "step-00000004 cannot be written" in one["error"]
     assert steps_of(folder / "full") == ["step-00000002"]
 
@@ -142,7 +142,7 @@ def test_an_unexpected_error_of_the_first_process_reaches_the_others(folder: Pat
     first, other = said(folder, "broken")
     assert first["code"] == "ZeroDivisionError('nobody thought of this')"
     assert other["code"] == 1
-    assert other["error"] == "error: the first process failed: ZeroDivisionError: nobody thought of this\n"
+    assert other["error"] == "codmd-distill: the first process failed: ZeroDivisionError: nobody thought of this\n"
 
 
 def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(

@@ -16,7 +16,8 @@ from distill.config import DistillConfig, wan_1_3b, with_overrides
 from distill.data.prompts import cached_prompt_data
 from distill.methods.matching import StepResult, step_rng
 from distill.methods.registry import METHODS, with_method
-from distill.networks.build import build_networks, load_transformer
+from distill.networks.base import open_base
+from distill.networks.build import build_networks
 from distill.run.checkpoint import list_checkpoints, load_checkpoint
 from distill.run.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, stop_signal
 
@@ -41,8 +42,9 @@ def run(cache_dir: Path) -> Callable[..., RunOutcome]:
 @pytest.fixture
 def new_trainer(cache_dir: Path) -> Callable[[DistillConfig], Trainer]:
     def build(config: DistillConfig) -> Trainer:
-        data = cached_prompt_data(config, cache_dir, CPU)
-        return Trainer(config, build_networks(config, CPU), data, native_latents(config), CPU)
+        base = open_base(config.base)
+        data = cached_prompt_data(config, base, cache_dir, CPU)
+        return Trainer(config, build_networks(config, base, CPU), data, native_latents(config, base), CPU)
 
     return build
 
@@ -189,7 +191,7 @@ def test_other_methods_train_resume_exactly_and_end_in_a_bundle_on_their_grid(
     assert bundle.spec.method == other_method.method
     assert bundle.spec.sigmas == other_method.grid().sigmas
     assert bundle.spec.timesteps == other_method.grid().timesteps
-    base = load_transformer(other_method.base, torch.float32)
+    base = open_base(other_method.base).load_transformer(torch.float32)
     weight = "blocks.0.ffn.net.2.weight"
     assert not torch.equal(bundle.transformer.get_parameter(weight), base.get_parameter(weight))
 
@@ -457,7 +459,7 @@ def test_wan_1_3b_scaled_down_trains_to_a_bundle(
     outcome = run(config, tmp_path / "run")
     assert (outcome.step, outcome.num_student_updates, outcome.num_skipped) == (2, 2, 0)
     state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])["trainer"]
-    start = load_transformer(config.base, torch.float32).state_dict()
+    start = open_base(config.base).load_transformer(torch.float32).state_dict()
     for role in ("student", "critic"):
         assert any(not torch.equal(tensor, start[name]) for name, tensor in state["networks"][role].items())
     bundle = load_bundle(tmp_path / "run" / "bundle", torch.float32, CPU)

@@ -39,6 +39,36 @@ def test_canonical_form_is_the_documented_one() -> None:
     assert canonical_caption(two) == "a blue ring and a white cross move up slowly on a teal background"
 
 
+def test_two_objects_with_a_motion_each_read_and_print_as_documented() -> None:
+    moving = "a red circle moves left slowly and a blue ring moves up quickly on a black background"
+    resting = "a red circle stays still and a blue ring moves left slowly on a navy background"
+    objects = (("red", "circle"), ("blue", "ring"))
+    apart = Scene(objects, "left", "slowly", "black", second_move=("up", "quickly"))
+    assert parse_caption(moving) == apart and canonical_caption(apart) == moving
+    assert parse_caption(resting) == Scene(objects, "still", None, "navy", second_move=("left", "slowly"))
+    assert canonical_caption(parse_caption(resting)) == resting
+    free = "against a navy backdrop, the crimson disc rests while one azure hoop swiftly glides to the left"
+    assert parse_caption(free) == Scene(objects, "still", None, "navy", second_move=("left", "quickly"))
+
+
+def test_one_motion_said_twice_is_the_shared_one() -> None:
+    twice = "a red circle moves left slowly and a blue ring moves left slowly on a black background"
+    once = "a red circle and a blue ring move left slowly on a black background"
+    assert parse_caption(twice) == parse_caption(once)
+    first = "a red circle moves left slowly with a blue ring on a black background"
+    assert parse_caption(first) == parse_caption(once)
+
+
+def test_sampled_scenes_hold_every_kind_of_motion_and_both_splits_of_pairs() -> None:
+    rng = np.random.default_rng(4)
+    twos = [sample_scene(rng, split, 2) for split in ("train", "held_out") for _ in range(600)]
+    apart = [scene for scene in twos if scene.second_move is not None]
+    assert 0.2 < len(apart) / len(twos) < 0.4
+    assert {scene.moves[1][0] for scene in apart} == {"left", "right", "up", "down", "still"}
+    pairs = {held: {frozenset(scene.objects) for scene in twos if scene.is_held_out == held} for held in (True, False)}
+    assert pairs[True] and not pairs[True] & pairs[False]
+
+
 def test_free_phrasings_differ_in_words_and_order() -> None:
     scene = Scene((("red", "circle"),), "right", "quickly", "black")
     phrasings = {free_caption(scene, np.random.default_rng(seed)) for seed in range(200)}
@@ -84,6 +114,18 @@ def test_held_out_captions_are_distinct_repeatable_and_half_of_them_have_two_obj
         ("a red circle moves left on a black background", "speed must be given"),
         ("a red circle and a red ring stay still on a black background", "must differ in colour"),
         ("a red circle, a blue ring and a white cross stay still on a gray background", "one or two objects"),
+        (
+            "a red circle moves left and a blue ring moves up quickly on a black background",
+            "expected one speed of the first object",
+        ),
+        (
+            "a red circle stays still slowly and a blue ring moves up quickly on a black background",
+            "speed must be given exactly",
+        ),
+        (
+            "a red circle moves left slowly above a blue ring stays still on a black background",
+            "no stated relation",
+        ),
     ],
 )
 def test_captions_outside_the_grammar_are_refused_with_the_part_named(text: str, message: str) -> None:

@@ -1,0 +1,49 @@
+"""What codmd-serve and codmd-distill share on the command line: one-line errors and exit codes.
+
+Exit codes: 0 done, 1 failed, 2 for what the user can mend, 128 + N when signal N ended the command.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, InvalidRequestError
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+MENDABLE = (ConfigError, CheckpointError, InvalidRequestError)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that raises a mistake as an error of one line, in place of printing the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError with the message of argparse."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def run_command(program: str, run: Callable[[], int]) -> int:
+    """Run a command; print an error of ours as one line on stderr.
+
+    Args:
+        program: starts that line.
+        run: returns the exit code.
+
+    Returns:
+        What `run` returned, or the exit code of its error. Any other exception propagates: it is a bug of ours, and
+        Python prints its traceback.
+    """
+    try:
+        return run()
+    except CodmdError as error:
+        print_error(program, error)
+        return EXIT_BAD_INPUT if isinstance(error, MENDABLE) else EXIT_FAILED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def print_error(program: str, error: CodmdError | str) -> None:
+    """Print one line on stderr: the program and the message, its line breaks as spaces."""
+    print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)

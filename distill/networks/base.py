@@ -1,0 +1,149 @@
+"""The base of a run, the teacher's diffusers pipeline: found and its configs read once; weights are loaded when asked.
+
+Knows neither losses nor the training loop.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+from codmd_serve.config import default_bundle_path
+from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.wan.checkpoint import load_module, load_tokenizer, read_part_config
+from codmd_serve.wan.vae import vae_scales
+from distill.config import NativeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A diffusers Wan pipeline. Each config is read at its first use and kept.
+
+    Attributes:
+        source: its folder, or its hub id.
+        is_local: whether source is a folder.
+    """
+
+    source: str
+    is_local: bool
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, or the hub id."""
+        return Path(self.source).name if self.is_local else self.source
+
+    @cached_property
+    def transformer_config(self) -> dict[str, Any]:
+        """The architecture of the transformer.
+
+        Raises:
+            CheckpointError: missing or damaged.
+        """
+        return read_part_config(WanTransformer3DModel, self.source, "transformer", self.is_local)
+
+    @cached_property
+    def vae_scales(self) -> tuple[int, int]:
+        """Frames and pixels per side that one latent stands for.
+
+        Raises:
+            CheckpointError: the VAE's config is missing or damaged.
+        """
+        return vae_scales(read_part_config(AutoencoderKLWan, self.source, "vae", self.is_local))
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Latent frames, rows and columns of one token."""
+        return tuple(self.transformer_entry("patch_size"))
+
+    def transformer_entry(self, name: str) -> Any:
+        """Return one entry of the transformer's config.
+
+        Raises:
+            CheckpointError: it has none of that name.
+        """
+        if name not in self.transformer_config:
+            raise CheckpointError(f"transformer/config.json of {self.source} has no {name}")
+        return self.transformer_config[name]
+
+    def latent_shape(self, native: NativeConfig) -> tuple[int, ...]:
+        """Return (C, F, H, W) of the latents of one native video.
+
+        Raises:
+            ConfigError: the size is not on the grid of VAE and patches.
+            CheckpointError: a config cannot be read.
+        """
+        return latent_grid(native, self.transformer_entry("in_channels"), self.patch_size, *self.vae_scales)
+
+    def num_tokens(self, native: NativeConfig) -> int:
+        """Return the number of tokens of one native video; raises as `latent_shape`."""
+        sizes = self.latent_shape(native)[1:]
+        return math.prod(size // cell for size, cell in zip(sizes, self.patch_size, strict=True))
+
+    def load(self, kind: Any, part: str, **options: Any) -> Any:
+        """Load the module of one subfolder with `kind.from_pretrained`.
+
+        Raises:
+            CheckpointError: missing, truncated or of another kind; missing tensors count, which the libraries only log.
+        """
+        return load_module(kind, self.source, part, self.is_local, **options)
+
+    def load_transformer(self, dtype: torch.dtype) -> WanTransformer3DModel:
+        """Load the transformer; raises as `load`."""
+        transformer: WanTransformer3DModel = self.load(WanTransformer3DModel, "transformer", torch_dtype=dtype)
+        return transformer
+
+    def load_tokenizer(self) -> Any:
+        """Load the tokenizer.
+
+        Raises:
+            CheckpointError: missing or damaged.
+        """
+        return load_tokenizer(self.source, self.is_local)
+
+    def scheduler_shift(self) -> float:
+        """Return the noise shift that the pipeline's scheduler was saved with.
+
+        Raises:
+            CheckpointError: the scheduler is missing or damaged.
+        """
+        config = read_part_config(FlowMatchEulerDiscreteScheduler, self.source, "scheduler", self.is_local)
+        # Published Wan folders name a multistep scheduler, whose entry for the same number is flow_shift.
+        return float(config.get("shift", config.get("flow_shift", 1.0)))
+
+
+def open_base(name: str) -> Base:
+    """Find the teacher's pipeline: a folder, one of the bundled weights, or a hub id. Nothing is downloaded.
+
+    Raises:
+        CheckpointError: no such folder, and the text cannot be a hub id.
+    """
+    folder, bundled = Path(name), default_bundle_path().parent / Path(name).name
+    if folder.is_dir():
+        return Base(source=str(folder), is_local=True)
+    is_bundled_name = folder.parent == Path("weights")
+    if is_bundled_name and bundled.is_dir():
+        return Base(source=str(bundled), is_local=True)
+    if is_bundled_name or name.count("/") != 1 or name.startswith((".", "/")) or name.endswith("/"):
+        raise CheckpointError(f"no pipeline at {name}: name a diffusers Wan folder or a hub id")
+    return Base(source=name, is_local=False)
+
+
+def latent_grid(
+    native: NativeConfig, num_channels: int, patch_size: tuple[int, ...], temporal: int, spatial: int
+) -> tuple[int, ...]:
+    """Return (C, F, H, W) of the latents of one native video, for a VAE that shrinks by `temporal` and `spatial`.
+
+    Raises:
+        ConfigError: the size is not on the grid of VAE and patches.
+    """
+    for name, size, cell in (("height", native.height, patch_size[1]), ("width", native.width, patch_size[2])):
+        if size % (spatial * cell):
+            raise ConfigError(f"native.{name} must be a multiple of {spatial * cell}, got {size}")
+    if (native.num_frames - 1) % temporal:
+        raise ConfigError(f"native.num_frames must be 1 more than a multiple of {temporal}, got {native.num_frames}")
+    num_latent_frames = (native.num_frames - 1) // temporal + 1
+    return num_channels, num_latent_frames, native.height // spatial, native.width // spatial

@@ -1,0 +1,73 @@
+"""The exponential moving average of a network's parameters; knows neither losses nor the training loop."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from codmd_serve.errors import CheckpointError
+from distill.config import EmaConfig
+from distill.parallel.sharding import sharded_like
+
+
+def ema_decay(config: EmaConfig, update: int) -> float:
+    """Return the share of the average that stays at update number `update`, counted from 1.
+
+    kind "power": (1 - 1 / n)^(gamma + 1) at the n-th update after the start, which averages with weights that grow as
+    n^gamma. Such weights have the standard deviation sqrt(gamma + 1) / ((gamma + 2) * sqrt(gamma + 3)) over n, and
+    gamma is the number for which that is `length`: 6.94 for .1, 16.97 for .05.
+
+    Source: EDM2 (arXiv 2312.02696), section 3.1, as rCM (arXiv 2510.08431) uses it.
+    """
+    num_averaged = update - config.start_update
+    if num_averaged <= 0:
+        return 0.0
+    if config.kind == "constant":
+        return config.decay
+    return math.pow(1.0 - 1.0 / num_averaged, _power_exponent(config.length) + 1.0)
+
+
+@functools.cache
+def _power_exponent(length: float) -> float:
+    low, high = 0.0, 1.0 / length  # the spread falls with gamma and is below 1 / gamma
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        spread = math.sqrt(middle + 1.0) / ((middle + 2.0) * math.sqrt(middle + 3.0))
+        low, high = (middle, high) if spread > length else (low, middle)
+    return low
+
+
+class Ema:
+    """Moving average of a network's parameters in float32; before `start_update` it is a plain copy."""
+
+    def __init__(self, network: nn.Module, config: EmaConfig) -> None:
+        self.config = config
+        self.num_updates = 0
+        self.shadow = {name: tensor.detach().float().clone() for name, tensor in network.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Take in the network's current parameters; call once after each of its updates."""
+        self.num_updates += 1
+        # lerp towards the network; weight 1 copies.
+        weight = 1.0 - ema_decay(self.config, self.num_updates)
+        sources = [tensor.detach().float() for tensor in network.parameters()]
+        torch._foreach_lerp_(list(self.shadow.values()), sources, weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs: the average and the count of updates."""
+        return {"num_updates": self.num_updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved average, in place.
+
+        Raises:
+            CheckpointError: it belongs to another network.
+        """
+        if state["shadow"].keys() != self.shadow.keys():
+            raise CheckpointError("the saved moving average belongs to another network")
+        self.num_updates = int(state["num_updates"])
+        for name, tensor in self.shadow.items():
+            tensor.copy_(sharded_like(state["shadow"][name], tensor))
