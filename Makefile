@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test check format gpu-report clean
+.PHONY: serve test test-fast check format gpu-report clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m 'not gpu and not slow'
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -22,6 +25,7 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python scripts/readme_tree.py --write
 
 # Limits add up to less than 9 minutes with the tests. A row that is there for this commit and device is kept, so a second call goes on.
 GPU_BENCH := $(BIN)/codmd-serve bench --device cuda --resume --work build/bench --teacher-pairs 1

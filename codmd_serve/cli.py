@@ -22,6 +22,7 @@ from codmd_serve.bench.command import add_bench_arguments, run_bench
 from codmd_serve.commands import EXIT_BAD_INPUT, OneLineParser, print_error, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
+from codmd_serve.cpu import prepare_threads
 from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
 from codmd_serve.video import find_ffmpeg
 
@@ -63,6 +64,7 @@ MODEL_FLAGS = (
     _serve_flag("quantization", "none, or fp8: 8-bit matrix products, lossy; CUDA of capability 8.9 or higher"),
     _serve_flag("execution", "auto (what is fastest on the device), eager, graph, compiled or compiled+graph"),
     _serve_flag("text_encoder", "auto, gpu, cpu, or offload: on the cpu, lent to the device while it encodes"),
+    _serve_flag("threads", "CPU threads; 0 is the cores that affinity and CPU quota leave to this process"),
     _serve_flag("text_cache", "folder that keeps prompt embeddings over restarts; empty is memory only"),
     _serve_flag(
         "attention", "auto (the fastest that is installed and right) or a kernel of `doctor`'s table; sage is lossy"
@@ -72,12 +74,16 @@ SERVE_FLAGS = (
     *MODEL_FLAGS,
     _serve_flag("host", "address to listen on"),
     _serve_flag("port", "port to listen on"),
+    _serve_flag("workers", "worker processes: auto (one per GPU, one on a CPU) or a number"),
+    _serve_flag("spare_worker", "keep a process ready, imports done, to replace a worker that dies in seconds"),
     _serve_flag("overlap", "auto (on with a GPU), on or off: begin a job while the one before it is being encoded"),
     _serve_flag("queue_size", "jobs that may wait before requests are refused"),
     _serve_flag("max_pixels", "largest height * width * frames; 0 is four times what the bundle was trained at"),
     _serve_flag("max_body_bytes", "largest request body"),
     _serve_flag("jobs_kept", "finished jobs that /jobs/{id} remembers"),
     _serve_flag("max_attempts", "tries of a job whose worker dies"),
+    _serve_flag("cancel_timeout_s", "seconds that a job has to obey a cancellation before its worker is killed"),
+    _serve_flag("stall_timeout_s", "seconds without progress, over what is expected, before a worker is killed"),
     _serve_flag("drain_timeout_s", "seconds that running requests get at shutdown"),
     _serve_flag("page", "the web page at /"),
     _serve_flag("allow_remote_without_auth", "listen on other than loopback although anybody could use it then"),
@@ -107,6 +113,7 @@ def _run(words: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    prepare_threads(os.environ, getattr(options, "threads", 0))  # before torch is imported
     if options.command == "bench":
         with _ended_by_sigterm():
             return run_bench(options, words)
@@ -259,7 +266,7 @@ def generate(options: argparse.Namespace) -> int:
         problem = error.errors()[0]
         field = str(problem["loc"][0])
         raise InvalidRequestError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", field) from None
-    from codmd_serve.engine import load_engine
+    from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 
     silence_libraries()
@@ -282,7 +289,8 @@ def _generate_with_bar(engine: Any, params: GenerateParams, output: Path) -> Any
 
         def on_progress(stage: str, done: int, total: int) -> None:
             bar.set_description(stage)
-            bar.update({"text": 0, "denoise": done, "decode": engine.facts.num_steps + done}[stage] - bar.n)
+            is_decoded = {"text": 0, "denoise": done, "decode": engine.facts.num_steps + done}
+            bar.update(is_decoded.get(stage, bar.n) - bar.n)
 
         return engine.generate(params, output, on_progress)
 

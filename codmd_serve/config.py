@@ -8,9 +8,9 @@ from codmd_serve.errors import ConfigError
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 4000
 DEFAULT_CRF = 18
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 # Fields of ServeConfig that the engine is loaded with; a worker is told them by these names.
-ENGINE_SETTINGS = ("device", "dtype", "attention", "quantization", "execution", "text_encoder", "text_cache")
+ENGINE_SETTINGS = ("device", "dtype", "attention", "quantization", "execution", "text_encoder", "text_cache", "threads")
 QUANTIZATIONS = ("none", "fp8")
 TEXT_ENCODERS = ("auto", "gpu", "cpu", "offload")
 EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
@@ -47,12 +47,17 @@ class ServeConfig:
     execution: str = "auto"
     text_encoder: str = "auto"
     text_cache: str = ""
+    threads: int = 0
+    workers: str = "auto"
+    spare_worker: bool = True
     overlap: str = "auto"
     queue_size: int = 16
     max_pixels: int = 0
     max_body_bytes: int = 65536
     jobs_kept: int = 200
     max_attempts: int = 2
+    cancel_timeout_s: int = 10
+    stall_timeout_s: int = 60
     drain_timeout_s: int = 30
     page: bool = True
     allow_remote_without_auth: bool = False
@@ -65,13 +70,16 @@ class ServeConfig:
             "max_body_bytes": (1024, 2**30),
             "jobs_kept": (1, 1_000_000),
             "max_attempts": (1, 10),
+            "threads": (0, 4096),
+            "cancel_timeout_s": (1, 86_400),
+            "stall_timeout_s": (1, 86_400),
             "drain_timeout_s": (0, 86_400),
         }
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
         choices = {
-            "dtype": DTYPES,
+            "dtype": DTYPE_CHOICES,
             "quantization": QUANTIZATIONS,
             "overlap": OVERLAPS,
             "execution": EXECUTIONS,
@@ -80,11 +88,18 @@ class ServeConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.workers != "auto" and not (self.workers.isascii() and self.workers.isdecimal()):
+            raise ConfigError(f"workers must be auto or a whole number, got {self.workers!r}")
         if self.host not in LOOPBACK_HOSTS and not self.allow_remote_without_auth:
             raise ConfigError(
                 f"refusing to listen on {self.host}: there is no authentication, so anybody who reaches this address "
                 "could use the machine; say --allow-remote-without-auth if that is what you want"
             )
+
+    @property
+    def num_workers(self) -> int | None:
+        """Worker processes that were asked for; None is one per GPU, and one on a CPU."""
+        return None if self.workers == "auto" else int(self.workers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +140,7 @@ class ModelFacts:
         load_s: seconds from start to warm.
         fallback: why execution is not what was asked for; empty when it is.
         max_video_px: height * width * num_frames that the memory of the device has room for; 0 is unknown.
+        num_devices: GPUs that the worker sees; 1 on a CPU.
         lossy: what makes another picture than the weights ask for, as `fp8+sage`; empty when nothing does.
     """
 
@@ -146,4 +162,5 @@ class ModelFacts:
     load_s: float
     fallback: str = ""
     max_video_px: int = 0
+    num_devices: int = 1
     lossy: str = ""

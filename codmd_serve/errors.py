@@ -3,19 +3,19 @@
 CodmdError
 |-- ConfigError           a setting, preset or machine that cannot work
 |-- CheckpointError       weights that are missing, truncated or of another kind
-|-- InvalidRequestError   a request that no retry will make good
+|-- InvalidRequestError   a request that fails however often it is retried
 |-- QueueFullError        come back later; says when
-|-- ConflictError         the request contradicts what is there: another body for a key, a result that is not ready
-|-- GoneError             it was there, and has expired
+|-- ConflictError         the request contradicts the state: another body for a key, a result that is not ready
+|-- GoneError             the result existed and has expired
 |-- StoreError            the job store cannot be used
-|-- StorageFullError      no room on a disk
-|-- CancelledError        nobody waits for the result any more
-`-- GenerationError       a good request that failed while running
+|-- StorageFullError      a disk is full
+|-- CancelledError        the request was cancelled
+`-- GenerationError       a valid request that failed while running
 """
 
 
 class CodmdError(Exception):
-    """Root of every error that this project raises on purpose."""
+    """Base of every error that this project raises on purpose."""
 
 
 class ConfigError(CodmdError):
@@ -27,11 +27,11 @@ class CheckpointError(CodmdError):
 
 
 class InvalidRequestError(CodmdError):
-    """A request that no retry will make good.
+    """A request that fails however often it is retried.
 
     Args:
-        message: what was expected, what came, what to do.
-        field: name of the offending field, or None when it concerns several.
+        message: expected, got, what to do.
+        field: name of the offending field; None for several.
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:
@@ -40,11 +40,11 @@ class InvalidRequestError(CodmdError):
 
 
 class QueueFullError(CodmdError):
-    """The queue is at its bound.
+    """The queue is full.
 
     Args:
         message: how long the queue is.
-        retry_after_s: seconds after which a place is likely to be free, at least 1.
+        retry_after_s: seconds until a place is likely to be free, at least 1.
         code: stable machine-readable word.
     """
 
@@ -55,10 +55,10 @@ class QueueFullError(CodmdError):
 
 
 class ConflictError(CodmdError):
-    """The request contradicts what is there.
+    """The request contradicts the state of the server.
 
     Args:
-        message: what is there.
+        message: that state.
         code: stable machine-readable word.
     """
 
@@ -68,7 +68,7 @@ class ConflictError(CodmdError):
 
 
 class GoneError(CodmdError):
-    """It was there, and has expired."""
+    """The result existed and has expired."""
 
 
 class StoreError(CodmdError):
@@ -76,19 +76,19 @@ class StoreError(CodmdError):
 
 
 class StorageFullError(CodmdError):
-    """A disk has no room for what would have to be kept."""
+    """A disk is full."""
 
 
 class CancelledError(CodmdError):
-    """Nobody waits for the result any more."""
+    """The request was cancelled."""
 
 
 class GenerationError(CodmdError):
-    """A good request that failed while running.
+    """A valid request that failed while running.
 
     Args:
         message: what failed.
-        code: stable machine-readable word, for example out_of_memory or worker_died.
+        code: stable machine-readable code, for example out_of_memory or worker_died.
     """
 
     def __init__(self, message: str, code: str = "generation_failed") -> None:

@@ -14,6 +14,9 @@ from typing import Any
 from codmd_serve.config import GenerateParams, ModelFacts
 
 MAX_MESSAGE_BYTES = 2**20
+HEARTBEAT_S = 1.0
+# Code of a Failed after which the worker ends: every call to its device would fail.
+DEVICE_ERROR = "device_error"
 
 
 @dataclass(frozen=True, slots=True)

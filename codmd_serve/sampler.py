@@ -1,4 +1,4 @@
-"""The few-step rollout that training and serving share; pure: it draws no random number and owns no network.
+"""The few-step rollout that training and serving share; it draws no random numbers and owns no network.
 
 Legend: B batch, L prompt tokens, D prompt width, C channels, F latent frames, H and W latent rows and columns.
 """
@@ -33,23 +33,22 @@ def rollout(
     """Sample a student: noise in, predicted clean latents out.
 
     Args:
-        denoise: the network, eager or a graph replay.
-        noise: N(0, 1), (num_steps, B, C, F, H, W), drawn by the caller. noise[0] is the start; `sde` re-noises with
-            noise[k] before step k. `ode` reads noise[0] only.
-        prompt_embeds: (B, L, D), handed to the network untouched.
-        sigmas: num_steps + 1 levels, descending, the last 0.0. A first level below 1 scales the start accordingly.
+        denoise: the network, eager or a CUDA graph replay.
+        noise: N(0, 1), (num_steps, B, C, F, H, W), drawn by the caller. noise[0] is the initial state; `sde` re-noises
+            with noise[k] before step k; `ode` reads noise[0] only.
+        prompt_embeds: (B, L, D), passed to the network unchanged.
+        sigmas: num_steps + 1 levels, descending, the last 0.0. The initial state is sigmas[0] * noise[0].
         timesteps: num_steps numbers fed to the network, as float32 of shape (B,).
         sampler: `sde` re-noises x0_pred with fresh noise, `ode` is an Euler step along the flow.
         exit_step: stop after this step index; None is the last one.
-        grad_exit_step: whether the exit step carries gradient, unless the caller has switched gradients off. The steps
-            before it never do.
+        grad_exit_step: compute the exit step with gradient, if gradients are enabled. Earlier steps never have one.
         on_step: called after each step with the step index and the detached x0_pred.
 
     Returns:
         x0_pred of the exit step, (B, C, F, H, W), float32 or wider.
 
     Raises:
-        ConfigError: a grid, sampler, exit step or noise that does not fit together.
+        ConfigError: grid, sampler, exit step and noise do not fit each other.
         CancelledError: when on_step raises it.
 
     Source: the backward simulation of DMD2 (arXiv 2405.14867), section 4.5, written for the flow of schedule.py.

@@ -2,8 +2,8 @@
 
 Legend: B batch, C channels, F latent frames, H and W latent rows and columns.
 x_sigma = (1 - sigma) * x0 + sigma * noise, and the network predicts flow = noise - x0.
-Every function computes in float32 or wider, whatever it is given: at sigma = 0.02 a bfloat16 rounding is as large as
-the signal.
+Every function computes in float32 or wider, whatever the dtype of its inputs: at sigma = 0.02 a bfloat16 rounding error
+is as large as the signal.
 """
 
 from typing import TypeVar
@@ -17,24 +17,24 @@ FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
 
 
 def shift_sigma(u: FloatOrTensor, shift: float) -> FloatOrTensor:
-    """Move noise levels towards 1, as Wan does for large videos: shift * u / (1 + (shift - 1) * u).
+    """Shift noise levels towards 1, as Wan does for large videos: shift * u / (1 + (shift - 1) * u).
 
     Args:
         u: unshifted noise levels in [0, 1], a float or a tensor of any shape.
-        shift: > 0; 1 is the identity, 8 and 5 are what Wan 1.3B and 14B students are trained with.
+        shift: > 0; 1 is the identity; Wan 1.3B students are trained with 8, 14B students with 5.
 
     Returns:
-        Shifted levels in [0, 1], same kind and shape; 0 and 1 stay where they are.
+        Shifted levels in [0, 1], same type and shape; 0 and 1 are fixed points.
     """
     return shift * u / (1.0 + (shift - 1.0) * u)
 
 
 def expand_sigma(sigma: float | Tensor, like: Tensor) -> Tensor:
-    """Make sigma broadcast against a (B, ...) tensor.
+    """Reshape sigma so that it broadcasts against a (B, ...) tensor.
 
     Args:
         sigma: a float, a 0-d tensor, or one level per sample of shape (B,).
-        like: the tensor it will multiply, (B, ...), any floating dtype.
+        like: (B, ...), any floating dtype.
 
     Returns:
         Tensor of shape () or (B, 1, ..., 1) on the device of `like`, float32 or wider.
@@ -44,7 +44,7 @@ def expand_sigma(sigma: float | Tensor, like: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     if not isinstance(sigma, Tensor):
-        # Not as_tensor: its copy from the host waits for the device, which no CUDA graph can record.
+        # Not as_tensor: its host-to-device copy synchronises, which a CUDA graph cannot record.
         return torch.full((), sigma, dtype=dtype, device=like.device)
     level = sigma.to(like.device, dtype)
     if level.ndim == 0:
@@ -55,7 +55,7 @@ def expand_sigma(sigma: float | Tensor, like: Tensor) -> Tensor:
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """The noisy state at level sigma.
+    """Return the noisy state at level sigma.
 
     Args:
         x0: clean latents (B, C, F, H, W), any floating dtype.
@@ -70,7 +70,7 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
 
 
 def flow_to_x0(latents: Tensor, flow_pred: Tensor, sigma: float | Tensor) -> Tensor:
-    """Predicted clean latents from the predicted flow.
+    """Return the predicted clean latents of a predicted flow.
 
     Args:
         latents: noisy state (B, C, F, H, W), any floating dtype.

@@ -1,9 +1,11 @@
-"""The stages of one request on one device: their times, frames on their way to the host, and want of memory.
+"""The stages of one request on one device: their times, the host copy of frames, memory and what goes wrong.
 
 Legend: T frames, H and W pixel rows and columns, C colours.
 """
 
 import contextlib
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from codmd_serve.config import GenerateParams
 from codmd_serve.errors import GenerationError
+from codmd_serve.messages import DEVICE_ERROR
 
 STAGES = ("text", "denoise", "decode", "encode")
 
@@ -78,23 +81,47 @@ class Download:
 
 
 @contextlib.contextmanager
-def memory_errors(params: GenerateParams) -> Iterator[None]:
-    """Turn what torch raises for want of memory into an error of the request.
+def device_errors(params: GenerateParams) -> Iterator[None]:
+    """Turn what torch raises about the device into errors of the request.
 
     Raises:
-        GenerationError: code out_of_memory.
+        GenerationError: code out_of_memory; or device_error, after which every call to the device fails: the process
+            has to end.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        shape = f"{params.width}x{params.height}, {params.num_frames} frames"
-        raise GenerationError(f"out of memory at {shape}; ask for fewer pixels", "out_of_memory") from error
+        if _is_out_of_memory(error):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            shape = f"{params.width}x{params.height}, {params.num_frames} frames"
+            raise GenerationError(f"out of memory at {shape}; ask for fewer pixels", "out_of_memory") from error
+        if _is_device_error(error):
+            raise GenerationError("the device failed; its worker is replaced", DEVICE_ERROR) from error
+        raise
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Megabytes: the peak allocated since `begin_memory_peak` on CUDA, the peak resident ever on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Kilobytes, but bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def begin_memory_peak(device: torch.device) -> None:
+    """Forget the peak of earlier requests, where the allocator keeps one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # The CPU allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    # The CPU allocator and the CUDA libraries have no exception of their own.
+    texts = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
+def _is_device_error(error: Exception) -> bool:
+    # cuBLAS and cuDNN report what a kernel before them did in words of their own.
+    texts = ("CUDA error", "_STATUS_EXECUTION_FAILED", "_STATUS_INTERNAL_ERROR")
+    return isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in texts)

@@ -1,7 +1,7 @@
-"""The student's steps as a diffusers scheduler, so that the stock WanPipeline samples a student as sampler.py does.
+"""A diffusers scheduler with a student's steps: the stock WanPipeline then samples a student as sampler.py does.
 
-Lies outside codmd_serve.wan: diffusers takes any class from a package named like one of its pipelines for its own, and
-a pipeline saved again would name a class that diffusers does not have.
+Not in codmd_serve.wan: diffusers takes any class from a package named like one of its pipelines (wan) for its own. A
+pipeline saved again would then name a class that diffusers does not have.
 """
 
 from collections.abc import Sequence
@@ -21,17 +21,21 @@ from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0
 
 @dataclass
 class StudentSchedulerOutput(BaseOutput):
-    """The state after a step, (B, C, F, H, W) float32 or wider; after the last one the clean latents."""
+    """The state after a step.
+
+    Attributes:
+        prev_sample: (B, C, F, H, W), float32 or wider; after the last step the clean latents.
+    """
 
     prev_sample: Tensor
 
 
 class StudentScheduler(SchedulerMixin, ConfigMixin):
-    """The fixed step list of a student; equals `codmd_serve.sampler.rollout` for the same noise.
+    """The fixed step grid of a student; equals `codmd_serve.sampler.rollout` for the same noise.
 
-    Stock pipelines do not hand their generator to a scheduler. The noise of the later steps therefore comes from
-    `generator`, an attribute to set; while it is None, from torch's global generator, as the first noise of a pipeline
-    that is called without one. `torch.manual_seed(seed)` or one CPU generator for both gives the noise of the server.
+    Stock pipelines do not pass their generator to a scheduler. So the noise of the later steps comes from the attribute
+    `generator`, and while that is None from torch's global generator, as does the initial noise of a pipeline that is
+    called without a generator. `torch.manual_seed(seed)`, or one CPU generator for both, gives the server's noise.
 
     Args:
         sigmas: num_steps + 1 levels, descending, the last 0.0.
@@ -39,7 +43,7 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         sampler: `sde` or `ode`.
 
     Raises:
-        ConfigError: a step list that cannot be sampled.
+        ConfigError: a step grid that cannot be sampled.
 
     Source: scheduler_config.json of a folder that `codmd-distill export --format pipeline` wrote.
     """
@@ -61,11 +65,11 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps(len(timesteps))
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Start over.
+        """Restart at the first step.
 
         Args:
-            num_inference_steps: the length of the list; no other number is possible.
-            device: where `timesteps` (num_steps,) float32 goes; `sigmas` stays on the CPU.
+            num_inference_steps: must be the student's number of steps.
+            device: of `timesteps`, (num_steps,) float32; `sigmas` stays on the CPU.
 
         Raises:
             ConfigError: another number of steps.
@@ -79,11 +83,11 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         self.step_index: int | None = None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Say which step is next; a pipeline calls it to spare the search by timestep."""
+        """Set the index of the next step; pipelines call it to avoid the search by timestep."""
         self.step_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """Return the state as it is: the network is fed what `step` gave."""
+        """Return the state unchanged: flow matching scales no input."""
         return sample
 
     def step(
@@ -94,23 +98,23 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> StudentSchedulerOutput | tuple[Tensor]:
-        """Do one step.
+        """Take one denoising step.
 
         Args:
             model_output: flow_pred (B, C, F, H, W), any floating dtype.
-            timestep: an entry of `timesteps`; looked at only where no pipeline has said which step is next.
-            sample: the state that the network was fed, same shape.
-            generator: of the fresh noise of `sde`; None is the attribute of that name.
-            return_dict: False gives a tuple.
+            timestep: an entry of `timesteps`; read only while the index of the next step is not set.
+            sample: the input of the network, same shape.
+            generator: of the fresh noise of `sde`; None is the attribute `generator`.
+            return_dict: False returns a tuple.
 
         Returns:
             The next state, float32 or wider; after the last step x0_pred.
 
         Raises:
-            ConfigError: the timestep is none of the list's.
+            ConfigError: the timestep is not in the grid.
         """
         step_index = self._index_of(float(timestep)) if self.step_index is None else self.step_index
-        # From the config, not from the float32 tensor: the sampler computes with the same Python floats.
+        # Python floats of the config, as in the sampler; the tensor `sigmas` is rounded to float32.
         sigma, next_sigma = self.config.sigmas[step_index : step_index + 2]
         latents = flow_to_x0(sample, model_output, sigma)
         if next_sigma > 0.0:

@@ -73,6 +73,11 @@ class HandOver(Generic[Item, Result]):
             interrupt()
         self.join()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing more will come."""
+        return self._is_complete
+
     def on_abandon(self, interrupt: Callable[[], object]) -> None:
         """For the consumer: what ends it while it waits for something else than items. Called in another thread."""
         with self._changed:

@@ -5,12 +5,18 @@ count of our own, because what x264 decides depends on it.
 """
 
 import contextlib
+import errno
+import functools
+import logging
+import os
+import select
 import shutil
+import signal
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 import imageio_ffmpeg
 
@@ -18,6 +24,16 @@ from codmd_serve.errors import ConfigError, GenerationError
 from codmd_serve.files import atomic_file
 
 NUM_ENCODER_THREADS = 4
+# ffmpeg is killed when it takes longer than this for what it was given: x264 on one busy core is ten times as fast.
+MIN_ENCODER_WAIT_S = 30.0
+MIN_ENCODED_PX_PER_S = 250_000.0
+LOOKAHEAD_FRAMES = 64  # frames that x264 may hold back until its input ends
+POLL_S = 0.2
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE_ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EIO)
+MAX_LOG_BYTES = 2**16
+
+logger = logging.getLogger(__name__)
 
 
 def find_ffmpeg() -> str:
@@ -48,70 +64,205 @@ def write_video(
     crf: int,
     comment: str = "",
     on_start: Callable[[Callable[[], None]], None] | None = None,
+    on_wait: Callable[[], None] | None = None,
 ) -> None:
     """Encode frames to an mp4 (H.264, yuv420p, BT.709) that appears at `path` whole or not at all.
+
+    ffmpeg dies with this process, and is killed when it makes no progress.
 
     Args:
         frames: chunks of any number of whole RGB frames, uint8, height x width x 3. Encoding of a chunk overlaps with
             whatever the iterable does to make the next one.
-        path: where the file goes; one that exists is replaced. The folder must exist.
+        path: where the file goes; one that exists is replaced. A missing folder is made.
         height, width: pixels, even.
         fps: frames per second.
         crf: constant rate factor, 1 (best) to 51.
         comment: stored in the file, printable ASCII.
         on_start: is given a function that ends ffmpeg at once, from any thread and at any time; encode_failed follows.
+        on_wait: called several times a second after the last frame, and once when the file is about to appear; what it
+            raises ends ffmpeg.
 
     Raises:
-        ConfigError: no ffmpeg.
-        GenerationError: ffmpeg failed; code encode_failed.
-        Exception: whatever the iterable raises; nothing is left on disk then.
+        GenerationError: code encoder_missing, encode_failed, encoder_hung (no progress), storage_full or
+            storage_unwritable. The message names no path.
+        Exception: whatever the iterable or on_wait raises; nothing is left on disk then.
     """
     # Absolute: ffmpeg would take "-x/out.mp4" for an option and "a:b.mp4" for a protocol.
     path = Path(path).absolute()
-    program = find_ffmpeg()
-    with atomic_file(path) as temporary:
-        command = _command(program, temporary, height=height, width=width, fps=fps, crf=crf, comment=comment)
-        _encode(command, frames, on_start)
-
-
-def _encode(
-    command: list[str | Path],
-    frames: Iterable[bytes | memoryview],
-    on_start: Callable[[Callable[[], None]], None] | None,
-) -> None:
-    with tempfile.TemporaryFile() as log:
-        # A session of its own: Ctrl-C in a terminal goes to us, and we decide what becomes of the file.
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
-        )
-        assert process.stdin is not None
+    try:
+        program = find_ffmpeg()
+    except ConfigError as error:
+        logger.error("code=encoder_missing %s", error)
+        raise GenerationError("the server has no working ffmpeg; its log says more", "encoder_missing") from error
+    with _storage_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _storage_errors(), atomic_file(path) as partial:
+        command = _command(program, partial, height=height, width=width, fps=fps, crf=crf, comment=comment)
+        encoder = _Encoder(command, height * width)
         try:
             if on_start is not None:
-                on_start(process.kill)
+                on_start(encoder.kill)
             for chunk in frames:
-                if not _is_fed(process.stdin, chunk):
+                if not encoder.feed(chunk):
                     break
+            encoder.finish(on_wait)
         except BaseException:
-            process.kill()
+            encoder.kill()
             raise
         finally:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            process.wait()
-        if process.returncode != 0:
-            log.seek(0)
-            said = log.read().decode(errors="replace").strip().splitlines()
-            raise GenerationError(f"ffmpeg failed: {said[-1] if said else process.returncode}", "encode_failed")
+            encoder.close()
+        encoder.check(partial)
+        if on_wait is not None:
+            on_wait()
 
 
-def _is_fed(stdin: IO[bytes], chunk: bytes | memoryview) -> bool:
-    """Whether ffmpeg took the chunk. Where it gave up, its exit status and its log say why."""
+class _Encoder:
+    """A running ffmpeg.
+
+    Args:
+        command: of ffmpeg, which reads frames from its input.
+        frame_px: pixels of a frame; bounds how long it may take.
+
+    Raises:
+        GenerationError: code encoder_missing.
+    """
+
+    def __init__(self, command: list[str | Path], frame_px: int) -> None:
+        self._frame_px = frame_px
+        self._num_bytes = 0
+        self._is_hung = False
+        self._log = b""
+        try:
+            # A process group of its own: Ctrl-C in a terminal goes to us, and we decide what becomes of the file.
+            self._process = subprocess.Popen(
+                [*_dying_with_parent(), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                process_group=0,
+            )
+        except OSError as error:
+            logger.error("code=encoder_missing %s", error)
+            raise GenerationError("the server's ffmpeg cannot be run; its log says more", "encoder_missing") from error
+        assert self._process.stderr is not None
+        os.set_blocking(self._process.stderr.fileno(), False)
+
+    def feed(self, chunk: bytes | memoryview) -> bool:
+        """Give it frames; False when it gave up. Its exit status and its log say why."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        self._num_bytes += len(chunk)
+        timer = threading.Timer(self._limit_s(len(chunk)), self._kill_hung)
+        timer.daemon = True
+        timer.start()
+        try:
+            stdin.write(chunk)
+            stdin.flush()
+        except BrokenPipeError:
+            return False
+        finally:
+            timer.cancel()
+        return True
+
+    def finish(self, on_wait: Callable[[], None] | None) -> None:
+        """Wait until it has encoded everything."""
+        assert self._process.stdin is not None and self._process.stderr is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        end_s = time.monotonic() + self._limit_s(min(self._num_bytes, 3 * self._frame_px * LOOKAHEAD_FRAMES))
+        while self._process.poll() is None:
+            # Its end closes the log, so nothing is waited for in vain; one that left children is polled.
+            if select.select([self._process.stderr], [], [], POLL_S)[0] and not self._read_log():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(POLL_S)
+            if on_wait is not None:
+                on_wait()
+            if time.monotonic() > end_s:
+                self._kill_hung()
+
+    def check(self, partial: Path) -> None:
+        """Raise the reason when it failed.
+
+        Raises:
+            GenerationError: see `write_video`.
+        """
+        if self._is_hung:
+            raise GenerationError("ffmpeg made no progress and was killed", "encoder_hung")
+        status = self._process.returncode
+        if status == 0:
+            return
+        said = self._log.decode(errors="replace").strip().splitlines()
+        last = said[-1] if said else str(status)
+        logger.error("ffmpeg status=%s said=%r", status, last)
+        # ffmpeg ends with the negated error number where it has one.
+        if status == 256 - errno.ENOSPC or any(os.strerror(errno.ENOSPC) in line for line in said):
+            raise _storage_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        if any(os.strerror(code) in last for code in (errno.EROFS, errno.EACCES, errno.ENOENT)):
+            raise GenerationError("the server cannot write videos; its log says more", "storage_unwritable")
+        raise GenerationError(f"ffmpeg failed: {last.replace(str(partial), partial.name)}", "encode_failed")
+
+    def kill(self) -> None:
+        """Kill it, and what it started; from any thread and at any time."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Collect it and close its pipes."""
+        assert self._process.stdin is not None and self._process.stderr is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        while self._read_log():
+            pass
+        self._process.stderr.close()
+
+    def _read_log(self) -> bytes:
+        """What it said since the last call; empty when there is nothing, or nothing any more."""
+        assert self._process.stderr is not None
+        said = self._process.stderr.read(MAX_LOG_BYTES) or b""
+        self._log = (self._log + said)[-MAX_LOG_BYTES:]
+        return said
+
+    def _limit_s(self, num_bytes: int) -> float:
+        return MIN_ENCODER_WAIT_S + num_bytes / 3 / MIN_ENCODED_PX_PER_S
+
+    def _kill_hung(self) -> None:
+        self._is_hung = True
+        self.kill()
+
+
+@functools.cache
+def _dying_with_parent() -> tuple[str, ...]:
+    """Words before a command that let the kernel kill it when the thread that started it ends, where there is a way.
+
+    Not preexec_fn: that runs Python between fork and exec, in a process with threads.
+    """
+    program = shutil.which("setpriv")
+    if program is None:
+        return ()
+    prefix = (program, "--pdeathsig", "KILL", "--")
+    # Small systems have one without this option.
+    is_known = subprocess.run([*prefix, program, "--version"], capture_output=True, check=False).returncode == 0
+    return prefix if is_known else ()
+
+
+def _storage_error(error: OSError) -> GenerationError:
+    if error.errno in FULL_ERRNOS:
+        return GenerationError("the server's disk is full", "storage_full")
+    return GenerationError(f"the server cannot write videos: {os.strerror(error.errno or 0)}", "storage_unwritable")
+
+
+@contextlib.contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Turn what the file system raises into an error of the request that names no path."""
     try:
-        stdin.write(chunk)
-        stdin.flush()
-    except BrokenPipeError:
-        return False
-    return True
+        yield
+    except OSError as error:
+        if error.errno not in (*FULL_ERRNOS, *UNWRITABLE_ERRNOS):  # of whoever makes the frames
+            raise
+        logger.error("%s", error)
+        raise _storage_error(error) from error
 
 
 def _command(

@@ -4,22 +4,33 @@ Jobs may be sent before the running one is done. They start in order of arrival,
 the one before it, whose video may still be in its encoder. Whether that pays is for the sender to decide. The end of
 the input ends the process, so a worker never outlives its server.
 
-Three threads: `main` runs the engine; one reads, so that a cancellation is seen at once; one embeds the prompt of the
-job that waits. Knows nothing of HTTP or of the queue. Nothing heavy is imported before the process runs as a worker.
+A process that was given no engine to load yet is a spare: its imports are done, which takes longer than loading.
+
+Four threads: `main` runs the engine; one reads, so that a cancellation is seen at once; one embeds the prompt of the
+job that waits; one sends heartbeats. Knows nothing of HTTP or of the queue. Nothing heavy is imported before `main`.
 """
 
+import base64
+import contextlib
+import ctypes
 import logging
 import os
+import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from codmd_serve.cpu import prepare_threads
 from codmd_serve.errors import CancelledError, CodmdError, GenerationError
 from codmd_serve.messages import (
+    DEVICE_ERROR,
+    HEARTBEAT_S,
+    Alive,
     Cancel,
     Cancelled,
     Done,
@@ -39,12 +50,16 @@ if TYPE_CHECKING:
     from codmd_serve.engine import Engine, GenerateResult
 
 Send = Callable[[FromWorker], None]
+EXIT_DEVICE_ERROR = 70
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Run as a worker until the input ends."""
+    _die_with_parent()
+    prepare_threads(os.environ)  # before torch is imported
     # Libraries print; the channel is moved away from them, and what they print goes to the server's logger.
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -57,16 +72,36 @@ def main() -> None:
             channel.write(encode(message))
             channel.flush()
 
+    import codmd_serve.loading  # noqa: F401  takes many seconds, which a spare has behind it when it is needed
+
     first = sys.stdin.readline()
     if first:
         load = decode(first)
         assert isinstance(load, Load), f"expected a load message first, got {load}"
+        threading.Thread(target=_send_heartbeats, args=(send,), daemon=True).start()
         serve(load, sys.stdin, send)
+
+
+def _die_with_parent() -> None:
+    """Let the kernel kill this process with its parent: one that is stopped cannot read the end of its input."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        with contextlib.suppress(OSError, AttributeError):  # a libc without it
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+
+
+def _send_heartbeats(send: Send) -> None:
+    with contextlib.suppress(OSError):  # nobody reads any more
+        while True:
+            send(Alive())
+            time.sleep(HEARTBEAT_S)
 
 
 def serve(load: Load, lines: IO[str], send: Send) -> None:
     """Load the engine that `load` asks for, then do the jobs that arrive, in order."""
-    from codmd_serve.engine import load_engine
+    from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 
     silence_libraries()
@@ -140,19 +175,34 @@ def run_job(engine: "Engine", job: Generate, cancelled: set[str], send: Send) ->
         send: takes the messages out, from any thread.
     """
 
+    told, preview = ("", 0), ""
+
+    def on_preview(image: bytes) -> None:
+        nonlocal preview
+        preview = "data:image/webp;base64," + base64.b64encode(image).decode()
+
     def on_progress(stage: str, done: int, total: int) -> None:
+        nonlocal told, preview
         if job.id in cancelled:
             raise CancelledError(f"job {job.id} was cancelled")
-        send(Progress(job.id, stage, done, total))
+        # While the encoder is waited for this is asked again and again: repeated, it would look like progress.
+        if told != (stage, done):
+            send(Progress(job.id, stage, done, total, preview))
+        told, preview = (stage, done), ""
 
     def tell(video: "Future[GenerateResult]") -> None:
         cancelled.discard(job.id)
-        send(_outcome(job.id, video))
+        outcome = _outcome(job.id, video)
+        send(outcome)
+        if isinstance(outcome, Failed) and outcome.code == DEVICE_ERROR:
+            os._exit(EXIT_DEVICE_ERROR)  # whatever this process asks of the device from now on fails
 
     send(Started(job.id))
     video: Future[GenerateResult] = Future()
     try:
-        video = engine.begin(job.params, Path(job.path), on_progress)
+        with contextlib.suppress(OSError):  # whoever writes there says what is wrong
+            Path(job.path).parent.mkdir(parents=True, exist_ok=True)
+        video = engine.begin(job.params, Path(job.path), on_progress, on_preview if job.is_previewed else None)
     except Exception as error:  # told like the failure of an encoder
         video.set_exception(error)
     video.add_done_callback(tell)
@@ -170,7 +220,7 @@ def _outcome(job_id: str, video: "Future[GenerateResult]") -> Done | Failed | Ca
         logger.exception("job=%s code=internal_error", job_id)
         message = f"internal error; the server's log has the details under job {job_id}"
         return Failed(job_id, "internal_error", message)
-    return Done(job_id, result.timings_ms, result.warnings)
+    return Done(job_id, result.timings_ms, result.warnings, result.peak_memory_mb)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, config: DistillConfig, processes: Processes, folder: Path) -> dict[str, Any]:
     architecture = scaled(PUBLISHED[config.base], args.scale)
-    processes.first_does(lambda: write_random_base(folder, architecture))
+    processes.on_rank0(lambda: write_random_base(folder, architecture))
     config = with_overrides(config, [f"base={folder}"])
     patch = tuple(architecture["patch_size"])
     shape = latent_grid(config.native, architecture["in_channels"], patch, *PUBLISHED_VAE_SCALES)
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         if processes.world_size > 1:
             torch.distributed.broadcast_object_list(folders, src=0)
         result = run(args, config, processes, Path(folders[0]))
-        if processes.is_first:
+        if processes.is_rank0:
             print(json.dumps(result))
 
 

@@ -32,6 +32,29 @@ WORDS = [
 ]
 
 
+# Files that start processes or train for seconds, below tests/; `make test-fast` leaves them out.
+SLOW = (
+    "codmd_serve/bench",
+    "codmd_serve/test_load_memory.py",
+    "codmd_serve/test_server_process.py",
+    "distill/evaluate/test_detect.py",
+    "distill/parallel/test_processes.py",
+    "distill/plan/test_memory.py",
+    "distill/pretrain",
+    "distill/run",
+    "faults",
+    "test_embedded.py",
+    "test_readme.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = tuple(Path(__file__).parent / name for name in SLOW)
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in slow):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_report_header() -> str:
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
     return f"device: {device}, torch {torch.__version__}, CUDA {torch.version.cuda}"

@@ -12,7 +12,8 @@ from diffusers import WanPipeline
 
 from app.demo import EXAMPLES
 from codmd_serve.config import GenerateParams, default_bundle_path
-from codmd_serve.engine import Engine, load_engine
+from codmd_serve.engine import Engine
+from codmd_serve.loading import load_engine
 from codmd_serve.video import find_ffmpeg
 from codmd_serve.wan.checkpoint import read_spec
 from distill.evaluate.detect import detect

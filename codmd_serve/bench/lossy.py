@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from codmd_serve.config import GenerateParams
-from codmd_serve.engine import Engine, draw_noise, load_engine
+from codmd_serve.engine import Engine, draw_noise
 from codmd_serve.errors import ConfigError
+from codmd_serve.loading import load_engine
 from codmd_serve.wan.fp8 import check_quantization
 from codmd_serve.wan.kernels import check_attention_name
 from codmd_serve.wan.vae import latent_shape

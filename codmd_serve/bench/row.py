@@ -54,9 +54,10 @@ from codmd_serve.bench.trials import (
 from codmd_serve.bench.weights import PROMPTS, random_bundle
 from codmd_serve.config import DEFAULT_CRF, GenerateParams
 from codmd_serve.device import choose_device, choose_dtype
-from codmd_serve.engine import Engine, load_engine
+from codmd_serve.engine import Engine
 from codmd_serve.errors import CodmdError, ConfigError
 from codmd_serve.files import first_line, write_json, write_text
+from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import load_bundle, read_spec, resolve_base
 from codmd_serve.wan.vae import latent_shape
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import atomic_folder, first_line
+from codmd_serve.grammar import Grammar
 from codmd_serve.grid import check_step_grid
 from codmd_serve.wan.kernels import AttentionShape
 from codmd_serve.wan.vae import vae_scales
@@ -57,6 +58,7 @@ class StudentSpec:
         package_version: of codmd-serve that wrote the bundle.
         assumed: names of the fields that were guessed because the source of the weights does not record them;
             `attention` among them means that nothing said whether the weights are causal: they were taken not to be.
+        preview_map: linear map from latents to RGB, see wan/preview.py; empty when unknown: it is fitted at load.
         vocabulary_note: one sentence for users whose prompt has words that the model never saw; empty for none.
 
     Raises:
@@ -76,6 +78,7 @@ class StudentSpec:
     package_version: str
     assumed: tuple[str, ...] = field(default=())
     vocabulary_note: str = ""
+    preview_map: tuple[tuple[float, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("base", "sampler", "method", "base_model", "config_sha256", "package_version", "vocabulary_note"):
@@ -85,12 +88,17 @@ class StudentSpec:
             raise ConfigError("base must name a folder or a hub id, got nothing")
         if type(self.step) is not int or self.step < 0 or not isinstance(self.ema, bool):
             raise ConfigError(f"step must be a count and ema true or false, got {self.step!r} and {self.ema!r}")
+        if any(len(row) != 3 or not all(math.isfinite(value) for value in row) for row in self.preview_map):
+            raise ConfigError("preview_map must be rows of three finite numbers")
         check_step_grid(self.sigmas, self.timesteps, self.sampler)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """A loaded student with everything it needs; the modules are in eval mode and carry no gradient."""
+    """A loaded student with everything it needs; the modules are in eval mode and carry no gradient.
+
+    `grammar` is that of the captions it was trained on, for a student that knows only captions of a grammar.
+    """
 
     path: Path
     spec: StudentSpec
@@ -98,6 +106,7 @@ class Bundle:
     text_encoder: Any
     transformer: Any
     vae: Any
+    grammar: Grammar | None = None
 
 
 def silence_libraries() -> None:
@@ -131,9 +140,13 @@ def read_spec(bundle: Path) -> StudentSpec:
     if unknown:
         raise CheckpointError(f"{path} has unknown fields: {', '.join(unknown)}")
     try:
-        tuples = {name: tuple(data[name]) for name in ("sigmas", "timesteps", "assumed") if name in data}
+        tuples: dict[str, Any] = {
+            name: tuple(data[name]) for name in ("sigmas", "timesteps", "assumed") if name in data
+        }
         for name in ("sigmas", "timesteps"):
             tuples[name] = tuple(_number(value) for value in tuples[name])
+        if "preview_map" in data:
+            tuples["preview_map"] = tuple(tuple(map(_number, row)) for row in data["preview_map"])
         return StudentSpec(**{**data, **tuples, "native": NativeShape(**data["native"])})
     except (ConfigError, KeyError, TypeError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
@@ -245,6 +258,7 @@ def load_bundle(
     """
     path = Path(path)
     spec = read_spec(path)
+    grammar = Grammar.load(path)
     base, is_local = resolve_base(path, spec.base)
     transformer = load_module(WanTransformer3DModel, path, "transformer", True, torch_dtype=dtype)
     vae = load_module(AutoencoderKLWan, base, "vae", is_local, torch_dtype=torch.float32)
@@ -265,7 +279,13 @@ def load_bundle(
     for module, place in ((transformer, device), (vae, device), (text_encoder, text_device or device)):
         module.requires_grad_(False).eval().to(place)
     return Bundle(
-        path=path, spec=spec, tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae
+        path=path,
+        spec=spec,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=transformer,
+        vae=vae,
+        grammar=grammar,
     )
 
 
@@ -306,14 +326,17 @@ def load_tokenizer(folder: Path | str, is_local: bool) -> Any:
         raise CheckpointError(f"tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
 
 
-def save_bundle(path: Path, transformer: Any, spec: StudentSpec) -> None:
+def save_bundle(path: Path, transformer: Any, spec: StudentSpec, grammar: Grammar | None = None) -> None:
     """Write a bundle atomically.
 
     Args:
         path: the bundle folder; one that exists is replaced.
         transformer: a WanTransformer3DModel.
         spec: becomes student.json.
+        grammar: becomes world.json; None when the student takes any text.
     """
     with atomic_folder(path) as fresh:
         transformer.save_pretrained(fresh / "transformer")
         (fresh / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
+        if grammar is not None:
+            grammar.save(fresh)

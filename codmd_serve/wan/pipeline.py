@@ -18,7 +18,7 @@ from codmd_serve.wan.checkpoint import StudentSpec, read_spec, resolve_base
 
 INDEX_FILE = "model_index.json"
 # Of the base; the transformer is the student's and the scheduler its step list.
-BASE_PARTS = ("tokenizer", "text_encoder", "vae")
+COPIED_PARTS = ("tokenizer", "text_encoder", "vae")
 
 _CARD = """\
 # A {num_steps}-step student of {base_model}
@@ -75,7 +75,7 @@ def save_pipeline(bundle: Path, folder: Path) -> None:
     index = _student_index(base)
     try:
         with atomic_folder(folder) as fresh:
-            for part in BASE_PARTS:
+            for part in COPIED_PARTS:
                 shutil.copytree(base / part, fresh / part)
             shutil.copytree(bundle / "transformer", fresh / "transformer")
             scheduler = StudentScheduler(spec.sigmas, spec.timesteps, spec.sampler)
@@ -89,12 +89,12 @@ def save_pipeline(bundle: Path, folder: Path) -> None:
 def _local_base(bundle: Path, spec: StudentSpec) -> Path:
     base, is_local = resolve_base(bundle, spec.base)
     if not is_local:
-        patterns = [INDEX_FILE, *(f"{part}/*" for part in BASE_PARTS)]
+        patterns = [INDEX_FILE, *(f"{part}/*" for part in COPIED_PARTS)]
         try:
             base = snapshot_download(base, allow_patterns=patterns)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise CheckpointError(f"base {base} cannot be downloaded: {type(error).__name__}") from error
-    missing = [name for name in (INDEX_FILE, *BASE_PARTS) if not (Path(base) / name).exists()]
+    missing = [name for name in (INDEX_FILE, *COPIED_PARTS) if not (Path(base) / name).exists()]
     if missing:
         raise CheckpointError(f"base {base} is no complete pipeline: it has no {missing[0]}")
     return Path(base)

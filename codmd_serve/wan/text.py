@@ -23,6 +23,7 @@ from torch import Tensor
 from codmd_serve.config import TEXT_ENCODERS
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import atomic_file
+from codmd_serve.grammar import Grammar
 from codmd_serve.wan.attention import compact_prompt_embeds
 
 MAX_SEQUENCE_LENGTH = 512
@@ -75,16 +76,20 @@ def encode_prompts(
     return torch.nn.functional.pad(embeds_BLD, (0, 0, 0, max_sequence_length - embeds_BLD.shape[1]))
 
 
-def prompt_warnings(tokenizer: Any, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> list[str]:
-    """Say what of a prompt the text encoder will not see.
+def prompt_warnings(
+    tokenizer: Any, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH, grammar: Grammar | None = None
+) -> list[str]:
+    """Say what of a prompt the text encoder will not see, and what the model was never shown.
 
     Args:
         tokenizer: a transformers tokenizer; without an unknown token, or not a fast one, no word is reported.
         prompt: the text as the user wrote it.
         max_sequence_length: positions the encoder reads.
+        grammar: of the only captions the model knows; None when it takes any text.
 
     Returns:
-        At most two sentences: one naming the words outside the vocabulary, one when the prompt is too long.
+        At most three sentences: the words outside the vocabulary, how the prompt differs from every caption the model
+        knows and the nearest one, and where a long prompt was cut.
     """
     cleaned = clean_prompt(prompt)
     warnings = []
@@ -101,6 +106,8 @@ def prompt_warnings(tokenizer: Any, prompt: str, max_sequence_length: int = MAX_
         num_tokens = len(tokens.input_ids)
     else:
         num_tokens = len(tokenizer(cleaned).input_ids)
+    if grammar is not None and (outside := grammar.warning(cleaned)) is not None:
+        warnings.append(outside)
     if num_tokens > max_sequence_length:
         warnings.append(f"prompt cut to its first {max_sequence_length} of {num_tokens} tokens")
     return warnings

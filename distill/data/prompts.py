@@ -2,7 +2,7 @@
 
 Knows neither networks nor losses; the text encoder is loaded only while the cache is being made.
 
-Layout: B prompts of a batch, P prompts of the data set, L positions kept, D text width.
+Legend: B prompts of a batch, P prompts of the data set, L positions kept, D text width.
 """
 
 import hashlib
@@ -21,14 +21,15 @@ from transformers import UMT5EncoderModel
 from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import atomic_file
+from codmd_serve.grammar import Grammar
 from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH, clean_prompt, encode_prompts
 from distill.config import DistillConfig
 from distill.data.shards import read_shard_prompts, read_shards, shard_paths
 from distill.networks.base import Base
-from distill.worlds.shapeworld.captions import sample_caption
+from distill.worlds.shapeworld.captions import grammar, sample_caption
 
-ENCODE_BATCH = 64
+PROMPTS_PER_CALL = 64
 HASHED_BYTES = 1 << 20
 JSONL_KEYS = ("prompt", "caption", "text")
 
@@ -122,6 +123,11 @@ def load_prompts(config: DistillConfig) -> list[str]:
     return prompts
 
 
+def caption_grammar(config: DistillConfig) -> Grammar | None:
+    """Return the grammar that all training prompts are captions of; None when they come from a file."""
+    return None if config.prompts else grammar()
+
+
 def _jsonl_prompt(line: str, where: str) -> str:
     try:
         row = json.loads(line)
@@ -186,8 +192,8 @@ def encode_prompt_data(prompts: list[str], base: Base, dtype: torch.dtype, devic
     # Equal prompts are encoded once, and prompts of similar length together: padding costs as much as text.
     distinct = sorted(dict(zip(cleaned, lengths, strict=True)).items(), key=lambda item: item[1])
     rows: dict[str, Tensor] = {}
-    for start in range(0, len(distinct), ENCODE_BATCH):
-        chunk = distinct[start : start + ENCODE_BATCH]
+    for start in range(0, len(distinct), PROMPTS_PER_CALL):
+        chunk = distinct[start : start + PROMPTS_PER_CALL]
         # The encoder masks padding, so embeddings do not depend on how much of it there is.
         embeds_BLD = encode_prompts(tokenizer, text_encoder, [text for text, _ in chunk], max(chunk[-1][1], 1)).cpu()
         rows |= {text: embeds[:length] for (text, length), embeds in zip(chunk, embeds_BLD, strict=True)}

@@ -1,6 +1,6 @@
 """Samples of the teacher to train on: one for each training prompt, made once, cached on disk in shards.
 
-Knows no loss and no training loop. Layout: N samples, B batch, C channels, F latent frames, H, W latent pixels.
+Knows no loss and no training loop. Legend: N samples, B batch, C channels, F latent frames, H, W latent pixels.
 
 CACHE/teacher-latents-KEY/00000.safetensors      samples of prompts 0 to 63, complete or absent
 """
@@ -28,7 +28,7 @@ from distill.data.prompts import PromptData, add_module_files, load_prompts, pro
 from distill.methods.matching import step_rng
 from distill.networks.base import Base
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
-from distill.parallel.processes import ALONE, Processes
+from distill.parallel.processes import SINGLE_PROCESS, Processes
 
 SHARD_SIZE = 64
 SAMPLE_BATCH = 16
@@ -79,7 +79,7 @@ def cached_teacher_latents(
     shape: tuple[int, ...],
     cache_dir: Path,
     device: torch.device,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> TeacherLatents:
     """Return samples of the teacher for all training prompts, sampling those that the cache does not have.
 
@@ -110,13 +110,13 @@ def cached_teacher_latents(
         shard for shard, size in enumerate(sizes) if not _holds_samples(shard_path(folder, shard), (size, *shape))
     ]
     # Nobody writes before all have looked.
-    processes.greatest(len(wanted))
-    if wanted and processes.is_first:
+    processes.all_reduce_max(len(wanted))
+    if wanted and processes.is_rank0:
         logger.info("sampling teacher prompts=%d shards=%d folder=%s", data.num_prompts, len(wanted), folder.name)
-    hidden = None if processes.is_first else True
+    hidden = None if processes.is_rank0 else True
     for shard in tqdm(wanted, desc="samples of the teacher", unit="shard", disable=hidden, dynamic_ncols=True):
         x0 = _sample_shard(config, networks, data, shard, (sizes[shard], *shape), device)
-        processes.first_does(partial(_write_shard, folder, shard, x0))
+        processes.on_rank0(partial(_write_shard, folder, shard, x0))
     return TeacherLatents(folder=folder)
 
 

@@ -19,6 +19,9 @@ _ROW_TOLERANCE = 12.0
 _NAME_TOLERANCE = 25.0
 _SHADE_BOUNDS = (0.6, 1.45)
 _EVERY_FRAMES = 4
+_SPLITS_TRIED = 12
+_SPLIT_CAP = 60.0
+"""Levels, summed over channels."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,12 +47,25 @@ class Background:
 def fit_background(frames: np.ndarray) -> Background:
     """Fit sky and floor by row medians over time and columns.
 
+    A row that objects cover for more than half of its pixels has their colour as its median. Its other pixels then say
+    whether it is sky or floor.
+
     Args:
         frames: float32 (T, H, W, 3) in 8-bit levels. In most rows objects must cover less than half of the pixels.
     """
     height = frames.shape[1]
     sample = frames[::_EVERY_FRAMES].transpose(1, 3, 0, 2).reshape(height, 3, -1)
-    return _from_rows(np.median(sample, axis=2).astype(np.float32))
+    rows = np.median(sample, axis=2).astype(np.float32)
+    fitted = _from_rows(rows)
+    covered = np.nonzero(np.abs(rows - fitted.rows).max(axis=1) > 0.0)[0]
+    if len(covered) == 0 or not np.isfinite(fitted.horizon_px):
+        return fitted
+    alike = [
+        (np.abs(sample[covered] - level[:, None]).max(axis=1) < _ROW_TOLERANCE).sum(axis=1)
+        for level in (fitted.above, fitted.below)
+    ]
+    rows[covered] = np.where((alike[0] > alike[1])[:, None], fitted.above, fitted.below)
+    return _from_rows(rows)
 
 
 def refine_background(first: Background, frames: np.ndarray, is_object: np.ndarray) -> Background:
@@ -96,13 +112,18 @@ def _from_rows(rows: np.ndarray) -> Background:
 
 
 def _split_row(brightness: np.ndarray) -> int:
-    """Return the row index that best splits the rows in two levels, by squared error."""
-    middle = np.median(brightness)
-    clipped = np.clip(brightness, middle - 80.0, middle + 80.0).astype(np.float64)
-    num = np.arange(1, len(clipped))
-    first = np.cumsum(clipped)
-    between = first[:-1] ** 2 / num + (first[-1] - first[:-1]) ** 2 / (len(clipped) - num)
-    return int(np.argmax(between)) + 1
+    """Return the row index that best splits the rows in a darker and a lighter level, by capped absolute error.
+
+    The cap lets rows that objects cover be wrong. Only the sharpest steps between rows are tried.
+    """
+    best, best_cost = len(brightness) // 2, np.inf
+    for split in np.argsort(-np.abs(np.diff(brightness)), kind="stable")[:_SPLITS_TRIED] + 1:
+        above, below = float(np.median(brightness[:split])), float(np.median(brightness[split:]))
+        cost = float(np.minimum(np.abs(brightness[:split] - above), _SPLIT_CAP).sum())
+        cost += float(np.minimum(np.abs(brightness[split:] - below), _SPLIT_CAP).sum())
+        if below >= above and cost < best_cost:
+            best, best_cost = int(split), cost
+    return best
 
 
 def _horizon(brightness: np.ndarray, above: float, below: float, split: int) -> float:

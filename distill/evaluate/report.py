@@ -63,6 +63,11 @@ VIDEO = (
     Metric("saturation", "saturation", "saturation error", "target", target=0.0),
     Metric("saturation_abs", "saturation_abs", "abs. saturation error v", "low"),
 )
+FORM = tuple(
+    Metric(f"{word}_{name}", name, f"{count}: {heading} ^", count=count)
+    for name, heading in (("form", "form"), ("form_worst", "worst frame"), ("form_whole", "worst frame >= .75"))
+    for count, word in ((1, "one"), (2, "two"))
+)
 JOINT = (
     Metric("diversity", "diversity", "diversity (1)", "target"),
     Metric("pixel_diversity", "pixel_diversity", "pixel diversity (1)", "target"),
@@ -70,7 +75,7 @@ JOINT = (
     Metric(DEPENDENCE, DEPENDENCE, "dependence v", "low"),
     Metric("bend_modes", "bend_modes", "bend modes ^"),
 )
-METRICS = FOLLOWING + VIDEO + JOINT
+METRICS = FOLLOWING + VIDEO + FORM + JOINT
 
 
 class Analysis:
@@ -187,7 +192,7 @@ def targets(analysis: Analysis, student: str) -> dict[str, object]:
         result["below_wanted_share"] = [key for key, share in shares.items() if share < RETENTION_WANTED]
     for other in ("few", "few_unguided"):
         if other in analysis.arms:
-            judged = analysis.metrics([m for m in VIDEO + JOINT if m.key not in ("dynamic", "saturation")])
+            judged = analysis.metrics([m for m in VIDEO + FORM + JOINT if m.key not in ("dynamic", "saturation")])
             result[f"worse_than_{other}"] = [
                 metric.key
                 for metric in judged

@@ -14,6 +14,7 @@ import numpy as np
 
 from distill.evaluate.background import world_rows
 from distill.evaluate.detect import Detection, Track, relation_holds
+from distill.evaluate.form import FORM_SCORES, form_scores
 from distill.worlds.shapeworld.render import paint
 from distill.worlds.shapeworld.schema import COLOURS, SHAPES, STILL, WORLD_SIZE, Scene
 
@@ -22,7 +23,7 @@ CAPTION_SCORES = ("object", "colour", "object_colour", "count", "direction", "sp
 VIDEO_SCORES = ("flicker", "smoothness", "dynamic", "imaging", "saturation", "saturation_abs")
 """flicker in 8-bit levels, lower is better; smoothness and imaging at most 1, higher is better; dynamic against the
 ground truth's; saturation signed, 0 is right; saturation_abs, lower is better."""
-SCORES = CAPTION_SCORES + VIDEO_SCORES
+SCORES = CAPTION_SCORES + VIDEO_SCORES + FORM_SCORES
 _MIN_STATIC_SHARE = 0.02
 
 
@@ -50,7 +51,8 @@ def score_clip(scene: Scene, detection: Detection, clip: np.ndarray) -> dict[str
         clip: uint8 (T, H, W, 3).
     """
     tracks = pair_objects(scene, detection)
-    return caption_scores(scene, detection, tracks) | video_scores(scene, detection, tracks, clip)
+    looks = video_scores(scene, detection, tracks, clip) | form_scores(detection, tracks, clip)
+    return caption_scores(scene, detection, tracks) | looks
 
 
 def caption_scores(scene: Scene, detection: Detection, tracks: list[Track | None]) -> dict[str, float]:

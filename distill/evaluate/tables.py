@@ -8,6 +8,7 @@ import numpy as np
 
 from distill.evaluate.report import (
     FOLLOWING,
+    FORM,
     HEADROOM_WANTED,
     JOINT,
     RETENTION_WANTED,
@@ -39,6 +40,13 @@ def as_markdown(analysis: Analysis, students: Sequence[str], settings: dict[str,
         "^ higher is better, v lower is better. Saturation error is signed and 0 is right; dynamic is right when it "
         "equals the ground truth's. PSNR is against the ground-truth renders.",
         _score_table(analysis, VIDEO, has_psnr=any(arm.psnr_db is not None for arm in analysis.arms.values())),
+    ]
+    blocks += [
+        "## Form",
+        "Overlap (intersection over union) of every object's pixels with the ideal shape fitted to it, 1 is right: "
+        "mean over frames, the worst frame of a clip, and the share of clips whose worst frame is at least .75. It "
+        "sees an octagon for a circle and a torn ring, which the caption scores do not.",
+        _score_table(analysis, FORM),
     ]
     if analysis.suite.depth:
         blocks += [

@@ -24,7 +24,7 @@ class BatchRelations:
         self.num_parts = config.accumulate
         # Gradients are averaged over parts and processes, and the wanted one is a sum. The authors' trainer averages
         # it over processes too, which divides the term by their number.
-        self.gradient_scale = config.accumulate * (1 if config.reference_compat else processes.num_data)
+        self.gradient_scale = config.accumulate * (1 if config.reference_compat else processes.data_parallel)
         self.gathered: list[Tensor] = []
 
     def collect(self, own_bVD: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from distill.losses.dmd import guided_flow
 from distill.networks.base import Base
 from distill.networks.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
 from distill.networks.precision import keep_sensitive_parts_float32, unfuse_bf16_attention
-from distill.parallel.processes import ALONE, Processes
+from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import load_sharded, sharded_like, split_tokens
 
 
@@ -48,7 +48,9 @@ class Networks:
         return [self.student, self.teacher, *own]
 
 
-def build_networks(config: DistillConfig, base: Base, device: torch.device, processes: Processes = ALONE) -> Networks:
+def build_networks(
+    config: DistillConfig, base: Base, device: torch.device, processes: Processes = SINGLE_PROCESS
+) -> Networks:
     """Load the base three times: trained student and critic, frozen teacher; or twice, with a LoRA critic.
 
     Args:

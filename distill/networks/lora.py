@@ -1,6 +1,8 @@
-"""A critic of low rank on the weights of the frozen teacher, which is the same module with its adapters switched off.
+"""A LoRA critic: adapters on the frozen teacher's own module, which is the teacher while they are off.
 
-Knows neither losses nor the training loop. r is the rank.
+Knows neither losses nor the training loop.
+
+Legend: r is the rank of the adapters.
 """
 
 import functools
@@ -21,14 +23,14 @@ ADAPTED = (*(f"{name}.{part}" for name in ("attn1", "attn2") for part in _ATTENT
 
 
 class Switch:
-    """Whether the adapters of one transformer take part."""
+    """Turns the adapters of one transformer on and off."""
 
     def __init__(self) -> None:
         self.is_on = False
 
     @contextmanager
     def turned(self, is_on: bool) -> Iterator[None]:
-        """Switch the adapters on or off for a while."""
+        """Turn the adapters on or off inside the block."""
         before, self.is_on = self.is_on, is_on
         try:
             yield
@@ -37,9 +39,13 @@ class Switch:
 
 
 class AdaptedLinear(nn.Linear):
-    """A frozen linear layer plus scale * up @ down, where the switch is on; made by `add_adapters`.
+    """A frozen linear layer, plus scale * up @ down while the switch is on; made by `add_adapters`.
 
-    lora_down (r, in) and lora_up (out, r) are float32 and trained.
+    Attributes:
+        lora_down: (r, in) float32, trained.
+        lora_up: (out, r) float32, trained.
+        lora_scale: alpha / r.
+        switch: shared by all adapters of the transformer.
     """
 
     lora_down: nn.Parameter
@@ -57,16 +63,16 @@ class AdaptedLinear(nn.Linear):
 
 
 def add_adapters(transformer: WanTransformer3DModel, switch: Switch, rank: int, alpha: float) -> None:
-    """Freeze a transformer and give every linear layer of its blocks an adapter that changes nothing yet.
+    """Freeze a transformer and add an adapter, zero at first, to every linear layer of its blocks.
 
     Args:
         transformer: changed in place; on the meta device too.
-        switch: of all its adapters.
+        switch: turns all adapters on and off.
         rank: 1 or more.
-        alpha: the adapters weigh alpha / rank.
+        alpha: the adapters are scaled by alpha / rank.
 
-    Source: LoRA (arXiv 2106.09685), down uniform as a linear layer's own weights, up zero. The draw is a function of
-    the layer's place, so all processes and all runs start alike.
+    Source: LoRA (arXiv 2106.09685): down is uniform as nn.Linear's own weights, up is zero. The draw depends on the
+    position of the layer alone, so all ranks and all runs start with the same adapters.
     """
     transformer.requires_grad_(False)
     for index, block in enumerate(transformer.blocks):
@@ -83,7 +89,7 @@ def add_adapters(transformer: WanTransformer3DModel, switch: Switch, rank: int, 
 
 
 class AdaptedCritic(nn.Module):
-    """The transformer that `add_adapters` changed, called with its adapters on."""
+    """Calls the transformer of `add_adapters` with its adapters on."""
 
     def __init__(self, base: WanTransformer3DModel, switch: Switch) -> None:
         super().__init__()
@@ -96,16 +102,16 @@ class AdaptedCritic(nn.Module):
 
 
 def checkpoint_activations(transformer: WanTransformer3DModel, switch: Switch | None = None) -> None:
-    """Keep only the inputs of every block for the backward pass, which computes the rest again.
+    """Turn on activation checkpointing: keep only the inputs of blocks, recompute the rest in the backward pass.
 
     Args:
         transformer: changed in place.
-        switch: of its adapters, which stand again as they stood in the forward pass while blocks are computed again.
+        switch: of its adapters; recomputation restores the state it had in the forward pass.
     """
 
     def contexts() -> tuple[Any, Any]:
         return nullcontext(), nullcontext() if switch is None else switch.turned(switch.is_on)
 
-    # No random numbers are drawn in a Wan block, so there is no generator to put back.
+    # A Wan block draws no random numbers, so there is no generator state to restore.
     recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     transformer.enable_gradient_checkpointing(lambda block, *args: recompute(block, *args))

@@ -1,7 +1,7 @@
-"""The processes of one run: who they are, which samples each trains on, and what they tell each other.
+"""The processes of one run: rank and world size, which samples each rank trains on, and collectives that report errors.
 
-Knows no network and no loss. One process is the same code with nobody to talk to. Every method but the plain
-properties is collective: all processes call it, in the same order.
+Knows no network and no loss. A run of one process uses the same code without torch.distributed. Every method but
+`positions` and the properties is a collective: all ranks call it, in the same order.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,22 +18,27 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.files import first_line
 from distill.config import DistillConfig
 
 LAUNCHER = "torchrun --nproc-per-node N --no-python codmd-distill train ..."
 
-# How long processes wait for each other: the first one encodes the prompts and writes checkpoints alone.
-PATIENCE = timedelta(hours=2)
+# Rank 0 encodes the prompts and writes checkpoints while the others wait in a collective.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Processes:
-    """This process among those of the run.
+    """The place of this process in the run.
 
-    Groups of `context_parallel` neighbouring processes share their samples and split their tokens; `mesh` is one-
-    dimensional over all processes, None for one process alone.
+    Attributes:
+        rank: 0..world_size - 1.
+        world_size: number of processes.
+        device: of this rank.
+        mesh: one-dimensional over all ranks; None without torch.distributed.
+        context_parallel: neighbouring ranks that train on the same samples and split their tokens.
     """
 
     rank: int = 0
@@ -43,35 +48,35 @@ class Processes:
     context_parallel: int = 1
 
     @property
-    def is_first(self) -> bool:
-        """Whether this process writes files and shows progress."""
+    def is_rank0(self) -> bool:
+        """Whether this rank writes files and shows progress."""
         return self.rank == 0
 
     @property
-    def num_data(self) -> int:
-        """Number of groups that train on samples of their own."""
+    def data_parallel(self) -> int:
+        """Number of groups of ranks that train on different samples."""
         return self.world_size // self.context_parallel
 
     def positions(self, batch_size: int, accumulate: int, part: int) -> range:
-        """Return which places of the whole batch this process computes in one of its `accumulate` parts.
+        """Return the places of the whole batch that this rank computes in one of its `accumulate` micro-batches.
 
-        Part after part, and within each one group of processes after the other, so that gathering a part over the
-        processes gives consecutive samples.
+        Micro-batches follow each other in the batch, and within one the groups of ranks do. So gathering a micro-batch
+        over the ranks gives consecutive samples.
         """
-        share = batch_size // (self.num_data * accumulate)
-        first = (part * self.num_data + self.rank // self.context_parallel) * share
+        share = batch_size // (self.data_parallel * accumulate)
+        first = (part * self.data_parallel + self.rank // self.context_parallel) * share
         return range(first, first + share)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the mean of a tensor over all processes."""
+    def all_reduce_mean(self, values: Tensor) -> Tensor:
+        """Return the mean of a tensor over all ranks."""
         if self.mesh is None:
             return values
         summed = values.clone()
         dist.all_reduce(summed)
         return summed / self.world_size
 
-    def greatest(self, *values: int) -> list[int]:
-        """Return the largest of each number over all processes."""
+    def all_reduce_max(self, *values: int) -> list[int]:
+        """Return the maximum of each number over all ranks."""
         if self.mesh is None:
             return list(values)
         largest = torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -79,46 +84,48 @@ class Processes:
         return [int(value) for value in largest.tolist()]
 
     def gather_samples(self, own: Tensor) -> Tensor:
-        """Concatenate (b, ...) tensors of all groups along the first dimension, without gradient."""
+        """Concatenate the (b, ...) tensors of all groups along the first dimension, without gradient."""
         if self.mesh is None:
             return own.detach()
         parts = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(parts, own.detach().contiguous())
         return torch.cat(parts[:: self.context_parallel])
 
-    def full(self, state: T) -> T:
-        """Copy nested dicts and lists of tensors, sharded ones made whole; on the CPU, and only in the first process.
+    def gather_to_rank0(self, state: T) -> T:
+        """Gather the shards of nested dicts and lists of tensors.
 
-        Elsewhere whole tensors are dropped as soon as they have been sent, and empty ones stand in their place.
+        Returns:
+            A copy of `state`. On rank 0, sharded tensors are whole and on the CPU; on the other ranks they are empty.
+            Tensors that are not sharded are the same objects.
         """
 
         def whole(leaf: Any) -> Any:
             if not isinstance(leaf, DTensor):
                 return leaf
             gathered = leaf.full_tensor().detach()
-            return gathered.cpu() if self.is_first else gathered.new_empty(0)
+            return gathered.cpu() if self.is_rank0 else gathered.new_empty(0)
 
         copied: T = tree_map(whole, state)
         return copied
 
-    def first_does(self, action: Callable[[], T]) -> T | None:
-        """Let the first process do something while the others wait.
+    def on_rank0(self, action: Callable[[], T]) -> T | None:
+        """Run `action` on rank 0 while the other ranks wait.
 
         Returns:
-            What it returned; None in the other processes.
+            Its result on rank 0, None on the other ranks.
 
         Raises:
-            CodmdError: in all processes, of the kind that it failed with in the first. What else it fails with is
-                raised as it is there and as CodmdError elsewhere, so that nobody waits for a process that is gone.
+            CodmdError: of the same class on all ranks. Any other exception is re-raised on rank 0 and becomes
+                CodmdError on the other ranks, so that none of them hangs.
         """
         if self.mesh is None:
             return action()
         result: T | None = None
         failure: Exception | None = None
-        if self.is_first:
+        if self.is_rank0:
             try:
                 result = action()
-            except Exception as error:  # raised again below, when the others know
+            except Exception as error:  # re-raised below, after the broadcast
                 failure = error
         told: list[tuple[str, str] | None] = [None if failure is None else _described(failure)]
         dist.broadcast_object_list(told, src=0)
@@ -126,80 +133,83 @@ class Processes:
             raise failure
         if told[0] is not None:
             kind, message = told[0]
-            raise {kind.__name__: kind for kind in _KINDS}[kind](message)
+            raise {kind.__name__: kind for kind in _ERROR_CLASSES}[kind](message)
         return result
 
-    def first_tells(self, action: Callable[[], T]) -> T:
-        """Let the first process find something out, and return it in all of them.
+    def broadcast_from_rank0(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and return its result on all ranks.
 
         Args:
-            action: gives something small that can be pickled.
+            action: returns a small object that can be pickled.
 
         Raises:
-            CodmdError: as `first_does`.
+            CodmdError: as `on_rank0`.
         """
-        found = [self.first_does(action)]
+        found = [self.on_rank0(action)]
         if self.mesh is not None:
             dist.broadcast_object_list(found, src=0)
         return cast(T, found[0])
 
-    def all_do(self, action: Callable[[], T]) -> T:
-        """Do something in every process that any of them may fail at, as reading a file.
+    def on_all_ranks(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank, where any of them may fail, as when it reads a file.
 
         Args:
-            action: no collective.
+            action: calls no collective.
 
         Raises:
-            CodmdError: in all processes when it failed in one: there what it failed with.
+            Exception: on the ranks where `action` raised it.
+            CheckpointError: on all other ranks, so that none of them hangs.
         """
         result: T | None = None
-        failure: CodmdError | None = None
+        failure: Exception | None = None
         try:
             result = action()
-        except CodmdError as error:
+        except Exception as error:  # re-raised below, after the other ranks know
             failure = error
-        (has_failed,) = self.greatest(int(failure is not None))
+        (has_failed,) = self.all_reduce_max(int(failure is not None))
         if failure is not None:
             raise failure
         if has_failed:
-            raise CheckpointError("another process cannot read what this one can: all must see the same folders")
+            raise CheckpointError(
+                "another process cannot read what this one can: all processes must see the same folders"
+            )
         return cast(T, result)
 
 
-# From the most special to the most general.
-_KINDS = (ConfigError, CheckpointError, CodmdError)
+# From the most specific class to the most general.
+_ERROR_CLASSES = (ConfigError, CheckpointError, CodmdError)
 
 
 def _described(failure: Exception) -> tuple[str, str]:
-    """The kind and the text with which other processes report a failure of the first one."""
-    kind = next((kind for kind in _KINDS if isinstance(failure, kind)), None)
+    """Return the class and the message with which the other ranks report a failure of rank 0."""
+    kind = next((kind for kind in _ERROR_CLASSES if isinstance(failure, kind)), None)
     if kind is None:
-        return CodmdError.__name__, f"the first process failed: {type(failure).__name__}: {failure}"
+        return CodmdError.__name__, f"rank 0 failed: {first_line(failure)}"
     return kind.__name__, str(failure)
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 @contextmanager
 def process_group(device: torch.device, config: DistillConfig) -> Iterator[Processes]:
-    """Join the other processes when torchrun started this one, else be alone.
+    """Join the process group when torchrun started this process; without torchrun, yield a single process.
 
     Args:
-        device: cpu (gloo) or cuda (nccl; each process takes the GPU of its number on its machine).
-        config: its batch has to come out even.
+        device: cpu (gloo) or cuda (nccl; each process takes the GPU of its local rank).
+        config: its batch_size must divide over the ranks.
 
     Raises:
-        ConfigError: too few processes for context_parallel, or a batch_size that cannot be shared out.
+        ConfigError: too few processes for context_parallel, or a batch_size that does not divide over them.
     """
     if not dist.is_torchelastic_launched():
-        check_shares(config, 1)
+        check_world_size(config, 1)
         yield Processes(device=device)
         return
     if device.type == "cuda":
         device = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
         yield join_processes(device, config)
     finally:
@@ -207,13 +217,13 @@ def process_group(device: torch.device, config: DistillConfig) -> Iterator[Proce
 
 
 def join_processes(device: torch.device, config: DistillConfig) -> Processes:
-    """Describe this process of torch.distributed's default group, which must be there.
+    """Describe this process of torch.distributed's default group, which must be initialised.
 
     Raises:
         ConfigError: as `process_group`.
     """
     world_size = dist.get_world_size()
-    check_shares(config, world_size)
+    check_world_size(config, world_size)
     mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("all",))
     return Processes(
         rank=dist.get_rank(),
@@ -224,11 +234,11 @@ def join_processes(device: torch.device, config: DistillConfig) -> Processes:
     )
 
 
-def check_shares(config: DistillConfig, world_size: int) -> None:
-    """Check that a run can be spread over processes.
+def check_world_size(config: DistillConfig, world_size: int) -> None:
+    """Check that a run can be distributed over `world_size` processes.
 
     Raises:
-        ConfigError: it cannot; the message names the key and says what would do.
+        ConfigError: it cannot; the message names the key and the values that work.
     """
     degree = config.context_parallel
     if world_size < degree or world_size % degree:

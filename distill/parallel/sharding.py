@@ -1,4 +1,4 @@
-"""FSDP2 for Wan transformers: one group per block, weights read by the first process and sent to the others as shards.
+"""FSDP2 and context parallelism of Wan transformers; rank 0 reads the weights and scatters them as shards.
 
 Knows neither losses nor the training loop.
 """
@@ -29,22 +29,22 @@ def load_sharded(
     processes: Processes,
     precision: str,
 ) -> WanTransformer3DModel:
-    """Load a transformer as shards, without any other process than the first ever holding the whole.
+    """Load a transformer as shards; no rank but rank 0 ever holds all of its weights.
 
     Args:
-        load: gives the transformer on the CPU; called in the first process only.
+        load: returns the transformer on the CPU; called on rank 0 only.
         prepare: changes a transformer in place before it is sharded.
         architecture: its config.
         processes: more than one.
         precision: fp32 or bf16, in which it will be called; see `shard`.
 
     Returns:
-        The transformer on `processes.device`, parameters as DTensors sharded over all processes.
+        The transformer on `processes.device`, parameters as DTensors sharded over all ranks.
 
     Raises:
-        CodmdError: what `load` raised, in all processes.
+        CodmdError: what `load` raised, on all ranks.
     """
-    whole = processes.first_does(load)
+    whole = processes.on_rank0(load)
     if whole is not None:
         prepare(whole)
     told = [None if whole is None else {name: item.dtype for name, item in whole.named_parameters()}]
@@ -58,7 +58,7 @@ def load_sharded(
     shard(transformer, processes, precision)
     transformer.to_empty(device=processes.device)
     with torch.no_grad():
-        fill(transformer, {} if whole is None else dict(whole.named_parameters()), processes)
+        scatter_parameters(transformer, {} if whole is None else dict(whole.named_parameters()), processes)
         for name, buffer in transformer.named_buffers():
             if whole is not None:
                 buffer.copy_(whole.get_buffer(name))
@@ -67,19 +67,19 @@ def load_sharded(
 
 
 def shard(transformer: WanTransformer3DModel, processes: Processes, precision: str) -> None:
-    """Shard the parameters of a transformer in place, over all processes, one group per block and one for the rest.
+    """Shard the parameters of a transformer in place over all ranks: one FSDP group per block, one for the rest.
 
-    Parameters keep their dtype. In fp32 they are gathered in it. In bf16 the linear layers of blocks are gathered in
-    bfloat16: what autocast, which rules mixed precision here as in one process, would make of them, in half the memory
-    and traffic. Their gradients are summed up in float32. Tables of modulation, norms and all layers around the blocks
-    are gathered as they are. Gradients are means over processes.
+    Parameters keep their dtype. With precision fp32 they are all-gathered in it. With bf16 the linear layers of blocks
+    are all-gathered in bfloat16, to which autocast would cast them anyway: half the memory and traffic. Their gradients
+    are reduced in float32. Modulation tables, norms and the layers around the blocks are all-gathered in their own
+    dtype. Gradients are means over ranks.
 
     Args:
         transformer: changed in place; on the meta device too.
         processes: more than one.
         precision: fp32 or bf16, in which the transformer will be called.
     """
-    # Also after a forward pass without gradient: a teacher has no backward pass that would free its weights.
+    # The teacher has no backward pass that would free its gathered weights, so every forward pass reshards.
     options: dict[str, Any] = {"mesh": processes.mesh, "reshard_after_forward": True}
     is_narrow = precision == "bf16"
     for block in transformer.blocks:
@@ -87,29 +87,29 @@ def shard(transformer: WanTransformer3DModel, processes: Processes, precision: s
         fully_shard(block, ignored_params=linear if is_narrow else None, **options)
         if is_narrow:
             _shard_linear_layers(block, set(block.parameters()) - linear, options)
-    # FSDP2 warns of outputs that are views, since its hooks do not survive in-place changes of those.
+    # FSDP2 warns about outputs that are views, because in-place changes of a view would drop its hooks.
     transformer.register_forward_hook(lambda _module, _args, output: tuple(item.clone() for item in output))
     fully_shard(transformer, **options)
     if is_narrow:
-        # By itself FSDP2 fetches one group ahead, which would be the small one of the next block.
+        # FSDP2 prefetches one group by default, which would be the small one of the next block.
         for earlier, block in itertools.pairwise(transformer.blocks):
             block.attn1.set_modules_to_backward_prefetch([earlier, earlier.attn1])
 
 
 def _shard_linear_layers(block: nn.Module, others: set[nn.Parameter], options: Mapping[str, Any]) -> None:
-    # A group of their own: a group's gradients are summed up in one buffer, of one dtype. Inputs are not cast: the
-    # residual stream and the modulation are float32, and autocast casts where it should.
+    # A group of their own, because a group reduces its gradients in one buffer of one dtype. Inputs are not cast: the
+    # residual stream and the modulation are float32, and autocast casts what it should.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # What these parts return is a view of a product, and a Wan block changes none of it in place.
+    # These modules return views, and a Wan block changes none of them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     parts = [block.get_submodule(name) for name in ("attn1", "attn2", "ffn")]
     fully_shard(parts, mp_policy=policy, ignored_params=others, **options)
 
 
-def fill(module: nn.Module, whole: Mapping[str, Tensor], processes: Processes) -> None:
-    """Set the sharded parameters of a module to whole tensors by name, which only the first process has to have."""
+def scatter_parameters(module: nn.Module, whole: Mapping[str, Tensor], processes: Processes) -> None:
+    """Set the sharded parameters of a module to whole tensors by name; only rank 0 needs to have them."""
     for name, parameter in module.named_parameters():
-        if processes.is_first:
+        if processes.is_rank0:
             source = whole[name].detach().to(processes.device, parameter.dtype)
         else:
             source = torch.empty(parameter.shape, dtype=parameter.dtype, device=processes.device)
@@ -119,18 +119,18 @@ def fill(module: nn.Module, whole: Mapping[str, Tensor], processes: Processes) -
 
 
 def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor as it is, or as shards where `like` is sharded; every process has to have the whole."""
+    """Return the tensor itself, or its shards where `like` is sharded; every rank must have the whole tensor."""
     if not isinstance(like, DTensor):
         return whole
     source = whole.to(like.device)
-    # A copy: shards can be views, which would keep the whole in memory.
+    # A copy: shards can be views, which would keep the whole tensor in memory.
     return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
 def shard_optimizer_state(state: dict[str, Any], parameters: Iterable[Tensor]) -> dict[str, Any]:
-    """Return a copy of an optimizer's `state_dict` of whole tensors, moments sharded as the parameters they belong to.
+    """Return a copy of an optimizer's `state_dict` of whole tensors, its moments sharded like their parameters.
 
-    A copy, since the tensors can be mapped from a checkpoint file, which must not be held open until it is deleted.
+    A copy, because the tensors can be mapped from a checkpoint file, and a mapping would keep a deleted file on disk.
     """
     by_index = list(parameters)
 
@@ -147,7 +147,7 @@ def shard_optimizer_state(state: dict[str, Any], parameters: Iterable[Tensor]) -
     return {**state, "state": moments}
 
 
-def check_tokens(config: DistillConfig, num_heads: int, num_tokens: int) -> None:
+def check_token_split(config: DistillConfig, num_heads: int, num_tokens: int) -> None:
     """Check that the tokens of one video can be split over context_parallel processes.
 
     Args:
@@ -166,10 +166,10 @@ def check_tokens(config: DistillConfig, num_heads: int, num_tokens: int) -> None
 
 
 def split_tokens(transformers: Iterable[WanTransformer3DModel], config: DistillConfig, processes: Processes) -> None:
-    """Let groups of `context_parallel` processes split the tokens of their samples in every call.
+    """Make groups of `context_parallel` ranks split the tokens of their samples in every call.
 
-    The networks' inputs and outputs stay whole. In the backward pass every process has the gradient of its own tokens'
-    share, in all parameters, so the gradient is the sum over a group; see `Trainer`.
+    Inputs and outputs of the networks stay whole. After a backward pass each rank holds the part of the gradient that
+    comes from its own tokens, so the gradient is the sum over a group; see `Trainer`.
 
     Args:
         transformers: changed in place.
@@ -179,10 +179,10 @@ def split_tokens(transformers: Iterable[WanTransformer3DModel], config: DistillC
     Source: diffusers, ModelMixin.enable_parallelism and the plan of WanTransformer3DModel.
     """
     degree = config.context_parallel
-    # Ulysses: attention is computed over all tokens and a share of the heads. A ring would need kernels that return
-    # the logarithm of the softmax's denominator, and torch's own does not.
+    # Ulysses: each rank attends over all tokens with a part of the heads. A ring would need kernels that return the
+    # log-sum-exp of the softmax, and torch's own does not.
     names = ("data", "ring", "ulysses")
-    mesh = init_device_mesh(processes.device.type, (processes.num_data, 1, degree), mesh_dim_names=names)
+    mesh = init_device_mesh(processes.device.type, (processes.data_parallel, 1, degree), mesh_dim_names=names)
     with _countable_devices():
         for transformer in transformers:
             transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
@@ -190,7 +190,7 @@ def split_tokens(transformers: Iterable[WanTransformer3DModel], config: DistillC
 
 @contextmanager
 def _countable_devices() -> Iterator[None]:
-    """Let diffusers number this process's device on a machine without accelerators, where it divides by their count."""
+    """Make diffusers work without accelerators: it takes the rank modulo their count, which is 0 on a CPU machine."""
     count = torch.accelerator.device_count
     if not count():
         torch.accelerator.device_count = lambda: 1

@@ -1,10 +1,10 @@
-"""Run folders on disk: checkpoints to resume from, and the student bundle at the end; knows nothing of the loop.
+"""Run folders on disk: checkpoints to resume from, and the student bundle at the end; knows no training loop.
 
 RUN/config.json                    the resolved DistillConfig
 RUN/log.jsonl, curves.png          means of all metrics, and their plot (trainer.py, curves.py)
 RUN/tensorboard/                   the same, and the previews
-RUN/previews/                      pictures of the averaged student (previews.py)
-RUN/checkpoints/step-00000200/     state.pt, complete or absent
+RUN/previews/                      pictures of the EMA student (previews.py)
+RUN/checkpoints/step-00000200/     state.pt after 200 iterations, complete or absent
 RUN/bundle/                        the student, once the run has ended
 RUN/pipeline/                      the same as a complete diffusers folder, where the stock pipeline can sample it
 """
@@ -28,6 +28,7 @@ from codmd_serve.files import TEMPORARY_PREFIX, atomic_folder, first_line, lefto
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
 from distill.config import RESUMABLE, DistillConfig, config_from_dict, config_to_dict
+from distill.data.prompts import caption_grammar
 from distill.networks.base import Base, open_base
 
 CONFIG_FILE = "config.json"
@@ -62,10 +63,10 @@ def read_config(run_dir: Path) -> DistillConfig:
 
 
 def check_resumable(saved: DistillConfig, wanted: DistillConfig) -> None:
-    """Refuse to go on with settings under which the first part of the run was not computed.
+    """Check that a run may be resumed with other settings.
 
     Raises:
-        ConfigError: names the first setting that differs.
+        ConfigError: a setting differs that changes what is computed; the message names the first.
     """
     before, after = config_to_dict(saved), config_to_dict(wanted)
     for key, value in before.items():
@@ -76,12 +77,12 @@ def check_resumable(saved: DistillConfig, wanted: DistillConfig) -> None:
             )
 
 
-def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
-    """Write a checkpoint so that it is there whole or not at all, then delete all but the newest.
+def save_checkpoint(run_dir: Path, iteration: int, state: dict[str, Any], keep_last: int) -> Path:
+    """Write a checkpoint atomically, then delete all but the newest.
 
     Args:
         run_dir: the run's folder.
-        step: iterations done.
+        iteration: iterations done.
         state: nested dicts and lists of tensors, numbers and text.
         keep_last: how many checkpoints stay, 1 or more.
 
@@ -91,7 +92,7 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], keep_last: 
     Raises:
         CheckpointError: it cannot be written; older checkpoints are untouched.
     """
-    folder = run_dir / "checkpoints" / f"{STEP_PREFIX}{step:08d}"
+    folder = run_dir / "checkpoints" / f"{STEP_PREFIX}{iteration:08d}"
     # A killed save leaves its temporary folder behind, which would fill the disk. Older versions named it otherwise.
     for unfinished in (*leftovers(folder.parent), *folder.parent.glob(f".{STEP_PREFIX}*.partial")):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -112,7 +113,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Load a checkpoint, on the CPU, its tensors mapped from the file: processes that need shards read only those.
+    """Load a checkpoint on the CPU. Its tensors are memory-mapped, so a rank reads only the shards it needs.
 
     Raises:
         CheckpointError: it is damaged or of another kind.
@@ -139,7 +140,7 @@ def write_bundle(
         config: of the run.
         base: of the run.
         ema_weights: float32 moving average by parameter name.
-        num_student_updates: how many updates it has seen.
+        num_student_updates: updates of the student so far.
 
     Raises:
         CheckpointError: the base is gone, the weights do not fit it, or the bundle cannot be written.
@@ -171,21 +172,21 @@ def write_bundle(
         dtype = DTYPES_BY_NAME[config.bundle_dtype]
         weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in ema_weights.items()}
         transformer.load_state_dict(weights, assign=True)
-        save_bundle(bundle_dir, transformer, spec)
+        save_bundle(bundle_dir, transformer, spec, caption_grammar(config))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"bundle {bundle_dir} cannot be written: {first_line(error)}") from error
 
 
-def export_bundle(run_dir: Path, bundle_dir: Path, step: int | None = None) -> int:
+def export_bundle(run_dir: Path, bundle_dir: Path, iteration: int | None = None) -> int:
     """Write the bundle of a run from one of its checkpoints.
 
     Args:
         run_dir: the run's folder.
         bundle_dir: where the bundle goes.
-        step: which checkpoint; None is the newest.
+        iteration: which checkpoint; None is the newest.
 
     Returns:
-        The step taken.
+        The iteration of the checkpoint.
 
     Raises:
         ConfigError: there is no run.
@@ -193,12 +194,12 @@ def export_bundle(run_dir: Path, bundle_dir: Path, step: int | None = None) -> i
     """
     config = read_config(run_dir)
     folders = {int(folder.name.removeprefix(STEP_PREFIX)): folder for folder in list_checkpoints(run_dir)}
-    if not folders or (step is not None and step not in folders):
+    if not folders or (iteration is not None and iteration not in folders):
         kept = ", ".join(map(str, sorted(folders))) or "none"
         raise CheckpointError(
-            f"{run_dir} has no checkpoint of step {'any' if step is None else step}, kept are: {kept}"
+            f"{run_dir} has no checkpoint of iteration {'any' if iteration is None else iteration}, kept are: {kept}"
         )
-    chosen = max(folders) if step is None else step
+    chosen = max(folders) if iteration is None else iteration
     state = load_checkpoint(folders[chosen])
     trainer = state["trainer"]
     write_bundle(bundle_dir, config, open_base(config.base), trainer["ema"]["shadow"], trainer["updates"]["student"])
@@ -206,7 +207,7 @@ def export_bundle(run_dir: Path, bundle_dir: Path, step: int | None = None) -> i
 
 
 def write_pipeline(bundle: Path, folder: Path) -> None:
-    """Write a bundle as a diffusers folder where the stock pipeline can sample it, and say so where it cannot.
+    """Write a bundle as a diffusers folder; log a warning where the stock pipeline cannot sample it.
 
     Raises:
         CheckpointError: the base is gone or incomplete, or the folder cannot be written.
@@ -217,16 +218,16 @@ def write_pipeline(bundle: Path, folder: Path) -> None:
         logger.warning("no diffusers folder written reason=%s", error)
 
 
-def export_pipeline(run_dir: Path, folder: Path, step: int | None = None) -> int:
+def export_pipeline(run_dir: Path, folder: Path, iteration: int | None = None) -> int:
     """Write the student of a run as a folder that the stock `diffusers.WanPipeline` loads.
 
     Args:
         run_dir: the run's folder.
         folder: where to; one that exists is replaced.
-        step: which checkpoint; None is the newest.
+        iteration: which checkpoint; None is the newest.
 
     Returns:
-        The step taken.
+        The iteration of the checkpoint.
 
     Raises:
         ConfigError: there is no run, or the stock pipeline cannot sample its student.
@@ -239,7 +240,7 @@ def export_pipeline(run_dir: Path, folder: Path, step: int | None = None) -> int
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=parent) as temporary:
             bundle = Path(temporary) / "bundle"
-            chosen = export_bundle(run_dir, bundle, step)
+            chosen = export_bundle(run_dir, bundle, iteration)
             save_pipeline(bundle, folder)
     except OSError as error:
         raise CheckpointError(f"pipeline {folder} cannot be written: {first_line(error)}") from error

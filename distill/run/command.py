@@ -1,4 +1,4 @@
-"""Arguments of `codmd-distill train` and `codmd-distill export`, and what the commands do with them.
+"""Arguments of `codmd-distill train` and `codmd-distill export`, and the commands themselves.
 
 Knows nothing of training itself. Imports nothing heavy until a command runs, so that --help is quick.
 """
@@ -97,7 +97,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         default="bundle",
         help="a bundle for codmd-serve (default), or a complete folder for diffusers.WanPipeline.from_pretrained",
     )
-    parser.add_argument("--step", type=int, help="checkpoint to take; default: the newest")
+    parser.add_argument(
+        "--iteration", "--step", dest="iteration", type=int, help="of the checkpoint to take; default: the newest"
+    )
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -109,8 +111,8 @@ def run_export(args: argparse.Namespace) -> int:
     from distill.run.checkpoint import export_bundle, export_pipeline
 
     export = export_pipeline if args.format == "pipeline" else export_bundle
-    step = export(args.run, args.out, args.step)
-    print(f"{args.format} {args.out} from step {step}")
+    iteration = export(args.run, args.out, args.iteration)
+    print(f"{args.format} {args.out} from iteration {iteration}")
     return 0
 
 
@@ -127,8 +129,8 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
             "device": str(device),
             "processes": processes.world_size,
         }
-        if processes.is_first:
-            print(describe(config, summary))
+        if processes.is_rank0:
+            print(settings_as_json(config, summary))
         return 0
     options = RunOptions(
         out=args.out,
@@ -142,10 +144,10 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
     outcome = run_training(config, options, resume=args.resume)
     done = f"{outcome.step} steps, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
     if outcome.signal_number is not None:
-        if processes.is_first:
+        if processes.is_rank0:
             print(f"interrupted after {done}; go on with --resume --out {args.out}", file=sys.stderr)
         return 128 + outcome.signal_number
-    if processes.is_first:
+    if processes.is_rank0:
         print(f"bundle {outcome.bundle} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
     return 0
 
@@ -178,7 +180,7 @@ def resolve_config(args: argparse.Namespace, device: "torch.device") -> "Distill
     return with_overrides(config, [f"precision={resolve_precision(config.precision, device)}"])
 
 
-def describe(config: "DistillConfig", summary: dict[str, object]) -> str:
+def settings_as_json(config: "DistillConfig", summary: dict[str, object]) -> str:
     """Return the resolved settings and what follows from them, as JSON."""
     from distill.config import config_to_dict
 

@@ -1,4 +1,4 @@
-"""A run's log drawn as curves, one panel per number; reads log.jsonl and nothing else."""
+"""The curves of a run, one panel per number of its log; reads log.jsonl and nothing else."""
 
 import json
 import logging
@@ -9,21 +9,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from codmd_serve.files import atomic_file
+from distill.run.log import ITERATION_KEY, iteration_of
 
 CURVES_FILE = "curves.png"
-# What the panels have as their axis, or say of the machine and not of the run.
-NOT_DRAWN = ("step", "elapsed_s", "eta_s", "student_updates")
+# The x axis of all panels, and numbers that describe the machine or the clock.
+NOT_DRAWN = (ITERATION_KEY, "step", "elapsed_s", "eta_s", "student_updates")
 COLUMNS = 3
 
 logger = logging.getLogger(__name__)
 
 
 def plot_curves(log: Path, picture: Path) -> None:
-    """Draw every number of a log over the step; a picture that cannot be written is logged, training goes on.
+    """Draw every number of a log over the iteration. A picture that cannot be written is logged, training goes on.
 
     Args:
-        log: one JSON object per line, with `step`; a line cut short by a kill is left out.
-        picture: PNG to write, whole or not at all; none is written for a log without lines.
+        log: one JSON object per line; a last line that a kill cut short is left out.
+        picture: PNG to write; none is written for a log without lines.
     """
     curves = read_curves(log)
     if not curves:
@@ -35,13 +36,13 @@ def plot_curves(log: Path, picture: Path) -> None:
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.5 / height, top=1 - 0.3 / height, hspace=0.4, wspace=0.2)
     # Not pyplot: that keeps figures and picks a window system.
     FigureCanvasAgg(figure)
-    for place, (name, (steps, values)) in enumerate(curves.items(), start=1):
+    for place, (name, (iterations, values)) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(rows, COLUMNS, place)
-        axes.plot(steps, values, linewidth=0.9, marker="." if len(steps) < 30 else "")
+        axes.plot(iterations, values, linewidth=0.9, marker="." if len(iterations) < 30 else "")
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    figure.supxlabel("step", fontsize=9)
+    figure.supxlabel("iteration", fontsize=9)
     try:
         with atomic_file(picture) as temporary:
             figure.savefig(temporary, format="png", dpi=100)
@@ -50,8 +51,9 @@ def plot_curves(log: Path, picture: Path) -> None:
 
 
 def read_curves(log: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Return steps and values by name, in the order of their first line; None (a value that was not finite) is left
-    out, and so are names that never had a value.
+    """Return iterations and values by name, in the order of their first line.
+
+    None stands for a value that was not finite and is left out; so are names that never had a value.
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
@@ -62,7 +64,7 @@ def read_curves(log: Path) -> dict[str, tuple[list[int], list[float]]]:
             continue
         for name, value in record.items():
             if name not in NOT_DRAWN and isinstance(value, int | float) and math.isfinite(value):
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(record["step"])
+                iterations, values = curves.setdefault(name, ([], []))
+                iterations.append(iteration_of(record))
                 values.append(value)
     return curves

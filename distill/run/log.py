@@ -1,6 +1,6 @@
-"""What a run says while it trains: log.jsonl, TensorBoard and the progress bar; knows no network.
+"""The log of a run: log.jsonl, TensorBoard and the progress bar; knows no network.
 
-One line per window of iterations, with the means of their metrics.
+One line per `log_every_steps` iterations, with the means of their metrics.
 """
 
 import json
@@ -21,67 +21,70 @@ from codmd_serve.files import write_text
 from distill.config import DistillConfig
 
 LOG_FILE = "log.jsonl"
+ITERATION_KEY = "iteration"
 
 logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Means of the metrics since the last line, to log.jsonl, TensorBoard and the progress bar.
+    """Writes the means of the metrics since the last line.
 
     Args:
         out: folder of the run.
-        config: lengths and batch.
-        step: iterations already done; later lines of a log that is there are dropped.
+        config: of the run.
+        iteration: iterations already done; a resumed run drops later lines of its log.
         budget_s: of training; infinite without one.
-        is_first: of several processes only the first one says anything.
+        is_rank0: the other ranks write nothing.
     """
 
-    def __init__(self, out: Path, config: DistillConfig, step: int, budget_s: float, is_first: bool = True) -> None:
-        self.config, self.budget_s, self.is_first = config, budget_s, is_first
+    def __init__(
+        self, out: Path, config: DistillConfig, iteration: int, budget_s: float, is_rank0: bool = True
+    ) -> None:
+        self.config, self.budget_s, self.is_rank0 = config, budget_s, is_rank0
         self.path = out / LOG_FILE
         self.sums: dict[str, tuple[Tensor, int]] = {}
-        self.window_start, self.window_step = time.monotonic(), step
-        if not is_first:
+        self.window_start, self.window_iteration = time.monotonic(), iteration
+        if not is_rank0:
             return
-        _keep_lines_up_to(self.path, step)
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+        _keep_lines_up_to(self.path, iteration)
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=iteration)
         bar = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-        # disable=None: no bar where nobody watches; the log lines stay.
-        self.bar = tqdm(total=config.max_steps, initial=step, disable=None, bar_format=bar, dynamic_ncols=True)
+        # disable=None: no bar without a terminal; the log lines stay.
+        self.bar = tqdm(total=config.max_steps, initial=iteration, disable=None, bar_format=bar, dynamic_ncols=True)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.is_first:
+        if not self.is_rank0:
             return
         self.bar.close()
         self.board.close()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Take in one iteration's metrics, without waiting for the device."""
-        if not self.is_first:
+        """Add the metrics of one iteration, without synchronising with the device."""
+        if not self.is_rank0:
             return
         for name, value in metrics.items():
             total, count = self.sums.get(name, (torch.zeros_like(value), 0))
             self.sums[name] = (total + value, count + 1)
         self.bar.update(1)
 
-    def write(self, step: int, num_student_updates: int, num_skipped: int, elapsed_s: float) -> None:
-        """Write one line of means and start the next window; the counts are since the start of the run.
+    def write(self, iteration: int, num_student_updates: int, num_skipped: int, elapsed_s: float) -> None:
+        """Write one line of means and start the next window; counts are since the start of the run.
 
         Raises:
             CheckpointError: the log cannot be written, as on a full disk.
         """
-        if not self.is_first:
+        if not self.is_rank0:
             return
-        num_iterations, now = step - self.window_step, time.monotonic()
+        num_iterations, now = iteration - self.window_iteration, time.monotonic()
         seconds = max(now - self.window_start, 1e-9)
         means = {name: float(total) / count for name, (total, count) in self.sums.items()}
         samples_per_s = num_iterations * self.config.batch_size / seconds
-        remaining_s = min((self.config.max_steps - step) * seconds / num_iterations, self.budget_s - elapsed_s)
+        remaining_s = min((self.config.max_steps - iteration) * seconds / num_iterations, self.budget_s - elapsed_s)
         record: dict[str, Any] = {
-            "step": step,
+            ITERATION_KEY: iteration,
             "student_updates": num_student_updates,
             "num_skipped": num_skipped,
             "elapsed_s": round(elapsed_s, 3),
@@ -97,25 +100,30 @@ class RunLog:
                 f"{self.path} cannot be written: {error.strerror}; the last checkpoint is kept"
             ) from error
         for name, value in means.items():
-            self.board.add_scalar(name, value, step)
-        self.board.add_scalar("samples_per_s", samples_per_s, step)
+            self.board.add_scalar(name, value, iteration)
+        self.board.add_scalar("samples_per_s", samples_per_s, iteration)
         shown = {name: means.get(name, math.nan) for name in ("student_loss", "student_grad_norm", "critic_loss")}
         text = " ".join(f"{name}={value:.4g}" for name, value in shown.items())
         line = f"{text} samples/s={samples_per_s:.3g} eta={tqdm.format_interval(record['eta_s'])}"
         self.bar.set_postfix_str(line)
-        logger.info("step=%d %s", step, line)
-        self.sums, self.window_start, self.window_step = {}, now, step
+        logger.info("iteration=%d %s", iteration, line)
+        self.sums, self.window_start, self.window_iteration = {}, now, iteration
 
-    def show(self, picture: np.ndarray | None, step: int) -> None:
+    def show(self, picture: np.ndarray | None, iteration: int) -> None:
         """Put a preview, uint8 (rows, columns, 3), on TensorBoard."""
         if picture is not None:
-            self.board.add_image("preview", picture, step, dataformats="HWC")
+            self.board.add_image("preview", picture, iteration, dataformats="HWC")
 
 
-def _keep_lines_up_to(path: Path, step: int) -> None:
-    """Drop lines that a resumed run will write again."""
+def iteration_of(record: dict[str, Any]) -> int:
+    """Return the iteration of a line of log.jsonl; older versions called it `step`."""
+    return int(record[ITERATION_KEY] if ITERATION_KEY in record else record["step"])
+
+
+def _keep_lines_up_to(path: Path, iteration: int) -> None:
+    """Drop the lines that a resumed run will write again."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if line.endswith("}") and iteration_of(json.loads(line)) <= iteration]
     write_text(path, "".join(f"{line}\n" for line in kept))

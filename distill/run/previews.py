@@ -1,11 +1,11 @@
-"""Pictures of what the averaged student makes of a few fixed prompts while it trains; never changes the training.
+"""Previews: pictures of the EMA student for a few fixed prompts during training; they never change the training.
 
-Noise comes from a generator of its own and is the same each time, so pictures of two steps differ by the weights alone.
+The noise is the same each time, so the pictures of two iterations differ by the weights alone.
 
 RUN/previews/step-00000200.png     one row of frames per prompt
 RUN/previews/prompts.txt           the prompts, row by row
 
-Layout: B prompts, C channels, F latent frames, H, W rows and columns, T pixel frames.
+Legend: B prompts, C channels, F latent frames, H and W rows and columns, T pixel frames.
 """
 
 import logging
@@ -30,22 +30,22 @@ from distill.networks.build import denoiser
 
 PREVIEW_DIR = "previews"
 NUM_PROMPTS = 4
-FRAMES_SHOWN = 6
+PREVIEW_FRAMES = 6
 
 logger = logging.getLogger(__name__)
 
 
 class Previews:
-    """The prompts, the noise and the VAE of a run's pictures.
+    """The prompts, the noise and the VAE of a run's previews.
 
     Args:
         config: of the run.
         base: whose VAE decodes.
         out: folder of the run.
-        data: embeddings; the first prompts are shown.
+        data: embeddings; the previews show the first prompts.
         shape: (C, F, H, W) of the latents.
-        device: where the student is. The VAE is there while it decodes only.
-        is_first: whether this process writes. All processes of a run have to call `write`: they sample together.
+        device: where the student is; the VAE is there only while it decodes.
+        is_rank0: whether this rank writes. All ranks must call `write`, because they sample together.
 
     Raises:
         CheckpointError: the base has no complete VAE.
@@ -59,23 +59,23 @@ class Previews:
         data: PromptData,
         shape: tuple[int, ...],
         device: torch.device,
-        is_first: bool = True,
+        is_rank0: bool = True,
     ) -> None:
-        self.is_first = is_first
+        self.is_rank0 = is_rank0
         self.config, self.folder, self.device = config, out / PREVIEW_DIR, device
         self.prompts = load_prompts(config)[:NUM_PROMPTS]
         self.embeds_BLD = data.batch(list(range(len(self.prompts))), device).prompt_embeds
         size = (len(config.grid().timesteps), len(self.prompts), *shape)
         self.noise = torch.randn(size, generator=step_rng(config.seed, "preview", 0))
-        if is_first:
+        if is_rank0:
             self.vae = base.load(AutoencoderKLWan, "vae", torch_dtype=torch.float32)
             self.vae.requires_grad_(False).eval()
 
     @torch.no_grad()
     def sample(self, student: nn.Module, average: Mapping[str, Tensor]) -> Tensor:
-        """Latents (B, C, F, H, W) of the student with the weights of `average`; its own weights stay as they are."""
+        """Return latents (B, C, F, H, W) of the student with the weights of `average`; it keeps its own."""
         grid = self.config.grid()
-        # Not through compiled blocks: another batch size would have them compiled again, for training as well.
+        # Eager: another batch size would recompile the blocks, for training as well.
         with averaged_weights(student, average), torch.compiler.set_stance("force_eager"):
             return rollout(
                 denoiser(student, self.config.precision),
@@ -88,7 +88,7 @@ class Previews:
 
     @torch.no_grad()
     def clips(self, latents_BCFHW: Tensor) -> np.ndarray:
-        """Decode to uint8 (B, T, H, W, 3), in the first process."""
+        """Decode to uint8 (B, T, H, W, 3), on rank 0."""
         self.vae.to(self.device)
         # One by one: decoding a batch of large videos takes more memory than a training step.
         decoder = StreamingDecoder(self.vae)
@@ -97,36 +97,36 @@ class Previews:
         clips: np.ndarray = torch.cat(decoded).numpy()
         return clips
 
-    def write(self, step: int, student: nn.Module, average: Mapping[str, Tensor]) -> np.ndarray | None:
-        """Write the picture of a step.
+    def write(self, iteration: int, student: nn.Module, average: Mapping[str, Tensor]) -> np.ndarray | None:
+        """Write the preview of an iteration.
 
         Args:
-            step: iterations done.
+            iteration: iterations done.
             student: the network in training.
             average: its moving average by parameter name.
 
         Returns:
-            The picture, uint8 (rows, columns, 3), or None in other processes than the first and where it could not be
-            made: that is logged, and training can do without it.
+            The picture, uint8 (rows, columns, 3). None on other ranks, and where it could not be made: a failure is
+            logged and training goes on.
         """
         latents_BCFHW = self.sample(student, average)
-        if not self.is_first:
+        if not self.is_rank0:
             return None
         try:
             picture = filmstrips(self.clips(latents_BCFHW))
             self.folder.mkdir(exist_ok=True)
             write_text(self.folder / "prompts.txt", "".join(f"{text}\n" for text in self.prompts))
-            with atomic_file(self.folder / f"step-{step:08d}.png") as temporary:
+            with atomic_file(self.folder / f"step-{iteration:08d}.png") as temporary:
                 Image.fromarray(picture).save(temporary, format="png")
         except (OSError, torch.OutOfMemoryError) as error:
-            logger.warning("no preview step=%d reason=%s", step, first_line(error))
+            logger.warning("no preview iteration=%d reason=%s", iteration, first_line(error))
             return None
         return picture
 
 
 @contextmanager
 def averaged_weights(network: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run the block with `average` in the place of the network's parameters, then put the same bits back."""
+    """Run the block with `average` in place of the network's parameters, then restore the same bits."""
     parameters = dict(network.named_parameters())
     own = [parameter.detach().clone() for parameter in parameters.values()]
     targets = [parameter.detach() for parameter in parameters.values()]
@@ -138,14 +138,14 @@ def averaged_weights(network: nn.Module, average: Mapping[str, Tensor]) -> Itera
 
 
 def filmstrips(clips: np.ndarray) -> np.ndarray:
-    """Lay clips out as one row of evenly spaced frames each, first and last among them.
+    """Arrange each clip as a row of evenly spaced frames, including the first and the last.
 
     Args:
         clips: uint8 (B, T, H, W, 3).
 
     Returns:
-        uint8 (B * H, N * W, 3), N the smaller of T and FRAMES_SHOWN.
+        uint8 (B * H, N * W, 3), N the smaller of T and PREVIEW_FRAMES.
     """
     num_frames = clips.shape[1]
-    picks = np.linspace(0, num_frames - 1, min(FRAMES_SHOWN, num_frames)).round().astype(int)
+    picks = np.linspace(0, num_frames - 1, min(PREVIEW_FRAMES, num_frames)).round().astype(int)
     return np.concatenate([np.concatenate(list(clip[picks]), axis=1) for clip in clips])

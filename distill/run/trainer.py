@@ -39,8 +39,8 @@ from distill.networks.build import (
     trained_parameters,
 )
 from distill.networks.ema import Ema
-from distill.parallel.processes import ALONE, Processes
-from distill.parallel.sharding import check_tokens, shard_optimizer_state
+from distill.parallel.processes import SINGLE_PROCESS, Processes
+from distill.parallel.sharding import check_token_split, shard_optimizer_state
 from distill.run.checkpoint import (
     CONFIG_FILE,
     check_resumable,
@@ -71,7 +71,7 @@ class RunOptions:
     cache_dir: Path | None = None  # of prompt embeddings; None is OUT/cache
     compiled: bool = False  # torch.compile the blocks of all networks
     preview_every_steps: int = 200  # pictures of the averaged student, and one at the end; 0 makes none
-    processes: Processes = ALONE
+    processes: Processes = SINGLE_PROCESS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,7 @@ class Trainer:
         shape: tuple[int, ...],
         device: torch.device,
         latents: TeacherLatents | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.config, self.networks, self.data, self.device = config, networks, data, device
         self.latents, self.processes = latents, processes
@@ -141,7 +141,7 @@ class Trainer:
             The loss, as {role}_loss, and the step's metrics, means over parts and processes; equal in all processes.
         """
         config, relate = self.config, None
-        if role == "student" and self._has_batch_term() and self.processes.num_data * config.accumulate > 1:
+        if role == "student" and self._has_batch_term() and self.processes.data_parallel * config.accumulate > 1:
             relations = BatchRelations(config, self.processes)
             relate = relations.of_part
             if config.accumulate > 1:
@@ -157,7 +157,9 @@ class Trainer:
             (result.loss if share == 1.0 else share * result.loss).backward()  # type: ignore[no-untyped-call]
             for name, value in {f"{role}_loss": result.loss.detach(), **result.metrics}.items():
                 sums[name] = sums[name] + value if name in sums else value
-        means = self.processes.mean(torch.stack([value.float() for value in sums.values()]) / config.accumulate)
+        means = self.processes.all_reduce_mean(
+            torch.stack([value.float() for value in sums.values()]) / config.accumulate
+        )
         return dict(zip(sums, means.unbind(), strict=True))
 
     def _has_batch_term(self) -> bool:
@@ -221,7 +223,7 @@ class Trainer:
             "networks": {role: {name: item.detach() for name, item in self.parameters[role].items()} for role in ROLES},
             "optimizers": {role: self.optimizers[role].state_dict() for role in ROLES},
         }
-        return self.processes.full(own)
+        return self.processes.gather_to_rank0(own)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`.
@@ -255,13 +257,13 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         CodmdError: training diverged; the last good checkpoint stays.
     """
     processes, device = options.processes, options.device
-    processes.first_does(lambda: _check_out(config, options.out, resume))
+    processes.on_rank0(lambda: _check_out(config, options.out, resume))
     base = open_base(config.base)
     shape = native_latents(config, base)
     cache_dir = options.cache_dir or options.out / "cache"
     # The first process fills the cache, the others read it.
-    processes.first_does(lambda: cached_prompt_data(config, base, cache_dir, device))
-    data = processes.all_do(lambda: cached_prompt_data(config, base, cache_dir, device))
+    processes.on_rank0(lambda: cached_prompt_data(config, base, cache_dir, device))
+    data = processes.on_all_ranks(lambda: cached_prompt_data(config, base, cache_dir, device))
     networks = build_networks(config, base, device, processes)
     if options.compiled:
         for network in networks.transformers():
@@ -271,21 +273,21 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         latents = cached_teacher_latents(config, base, networks, data, shape, cache_dir, device, processes)
     trainer = Trainer(config, networks, data, shape, device, latents, processes)
     elapsed_s = 0.0
-    checkpoints = processes.first_tells(lambda: list_checkpoints(options.out)) if resume else []
+    checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
     if checkpoints:
-        elapsed_s = processes.all_do(lambda: _load_state(trainer, checkpoints[-1]))
-    processes.first_does(lambda: _start_folder(options.out, config))
+        elapsed_s = processes.on_all_ranks(lambda: _load_state(trainer, checkpoints[-1]))
+    processes.on_rank0(lambda: _start_folder(options.out, config))
     signal_number, elapsed_s = _loop(trainer, base, options, elapsed_s)
     bundle = None
     if signal_number is None:
         bundle = options.out / "bundle"
-        average = processes.full(trainer.ema.shadow)
+        average = processes.gather_to_rank0(trainer.ema.shadow)
 
         def export() -> None:
             write_bundle(bundle, config, base, average, trainer.updates["student"])
             write_pipeline(bundle, options.out / "pipeline")
 
-        processes.first_does(export)
+        processes.on_rank0(export)
     return RunOutcome(
         step=trainer.step,
         num_student_updates=trainer.updates["student"],
@@ -315,7 +317,7 @@ def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
         ConfigError: the size is off the grid of VAE and patches, or its tokens cannot be split as wanted.
     """
     shape = base.latent_shape(config.native)
-    check_tokens(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
+    check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
     return shape
 
 
@@ -347,17 +349,17 @@ def _loop(trainer: Trainer, base: Base, options: RunOptions, elapsed_before_s: f
         return elapsed_before_s + time.monotonic() - start
 
     def stopped() -> tuple[int, bool]:
-        number, is_over = processes.greatest(received[0] if received else 0, int(elapsed_s() >= budget_s))
+        number, is_over = processes.all_reduce_max(received[0] if received else 0, int(elapsed_s() >= budget_s))
         return number, bool(number or is_over or trainer.step >= config.max_steps)
 
-    with stop_signal() as received, RunLog(options.out, config, trainer.step, budget_s, processes.is_first) as log:
+    with stop_signal() as received, RunLog(options.out, config, trainer.step, budget_s, processes.is_rank0) as log:
         outputs = _Outputs(trainer, base, options, log)
         signal_number, is_last = stopped()
         while not is_last:
             log.add(trainer.iterate())
             signal_number, is_last = stopped()
             if is_last or trainer.step % config.log_every_steps == 0:
-                processes.first_does(
+                processes.on_rank0(
                     lambda: log.write(trainer.step, trainer.updates["student"], trainer.num_skipped, elapsed_s())
                 )
             if trainer.step % config.save_every_steps == 0 or is_last:
@@ -375,9 +377,9 @@ class _Outputs:
         self.trainer, self.out, self.log, self.every = trainer, options.out, log, options.preview_every_steps
         self.previews: Previews | None = None
         if self.every:
-            is_first = trainer.processes.is_first
+            is_rank0 = trainer.processes.is_rank0
             self.previews = Previews(
-                trainer.config, base, options.out, trainer.data, trainer.shape[1:], trainer.device, is_first
+                trainer.config, base, options.out, trainer.data, trainer.shape[1:], trainer.device, is_rank0
             )
 
     def save(self, elapsed_s: float) -> None:
@@ -387,7 +389,7 @@ class _Outputs:
             save_checkpoint(self.out, trainer.step, state, trainer.config.keep_last)
             plot_curves(self.out / LOG_FILE, self.out / CURVES_FILE)
 
-        trainer.processes.first_does(write)
+        trainer.processes.on_rank0(write)
 
     def is_preview_due(self, is_last: bool) -> bool:
         return self.every > 0 and (is_last or self.trainer.step % self.every == 0)

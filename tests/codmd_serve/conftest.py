@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from dispatching import Harness
 
-from codmd_serve import dispatcher as dispatcher_module
+from codmd_serve import pool as pool_module
 from codmd_serve.video import find_ffmpeg
 
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
@@ -59,7 +59,7 @@ def fake_worker() -> tuple[str, ...]:
 @pytest.fixture
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a worker that died be replaced at once."""
-    monkeypatch.setattr(dispatcher_module, "MAX_BACKOFF_S", 0.01)
+    monkeypatch.setattr(pool_module, "MAX_BACKOFF_S", 0.01)
 
 
 @pytest.fixture

@@ -2,19 +2,25 @@
 
     die             the process is killed, as the kernel kills one that wants too much memory
     die-once FILE   the same, unless FILE exists; leaves it, and half a video
-    wait FILE       goes on reporting progress until FILE exists
+    wait FILE       asks whether to go on, until FILE exists
+    busy FILE       the same, and seems to make progress
     tail FILE       leaves the device at once, and is being encoded until FILE exists
+    stop            stops itself, as `kill -STOP` does
+    deaf FILE       sends no progress, and so sees no cancellation, until FILE exists
+    child FILE      starts a process that does not end by itself, writes its id to FILE, and is deaf for ever
+    device          fails as every call does after a CUDA error
     oom, bug        fails, with an error on purpose and with an unexpected one
     anything else   is made at once; the words in capitals become warnings
 
 The bundle is an order too: its folder is the fake's memory. `fatal` in it makes loading fail, `deaths` holds how often
 the process is killed while it loads, `starts` collects one line per start, `prepared` the prompts that were prepared
-while they waited. With `gpu` in it the device is one.
+while they waited. With `gpu` in it there are two GPUs; `service_s` holds what a video is said to take.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -56,7 +62,9 @@ class FakeEngine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.facts = replace(FACTS, device="a GPU") if (folder / "gpu").exists() else FACTS
+        self.facts = replace(FACTS, device="a GPU", num_devices=2) if (folder / "gpu").exists() else FACTS
+        if (folder / "service_s").exists():
+            self.facts = replace(self.facts, service_s=float((folder / "service_s").read_text()))
         self.tail = threading.Thread()
         self.tail.start()
 
@@ -64,7 +72,11 @@ class FakeEngine:
         with (self.folder / "prepared").open("a") as prepared:
             prepared.write(prompt + "\n")
 
-    def begin(self, params: GenerateParams, path: Path, on_progress: Any) -> "Future[SimpleNamespace]":
+    def begin(
+        self, params: GenerateParams, path: Path, on_progress: Any, on_preview: Any = None
+    ) -> "Future[SimpleNamespace]":
+        if on_preview is not None:
+            on_preview(b"a picture")
         video: Future[SimpleNamespace] = Future()
         order, _, rest = params.prompt.partition(" ")
 
@@ -91,9 +103,20 @@ class FakeEngine:
             if rest:
                 Path(rest).touch()
             die()
-        while order == "wait" and not Path(rest).exists():
-            on_progress("denoise", 1, 4)
+        num_done = 0
+        while order in ("wait", "busy") and not Path(rest).exists():
+            num_done += 1
+            on_progress("denoise", 1 if order == "wait" else num_done, 4)
             time.sleep(0.002)
+        if order == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if order == "child":
+            child = subprocess.Popen(["sleep", "1000"], process_group=0)
+            Path(rest).write_text(str(child.pid))
+        while order in ("deaf", "child") and (order == "child" or not Path(rest).exists()):
+            time.sleep(0.002)
+        if order == "device":
+            raise GenerationError("the device failed", "device_error")
         if order == "oom":
             raise GenerationError("out of memory at this shape", "out_of_memory")
         if order == "bug":
@@ -102,13 +125,15 @@ class FakeEngine:
         path.write_bytes(b"mp4 " + json.dumps(asdict(params)).encode())
         timings_ms = {"text": 1.0, "denoise": 20.25, "decode": 3.0, "encode": 4.0}
         return SimpleNamespace(
-            timings_ms=timings_ms, warnings=[word for word in params.prompt.split() if word.isupper()]
+            timings_ms=timings_ms,
+            warnings=[word for word in params.prompt.split() if word.isupper()],
+            peak_memory_mb=12.5,
         )
 
 
-def load_engine(bundle: Path, device: str, dtype: str, **_settings: str) -> FakeEngine:
+def load_engine(bundle: Path, device: str, dtype: str, threads: int, **_settings: str) -> FakeEngine:
     with (bundle / "starts").open("a") as starts:
-        starts.write(f"{os.getpid()} {device} {dtype}\n")
+        starts.write(f"{os.getpid()} {device} {dtype} {threads}\n")
     if (bundle / "fatal").exists():
         raise CheckpointError("the bundle is truncated")
     deaths = bundle / "deaths"
@@ -120,7 +145,7 @@ def load_engine(bundle: Path, device: str, dtype: str, **_settings: str) -> Fake
 
 def main() -> None:
     fakes: dict[str, dict[str, Any]] = {
-        "codmd_serve.engine": {"load_engine": load_engine},
+        "codmd_serve.loading": {"load_engine": load_engine},
         "codmd_serve.wan": {},
         "codmd_serve.wan.checkpoint": {"silence_libraries": lambda: None},
     }

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from codmd_serve.engine import Engine, load_engine
+from codmd_serve.engine import Engine
+from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import silence_libraries
 
 PERIOD_S = 0.005

@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
-from safetensors.torch import load_file, save_file
 
 from codmd_serve import engine as engine_module
 from codmd_serve.config import MAX_SEED, GenerateParams
-from codmd_serve.engine import Engine, draw_noise, load_engine
-from codmd_serve.errors import CancelledError, CheckpointError, CodmdError, ConfigError, GenerationError
+from codmd_serve.engine import Engine, draw_noise
+from codmd_serve.errors import CancelledError, GenerationError
+from codmd_serve.loading import load_engine
 from codmd_serve.sampler import rollout
 from codmd_serve.video import write_video
 from codmd_serve.wan import vae as vae_module
-from codmd_serve.wan.checkpoint import StudentSpec, save_bundle
+from codmd_serve.wan.checkpoint import StudentSpec
 from codmd_serve.wan.vae import to_uint8
+from distill.worlds.shapeworld.captions import grammar
 
 PARAMS = GenerateParams(prompt="a red circle moves right", seed=7, height=32, width=48, num_frames=9, fps=16, crf=18)
 
@@ -106,7 +107,12 @@ def test_progress_is_told_stage_by_stage_and_every_stage_is_timed(
 ) -> None:
     decode_one_by_one(monkeypatch)
     seen: list[tuple[str, int, int]] = []
+    num_encoded = 0
     result = engine.generate(PARAMS, tmp_path / "a.mp4", lambda *step: seen.append(step))
+    while seen[-1][0] == "encode":
+        assert seen.pop()[2] == 9
+        num_encoded += 1
+    assert num_encoded > 0, "the last one is asked whether the file may appear"
     assert seen == [
         ("text", 1, 1),
         *(("denoise", step, 4) for step in (1, 2, 3, 4)),
@@ -116,7 +122,7 @@ def test_progress_is_told_stage_by_stage_and_every_stage_is_timed(
     assert all(value > 0 for value in result.timings_ms.values())
 
 
-@pytest.mark.parametrize("at", [("text", 1), ("denoise", 2), ("decode", 5)])
+@pytest.mark.parametrize("at", [("text", 1), ("denoise", 2), ("decode", 5), ("encode", 9)])
 def test_cancelling_leaves_nothing_and_disturbs_nothing(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: tuple[str, int]
 ) -> None:
@@ -144,6 +150,21 @@ def test_warnings_name_unknown_words_and_a_shape_that_was_not_trained(engine: En
     ]
     (shape,) = engine.generate(PARAMS, tmp_path / "a.mp4").warnings
     assert shape == "trained at 32x32 with 9 frames, asked for 48x32 with 9: expect less of it"
+
+
+def test_a_student_of_a_grammar_warns_of_prompts_outside_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "student"
+    shutil.copytree(tiny_bundle, copy)
+    spec = json.loads((copy / "student.json").read_text())
+    (copy / "student.json").write_text(json.dumps({**spec, "base": str(tiny_bundle.parent / "tiny")}))
+    grammar().save(copy)
+    engine = load_engine(copy, "cpu")
+    native = replace(PARAMS, width=32, prompt="a red circle moves right")
+    warning, note = engine.generate(native, tmp_path / "a.mp4").warnings
+    assert 'The nearest caption it knows: "a red circle moves right slowly on a black background"' in warning
+    assert note == "It knows a few words only."
+    native = replace(native, prompt="a red circle moves right quickly on a black background")
+    assert engine.generate(native, tmp_path / "a.mp4").warnings == []
 
 
 @pytest.mark.parametrize(
@@ -183,98 +204,6 @@ def test_facts_say_what_requests_are_judged_by(engine: Engine) -> None:
     assert (facts.size_multiple, facts.frame_multiple) == (16, 4)
     assert (facts.max_side_px, facts.max_num_frames) == (1024 * 16, 1023 * 4 + 1)
     assert 0 < facts.service_s < facts.load_s
-
-
-@pytest.fixture
-def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """The tiny bundle beside its base, free to be damaged."""
-    shutil.copytree(tiny_bundle.parent, tmp_path / "weights")
-    return tmp_path / "weights" / tiny_bundle.name
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.mark.parametrize("changes", [{"height": 40}, {"width": 2**15}, {"num_frames": 10}, {"num_frames": 5001}])
-def test_load_engine_refuses_a_native_shape_that_the_network_cannot_make(
-    bundle: Path, tiny_pipeline: WanPipeline, tiny_spec: StudentSpec, changes: dict[str, int]
-) -> None:
-    save_bundle(bundle, tiny_pipeline.transformer, replace(tiny_spec, native=replace(tiny_spec.native, **changes)))
-    with pytest.raises(CheckpointError, match=r"native must have sides that are multiples of 16 up to 16384 and 4k"):
-        load_engine(bundle, "cpu")
-
-
-def test_load_engine_refuses_weights_that_are_not_finite(bundle: Path) -> None:
-    path = bundle / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
-    tensors["proj_out.bias"] = torch.full_like(tensors["proj_out.bias"], float("nan"))
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(GenerationError, match="values that are not finite"):
-        load_engine(bundle, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("part", "changes"),
-    [
-        ("vae", {"scale_factor_spatial": 4}),
-        ("vae", {"patch_size": None}),
-        ("vae", {"latents_mean": [0.0] * 3}),
-        ("transformer", {"rope_max_seq_len": 2}),
-    ],
-)
-def test_load_engine_refuses_parts_that_do_not_work_together(bundle: Path, part: str, changes: dict[str, Any]) -> None:
-    folder = bundle if part == "transformer" else bundle.parent / "tiny"
-    edit_json(folder / part / "config.json", **changes)
-    with pytest.raises(CodmdError) as caught:
-        load_engine(bundle, "cpu")
-    assert "\n" not in str(caught.value)
-
-
-def test_load_engine_uses_the_attention_that_was_named(tiny_bundle: Path, tmp_path: Path) -> None:
-    named = load_engine(tiny_bundle, "cpu", attention="_native_math")
-    assert named.facts.attention == "_native_math"
-    assert video_of(named, tmp_path / "a.mp4")
-
-
-def test_a_graph_that_cannot_be_recorded_is_told_and_the_video_is_made(tiny_bundle: Path, tmp_path: Path) -> None:
-    asked = load_engine(tiny_bundle, "cpu", execution="graph")
-    assert asked.facts.execution == "eager"
-    assert asked.facts.fallback == "RuntimeError: CUDA graphs need a CUDA device, got cpu"
-    assert video_of(asked, tmp_path / "a.mp4")
-
-
-def test_an_engine_says_what_is_lossy_in_it(
-    engine: Engine, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert engine.facts.lossy == ""
-    quantized = list[object]()
-    monkeypatch.setattr(engine_module, "check_quantization", lambda *_: None)
-    monkeypatch.setattr(engine_module, "quantize_blocks", quantized.append)
-    monkeypatch.setattr(engine_module, "LOSSY", ("_native_math",))
-    named = load_engine(tiny_bundle, "cpu", attention="_native_math", quantization="fp8")
-    assert named.facts.lossy == "fp8+_native_math" and quantized == [named.transformer]
-    assert video_of(named, tmp_path / "a.mp4")
-
-
-def test_load_engine_refuses_fp8_on_a_cpu_before_it_loads() -> None:
-    with pytest.raises(ConfigError, match=r"fp8 needs a CUDA device of compute capability 8\.9 or higher, got cpu"):
-        load_engine(Path("/nowhere"), "cpu", quantization="fp8")
-
-
-def test_the_largest_video_follows_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, native_px = torch.device("cuda"), 32 * 48 * 9
-    assert engine_module._affordable_px(PARAMS, torch.device("cpu"), 1000) == 0  # nobody counted
-    assert engine_module._affordable_px(PARAMS, cuda, 0) == 0
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
-    for free_bytes, times in ((10_000, 9), (1_500, 1.35), (500, 1)):  # what was made once fits, whatever is free now
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free_bytes: (free, 10**6))
-        assert engine_module._affordable_px(PARAMS, cuda, 1000) == int(times * native_px)
-
-
-def test_load_engine_refuses_an_unknown_attention_before_it_loads() -> None:
-    with pytest.raises(ConfigError, match="attention 'flashy' is unknown for cpu; known: auto, native"):
-        load_engine(Path("/nowhere"), "cpu", attention="flashy")
 
 
 def test_draw_noise_is_what_manual_seed_gives_for_small_seeds() -> None:

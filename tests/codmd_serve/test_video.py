@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from codmd_serve.errors import ConfigError, GenerationError
+from codmd_serve import video
+from codmd_serve.errors import CancelledError, ConfigError, GenerationError
 from codmd_serve.video import find_ffmpeg, write_video
 
 ReadVideo = Callable[[Path], Any]
@@ -27,9 +31,15 @@ def clip() -> npt.NDArray[np.uint8]:
     return frames
 
 
-def encode(path: Path, frames: Iterator[bytes] | list[bytes] | None = None, crf: int = 10, comment: str = "") -> Path:
+def encode(
+    path: Path,
+    frames: Iterator[bytes] | list[bytes] | None = None,
+    crf: int = 10,
+    comment: str = "",
+    on_wait: Callable[[], None] | None = None,
+) -> Path:
     chunks = [clip().tobytes()] if frames is None else frames
-    write_video(chunks, path, height=HEIGHT, width=WIDTH, fps=FPS, crf=crf, comment=comment)
+    write_video(chunks, path, height=HEIGHT, width=WIDTH, fps=FPS, crf=crf, comment=comment, on_wait=on_wait)
     return path
 
 
@@ -96,15 +106,121 @@ def fake_ffmpeg(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
 
 
+def is_gone(group: int) -> bool:
+    """Whether a process group is dead, waiting for it; what nobody has collected yet counts as dead."""
+    deadline_s = time.monotonic() + 60.0
+    while time.monotonic() < deadline_s:
+        stats = [stat.rpartition(")")[2].split() for stat in map(_stat, Path("/proc").glob("[0-9]*")) if stat]
+        if not any(int(fields[2]) == group and fields[0] != "Z" for fields in stats):
+            return True
+    return False
+
+
+def _stat(process: Path) -> str:
+    try:
+        return (process / "stat").read_text()
+    except OSError:  # it ended meanwhile
+        return ""
+
+
 def test_write_video_says_why_ffmpeg_gave_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_ffmpeg(tmp_path, monkeypatch, "echo first >&2; echo No space left on device >&2; exit 1")
-    (tmp_path / "out").mkdir()
+    fake_ffmpeg(tmp_path, monkeypatch, "echo first >&2; echo Unknown encoder >&2; exit 1")
     # More than a pipe holds, so that the writer meets the closed end.
     frames = (clip().tobytes() for _ in range(100))
-    with pytest.raises(GenerationError, match="ffmpeg failed: No space left on device") as caught:
+    with pytest.raises(GenerationError, match="ffmpeg failed: Unknown encoder") as caught:
         encode(tmp_path / "out" / "a.mp4", frames)
     assert caught.value.code == "encode_failed"
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("exit 228", "storage_full"),
+        ("echo 'Error writing trailer: No space left on device' >&2; exit 1", "storage_full"),
+        ("echo '/a/path/out.mp4: Read-only file system' >&2; exit 1", "storage_unwritable"),
+    ],
+)
+def test_write_video_tells_a_full_or_closed_disk_from_a_failing_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, code: str
+) -> None:
+    fake_ffmpeg(tmp_path, monkeypatch, script)
+    with pytest.raises(GenerationError, match="the server") as caught:
+        encode(tmp_path / "out" / "a.mp4")
+    assert caught.value.code == code and "/" not in str(caught.value)
+
+
+def test_write_video_says_so_when_the_folder_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"a file")
+    with pytest.raises(GenerationError, match="the server cannot write videos: File exists") as caught:
+        encode(tmp_path / "out" / "a.mp4")
+    assert caught.value.code == "storage_unwritable"
+
+
+def test_write_video_says_so_when_ffmpeg_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    with pytest.raises(GenerationError, match="no working ffmpeg") as caught:
+        encode(tmp_path / "a.mp4")
+    assert caught.value.code == "encoder_missing" and str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("script", ["sleep 1000", "cat > /dev/null; sleep 1000"], ids=["at once", "at the end"])
+def test_write_video_kills_an_ffmpeg_that_never_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    fake_ffmpeg(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; {script}")
+    monkeypatch.setattr(video, "MIN_ENCODER_WAIT_S", 0.5)
+    monkeypatch.setattr(video, "MIN_ENCODED_PX_PER_S", 1e9)
+    frames = (clip().tobytes() for _ in range(100))  # more than a pipe holds
+    with pytest.raises(GenerationError, match="made no progress") as caught:
+        encode(tmp_path / "out" / "a.mp4", frames)
+    assert caught.value.code == "encoder_hung"
+    assert is_gone(int((tmp_path / "pid").read_text())), "with the `sleep` that it started"
+
+
+def test_what_is_raised_while_ffmpeg_ends_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ffmpeg(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; cat > /dev/null; sleep 1000")
+
+    def cancel() -> None:
+        raise CancelledError("enough")
+
+    with pytest.raises(CancelledError):
+        encode(tmp_path / "a.mp4", on_wait=cancel)
+    assert is_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_cancellation_counts_until_the_file_appears(tmp_path: Path) -> None:
+    calls: list[bool] = []
+    path = encode(tmp_path / "a.mp4", on_wait=lambda: calls.append((tmp_path / "a.mp4").exists()))
+    assert path.exists() and calls[-1] is False, "the last question comes before the file"
+
+    def cancel() -> None:
+        raise CancelledError("enough")
+
+    with pytest.raises(CancelledError):
+        encode(tmp_path / "b.mp4", on_wait=cancel)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+DYING = """
+import os, signal, sys, threading
+from pathlib import Path
+from codmd_serve.video import write_video
+def frames():
+    yield bytes(48 * 32 * 3)
+    while not Path(sys.argv[1], "pid").exists():
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+write_video(frames(), Path(sys.argv[1], "a.mp4"), height=32, width=48, fps=16, crf=18)
+"""
+
+
+def test_ffmpeg_dies_with_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One that hangs: the end of its input would not end it.
+    fake_ffmpeg(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 1000")
+    done = subprocess.run([sys.executable, "-c", DYING, tmp_path], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert is_gone(int((tmp_path / "pid").read_text())), "ffmpeg outlives its parent"
 
 
 def test_write_video_removes_what_a_failing_ffmpeg_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

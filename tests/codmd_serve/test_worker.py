@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from codmd_serve import engine as engine_module
+from codmd_serve import loading as loading_module
 from codmd_serve import worker
 from codmd_serve.config import ENGINE_SETTINGS, GenerateParams
 from codmd_serve.errors import CancelledError, CheckpointError, GenerationError
@@ -29,7 +29,7 @@ class FakeEngine:
         self.outcome = outcome
         self.seen: list[Any] = []
 
-    def begin(self, params: Any, path: Path, on_progress: Any) -> Any:
+    def begin(self, params: Any, path: Path, on_progress: Any, on_preview: Any) -> Any:
         self.seen.append((params, path))
         on_progress("denoise", 1, 4)
         if isinstance(self.outcome, Exception):
@@ -48,11 +48,11 @@ def run(outcome: Any, cancelled: set[str] | None = None) -> tuple[FakeEngine, li
 
 
 def test_a_finished_job_is_told_with_its_progress() -> None:
-    engine, sent = run(SimpleNamespace(timings_ms={"text": 1.5}, warnings=["w"]))
+    engine, sent = run(SimpleNamespace(timings_ms={"text": 1.5}, warnings=["w"], peak_memory_mb=3.5))
     assert sent == [
         Started("j1"),
         Progress("j1", "denoise", 1, 4),
-        Done("j1", {"text": 1.5}, ["w"]),
+        Done("j1", {"text": 1.5}, ["w"], 3.5),
     ]
     params, path = engine.seen[0]
     assert params.prompt == "a" and params.num_frames == 9 and path == Path("/nowhere/a.mp4")
@@ -72,7 +72,7 @@ def test_an_unexpected_failure_is_logged_and_not_told(caplog: pytest.LogCaptureF
 
 def test_a_cancelled_job_stops_at_the_next_step_and_its_id_is_forgotten() -> None:
     cancelled = {"j1", "j2"}
-    sent = run(SimpleNamespace(timings_ms={}, warnings=[]), cancelled)[1]
+    sent = run(SimpleNamespace(timings_ms={}, warnings=[], peak_memory_mb=3.5), cancelled)[1]
     assert sent == [Started("j1"), Cancelled("j1")]
     assert cancelled == {"j2"}
 
@@ -85,8 +85,8 @@ def test_a_job_is_told_when_its_encoder_has_ended_which_may_be_later() -> None:
     video: Future[Any] = Future()
     sent = run(video)[1]
     assert [type(message) for message in sent] == [Started, Progress]
-    video.set_result(SimpleNamespace(timings_ms={}, warnings=[]))
-    assert sent[2:] == [Done("j1", {}, [])]
+    video.set_result(SimpleNamespace(timings_ms={}, warnings=[], peak_memory_mb=3.5))
+    assert sent[2:] == [Done("j1", {}, [], 3.5)]
 
 
 @pytest.mark.parametrize("error", [GenerationError("ffmpeg failed: 3", "encode_failed"), KeyError("a secret")])
@@ -127,7 +127,7 @@ def test_a_bundle_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch)
         assert settings.keys() == set(ENGINE_SETTINGS)
         raise CheckpointError("the bundle is truncated")
 
-    monkeypatch.setattr(engine_module, "load_engine", load_engine)
+    monkeypatch.setattr(loading_module, "load_engine", load_engine)
     sent: list[FromWorker] = []
     worker.serve(Load("/nowhere", dict.fromkeys(ENGINE_SETTINGS, "auto")), io.StringIO(), sent.append)
     assert sent == [Fatal("the bundle is truncated")]

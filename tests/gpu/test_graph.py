@@ -10,7 +10,7 @@ from torch import Tensor
 from codmd_serve.config import GenerateParams
 from codmd_serve.cuda_graph import CudaRecorder, Graphs
 from codmd_serve.denoise import DenoiseLoop
-from codmd_serve.engine import load_engine
+from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import StudentSpec
 from codmd_serve.wan.kernels import AttentionShape, choose_attention
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache

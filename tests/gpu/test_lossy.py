@@ -10,7 +10,7 @@ from torch import nn
 
 from codmd_serve.bench.lossy import VARIANTS, outputs, unsupported
 from codmd_serve.config import GenerateParams
-from codmd_serve.engine import load_engine
+from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import StudentSpec, default_bundle_path
 from codmd_serve.wan.fp8 import Float8Linear, quantize_blocks, quantize_rows
 from codmd_serve.wan.kernels import LOSSY_TOLERANCE, AttentionShape, measure_kernels

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from codmd_serve.config import GenerateParams
-from codmd_serve.engine import load_engine
+from codmd_serve.loading import load_engine
 from codmd_serve.stages import Download
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

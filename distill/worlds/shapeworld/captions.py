@@ -5,13 +5,12 @@ Knows nothing of pixels or of the law of what a caption leaves open.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 
 from codmd_serve.errors import ConfigError
+from codmd_serve.grammar import Grammar, Reading
 from distill.worlds.shapeworld.schema import (
     BACKGROUNDS,
     COLOURS,
@@ -67,29 +66,84 @@ TWO_OBJECT_SHARE = 0.4
 _APART_SHARE = 0.3
 _RELATION_SHARE = 0.6
 
-WORD_COLOURS = {word: name for name, words in _COLOUR_WORDS.items() for word in words}
-_WORD_SHAPES = {word: name for name, words in _SHAPE_WORDS.items() for word in words}
-_WORD_BACKGROUNDS = {word: name for name, words in _BACKGROUND_WORDS.items() for word in words}
-_WORD_SPEEDS = {word: name for name, words in _SPEED_WORDS.items() for word in words}
-_WORD_MOTIONS = {f"{d}{suffix}": d for d in DIRECTIONS for suffix in ("", "ward", "wards")} | dict.fromkeys(
-    _STILL_WORDS, STILL
+_NEAR = {
+    **dict.fromkeys(("ball", "sphere", "dot"), "circle"),
+    **dict.fromkeys(("cube", "rectangle", "block"), "square"),
+    **dict.fromkeys(("pyramid", "cone", "arrow"), "triangle"),
+    **dict.fromkeys(("star", "x"), "cross"),
+    **dict.fromkeys(("donut", "doughnut", "loop", "torus"), "ring"),
+    **dict.fromkeys(("orange", "gold"), "yellow"),
+    **dict.fromkeys(("pink", "magenta"), "purple"),
+    **dict.fromkeys(("maroon", "ruby"), "red"),
+    **dict.fromkeys(("aqua",), "cyan"),
+    **dict.fromkeys(("night",), "black"),
+    **dict.fromkeys(("slow",), "slowly"),
+    **dict.fromkeys(("quick", "speedy"), "quickly"),
+    **dict.fromkeys(("stationary", "static", "stops", "stands"), STILL),
+    **dict.fromkeys(("rises", "jumps", "climbs"), "up"),
+    **dict.fromkeys(("falls", "drops", "sinks"), "down"),
+    **dict.fromkeys(("over",), "above"),
+    **dict.fromkeys(("beneath",), "below"),
+}
+"""Words that people try, and the word of the grammar that says the most like it."""
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Return every word any caption of the grammar can hold, sorted; the tokenizer is built from it."""
+    words: set[str] = {*_FUNCTION_WORDS, *_AUXILIARIES}
+    words.update(
+        w for table in (_COLOUR_WORDS, _SHAPE_WORDS, _BACKGROUND_WORDS, _SPEED_WORDS) for v in table.values() for w in v
+    )
+    words.update(f"{verb}{s}" for verb in _VERBS for s in ("", "s"))
+    words.update(_STILL_WORDS)
+    words.update(_BACKDROPS)
+    phrases = [p for table in (_MOTION_PHRASES, _RELATION_PHRASES) for v in table.values() for p in v]
+    words.update(w for phrase in phrases for w in phrase.split())
+    return tuple(sorted(words))
+
+
+_GRAMMAR = Grammar(
+    colours=_COLOUR_WORDS,
+    shapes=_SHAPE_WORDS,
+    backgrounds=_BACKGROUND_WORDS,
+    speeds=_SPEED_WORDS,
+    motions={d: tuple(f"{d}{suffix}" for suffix in ("", "ward", "wards")) for d in DIRECTIONS} | {STILL: _STILL_WORDS},
+    relations={
+        name: tuple(phrase for phrase in phrases if " " not in phrase) for name, phrases in _RELATION_PHRASES.items()
+    },
+    rest=STILL,
+    forms={
+        "one": "a {colour1} {shape1} {action1} on a {background} background",
+        "two": "a {colour1} {shape1} {relation} a {colour2} {shape2} {action} on a {background} background",
+        "apart": "a {colour1} {shape1} {action1} and a {colour2} {shape2} {action2} on a {background} background",
+        "moves": "moves {motion} {speed}",
+        "move": "move {motion} {speed}",
+        "rests": "stays still",
+        "rest": "stay still",
+    },
+    vocabulary=vocabulary(),
+    near=_NEAR,
+    about=(
+        f"It draws one or two shapes ({', '.join(SHAPES)}; {', '.join(COLOURS)}), each still or moving left, right, up "
+        f"or down, slowly or quickly, on a {', '.join(tuple(BACKGROUNDS)[:-1])} or {tuple(BACKGROUNDS)[-1]} background."
+    ),
+    examples=(
+        "a red circle moves right quickly on a black background",
+        "a white ring stays still on a navy background",
+        "a green square left of a purple triangle move up slowly on a teal background",
+        "a cyan cross moves right slowly and a yellow circle moves left quickly on a gray background",
+    ),
 )
-_WORD_RELATIONS = {"above": "above", "below": "below", "under": "below"}
+
+
+def grammar() -> Grammar:
+    """Return the grammar as a bundle carries it, for servers to read captions by."""
+    return _GRAMMAR
 
 
 def canonical_caption(scene: Scene) -> str:
     """Return the canonical sentence of a scene, the form every parser and example relies on."""
-    nouns = [f"a {colour} {shape}" for colour, shape in scene.objects]
-    if scene.second_move is not None:
-        clauses = [f"{noun} {_canonical_action(*move, 's')}" for noun, move in zip(nouns, scene.moves, strict=True)]
-        return f"{' and '.join(clauses)} on a {scene.background} background"
-    subject = f" {scene.relation or 'and'} ".join(nouns)
-    action = _canonical_action(scene.motion, scene.speed, "" if scene.count == 2 else "s")
-    return f"{subject} {action} on a {scene.background} background"
-
-
-def _canonical_action(motion: str, speed: str | None, ending: str) -> str:
-    return f"stay{ending} still" if motion == STILL else f"move{ending} {motion} {speed}"
+    return _GRAMMAR.caption(Reading(scene.objects, scene.moves, scene.background, scene.relation))
 
 
 def free_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -132,83 +186,12 @@ def free_caption(scene: Scene, rng: np.random.Generator) -> str:
 def parse_caption(text: str) -> Scene:
     """Read any phrasing of the grammar back into its scene; the order of clauses does not matter.
 
-    A motion on either side of the second object's name gives each object its own.
-
     Raises:
         ConfigError: naming the part of the caption (objects, motion, speed, background) that is missing or doubled.
     """
-    words = re.findall(r"[a-z]+", text.lower())
-    objects, places = _read_objects(words)
-    second_at = places[1] if len(places) == 2 else len(words)
-    found: dict[str, list[tuple[str, bool]]] = {"motion": [], "speed": [], "background": [], "relation": []}
-    for place, (word, following) in enumerate(pairwise([*words, ""])):
-        meaning = _word_meaning(word, following)
-        if meaning is not None:
-            found[meaning[0]].append((meaning[1], place > second_at))
-    if not objects:
-        raise ConfigError(f"no 'colour shape' pair found in {text!r}; expected for example 'a red circle'")
-    background = _single("background", found["background"], text, is_needed=True)
-    relation = _single("relation", found["relation"], text, is_needed=False)
-    if {is_second for _, is_second in found["motion"]} != {False, True}:
-        motion = _single("motion", found["motion"], text, is_needed=True)
-        return Scene(objects, motion or "", _single("speed", found["speed"], text, False), background or "", relation)
-    moves = []
-    for name, is_second in (("first", False), ("second", True)):
-        motions, speeds = ([word for word in found[part] if word[1] == is_second] for part in ("motion", "speed"))
-        motion = _single(f"motion of the {name} object", motions, text, is_needed=True) or ""
-        speed = _single(f"speed of the {name} object", speeds, text, is_needed=motion != STILL)
-        moves.append((motion, speed))
-    second = None if moves[0] == moves[1] else moves[1]
-    return Scene(objects, *moves[0], background or "", relation, second)
-
-
-def _single(part: str, found: list[tuple[str, bool]], text: str, is_needed: bool) -> str | None:
-    """Return the one value of a part, or None when there is none and none is needed."""
-    if len(found) > 1 or (is_needed and not found):
-        values = ", ".join(value for value, _ in found) or "none"
-        raise ConfigError(f"expected one {part} in {text!r}, got {len(found)}: {values}")
-    return found[0][0] if found else None
-
-
-def _read_objects(words: list[str]) -> tuple[tuple[tuple[str, str], ...], list[int]]:
-    """Pair every shape word with the colour word before it; return the pairs and the places of their shape words."""
-    objects: list[tuple[str, str]] = []
-    places: list[int] = []
-    colour: str | None = None
-    for place, word in enumerate(words):
-        if word in WORD_COLOURS:
-            colour = WORD_COLOURS[word]
-        elif word in _WORD_SHAPES and colour is not None:
-            objects.append((colour, _WORD_SHAPES[word]))
-            places.append(place)
-            colour = None
-    return tuple(objects), places
-
-
-def _word_meaning(word: str, following: str) -> tuple[str, str] | None:
-    """Which part of a caption a word decides, and how; "left" before "of" is a relation, else a motion."""
-    if word in ("left", "right") and following == "of":
-        return "relation", f"{word} of"
-    if word in _WORD_RELATIONS:
-        return "relation", _WORD_RELATIONS[word]
-    for part, table in (("background", _WORD_BACKGROUNDS), ("motion", _WORD_MOTIONS), ("speed", _WORD_SPEEDS)):
-        if word in table:
-            return part, table[word]
-    return None
-
-
-def vocabulary() -> tuple[str, ...]:
-    """Return every word any caption of the grammar can hold, sorted; the tokenizer is built from it."""
-    words: set[str] = {*_FUNCTION_WORDS, *_AUXILIARIES}
-    words.update(
-        w for table in (_COLOUR_WORDS, _SHAPE_WORDS, _BACKGROUND_WORDS, _SPEED_WORDS) for v in table.values() for w in v
-    )
-    words.update(f"{verb}{s}" for verb in _VERBS for s in ("", "s"))
-    words.update(_STILL_WORDS)
-    words.update(_BACKDROPS)
-    phrases = [p for table in (_MOTION_PHRASES, _RELATION_PHRASES) for v in table.values() for p in v]
-    words.update(w for phrase in phrases for w in phrase.split())
-    return tuple(sorted(words))
+    reading = _GRAMMAR.read(text)
+    second = reading.moves[1] if reading.is_apart else None
+    return Scene(reading.objects, *reading.moves[0], reading.background, reading.relation, second)
 
 
 def sample_scene(

@@ -123,18 +123,10 @@ def paint(
         light: (T,), brightness factor of the colour.
         covered: bool (T, H, W); where given, set to True in every pixel that the object touches.
     """
-    num_frames, height, width, _ = frames.shape
-    side = 2 * int(np.ceil(EXTENT[shape] * float(radius.max(initial=0.0)) + 1.0)) + 1
-    rows, columns = min(side, height), min(side, width)
-    # A window per frame, moved inside the frame where the object is near its edge.
-    left = np.clip(np.floor(centre[:, 0]).astype(int) - side // 2, 0, width - columns)
-    top = np.clip(np.floor(centre[:, 1]).astype(int) - side // 2, 0, height - rows)
-    dx = (left - centre[:, 0] + 0.5).astype(np.float32)[:, None, None] + np.arange(columns, dtype=np.float32)
-    dy = (top - centre[:, 1] + 0.5).astype(np.float32)[:, None, None] + np.arange(rows, dtype=np.float32)[:, None]
+    windows, dx, dy = frame_windows(centre, EXTENT[shape] * float(radius.max(initial=0.0)) + 1.0, *frames.shape[1:3])
     size = np.maximum(radius, 1e-3).astype(np.float32)[:, None, None]
     share = coverage(shape, dx, dy, size, 1.0)
     lit = volume(dx, dy, size) * light.astype(np.float32)[:, None, None]
-    windows = [np.s_[t, top[t] : top[t] + rows, left[t] : left[t] + columns] for t in range(num_frames)]
     patches = np.stack([frames[window] for window in windows]).astype(np.float32)
     for channel, level in enumerate(np.asarray(colour, dtype=np.float32)):
         patches[..., channel] += share * (lit * level - patches[..., channel])
@@ -144,6 +136,30 @@ def paint(
         frames[window] = painted[frame]
         if covered is not None:
             covered[window] |= touched[frame]
+
+
+def frame_windows(
+    centre: np.ndarray, reach: float, height: int, width: int
+) -> tuple[list[tuple[int, slice, slice]], np.ndarray, np.ndarray]:
+    """Cut a window of one size out of every frame, about a centre, moved inside the frame where that is near an edge.
+
+    Args:
+        centre: (T, 2), x and y in pixels.
+        reach: pixels that the window shows to every side of the centre.
+        height, width: of the frames.
+
+    Returns:
+        Index of each window into an array (T, H, W, ...), and the offsets of its pixel centres from the centre, float32
+        (T, 1, Q) and (T, P, 1).
+    """
+    side = 2 * int(np.ceil(reach)) + 1
+    rows, columns = min(side, height), min(side, width)
+    left = np.clip(np.floor(centre[:, 0]).astype(int) - side // 2, 0, width - columns)
+    top = np.clip(np.floor(centre[:, 1]).astype(int) - side // 2, 0, height - rows)
+    windows = [(t, slice(y, y + rows), slice(x, x + columns)) for t, (y, x) in enumerate(zip(top, left, strict=True))]
+    dx = (left - centre[:, 0] + 0.5).astype(np.float32)[:, None, None] + np.arange(columns, dtype=np.float32)
+    dy = (top - centre[:, 1] + 0.5).astype(np.float32)[:, None, None] + np.arange(rows, dtype=np.float32)[:, None]
+    return windows, dx, dy
 
 
 def render(

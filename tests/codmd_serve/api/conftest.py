@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from codmd_serve import dispatcher as dispatcher_module
+from codmd_serve import pool as pool_module
 from codmd_serve.api.app import create_app
 from codmd_serve.config import ServeConfig
 from codmd_serve.dispatcher import Dispatcher
@@ -19,7 +19,7 @@ Serve = Callable[..., AbstractContextManager[TestClient]]
 @pytest.fixture
 def serve(tmp_path: Path, fake_worker: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Start a server with the settings given; its workers keep their memory in tmp_path (see fake_worker.py)."""
-    monkeypatch.setattr(dispatcher_module, "MAX_BACKOFF_S", 0.01)
+    monkeypatch.setattr(pool_module, "MAX_BACKOFF_S", 0.01)
 
     @contextmanager
     def started(is_ready: bool = True, **settings: Any) -> Iterator[TestClient]:

@@ -20,8 +20,8 @@ from codmd_serve.bench.row import measure_row
 from codmd_serve.bench.trials import count_operators
 from codmd_serve.bench.weights import PROMPTS
 from codmd_serve.config import GenerateParams
-from codmd_serve.engine import load_engine
 from codmd_serve.errors import ConfigError, GenerationError
+from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import StudentSpec, load_bundle, save_bundle
 
 PARAMS = GenerateParams(prompt=PROMPTS[0], seed=3, height=32, width=32, num_frames=9, fps=16, crf=1)

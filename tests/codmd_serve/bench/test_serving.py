@@ -15,8 +15,8 @@ from codmd_serve.bench.serving import run_in_a_row, run_overlapped
 from codmd_serve.bench.timeline import COLOURS, LANES, draw_timeline, overlap_s
 from codmd_serve.bench.weights import PROMPTS
 from codmd_serve.config import GenerateParams
-from codmd_serve.engine import load_engine
 from codmd_serve.errors import ConfigError
+from codmd_serve.loading import load_engine
 
 PARAMS = GenerateParams(prompt=PROMPTS[0], seed=3, height=32, width=32, num_frames=9, fps=16, crf=1)
 

@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from codmd_serve.config import default_bundle_path
 from codmd_serve.errors import CheckpointError, ConfigError
-from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, load_bundle, read_spec, resolve_base, save_bundle
+from codmd_serve.wan.checkpoint import (
+    NativeShape,
+    StudentSpec,
+    attention_shape,
+    load_bundle,
+    native_attention_shape,
+    read_spec,
+    resolve_base,
+    save_bundle,
+)
 
 TRANSFORMER = Path("transformer/diffusion_pytorch_model.safetensors")
 
@@ -184,6 +193,30 @@ def test_save_bundle_that_fails_keeps_the_old_one(copy: Path, tiny_spec: Student
         save_bundle(copy, Broken(), tiny_spec)
     assert load_bundle(copy).spec == tiny_spec
     assert sorted(p.name for p in copy.parent.iterdir()) == ["tiny", "tiny-codmd"]
+
+
+def test_attention_shape_of_a_bundle_is_that_of_its_loaded_modules(tiny_bundle: Path) -> None:
+    bundle = load_bundle(tiny_bundle)
+    loaded = native_attention_shape(bundle.transformer.config, bundle.vae.config, bundle.spec.native)
+    assert attention_shape(tiny_bundle) == loaded
+    assert (loaded.num_tokens, loaded.num_heads, loaded.head_width) == (3 * 2 * 2, 2, 12)
+    assert attention_shape(tiny_bundle, max_tokens=7).num_tokens == 7
+
+
+def test_attention_shape_reads_the_scales_of_the_vae(copy: Path) -> None:
+    path = copy.parent / "tiny" / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scale_factor_temporal": 2, "scale_factor_spatial": 4}))
+    assert attention_shape(copy).num_tokens == 5 * 4 * 4
+
+
+def test_attention_shape_says_which_config_is_missing(copy: Path) -> None:
+    (copy.parent / "tiny" / "vae" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"vae of .* has no readable config"):
+        attention_shape(copy)
+    (copy / "transformer" / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    shutil.copy(copy / "transformer" / "config.json", copy.parent / "tiny" / "vae" / "config.json")
+    with pytest.raises(CheckpointError, match=r"transformer/config\.json of .* cannot be used: KeyError: 'patch_size'"):
+        attention_shape(copy)
 
 
 def test_native_shape_refuses_what_is_no_count() -> None:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codmd_serve.config import GenerateParams
-from codmd_serve.engine import load_engine
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.grid import causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
+from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import NativeShape, load_bundle, read_spec
 from codmd_serve.wan.convert import CONTRACTS, FAMILIES, ConvertOptions, convert
 

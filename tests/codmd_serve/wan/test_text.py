@@ -7,6 +7,7 @@ import torch
 from diffusers import WanPipeline
 
 from codmd_serve.wan.text import clean_prompt, encode_prompts, prompt_warnings
+from distill.worlds.shapeworld.captions import grammar
 
 PROMPTS = ["a red circle", "a  blue &amp;amp; white\ttriangle\n moves", "\u00e2\u20ac\u201d a ring", "dragon", ""]
 
@@ -62,3 +63,12 @@ def test_prompt_warnings_are_none_for_known_words(tiny_pipeline: WanPipeline) ->
 
 def test_prompt_warnings_says_when_the_prompt_is_cut(tiny_pipeline: WanPipeline) -> None:
     assert prompt_warnings(tiny_pipeline.tokenizer, "red " * 600) == ["prompt cut to its first 512 of 601 tokens"]
+
+
+def test_prompt_warnings_say_what_a_model_of_a_grammar_can_do(tiny_pipeline: WanPipeline) -> None:
+    inside, outside = "a red circle moves right quickly on a black background", "a red circle moves right"
+    known = grammar()
+    assert prompt_warnings(tiny_pipeline.tokenizer, inside, grammar=known) == []
+    (warning,) = prompt_warnings(tiny_pipeline.tokenizer, outside, grammar=known)
+    assert warning == known.warning(outside)
+    assert prompt_warnings(tiny_pipeline.tokenizer, outside) == []

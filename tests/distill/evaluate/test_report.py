@@ -85,13 +85,14 @@ def test_targets_name_what_a_frozen_student_fails(analysis: Analysis) -> None:
     assert "direction" in judged["below_wanted_share"]
     assert judged["share_of_teacher"]["colour"] == 1.0
     assert "imaging" not in judged["worse_than_few"]
+    assert {"one_form", "two_form_worst", "two_form_whole"} <= {metric.key for metric in METRICS}
     assert "bend_modes" in judged["worse_than_few"]
 
 
 def test_report_shows_every_arm_and_is_valid_json(analysis: Analysis) -> None:
     settings: dict[str, object] = {"seed": 0, "teacher": "weights/shapeworld"}
     text = as_markdown(analysis, ["frozen"], settings)
-    assert all(text.count(f"| row {name} |") == 4 for name in analysis.arms)
+    assert all(text.count(f"| row {name} |") == 5 for name in analysis.arms)
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.endswith("|")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from distill.config import DistillConfig, with_overrides
 from distill.methods.relations import BatchRelations
-from distill.parallel.processes import ALONE, Processes
+from distill.parallel.processes import SINGLE_PROCESS, Processes
 
 
 def loss_of(features_BVD: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def test_gradients_of_parts_add_up_to_that_of_the_whole(tiny_config: DistillConf
     whole = features.clone().requires_grad_()
     want = loss_of(whole)
     want.backward()
-    relations = BatchRelations(config, ALONE)
+    relations = BatchRelations(config, SINGLE_PROCESS)
     parts = [part.clone().requires_grad_() for part in features.split(2)]
     for part in parts:
         assert relations.collect(part).shape == features.shape

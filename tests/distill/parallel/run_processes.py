@@ -27,7 +27,7 @@ from distill.data.teacher_latents import cached_teacher_latents
 from distill.methods.registry import METHODS
 from distill.networks.base import open_base
 from distill.networks.build import Networks, build_networks, trained_parameters
-from distill.parallel.processes import ALONE, Processes, join_processes
+from distill.parallel.processes import SINGLE_PROCESS, Processes, join_processes
 from distill.parallel.sharding import sharded_like
 from distill.run.trainer import ROLES, Trainer, native_latents
 
@@ -71,7 +71,9 @@ def student_gradient(trainer: Trainer, processes: Processes) -> dict[str, torch.
     """The gradient of the whole batch's loss, before any update; leaves none behind."""
     trainer._differentiate("student")
     parameters = trainer.parameters["student"]
-    gradient = processes.full({name: item.grad for name, item in parameters.items() if item.grad is not None})
+    gradient = processes.gather_to_rank0(
+        {name: item.grad for name, item in parameters.items() if item.grad is not None}
+    )
     trainer.optimizers["student"].zero_grad()
     return {name: item.clone() for name, item in gradient.items()}
 
@@ -79,7 +81,7 @@ def student_gradient(trainer: Trainer, processes: Processes) -> dict[str, torch.
 def watched(config: DistillConfig, processes: Processes, cache: Path, iterations: int, resumes: bool) -> dict[str, Any]:
     trainer = new_trainer(config, processes, cache)
     seen: dict[str, Any] = {"gradient": student_gradient(trainer, processes), "metrics": [], "exit_steps": []}
-    start = processes.full({role: trainer.parameters[role] for role in ROLES})
+    start = processes.gather_to_rank0({role: trainer.parameters[role] for role in ROLES})
     seen["start"] = {role: {name: item.detach().clone() for name, item in start[role].items()} for role in ROLES}
     draw = METHODS[config.method].draw
 
@@ -122,7 +124,7 @@ def sent(state: dict[str, Any]) -> dict[str, Any]:
 def run(rank: int, scenario: dict[str, Any], store: str, out: Path) -> None:
     torch.set_num_threads(1)
     config, world_size = config_from_dict(scenario["config"]), scenario["world_size"]
-    processes = ALONE
+    processes = SINGLE_PROCESS
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
         processes = join_processes(CPU, config)

@@ -13,8 +13,8 @@ import torch
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig, config_to_dict, with_overrides
 from distill.methods.registry import with_method
-from distill.parallel.processes import ALONE, Processes, check_shares
-from distill.parallel.sharding import check_tokens
+from distill.parallel.processes import SINGLE_PROCESS, Processes, check_world_size
+from distill.parallel.sharding import check_token_split
 
 ROOT = Path(__file__).resolve().parents[3]
 ITERATIONS = 3
@@ -212,7 +212,7 @@ def test_positions_share_out_the_batch_once() -> None:
             taken.append(list(processes.positions(12, 2, part)))
     assert taken[0] == taken[1] == [0, 1]
     assert [place for places in taken[::2] for place in places] == list(range(12))
-    assert ALONE.positions(3, 1, 0) == range(3)
+    assert SINGLE_PROCESS.positions(3, 1, 0) == range(3)
 
 
 @pytest.mark.parametrize(
@@ -229,16 +229,16 @@ def test_a_run_that_cannot_be_shared_out_is_refused_by_key(
     tiny_config: DistillConfig, settings: list[str], world_size: int, named: str
 ) -> None:
     with pytest.raises(ConfigError, match=named):
-        check_shares(with_overrides(tiny_config, settings), world_size)
+        check_world_size(with_overrides(tiny_config, settings), world_size)
 
 
 def test_tokens_and_heads_have_to_divide(tiny_config: DistillConfig) -> None:
     eight = with_overrides(tiny_config, ["context_parallel=8"])
     with pytest.raises(ConfigError, match="must divide the 32764 tokens"):
-        check_tokens(eight, 16, 32764)
+        check_token_split(eight, 16, 32764)
     with pytest.raises(ConfigError, match="context_parallel must divide the 12 attention heads, got 8"):
-        check_tokens(eight, 12, 32760)
-    check_tokens(eight, 40, 32760)
+        check_token_split(eight, 12, 32760)
+    check_token_split(eight, 40, 32760)
 
 
 def test_rcm_cannot_split_tokens(tiny_config: DistillConfig) -> None:

@@ -36,9 +36,12 @@ def arm(moment: str) -> None:
     """Put the kill in the place of the call that stands at that moment."""
     save, rename, rmtree = torch.save, Path.rename, shutil.rmtree
 
+    saves: list[int] = []
+
     def half_save(state: Any, file: Any) -> None:
         save(state, file)
-        if FATAL in file.name:
+        saves.append(1)
+        if len(saves) == 2:  # of step 4
             file.flush()
             file.truncate(file.tell() // 2)
             die()
@@ -49,7 +52,7 @@ def arm(moment: str) -> None:
         return rename(self, target)
 
     def checked_rmtree(path: Path, **options: Any) -> None:
-        if (path.parent / FATAL).is_dir():
+        if path.name.startswith(checkpoint.STEP_PREFIX) and (path.parent / FATAL).is_dir():
             if moment == "deleting":
                 (path / checkpoint.STATE_FILE).unlink()
             die()

@@ -23,6 +23,7 @@ from distill.run.checkpoint import (
     write_bundle,
     write_config,
 )
+from distill.worlds.shapeworld.captions import grammar
 
 
 def averaged(networks: Networks) -> dict[str, torch.Tensor]:
@@ -126,6 +127,15 @@ def test_bundle_loads_in_the_server_with_the_averaged_weights(
     assert spec.config_sha256 == config.sha256()
     assert (spec.native.height, spec.native.num_frames, spec.native.fps) == (32, 9, 16)
     assert spec.vocabulary_note == "Few words."
+    assert bundle.grammar is None  # its prompts came from a file
+
+
+def test_bundle_of_a_run_on_the_captions_of_the_world_carries_their_grammar(
+    tmp_path: Path, tiny_config: DistillConfig, tiny_networks: Networks
+) -> None:
+    config = with_overrides(tiny_config, ["prompts="])
+    write_bundle(tmp_path / "student", config, open_base(config.base), averaged(tiny_networks), 12)
+    assert load_bundle(tmp_path / "student").grammar == grammar()
 
 
 def test_bundle_names_its_base_relative_to_itself(
@@ -148,10 +158,10 @@ def test_export_takes_the_wanted_checkpoint(
         trainer = {"ema": {"shadow": shadow}, "updates": {"student": step // 2}}
         save_checkpoint(tmp_path, step, {"trainer": trainer}, keep_last=5)
     assert export_bundle(tmp_path, tmp_path / "student") == 4
-    assert export_bundle(tmp_path, tmp_path / "student", step=2) == 2
+    assert export_bundle(tmp_path, tmp_path / "student", iteration=2) == 2
     assert read_spec(tmp_path / "student").step == 1
     with pytest.raises(CheckpointError, match="kept are: 2, 4"):
-        export_bundle(tmp_path, tmp_path / "student", step=3)
+        export_bundle(tmp_path, tmp_path / "student", iteration=3)
 
 
 def test_weights_of_another_network_make_no_bundle(

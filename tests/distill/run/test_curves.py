@@ -11,22 +11,33 @@ from PIL import Image
 
 from distill.config import DistillConfig
 from distill.run.curves import plot_curves, read_curves
+from distill.run.log import LOG_FILE, RunLog
 from distill.run.trainer import RunOptions, run_training
 
 
 def write_log(path: Path, num_metrics: int) -> None:
     records = [
-        {"step": step, "eta_s": 1.0, **{f"metric_{index}": step * index for index in range(num_metrics)}}
-        for step in range(20, 120, 20)
+        {"iteration": count, "eta_s": 1.0, **{f"metric_{index}": count * index for index in range(num_metrics)}}
+        for count in range(20, 120, 20)
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def test_curves_skip_what_is_not_a_number_and_a_line_cut_short(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 2, "loss": 0.5, "eta_s": 3}\n{"step": 4, "loss": null, "gap": 1}\n{"step": 6, "lo')
+    log.write_text('{"iteration": 2, "loss": 0.5, "eta_s": 3}\n{"iteration": 4, "loss": null, "gap": 1}\n{"iterati')
     assert read_curves(log) == {"loss": ([2], [0.5]), "gap": ([4], [1])}
     assert read_curves(tmp_path / "none.jsonl") == {}
+
+
+def test_log_of_an_older_version_is_read_and_continued(tmp_path: Path, tiny_config: DistillConfig) -> None:
+    """Older versions called the iteration `step`."""
+    log = tmp_path / LOG_FILE
+    log.write_text('{"step": 2, "loss": 0.5}\n{"step": 4, "loss": 0.25}\n{"step": 6, "loss": 0.125}\n')
+    with RunLog(tmp_path, tiny_config, 4, 60.0) as resumed:
+        resumed.add({"loss": torch.tensor(0.75)})
+        resumed.write(5, num_student_updates=2, num_skipped=0, elapsed_s=1.0)
+    assert read_curves(log)["loss"] == ([2, 4, 5], [0.5, 0.25, 0.75])
 
 
 def test_every_number_gets_a_panel(tmp_path: Path) -> None:

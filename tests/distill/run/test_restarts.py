@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from polling import wait_until
 
 from distill.config import DistillConfig, config_to_dict, with_overrides
 from distill.run.checkpoint import list_checkpoints, load_checkpoint, read_config
@@ -142,7 +142,7 @@ def test_an_unexpected_error_of_the_first_process_reaches_the_others(folder: Pat
     first, other = said(folder, "broken")
     assert first["code"] == "ZeroDivisionError('nobody thought of this')"
     assert other["code"] == 1
-    assert other["error"] == "codmd-distill: the first process failed: ZeroDivisionError: nobody thought of this\n"
+    assert other["error"] == "codmd-distill: rank 0 failed: ZeroDivisionError: nobody thought of this\n"
 
 
 def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
@@ -157,9 +157,7 @@ def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
     with (tmp_path / "said").open("w") as file:
         running = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=file, stderr=file)
         try:
-            limit = time.monotonic() + 300
-            while not (out / "log.jsonl").exists() and running.poll() is None and time.monotonic() < limit:
-                time.sleep(0.2)
+            wait_until(lambda: (out / "log.jsonl").exists() or running.poll() is not None, 300, "a first log line")
             running.send_signal(signal.SIGTERM)
             running.wait(timeout=300)
         finally:

@@ -107,7 +107,7 @@ def test_a_run_ends_in_a_bundle_a_log_and_a_checkpoint(
     shadow = final_state(tmp_path / "run")["ema"]["shadow"]
     assert all(torch.equal(tensor, shadow[name]) for name, tensor in bundle.transformer.named_parameters())
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [2, 4, 6]
+    assert [record["iteration"] for record in records] == [2, 4, 6]
     wanted = {"student_loss", "student_grad_norm", "critic_loss", "critic_grad_norm", "loss_dmd", "loss_frame"}
     assert wanted | {"samples_per_s", "eta_s", "elapsed_s", "student_updates", "num_skipped"} <= records[0].keys()
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
@@ -269,7 +269,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_unbroken_one(
     run(config, tmp_path / "cut", resume=True)
     assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
     logs = [
-        [json.loads(line)["step"] for line in (tmp_path / kind / "log.jsonl").read_text().splitlines()]
+        [json.loads(line)["iteration"] for line in (tmp_path / kind / "log.jsonl").read_text().splitlines()]
         for kind in ("whole", "cut")
     ]
     assert logs == [[2, 4, 6], [2, 3, 4, 6]]
@@ -309,7 +309,7 @@ def test_a_crash_loses_nothing_before_the_last_checkpoint(
     assert outcome.step == 6
     assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "crashed"))
     lines = (tmp_path / "crashed" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+    assert [json.loads(line)["iteration"] for line in lines] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("role", ["student", "critic"])

@@ -124,7 +124,7 @@ def test_held_out_captions_are_distinct_repeatable_and_half_of_them_have_two_obj
         ),
         (
             "a red circle moves left slowly above a blue ring stays still on a black background",
-            "no stated relation",
+            "a relation needs two objects that move alike",
         ),
     ],
 )

@@ -1,0 +1,56 @@
+"""How long a video takes on this machine, learned from those that were made. Standard library only."""
+
+from collections import OrderedDict
+
+from codmd_serve.config import GenerateParams, ModelFacts
+
+WEIGHT = 0.3  # of the newest time in the moving average
+MAX_SHAPES_KEPT = 64
+# Multiples of the expected service time that a job may take, in all and from one progress message to the next. With a
+# whole-loop graph all denoising steps are one message.
+DEADLINE_FACTOR = 10.0
+STALL_FACTOR = 5.0
+
+Shape = tuple[int, int, int]
+
+
+class ServiceTimes:
+    """Moving averages by shape; a shape that was not made yet is scaled from the native one.
+
+    Args:
+        facts: of the engine, with the time of its native video.
+    """
+
+    def __init__(self, facts: ModelFacts) -> None:
+        self._native = (facts.height, facts.width, facts.num_frames)
+        self._known: OrderedDict[Shape, float] = OrderedDict({self._native: facts.service_s})
+
+    def add(self, params: GenerateParams, took_s: float) -> None:
+        """Learn from a video that took the device `took_s`."""
+        shape = (params.height, params.width, params.num_frames)
+        known_s = self._known.get(shape)
+        self._known[shape] = took_s if known_s is None else known_s + WEIGHT * (took_s - known_s)
+        self._known.move_to_end(shape)
+        while len(self._known) > MAX_SHAPES_KEPT:
+            self._known.pop(next(shape for shape in self._known if shape != self._native))
+
+    def expected_s(self, params: GenerateParams) -> float:
+        """Seconds that a video of this shape is expected to take."""
+        known_s = self._known.get((params.height, params.width, params.num_frames))
+        return self._known[self._native] * self._size(params) if known_s is None else known_s
+
+    def deadline_s(self, params: GenerateParams, floor_s: float) -> float:
+        """Seconds from its start after which a job is taken to hang; at least `floor_s`."""
+        return floor_s + DEADLINE_FACTOR * self._longest_s(params)
+
+    def stall_s(self, params: GenerateParams, floor_s: float) -> float:
+        """Seconds without progress after which a job is taken to hang; at least `floor_s`."""
+        return floor_s + STALL_FACTOR * self._longest_s(params)
+
+    def _size(self, params: GenerateParams) -> float:
+        height, width, num_frames = self._native
+        return params.height * params.width * params.num_frames / (height * width * num_frames)
+
+    def _longest_s(self, params: GenerateParams) -> float:
+        """An upper bound: attention grows with the square of the tokens, and nothing grows faster."""
+        return max(self.expected_s(params), self._known[self._native] * self._size(params) ** 2)
