@@ -86,8 +86,23 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.loading",
         *WAN,
     ),
-    "codmd_serve.dispatcher": (*PURE, "codmd_serve.messages", "codmd_serve.pool"),
-    "codmd_serve.api": (*PURE, "codmd_serve.__version__", "codmd_serve.api", "codmd_serve.dispatcher"),
+    "codmd_serve.bundle": PURE,
+    "codmd_serve.dispatcher": (*PURE, "codmd_serve.jobs", "codmd_serve.messages", "codmd_serve.worker_slot"),
+    "codmd_serve.api": (
+        *PURE,
+        "codmd_serve.__version__",
+        "codmd_serve.api",
+        "codmd_serve.bundle",
+        "codmd_serve.dispatcher",
+        "codmd_serve.jobs",
+    ),
+    "codmd_serve.serving": (
+        *PURE,
+        "codmd_serve.api",
+        "codmd_serve.dispatcher",
+        "codmd_serve.jobs",
+        "codmd_serve.pool",
+    ),
     "codmd_serve.cli": ("codmd_serve", "app.demo"),
 }
 DISTILL_MAY = (
@@ -243,7 +258,15 @@ def test_help_of_the_distiller_does_not_wait_for_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["codmd_serve.api.app", "codmd_serve.dispatcher", "codmd_serve.worker", "codmd_serve.cli", "codmd_serve"]
+    "module",
+    [
+        "codmd_serve.api.app",
+        "codmd_serve.dispatcher",
+        "codmd_serve.serving",
+        "codmd_serve.worker",
+        "codmd_serve.cli",
+        "codmd_serve",
+    ],
 )
 def test_the_http_process_never_imports_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted(sys.modules.keys() & {set(HEAVY)!r}))"

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, select
 
 from codmd_serve.config import ModelFacts
 from codmd_serve.jobs.database import Database
-from codmd_serve.jobs.rows import change, read_job
+from codmd_serve.jobs.rows import change, content_key, read_job
 from codmd_serve.jobs.schema import dispatchers_table as dispatchers
 from codmd_serve.jobs.schema import jobs_table as jobs
 from codmd_serve.jobs.schema import results_table as results
@@ -48,17 +48,26 @@ class Leases:
         owner: unguessable id of the dispatcher.
         bundle: hash of the bundle that it serves; it claims jobs of that bundle only.
         model: name of the bundle.
+        engine_key: see store.Model.
         lease_s: seconds that a claim holds without a heartbeat.
         max_attempts: tries of a job whose worker dies or whose lease runs out.
     """
 
     def __init__(
-        self, database: Database, owner: str, bundle: str, model: str = "", lease_s: float = 30.0, max_attempts: int = 2
+        self,
+        database: Database,
+        owner: str,
+        bundle: str,
+        model: str = "",
+        engine_key: str = "",
+        lease_s: float = 30.0,
+        max_attempts: int = 2,
     ) -> None:
         self.database = database
         self.owner = owner
         self.bundle = bundle
         self.model = model
+        self.engine_key = engine_key
         self.lease_s = lease_s
         self.max_attempts = max_attempts
 
@@ -98,6 +107,14 @@ class Leases:
             rows = connection.execute(select(jobs.c.id, jobs.c.is_cancel_requested).where(*own)).all()
         return Heartbeat(frozenset(row.id for row in rows), frozenset(row.id for row in rows if row[1]))
 
+    def cancelled(self) -> frozenset[str]:
+        """Own jobs that shall be given up; a read, for asking often."""
+        query = select(jobs.c.id).where(
+            jobs.c.lease_owner == self.owner, jobs.c.status == RUNNING, jobs.c.is_cancel_requested.is_(True)
+        )
+        with self.database.read() as connection:
+            return frozenset(connection.execute(query).scalars())
+
     def announce(
         self, facts: ModelFacts | None, capacity: int, is_ready: bool, reason: str, service_s: float, alive_s: float
     ) -> None:
@@ -106,6 +123,7 @@ class Leases:
             values = {
                 "bundle": self.bundle,
                 "model": self.model,
+                "engine_key": self.engine_key,
                 "facts": json.dumps(asdict(facts)) if facts else "",
                 "capacity": capacity,
                 "is_ready": is_ready,
@@ -146,8 +164,9 @@ class Leases:
             if is_changed and result is not None:
                 now = self.database.now(connection)
                 row = {name: getattr(result, name) for name in Result.__slots__}
-                times = {"created_at": now, "used_at": now}
-                connection.execute(results.insert().values(content_key=job.content_key, **row, **times))
+                # By this dispatcher's engine: the API that took the job may have had another one in mind.
+                row["content_key"] = content_key(self.bundle, self.engine_key, job.params)
+                connection.execute(results.insert().values(created_at=now, used_at=now, **row))
             return is_changed
 
     def retry(self, job_id: str, message: str, code: str = "worker_died", is_charged: bool = True) -> str | None:

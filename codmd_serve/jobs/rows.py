@@ -1,5 +1,6 @@
 """What the classes of the job store share: reading rows as jobs, and the one compare-and-set of a job's status."""
 
+import hashlib
 import json
 from dataclasses import asdict
 from typing import Any
@@ -46,6 +47,11 @@ def to_job(row: Row[Any]) -> Job:
     decoded: dict[str, Any] = {name: json.loads(values[name]) for name in ("timings_ms", "warnings")}
     params = GenerateParams(**json.loads(values["params"]))
     return Job(**{**plain, **decoded, "params": params, "result": result})
+
+
+def content_key(bundle: str, engine_key: str, params: GenerateParams) -> str:
+    """Hash of everything that decides the bytes of a video."""
+    return hashlib.sha256(f"{bundle}\n{engine_key}\n{encode_params(params)}".encode()).hexdigest()
 
 
 def encode_params(params: GenerateParams) -> str:

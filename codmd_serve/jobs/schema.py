@@ -61,6 +61,7 @@ dispatchers_table = Table(
     Column("id", String(40), primary_key=True),
     Column("bundle", String(64), nullable=False),
     Column("model", Text, nullable=False),
+    Column("engine_key", String(64), nullable=False),
     Column("facts", Text, nullable=False),
     Column("capacity", Integer, nullable=False),
     Column("is_ready", Boolean, nullable=False),
@@ -96,8 +97,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         used_at {double} NOT NULL, expires_at {double} NOT NULL)""",
         "CREATE INDEX codmd_results_content ON codmd_results (content_key)",
         """CREATE TABLE codmd_dispatchers (id VARCHAR(40) PRIMARY KEY, bundle VARCHAR(64) NOT NULL, model TEXT NOT NULL,
-        facts TEXT NOT NULL, capacity INTEGER NOT NULL, is_ready BOOLEAN NOT NULL, reason TEXT NOT NULL,
-        service_s {double} NOT NULL, alive_until {double} NOT NULL)""",
+        engine_key VARCHAR(64) NOT NULL, facts TEXT NOT NULL, capacity INTEGER NOT NULL, is_ready BOOLEAN NOT NULL,
+        reason TEXT NOT NULL, service_s {double} NOT NULL, alive_until {double} NOT NULL)""",
     ),
     (
         "ALTER TABLE codmd_jobs ADD COLUMN webhook_url TEXT NOT NULL DEFAULT ''",

@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, func, or_, select, true
@@ -42,6 +42,7 @@ class Model:
     Attributes:
         bundle: its hash.
         name: as clients call it.
+        engine_key: hash of what else decides the bytes of a video: version and settings of the engine.
         facts: what the engine told when it was loaded.
         capacity: jobs that run at once, all live dispatchers together; 0 when none is alive.
         is_ready: whether a live dispatcher is warm.
@@ -51,6 +52,7 @@ class Model:
 
     bundle: str
     name: str
+    engine_key: str
     facts: ModelFacts | None
     capacity: int
     is_ready: bool
@@ -254,16 +256,15 @@ class JobStore:
             rows = connection.execute(select(dispatchers).order_by(dispatchers.c.alive_until.desc())).all()
         found: dict[str, Model] = {}
         for row in rows:
-            is_alive = row.alive_until > now
             known = found.get(row.bundle)
             if known is None:
                 facts = ModelFacts(**json.loads(row.facts)) if row.facts else None
-                known = Model(row.bundle, row.model, facts, 0, False, "no worker is alive", row.service_s)
-            if is_alive:
+                reason = "no worker is alive"
+                known = Model(row.bundle, row.model, row.engine_key, facts, 0, False, reason, row.service_s)
+            if row.alive_until > now:
                 is_ready = known.is_ready or bool(row.is_ready)
                 reason = "" if is_ready else row.reason
-                capacity = known.capacity + row.capacity
-                known = Model(row.bundle, known.name, known.facts, capacity, is_ready, reason, known.service_s)
+                known = replace(known, capacity=known.capacity + row.capacity, is_ready=is_ready, reason=reason)
             found[row.bundle] = known
         return sorted(found.values(), key=lambda model: model.capacity == 0)
 

@@ -11,6 +11,7 @@ from stores import store_address as store_address
 from codmd_serve.config import GenerateParams
 from codmd_serve.jobs.database import Database, open_database
 from codmd_serve.jobs.leases import Leases
+from codmd_serve.jobs.rows import content_key
 from codmd_serve.jobs.states import Job, NewJob
 from codmd_serve.jobs.store import JobStore, Limits
 
@@ -35,7 +36,8 @@ def submit(store: JobStore) -> Callable[..., Job]:
     """Submit a job of the bundle "b"; the prompt decides its content."""
 
     def submitted(prompt: str = "a", limits: Limits = LIMITS, may_reuse: bool = True, **values: Any) -> Job:
-        new = NewJob(params=replace(PARAMS, prompt=prompt), bundle="b", content_key=prompt, **values)
+        params = replace(PARAMS, prompt=prompt)
+        new = NewJob(params=params, bundle="b", content_key=content_key("b", "e", params), **values)
         return store.submit(new, limits, may_reuse)[0]
 
     return submitted
@@ -46,6 +48,6 @@ def leases(database: Database) -> Callable[..., Leases]:
     """A dispatcher's side of the store."""
 
     def of(owner: str, **settings: Any) -> Leases:
-        return Leases(database, owner, "b", "model-b", **settings)
+        return Leases(database, owner, "b", "model-b", "e", **settings)
 
     return of

@@ -106,7 +106,8 @@ def test_the_bound_holds_against_threads(store: JobStore, submit: Submit) -> Non
 
 def test_the_same_key_and_body_is_the_same_job(store: JobStore, submit: Submit) -> None:
     first = submit("a", idempotency_key="k", body_hash="1")
-    new = NewJob(params=first.params, bundle="b", content_key="a", idempotency_key="k", body_hash="1")
+    key = first.content_key
+    new = NewJob(params=first.params, bundle="b", content_key=key, idempotency_key="k", body_hash="1")
     again, is_new = store.submit(new, Limits(queue_size=1))
     assert again == first and not is_new
 
@@ -177,6 +178,14 @@ def test_an_equal_request_is_answered_from_the_store(store: JobStore, submit: Su
     assert again.result is not None and again.result.name == "r.mp4"
     assert submit("b").status == "queued", "another content"
     assert submit("a", may_reuse=False).status == "queued", "no-cache"
+
+
+def test_a_result_is_filed_under_the_engine_that_made_it(submit: Submit, leases: LeasesOf) -> None:
+    submit("a")
+    other = leases("d")
+    other.engine_key = "another"
+    complete(other, result("r"))
+    assert submit("a").status == "queued"
 
 
 def test_what_a_job_took_is_remembered(store: JobStore, submit: Submit, leases: LeasesOf) -> None:
