@@ -15,6 +15,7 @@ from distill.pretrain.command import add_teacher_arguments, run_teacher
 from distill.run.command import add_export_arguments, add_train_arguments, run_export, run_train
 from distill.worlds.shapeworld.preview import add_preview_arguments, run_preview
 
+PROGRAM = "codmd-distill"
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "train": ("distil a student from a teacher", add_train_arguments, run_train),
     "export": ("write the student of a checkpoint, for codmd-serve or diffusers", add_export_arguments, run_export),
@@ -24,9 +25,6 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "eval": ("score teachers and students on held-out captions", add_eval_arguments, run_eval),
     "shapeworld": ("look at the captioned world", add_preview_arguments, run_preview),
 }
-
-
-PROGRAM = "codmd-distill"
 
 
 def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:

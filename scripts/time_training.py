@@ -23,6 +23,7 @@ from diffusers import WanTransformer3DModel
 from codmd_serve.device import choose_device
 from distill.config import RECIPES, DistillConfig, with_overrides
 from distill.data.prompts import PromptData
+from distill.methods.registry import recipe_config
 from distill.networks.base import latent_grid, open_base
 from distill.networks.build import build_networks
 from distill.networks.precision import resolve_precision
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     # Other than in the recipe, whatever the batch: a batch of one has no relations between samples.
     small = ["copula.weight_batch=0"] if args.batch_size < 3 else []
-    config = with_overrides(RECIPES[args.recipe](), [f"batch_size={args.batch_size}", *small, *args.settings])
+    config = with_overrides(recipe_config(args.recipe), [f"batch_size={args.batch_size}", *small, *args.settings])
     config = with_overrides(config, [f"precision={resolve_precision(config.precision, device)}"])
     with process_group(device, config) as processes, tempfile.TemporaryDirectory() as own:
         folders = [own]

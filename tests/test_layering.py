@@ -123,22 +123,26 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 SETTINGS = ("distill.config", "distill.settings", "distill.streams")
 NETWORKS = (*SETTINGS, "distill.losses", "distill.networks", "distill.parallel")
 METHODS = (*NETWORKS, "distill.data", "distill.methods")
+PRETRAIN = (*NETWORKS, "distill.data", "distill.pretrain", "distill.run", "distill.worlds")
 DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill": (),
     "distill.cli": ("distill",),
     "distill.bench": (*METHODS, "distill.bench", "distill.run"),
     "distill.evaluate": (*NETWORKS, "distill.evaluate", "distill.pretrain", "distill.worlds"),
-    "distill.pretrain": (*NETWORKS, "distill.data", "distill.pretrain", "distill.run", "distill.worlds"),
+    "distill.pretrain": PRETRAIN,
+    # They measure the teacher while it trains.
+    "distill.pretrain.curve": (*PRETRAIN, "distill.evaluate"),
+    "distill.pretrain.curve_worker": (*PRETRAIN, "distill.evaluate"),
     "distill.plan": (*METHODS, "distill.plan"),
     "distill.run": (*METHODS, "distill.run"),
     "distill.methods": METHODS,
-    "distill.data": (*NETWORKS, "distill.data", "distill.worlds", "distill.methods.matching.step_rng"),
+    "distill.data": (*NETWORKS, "distill.data", "distill.worlds"),
     "distill.networks": NETWORKS,
     "distill.parallel": (*SETTINGS, "distill.parallel"),
     "distill.losses": (*SETTINGS, "distill.losses"),
     "distill.worlds": ("distill.worlds",),
     "distill.config": SETTINGS,
-    "distill.settings": ("distill.losses.copula.FEATURES",),
+    "distill.settings": (),
     "distill.streams": (),
 }
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "gradio")

@@ -18,7 +18,9 @@ from codmd_serve.schedule import add_noise, expand_sigma
 from distill.config import DistillConfig
 from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
-from distill.methods.matching import StepDraws, StepResult, student_sample
+from distill.methods.draws import StepResult
+from distill.methods.matching import MatchingDraws, copula_settings
+from distill.methods.scores import student_sample
 from distill.networks.build import Networks, denoiser
 
 NUM_PADDED_POSITIONS = 512
@@ -44,7 +46,7 @@ def padded_batch(batch: Batch) -> Batch:
 
 
 def restated_student_step(
-    networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig, rung: Rung
+    networks: Networks, batch: Batch, draws: MatchingDraws, config: DistillConfig, rung: Rung
 ) -> StepResult:
     """Compute the student's loss of codmd; equals `step.student_step` under reference_compat up to rounding.
 
@@ -68,7 +70,7 @@ def restated_student_step(
         direction = torch.nan_to_num((critic_x0 - teacher_x0) / distance)
         target = student_x0.double() - direction.double()
     loss_dmd = 0.5 * functional.mse_loss(student_x0.double(), target)
-    copula = config.copula
+    copula = copula_settings(config)
     terms = copula_terms(
         student_x0,
         teacher_x0,
@@ -84,7 +86,7 @@ def restated_student_step(
 
 
 def restated_critic_step(
-    networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig, rung: Rung
+    networks: Networks, batch: Batch, draws: MatchingDraws, config: DistillConfig, rung: Rung
 ) -> StepResult:
     """Compute the critic's loss; equals `step.critic_step` up to rounding. Arguments as above."""
     student_x0 = _sample(denoiser(networks.student, networks.precision), batch, draws, config, rung, with_grad=False)
@@ -108,7 +110,7 @@ def _teacher_x0(
 
 
 def _sample(
-    denoise: Denoise, batch: Batch, draws: StepDraws, config: DistillConfig, rung: Rung, *, with_grad: bool
+    denoise: Denoise, batch: Batch, draws: MatchingDraws, config: DistillConfig, rung: Rung, *, with_grad: bool
 ) -> Tensor:
     grid = config.grid()
     if not rung.full_rollout:

@@ -70,10 +70,11 @@ def run_bench_step(args: argparse.Namespace) -> int:
 
 def bench_config(base: str, batch_size: int) -> "DistillConfig":
     """Return the shapeworld recipe in the authors' conventions, so that both compute the same losses."""
-    from distill.config import shapeworld, with_overrides
+    from distill.config import with_overrides
+    from distill.methods.registry import recipe_config
 
-    settings = [f"base={base}", f"batch_size={batch_size}", "reference_compat=true", "score_window=full"]
-    return with_overrides(shapeworld(), [*settings, "num_captions=64", "precision=fp32"])
+    settings = [f"base={base}", f"batch_size={batch_size}", "copula.reference_compat=true", "score_window=full"]
+    return with_overrides(recipe_config(), [*settings, "num_captions=64", "precision=fp32"])
 
 
 def measure(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
@@ -103,8 +104,8 @@ def measure(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
                 arm = arms[(place + trial) % len(arms)]
                 starts = time.process_time(), time.perf_counter()
                 _cycle(arm, config, trial)
-                cpu_s[arm.name].append((time.process_time() - starts[0]) / config.student_every_steps)
-                wall_s[arm.name].append((time.perf_counter() - starts[1]) / config.student_every_steps)
+                cpu_s[arm.name].append((time.process_time() - starts[0]) / config.student_every_iterations)
+                wall_s[arm.name].append((time.perf_counter() - starts[1]) / config.student_every_iterations)
     finally:
         torch.set_num_threads(threads)
     return {"batch_size": config.batch_size, "trials": num_trials, "loss_error": loss_error, **summary(cpu_s, wall_s)}
@@ -141,7 +142,6 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
     from distill.run.trainer import native_latents
 
     base = open_base(config.base)
-
     with tempfile.TemporaryDirectory() as cache:
         data = cached_prompt_data(config, base, Path(cache), torch.device("cpu"))
     shape = (config.batch_size, *native_latents(config, base))
@@ -162,9 +162,12 @@ def _arm(
 
     from distill.bench.authors import padded_batch, restated_critic_step, restated_student_step
     from distill.data.prompts import batch_indices
-    from distill.methods.matching import critic_step, draw_step, step_rng, student_step
+    from distill.methods.draws import StepResult
+    from distill.methods.matching import draw_sample, student_step
+    from distill.methods.scores import critic_step
     from distill.networks.build import Networks, build_networks
     from distill.networks.ema import Ema
+    from distill.streams import named_rng
 
     device, num_steps = torch.device("cpu"), len(config.grid().timesteps)
     if rung is not None and rung.padded_prompts:
@@ -175,13 +178,13 @@ def _arm(
         )
     else:
         networks = build_networks(config, base, device)
-    ours = {"student": student_step, "critic": critic_step}
+    ours: dict[str, Callable[..., StepResult]] = {"student": student_step, "critic": critic_step}
     theirs = {"student": restated_student_step, "critic": restated_critic_step}
 
     def losses(role: str, step: int, exit_step: int) -> "Tensor":
         batch = data.batch(batch_indices(step, data.num_prompts, config.batch_size, config.seed), device)
         # All noise is drawn, also what an early exit does not need: then every variant gets the same numbers.
-        draws = draw_step(config, step_rng(config.seed, role, step), shape, num_steps - 1, device)
+        draws = draw_sample(config, named_rng(config.seed, role, step), shape, num_steps - 1, device)
         draws = replace(draws, exit_step=exit_step)
         if rung is None:
             return ours[role](networks, batch, draws, config).loss
@@ -216,7 +219,7 @@ def check_losses(arms: list[Arm]) -> float:
 
 def _cycle(arm: Arm, config: "DistillConfig", trial: int) -> None:
     """Do the iterations of one trial: the student's turn in the first, the critic's in each."""
-    every = config.student_every_steps
+    every = config.student_every_iterations
     for step in range(trial * every, (trial + 1) * every):
         for role in ("student", "critic") if step % every == 0 else ("critic",):
             _update(arm, role, arm.losses(role, step, step % 4), config.optimizer.clip_norm)

@@ -25,15 +25,23 @@ from codmd_serve.sampler import rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, add_module_files, load_prompts, prompt_key
-from distill.methods.matching import step_rng
 from distill.networks.base import Base
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
 from distill.parallel.processes import SINGLE_PROCESS, Processes
+from distill.streams import named_rng
 
 SHARD_SIZE = 64
 SAMPLE_BATCH = 16
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSampling:
+    """How samples are made: num_steps Euler steps of the guided teacher at levels moved by `shift`."""
+
+    num_steps: int
+    shift: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +81,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def cached_teacher_latents(
     config: DistillConfig,
+    sampling: TeacherSampling,
     base: Base,
     networks: Networks,
     data: PromptData,
@@ -84,8 +93,8 @@ def cached_teacher_latents(
     """Return samples of the teacher for all training prompts, sampling those that the cache does not have.
 
     Args:
-        config: rcm.data_steps Euler steps, shifted by rcm.data_shift, guided by guidance_scale; its precision must be
-            resolved.
+        config: its guidance_scale guides the teacher; its precision must be resolved.
+        sampling: steps of the teacher.
         base: of the networks; the samples are cached under its files.
         networks: the teacher is sampled.
         data: embeddings of the prompts.
@@ -103,7 +112,7 @@ def cached_teacher_latents(
 
     An interrupted call has lost the shard it was at; the next call goes on there.
     """
-    folder = cache_dir / f"teacher-latents-{_cache_key(config, base)[:16]}"
+    folder = cache_dir / f"teacher-latents-{_cache_key(config, sampling, base)[:16]}"
     num_shards = -(-data.num_prompts // SHARD_SIZE)
     sizes = [min(SHARD_SIZE, data.num_prompts - shard * SHARD_SIZE) for shard in range(num_shards)]
     wanted = [
@@ -115,7 +124,7 @@ def cached_teacher_latents(
         logger.info("sampling teacher prompts=%d shards=%d folder=%s", data.num_prompts, len(wanted), folder.name)
     hidden = None if processes.is_rank0 else True
     for shard in tqdm(wanted, desc="samples of the teacher", unit="shard", disable=hidden, dynamic_ncols=True):
-        x0 = _sample_shard(config, networks, data, shard, (sizes[shard], *shape), device)
+        x0 = _sample_shard(config, sampling, networks, data, shard, (sizes[shard], *shape), device)
         processes.on_rank0(partial(_write_shard, folder, shard, x0))
     return TeacherLatents(folder=folder)
 
@@ -131,17 +140,17 @@ def _write_shard(folder: Path, shard: int, x0: Tensor) -> None:
 
 def _sample_shard(
     config: DistillConfig,
+    sampling: TeacherSampling,
     networks: Networks,
     data: PromptData,
     shard: int,
     shape: tuple[int, ...],
     device: torch.device,
 ) -> Tensor:
-    noise = torch.randn(shape, generator=step_rng(0, "teacher-latents", shard))
+    noise = torch.randn(shape, generator=named_rng(0, "teacher-latents", shard))
     teacher = denoiser(networks.teacher, networks.precision)
-    settings = config.rcm
-    levels = [1.0 - index / settings.data_steps for index in range(settings.data_steps + 1)]
-    sigmas = [shift_sigma(level, settings.data_shift) for level in levels]
+    levels = [1.0 - index / sampling.num_steps for index in range(sampling.num_steps + 1)]
+    sigmas = [shift_sigma(level, sampling.shift) for level in levels]
     parts = []
     for start in range(0, shape[0], SAMPLE_BATCH):
         part = noise[start : start + SAMPLE_BATCH].to(device)
@@ -174,13 +183,13 @@ def _holds_samples(path: Path, shape: tuple[int, ...]) -> bool:
     return found == shape
 
 
-def _cache_key(config: DistillConfig, base: Base) -> str:
+def _cache_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> str:
     prompts = [*load_prompts(config), config.negative_prompt]
     settings = [
         prompt_key(prompts, config, base),
         dataclasses.asdict(config.native),
-        config.rcm.data_steps,
-        config.rcm.data_shift,
+        sampling.num_steps,
+        sampling.shift,
         config.guidance_scale,
         config.teacher_dtype,
         config.precision,

@@ -19,7 +19,7 @@ _ROW_TOLERANCE = 12.0
 _NAME_TOLERANCE = 25.0
 _SHADE_BOUNDS = (0.6, 1.45)
 _EVERY_FRAMES = 4
-_SPLITS_TRIED = 12
+_SPLITS_TRIED = 8
 _SPLIT_CAP = 60.0
 """Levels, summed over channels."""
 
@@ -44,17 +44,16 @@ class Background:
     shade: float
 
 
-def fit_background(frames: np.ndarray) -> Background:
+def fit_background(planes: np.ndarray) -> Background:
     """Fit sky and floor by row medians over time and columns.
 
     A row that objects cover for more than half of its pixels has their colour as its median. Its other pixels then say
     whether it is sky or floor.
 
     Args:
-        frames: float32 (T, H, W, 3) in 8-bit levels. In most rows objects must cover less than half of the pixels.
+        planes: float32 (3, T, H, W) in 8-bit levels. In most rows objects must cover less than half of the pixels.
     """
-    height = frames.shape[1]
-    sample = frames[::_EVERY_FRAMES].transpose(1, 3, 0, 2).reshape(height, 3, -1)
+    sample = planes[:, ::_EVERY_FRAMES].transpose(2, 0, 1, 3).reshape(planes.shape[2], 3, -1)
     rows = np.median(sample, axis=2).astype(np.float32)
     fitted = _from_rows(rows)
     covered = np.nonzero(np.abs(rows - fitted.rows).max(axis=1) > 0.0)[0]
@@ -68,17 +67,17 @@ def fit_background(frames: np.ndarray) -> Background:
     return _from_rows(rows)
 
 
-def refine_background(first: Background, frames: np.ndarray, is_object: np.ndarray) -> Background:
+def refine_background(first: Background, planes: np.ndarray, is_object: np.ndarray) -> Background:
     """Fit again by the mean of the pixels that belong to no object, which is finer than a median of whole levels.
 
     Args:
         first: of `fit_background`; its rows stand in where a row is all object.
-        frames: float32 (T, H, W, 3).
+        planes: float32 (3, T, H, W).
         is_object: bool (T, H, W).
     """
     weight = (~is_object).astype(np.float32)
     num = weight.sum(axis=(0, 2))
-    total = np.einsum("thwc,thw->hc", frames, weight, optimize=True)
+    total = np.stack([np.einsum("thw,thw->h", plane, weight) for plane in planes], axis=1)
     rows = np.where((num > 0)[:, None], total / np.maximum(num, 1.0)[:, None], first.rows)
     return _from_rows(rows.astype(np.float32))
 

@@ -157,14 +157,16 @@ def detect(clip: np.ndarray) -> Detection:
     """
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or clip.shape[0] < 2 or min(clip.shape[1:3]) < 16:
         raise ConfigError(f"expected a uint8 clip (T >= 2, H >= 16, W >= 16, 3), got {clip.dtype} {clip.shape}")
-    frames = clip.astype(np.float32)
-    background, mask, _, _ = _separate(frames, fit_background(frames))
+    planes = clip.transpose(3, 0, 1, 2).astype(np.float32, order="C")
+    first = fit_background(planes)
+    rim = widen(_distance(planes, first)[1], 2)
+    background = refine_background(first, planes, rim)
+    squared, mask = _distance(planes, background)
     rim = widen(mask, 2)
-    background, mask, above, distance = _separate(frames, refine_background(background, frames, rim))
     scale = min(clip.shape[1:3]) / WORLD_SIZE
-    parts = _find_parts(mask, above, distance, background, scale)
+    parts = _find_parts(mask, planes, squared, background, scale)
     tracks = [
-        _measure_track(chain, parts, above, background, scale)
+        _measure_track(chain, parts, planes, background, scale)
         for chain in _link(parts, clip.shape[0], scale)
         if len(chain) >= _MIN_PRESENCE * clip.shape[0]
     ]
@@ -195,22 +197,26 @@ def relation_of(first: Track, second: Track) -> str:
     return next(name for name, step in RELATIONS.items() if step[axis] == sign)
 
 
-def _separate(frames: np.ndarray, background: Background) -> tuple[Background, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the background, object pixels (T, H, W), pixels less background, and their distance (T, H, W)."""
-    above = frames - background.rows[None, :, None, :]
-    distance = np.sqrt(np.einsum("thwc,thwc->thw", above, above))
+def _distance(planes: np.ndarray, background: Background) -> tuple[np.ndarray, np.ndarray]:
+    """Return the squared distance of every pixel from the background, and which are an object's, both (T, H, W)."""
+    squared = np.zeros(planes.shape[1:], dtype=np.float32)
+    for plane, row in zip(planes, background.rows.T, strict=True):
+        above = plane - row[:, None]
+        above *= above
+        squared += above
     # Most pixels are background, so the median distance measures the noise.
-    threshold = max(_MIN_DISTANCE, 3.0 * float(np.median(distance[::4])))
-    return background, distance > threshold, above, distance
+    threshold = max(_MIN_DISTANCE**2, 9.0 * float(np.median(squared[::4])))
+    return squared, squared > threshold
 
 
 def _find_parts(
-    mask: np.ndarray, above: np.ndarray, distance: np.ndarray, background: Background, scale: float
+    mask: np.ndarray, planes: np.ndarray, squared: np.ndarray, background: Background, scale: float
 ) -> _Parts:
     labels, _ = ndimage.label(mask, _IN_PLANE)
     ts, ys, xs = np.nonzero(mask)
-    label, weight = labels[ts, ys, xs], distance[ts, ys, xs]
-    colour = _nearest_colours(above[ts, ys, xs], ys, background)
+    label, weight = labels[mask], np.sqrt(squared[mask])
+    above = np.stack([plane[mask] for plane in planes]) - background.rows[ys].T
+    colour = _nearest_colours(above, ys, background)
     num = len(_COLOUR_NAMES)
     votes = np.bincount(label * num + colour, weights=weight**2, minlength=(int(labels.max()) + 1) * num)
     votes = votes.reshape(-1, num)
@@ -254,18 +260,19 @@ def _rank_in_frame(frame: np.ndarray, area: np.ndarray) -> np.ndarray:
 
 
 def _nearest_colours(above: np.ndarray, ys: np.ndarray, background: Background) -> np.ndarray:
-    """Return for pixels (K, 3) less background the index of the palette colour whose mixture they are.
+    """Return for pixels (3, K) less background the index of the palette colour whose mixture they are.
 
     Mixing with the background changes the length of this difference and not its direction, so edges count too.
     """
     palette = np.array([COLOURS[name] for name in _COLOUR_NAMES], dtype=np.float32)
     paints = (palette[:, None] * np.array(_LIGHTS, dtype=np.float32)[:, None]).reshape(-1, 3)
-    colour = np.empty(len(above), dtype=np.int64)
+    colour = np.empty(above.shape[1], dtype=np.int64)
     is_below = ys + 0.5 > background.horizon_px  # nan compares false: no horizon, all above
     for chosen, level in ((~is_below, background.above), (is_below, background.below)):
         direction = paints - level
         direction /= np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-3)
-        colour[chosen] = (above[chosen] @ direction.T).argmax(axis=1) // len(_LIGHTS)
+        likeness = np.einsum("lc,ck->lk", direction, above[:, chosen])
+        colour[chosen] = likeness.argmax(axis=0) // len(_LIGHTS)
     return colour
 
 
@@ -294,12 +301,12 @@ def _link(parts: _Parts, num_frames: int, scale: float) -> list[list[int]]:
     return chains
 
 
-def _measure_track(chain: list[int], parts: _Parts, above: np.ndarray, background: Background, scale: float) -> Track:
+def _measure_track(chain: list[int], parts: _Parts, planes: np.ndarray, background: Background, scale: float) -> Track:
     index = np.array(chain)
     colour = _COLOUR_NAMES[int(parts.colour_votes[index].sum(axis=0).argmax())]
     frames = parts.frame[index]
-    fit = fit_object(above, background.rows, parts.owner, frames, index + 1, parts.boxes[index], colour)
-    num_frames = above.shape[0]
+    fit = fit_object(planes, background.rows, parts.owner, frames, index + 1, parts.boxes[index], colour)
+    num_frames = planes.shape[1]
     tau = frames / (num_frames - 1)
     start, total, bow = _fit_path(tau, fit.centre / scale)
     radius, radius_change = _line(tau, fit.radius / scale)

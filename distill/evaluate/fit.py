@@ -21,7 +21,7 @@ from distill.worlds.shapeworld.schema import COLOURS, SHAPES
 
 _SHAPE_FRAMES = 4
 _SHAPE_FACTORS = np.array([0.82, 0.91, 1.0, 1.1], dtype=np.float32)
-_RADIUS_FACTORS = np.array([0.9, 0.95, 1.0, 1.05, 1.1], dtype=np.float32)
+_RADIUS_FACTORS = np.array([0.94, 1.0, 1.06], dtype=np.float32)
 _BLURS_PX = (0.0, 1.2, 0.7, 2.0)
 """Gaussian blurs of the render that are tried, the first two for every shape. Without them a blurred thin shape reads
 as dark, a small ring as a disc and a triangle, its corners gone, as a circle."""
@@ -54,7 +54,10 @@ class Fit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Patches:
-    """Sums over channels that every candidate shares, in patches around the object: (N, P, P), or (N, P, 1)."""
+    """Sums over channels that every candidate shares, in patches around the object: (N, P, P), or (N, P, 1).
+
+    `above` is the pixels less background, (3, N, P, P), and `rows` the background, (3, N, P, 1).
+    """
 
     ys: np.ndarray
     xs: np.ndarray
@@ -62,13 +65,28 @@ class _Patches:
     region: np.ndarray
     own: np.ndarray
     above: np.ndarray
+    rows: np.ndarray
     energy: np.ndarray
     dot_colour: np.ndarray
     dot_row: np.ndarray
     row_row: np.ndarray
     row_colour: np.ndarray
-    rows: np.ndarray
-    by_pixel: np.ndarray  # (N, P * P, 5): factors of m, m * m, m * v, m * m * v and (m * v) ** 2 in a candidate's sums
+    colour_energy: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sums:
+    """What a candidate's coverage m is multiplied with, for one shading of the patches.
+
+    Attributes:
+        energy: (N,), of the pixels less background.
+        by_cover: (N, P * P, 2), factors of m.
+        by_square: (N, P * P, 3), factors of its square.
+    """
+
+    energy: np.ndarray
+    by_cover: np.ndarray
+    by_square: np.ndarray
     colour_energy: float
 
 
@@ -86,7 +104,7 @@ def widen(mask: np.ndarray, num_px: int) -> np.ndarray:
 
 
 def fit_object(
-    above_background: np.ndarray,
+    planes: np.ndarray,
     rows: np.ndarray,
     owner: np.ndarray,
     frames: np.ndarray,
@@ -97,7 +115,7 @@ def fit_object(
     """Fit one object in all frames it was seen in.
 
     Args:
-        above_background: float32 (T, H, W, 3), pixels less background, 8-bit levels.
+        planes: float32 (3, T, H, W), the clip, 8-bit levels.
         rows: float32 (H, 3), background.
         owner: int (T, H, W), 0 for background, else the part a pixel belongs to.
         frames: int (N,), frame of each part.
@@ -105,22 +123,25 @@ def fit_object(
         boxes: int (N, 4), y0, y1, x0, x1 of each part, ends excluded.
         colour: one of COLOURS.
     """
-    patches = _cut(above_background, rows, owner, frames, parts, boxes, np.array(COLOURS[colour], dtype=np.float32))
+    patches = _cut(planes, rows, owner, frames, parts, boxes, np.array(COLOURS[colour], dtype=np.float32))
     centre, area = _centre_and_area(patches)
     picks = np.unique(np.linspace(0, len(frames) - 1, min(_SHAPE_FRAMES, len(frames))).round().astype(int))
     shape, factor, blur_px = _choose_shape(_take(patches, picks), centre[picks], area[picks])
-    radius = _refine_radius(patches, shape, centre, np.sqrt(area / AREA[shape]) * factor, blur_px)
-    residual, light, cover, lit = _residual(patches, shape, centre, radius[:, None], blur_px)
-    energy = float((patches.energy * patches.weight).sum())
-    explained = max(0.0, 1.0 - float(residual.sum()) / max(energy, 1e-6))
-    over_row = patches.above + (cover[:, 0] * patches.weight)[..., None] * patches.rows
-    shown = lit[:, 0] * patches.weight
-    paint = np.einsum("npqc,npq->c", over_row, shown, optimize=True) / max(float((shown**2).sum()), 1e-6)
+    radius = np.sqrt(area / AREA[shape]) * factor
+    shading = _shade(patches, centre, radius)
+    sums = _sum_up(patches, shading)
+    radius = _refine_radius(patches, sums, shape, centre, radius, blur_px)
+    cover = _blur(_cover(patches, shape, centre, radius[:, None]), blur_px)
+    residual, light = _residual(sums, cover)
+    explained = max(0.0, 1.0 - float(residual.sum()) / max(float(sums.energy.sum()), 1e-6))
+    over_row = patches.above + (cover[:, 0] * patches.weight) * patches.rows
+    shown = cover[:, 0] * shading * patches.weight
+    paint = (over_row * shown).sum(axis=(1, 2, 3)) / max(float((shown**2).sum()), 1e-6)
     return Fit(shape if explained >= _MIN_FIT else UNCLEAR, centre, radius, light[:, 0], paint, explained)
 
 
 def _cut(
-    above_background: np.ndarray,
+    planes: np.ndarray,
     rows: np.ndarray,
     owner: np.ndarray,
     frames: np.ndarray,
@@ -130,41 +151,64 @@ def _cut(
 ) -> _Patches:
     _, height, width = owner.shape
     half = int(max((boxes[:, 1] - boxes[:, 0]).max(), (boxes[:, 3] - boxes[:, 2]).max())) // 2 + 1 + _MARGIN_PX
-    half = min(half, int(_MAX_REACH * min(height, width)))
-    reach = np.arange(-half, half + 1)
-    ys = ((boxes[:, 0] + boxes[:, 1]) // 2)[:, None] + reach
-    xs = ((boxes[:, 2] + boxes[:, 3]) // 2)[:, None] + reach
-    inside = ((ys >= 0) & (ys < height))[:, :, None] & ((xs >= 0) & (xs < width))[:, None, :]
-    y_in, x_in = np.clip(ys, 0, height - 1), np.clip(xs, 0, width - 1)
-    index = (frames[:, None, None], y_in[:, :, None], x_in[:, None, :])
-    above, owners = above_background[index], owner[index]
-    own = (owners == parts[:, None, None]) & inside
-    weight = (own | ((owners == 0) & inside)).astype(np.float32)
-    row = rows[y_in][:, :, None, :]
-    dot_colour, dot_row = above @ colour, (above * row).sum(axis=-1)
-    row_row, row_colour = (row * row).sum(axis=-1), row @ colour
-    terms = (dot_row, row_row, dot_colour, row_colour, np.float32(1.0))
+    side = 2 * min(half, int(_MAX_REACH * min(height, width))) + 1
+    # A patch at the edge of the frame is moved inside.
+    top = np.clip((boxes[:, 0] + boxes[:, 1] - side) // 2, 0, height - side)
+    left = np.clip((boxes[:, 2] + boxes[:, 3] - side) // 2, 0, width - side)
+    windows = [np.s_[t, y : y + side, x : x + side] for t, y, x in zip(frames, top, left, strict=True)]
+    owners = np.stack([owner[window] for window in windows])
+    own = owners == parts[:, None, None]
+    ys, xs = top[:, None] + np.arange(side), left[:, None] + np.arange(side)
+    row = rows[ys].transpose(2, 0, 1)[..., None]
+    above = np.stack([planes[(slice(None), *window)] for window in windows], axis=1) - row
     return _Patches(
         ys=ys + np.float32(0.5),
         xs=xs + np.float32(0.5),
-        weight=weight,
-        region=widen(own, 2) * weight,
+        weight=(own | (owners == 0)).astype(np.float32),
+        region=widen(own, 2) & (own | (owners == 0)),
         own=own,
         above=above,
-        energy=np.einsum("npqc,npqc->npq", above, above),
-        dot_colour=dot_colour,
-        dot_row=dot_row,
-        row_row=row_row,
-        row_colour=row_colour,
         rows=row,
-        by_pixel=np.stack([term * weight for term in terms], axis=-1).reshape(len(frames), -1, 5),
+        energy=_dot(above, above),
+        dot_colour=_dot(above, colour),
+        dot_row=_dot(above, row),
+        row_row=_dot(row, row),
+        row_colour=_dot(row, colour),
         colour_energy=float(colour @ colour),
     )
 
 
+def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the sum over three channels, which come first."""
+    total: np.ndarray = first[0] * second[0] + first[1] * second[1] + first[2] * second[2]
+    return total
+
+
 def _take(patches: _Patches, picks: np.ndarray) -> _Patches:
-    arrays = {name: getattr(patches, name) for name in _Patches.__slots__ if name != "colour_energy"}
-    return _Patches(**{name: array[picks] for name, array in arrays.items()}, colour_energy=patches.colour_energy)
+    values = {name: getattr(patches, name) for name in _Patches.__slots__}
+    taken = {name: values[name][:, picks] for name in ("above", "rows")}
+    rest = {name: value[picks] for name, value in values.items() if name not in (*taken, "colour_energy")}
+    return _Patches(**taken, **rest, colour_energy=patches.colour_energy)
+
+
+def _shade(patches: _Patches, centre: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Return the shading (N, P, P) of a shape at centres (N, 2) with radii (N,)."""
+    dx = (patches.xs - centre[:, :1]).astype(np.float32)[:, None, :]
+    dy = (patches.ys - centre[:, 1:]).astype(np.float32)[:, :, None]
+    return volume(dx, dy, radius.astype(np.float32)[:, None, None])
+
+
+def _sum_up(patches: _Patches, shading: np.ndarray) -> _Sums:
+    """Fold a shading into what candidates are multiplied with: their radii differ too little to change it."""
+    weight, num = patches.weight, len(patches.weight)
+    by_cover = (patches.dot_row * weight, patches.dot_colour * shading * weight)
+    by_square = (patches.row_row * weight, patches.row_colour * shading * weight, shading * shading * weight)
+    return _Sums(
+        energy=(patches.energy * weight).sum(axis=(1, 2)),
+        by_cover=np.stack([term.reshape(num, -1) for term in by_cover], axis=-1),
+        by_square=np.stack([term.reshape(num, -1) for term in by_square], axis=-1),
+        colour_energy=patches.colour_energy,
+    )
 
 
 def _centre_and_area(patches: _Patches) -> tuple[np.ndarray, np.ndarray]:
@@ -188,20 +232,21 @@ def _centre_and_area(patches: _Patches) -> tuple[np.ndarray, np.ndarray]:
         y = (alpha * patches.ys[:, :, None]).sum(axis=(1, 2)) / area
         x = np.clip(x, patches.xs[:, 0], patches.xs[:, -1])
         y = np.clip(y, patches.ys[:, 0], patches.ys[:, -1])
+        centre = np.stack([x, y], axis=1)
         if not is_last:
-            radius = np.sqrt(area / np.pi)[:, None, None]
-            shading = volume(
-                patches.xs[:, None, :] - x[:, None, None], patches.ys[:, :, None] - y[:, None, None], radius
-            )
-    return np.stack([x, y], axis=1), area
+            shading = _shade(patches, centre, np.sqrt(area / np.pi))
+    return centre, area
 
 
 def _choose_shape(patches: _Patches, centre: np.ndarray, area: np.ndarray) -> tuple[str, float, float]:
     """Return shape, factor on the radius that the area gives, and blur in pixels of the least squared error."""
+    sums = _sum_up(patches, _shade(patches, centre, np.sqrt(area / np.pi)))
+    covers = {
+        shape: _cover(patches, shape, centre, np.sqrt(area / AREA[shape])[:, None] * _SHAPE_FACTORS) for shape in SHAPES
+    }
 
     def costs(shape: str, blur_px: float) -> np.ndarray:
-        radius = np.sqrt(area / AREA[shape])[:, None] * _SHAPE_FACTORS
-        summed: np.ndarray = _residual(patches, shape, centre, radius, blur_px)[0].sum(axis=0)
+        summed: np.ndarray = _residual(sums, _blur(covers[shape], blur_px))[0].sum(axis=0)
         return summed
 
     tried = {(shape, blur_px): costs(shape, blur_px) for shape in SHAPES for blur_px in _BLURS_PX[:2]}
@@ -211,42 +256,43 @@ def _choose_shape(patches: _Patches, centre: np.ndarray, area: np.ndarray) -> tu
     return shape, float(_SHAPE_FACTORS[tried[shape, blur_px].argmin()]), blur_px
 
 
-def _blurring(size: int, blur_px: float) -> np.ndarray:
-    """Return the (P, P) matrix whose product with an image blurs its columns."""
-    offset = np.arange(size)[:, None] - np.arange(size)
-    kernel = np.exp(-0.5 * (offset / blur_px) ** 2)
-    scaled: np.ndarray = (kernel / (blur_px * np.sqrt(2 * np.pi))).astype(np.float32)
-    return scaled
-
-
-def _residual(
-    patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray, blur_px: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return squared error (N, R), best light (N, R), coverage and lit coverage (N, R, P, P) of radii (N, R)."""
+def _cover(patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Return the coverage (N, R, P, P) of candidate radii (N, R)."""
     dx = (patches.xs - centre[:, :1]).astype(np.float32)[:, None, None, :]
     dy = (patches.ys - centre[:, 1:]).astype(np.float32)[:, None, :, None]
-    size = radius.astype(np.float32)[:, :, None, None]
-    cover = coverage(shape, dx, dy, size, 1.0)
-    if blur_px > 0.0:
-        blurring = _blurring(cover.shape[-1], blur_px)
-        along_rows = (cover.reshape(-1, cover.shape[-1]) @ blurring).reshape(cover.shape)
-        cover = blurring @ along_rows
-    # Shading is smooth, so that blurring it as well would change nothing.
-    lit = cover * volume(dx, dy, size)
-    powers = (cover, cover * cover, lit, cover * lit, lit * lit)
-    sums = [
-        (power.reshape(*radius.shape, -1) @ patches.by_pixel[..., place, None])[..., 0]
-        for place, power in enumerate(powers)
-    ]
-    towards = sums[2] + sums[3]
-    norm = np.maximum(patches.colour_energy * sums[4], 1e-6)
-    energy = (patches.energy * patches.weight).sum(axis=(1, 2))[:, None]
-    return energy + 2 * sums[0] + sums[1] - towards**2 / norm, towards / norm, cover, lit
+    return coverage(shape, dx, dy, radius.astype(np.float32)[:, :, None, None], 1.0)
 
 
-def _refine_radius(patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray, blur_px: float) -> np.ndarray:
+def _blur(cover: np.ndarray, blur_px: float) -> np.ndarray:
+    """Blur (N, R, P, P) by a Gaussian of `blur_px`, by sums of shifted copies: BLAS would wake its threads for it."""
+    if blur_px == 0.0:
+        return cover
+    for axis in (2, 3):
+        blurred = cover * np.float32(1.0 / (blur_px * np.sqrt(2 * np.pi)))
+        for shift in range(1, min(int(np.ceil(3 * blur_px)), cover.shape[axis] - 1) + 1):
+            tap = cover * np.float32(np.exp(-0.5 * (shift / blur_px) ** 2) / (blur_px * np.sqrt(2 * np.pi)))
+            near, far = [slice(None)] * 4, [slice(None)] * 4
+            near[axis], far[axis] = slice(None, -shift), slice(shift, None)
+            blurred[tuple(near)] += tap[tuple(far)]
+            blurred[tuple(far)] += tap[tuple(near)]
+        cover = blurred
+    return cover
+
+
+def _residual(sums: _Sums, cover: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return squared error (N, R) and best light (N, R) of candidates whose coverage is (N, R, P, P)."""
+    flat = cover.reshape(*cover.shape[:2], -1)
+    linear, square = flat @ sums.by_cover, (flat * flat) @ sums.by_square
+    towards = linear[..., 1] + square[..., 1]
+    norm = np.maximum(sums.colour_energy * square[..., 2], 1e-6)
+    return sums.energy[:, None] + 2 * linear[..., 0] + square[..., 0] - towards**2 / norm, towards / norm
+
+
+def _refine_radius(
+    patches: _Patches, sums: _Sums, shape: str, centre: np.ndarray, radius: np.ndarray, blur_px: float
+) -> np.ndarray:
     """Return the radius (N,) at the vertex of a parabola through the best of a few candidates and its neighbours."""
-    cost = _residual(patches, shape, centre, radius[:, None] * _RADIUS_FACTORS, blur_px)[0]
+    cost = _residual(sums, _blur(_cover(patches, shape, centre, radius[:, None] * _RADIUS_FACTORS), blur_px))[0]
     best = np.clip(cost.argmin(axis=1), 1, len(_RADIUS_FACTORS) - 2)
     at = np.arange(len(best))
     left, mid, right = cost[at, best - 1], cost[at, best], cost[at, best + 1]

@@ -104,8 +104,9 @@ def flicker(clip: np.ndarray, foreground: np.ndarray) -> float:
     static = ~(foreground[1:] | foreground[:-1])
     if static.mean() < _MIN_STATIC_SHARE:
         return float("nan")
-    signed = clip.astype(np.int16)
-    return float(np.abs(signed[1:] - signed[:-1])[static].mean())
+    change = np.maximum(clip[1:], clip[:-1]) - np.minimum(clip[1:], clip[:-1])
+    total = sum(int((change[..., channel] * static).sum()) for channel in range(3))
+    return total / (3.0 * float(static.sum()))
 
 
 def smoothness(track: Track) -> float:
@@ -151,10 +152,10 @@ def imaging_quality(clip: np.ndarray, detection: Detection) -> float:
     """
     if not detection.tracks:
         return 0.0
-    drawn, shown = reconstruct(detection, *clip.shape[1:3]).astype(np.float32), clip.astype(np.float32)
     shared = energy = 0.0
-    for axis in (1, 2):
-        g, r = np.diff(shown, axis=axis).ravel(), np.diff(drawn, axis=axis).ravel()
-        shared += float(g @ r)
-        energy += float(g @ g) + float(r @ r)
+    for shown, drawn in zip(clip, reconstruct(detection, *clip.shape[1:3]), strict=True):
+        for axis in (0, 1):
+            g, r = (np.diff(frame.astype(np.float32), axis=axis) for frame in (shown, drawn))
+            shared += float(np.vdot(g, r))
+            energy += float(np.vdot(g, g)) + float(np.vdot(r, r))
     return max(0.0, 2.0 * shared / max(energy, 1e-6))

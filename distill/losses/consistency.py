@@ -1,6 +1,8 @@
 """Continuous and discrete consistency terms of rCM, in TrigFlow, for a network that predicts rectified flow.
 
-Knows no network and draws no random number. Layout: B batch, C channels, F latent frames, H, W latent pixels.
+Knows no network and draws no random number.
+
+Legend: B batch, C channels, F latent frames, H and W latent rows and columns.
 
 TrigFlow runs along a quarter circle, theta from 0 (clean) to pi / 2 (noise), with c = cos(theta), s = sin(theta):
 

@@ -1,7 +1,9 @@
 """The relational (copula) term: the student's frames and samples should relate to each other as the teacher's do.
 
-Knows no network and no random number. Layout: B batch, C channels, F latent frames, H, W latent pixels;
-G independent groups of N related items with D features each: (B, F, D) for frames, (1, B, D) for the batch.
+Knows no network and no random number.
+
+Legend: B batch, C channels, F latent frames, H and W latent rows and columns, V videos; G independent groups of N
+related items with D features each: (B, F, D) for frames, (1, B, D) for the batch.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,7 @@ FEATURES = ("mean", "spatial")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopulaTerms:
-    """The two relational losses, scalars; a term whose weight is 0 is not computed and is 0 here."""
+    """The two relational losses, scalars; a term that is not used is 0."""
 
     frame: Tensor
     batch: Tensor
@@ -88,10 +90,15 @@ def batch_features(
 
     N is B, or what `relate` of `copula_terms` makes of it.
     """
-    pooled_BVD = torch.stack([_pool(x0, features, grid).mean(dim=2).flatten(1) for x0 in videos_BCFHW], dim=1)
+    pooled_BVD = pooled_features(videos_BCFHW, features, grid)
     if relate is not None:
         pooled_BVD = relate(pooled_BVD)
     return [_centre(items_BD[None], features) for items_BD in pooled_BVD.unbind(1)]
+
+
+def pooled_features(videos_BCFHW: tuple[Tensor, ...], features: str, grid: int) -> Tensor:
+    """Return the (B, V, D) features of `batch_features` before they are completed and centred."""
+    return torch.stack([_pool(x0, features, grid).mean(dim=2).flatten(1) for x0 in videos_BCFHW], dim=1)
 
 
 def relational_kl(

@@ -1,6 +1,8 @@
 """Distribution matching: the direction from critic and teacher flows, and the loss whose gradient it is.
 
-Knows no network and no random number. Layout: B batch, C channels, F latent frames, H, W latent pixels.
+Knows no network and no random number.
+
+Legend: B batch, C channels, F latent frames, H and W latent rows and columns.
 """
 
 import torch

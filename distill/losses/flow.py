@@ -1,6 +1,6 @@
 """The flow-matching loss that trains the critic on samples of the student; knows no network.
 
-Layout: B batch, C channels, F latent frames, H, W latent pixels.
+Legend: B batch, C channels, F latent frames, H and W latent rows and columns.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """The diversity term of DP-DMD: the student's first flow should lead to where the teacher's first steps lead.
 
-Knows no network and no random number. Layout: B batch, C channels, F latent frames, H, W latent pixels.
+Knows no network and no random number.
+
+Legend: B batch, C channels, F latent frames, H and W latent rows and columns.
 """
 
 import torch

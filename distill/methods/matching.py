@@ -1,189 +1,232 @@
-"""One student step and one critic step of codmd and dmd, and the parts of them that the other methods share.
+"""Distribution matching: codmd, with its relational (copula) term, and dmd, which is codmd without it.
 
-Batch and random draws in, loss and metrics out. Deterministic: every random number comes in through `StepDraws`. Knows
-neither optimizers nor files.
+Owns their settings, published constants, denoising steps, turns, draws and losses. Every random number comes in
+through `MatchingDraws`.
 
-Layout: B batch, C channels, F latent frames, H, W latent pixels, L prompt positions, D text width.
+Legend: B batch, C channels, F latent frames, H and W latent rows and columns, V videos, D features.
 """
 
-import hashlib
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from codmd_serve.errors import ConfigError
 from codmd_serve.grid import StepGrid
-from codmd_serve.sampler import Denoise, rollout
-from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0, shift_sigma
-from distill.config import DistillConfig, reference_sigma
+from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, flow_to_x0, shift_sigma
+from distill.config import DistillConfig, EmaConfig, MethodSettings, OptimizerConfig, Recipe
 from distill.data.prompts import Batch
-from distill.losses.copula import copula_terms
-from distill.losses.dmd import dmd_direction, dmd_loss
-from distill.losses.flow import flow_loss
-from distill.networks.build import Networks, denoiser, guided_teacher_flow
+from distill.data.teacher_latents import TeacherSampling
+from distill.losses.copula import FEATURES, copula_terms, pooled_features
+from distill.losses.dmd import dmd_loss
+from distill.methods.draws import (
+    Passes,
+    StepDraws,
+    StepResult,
+    Turn,
+    draw_exit_step,
+    draw_step,
+    reference_sigma,
+)
+from distill.methods.relations import BatchRelations
+from distill.methods.scores import Scores, critic_step, score_metrics, score_sample, student_sample
+from distill.networks.build import Networks, denoiser
+from distill.settings import check_choice, check_range
+from distill.streams import named_rng
+
+CODMD, DMD = "codmd", "dmd"
+# Tensors that `ScoredSample` keeps: the exit step's input, the direction, teacher and critic x0.
+KEPT_LATENTS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepDraws:
-    """The random numbers of one student or critic step, on the training device.
+class CopulaConfig(MethodSettings):
+    """Settings of codmd and dmd. The relational term is scale * (weight_frame * frame + weight_batch * batch).
 
-    exit_step is the step at which the rollout stops; rollout_noise (exit_step + 1, B, C, F, H, W) and score_noise
-    (B, C, F, H, W) are N(0, 1); score_sigma and score_timestep (B,) are the noise level at which teacher and critic
-    look at the sample, and what they are told; frame_permutation (B, F) and batch_permutation (B,), int64, are those of
-    the control arm, None outside it.
+    Attributes:
+        temperature: of the softmax over similarities.
+        features: "mean" over rows and columns, or "spatial", which sees motion that keeps channel means.
+        grid: cells per side of "spatial".
+        permute: control arm: teacher frames and samples are shuffled before their relations are taken.
+        reference_compat: the authors' behaviour where ours departs from it.
     """
 
-    exit_step: int
-    rollout_noise: Tensor
-    score_noise: Tensor
-    score_sigma: Tensor
-    score_timestep: Tensor
+    group: ClassVar[str] = "copula"
+
+    scale: float = 0.1
+    weight_frame: float = 1.0
+    weight_batch: float = 0.0
+    temperature: float = 0.1
+    features: str = "mean"
+    grid: int = 2
+    permute: bool = False
+    reference_compat: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("copula.features", self.features, FEATURES)
+        check_range("copula.temperature", self.temperature, 1e-4, 10.0)
+        check_range("copula.grid", self.grid, 1, 64)
+        for name in ("scale", "weight_frame", "weight_batch"):
+            check_range(f"copula.{name}", getattr(self, name), 0.0, 1e4)
+
+    def check(self, config: DistillConfig) -> None:
+        """Refuse a batch too small for the batch term.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        smallest = 2 if self.reference_compat else 3
+        if config.method == CODMD and self.weight_batch > 0 and config.batch_size < smallest:
+            raise ConfigError(
+                f"copula.weight_batch needs batch_size of {smallest} or more, got {config.batch_size}: "
+                "fewer samples have no relations to compare"
+            )
+
+    def step_grid(self, config: DistillConfig) -> StepGrid:
+        """Return `shifted_grid`, its sigmas snapped to the authors' table with `reference_compat`."""
+        grid = shifted_grid(config)
+        if not self.reference_compat:
+            return grid
+        sigmas = tuple(reference_sigma(timestep) for timestep in grid.timesteps)
+        return StepGrid(sigmas=(*sigmas, 0.0), timesteps=grid.timesteps)
+
+
+def shifted_grid(config: DistillConfig) -> StepGrid:
+    """Return the denoising steps at config.timesteps or, where that is empty, at 1000 * shift(step_levels)."""
+    levels = tuple(shift_sigma(level, config.step_shift) for level in config.step_levels)
+    timesteps = config.timesteps or tuple(NUM_TRAIN_TIMESTEPS * level for level in levels)
+    sigmas = tuple(timestep / NUM_TRAIN_TIMESTEPS for timestep in timesteps)
+    return StepGrid(sigmas=(*sigmas, 0.0), timesteps=tuple(timesteps))
+
+
+def copula_settings(config: DistillConfig) -> CopulaConfig:
+    """Return the settings of a config of codmd or dmd."""
+    assert isinstance(config.method_settings, CopulaConfig)
+    return config.method_settings
+
+
+_WAN_1_3B: dict[str, Any] = {
+    "optimizer": OptimizerConfig(student_lr=2e-6, critic_lr=4e-7),
+    "ema": EmaConfig(decay=0.99, start_update=200),
+    "batch_size": 64,
+    "max_iterations": 3000,
+    "guidance_scale": 4.5,
+    "timesteps": (1000.0, 900.0, 757.0, 522.0),
+    "score_shift": 8.0,
+    "method_settings": CopulaConfig(),
+}
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "shapeworld": {
+        "optimizer": OptimizerConfig(student_lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.999)),
+        "ema": EmaConfig(decay=0.97),
+        "batch_size": 16,
+        "max_iterations": 4000,
+        "student_every_iterations": 4,
+        "guidance_scale": 3.0,
+        "step_shift": 3.0,
+        "score_shift": 3.0,
+        "score_window": "step",
+        "method_settings": CopulaConfig(),
+    },
+    "wan_1_3b": _WAN_1_3B,
+    # Shift-5 steps and scores, both relational terms.
+    "wan_14b": {
+        **_WAN_1_3B,
+        "optimizer": OptimizerConfig(student_lr=4e-6, critic_lr=8e-7),
+        "batch_size": 32,
+        "timesteps": (),
+        "step_shift": 5.0,
+        "score_shift": 5.0,
+        "method_settings": CopulaConfig(weight_batch=1.0),
+    },
+}
+
+
+def configure(recipe: Recipe, method: str = CODMD) -> DistillConfig:
+    """Return the settings of codmd or dmd for a recipe: published ones for Wan, our own for shapeworld.
+
+    Source: CoDMD@6a8259b configs; its 3.5 in cond + 3.5 * (cond - uncond) is guidance_scale 4.5. The batch of 64 is
+    the repository's (the paper says 128); the moving average is Self-Forcing's, CoDMD has none.
+    """
+    return DistillConfig(method=method, **recipe.settings(), **_PUBLISHED[recipe.name])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatchingDraws(StepDraws):
+    """`StepDraws` with the shuffles of the control arm, None outside it.
+
+    Attributes:
+        frame_permutation: (B, F) int64, for each sample.
+        batch_permutation: (B,) int64, of the whole batch whatever part of it is drawn.
+    """
+
     frame_permutation: Tensor | None = None
     batch_permutation: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """A scalar loss with gradient, and detached scalar metrics by name, all still on the device."""
+class ScoredSample:
+    """A student sample with its scores, kept until its gradient is computed.
 
-    loss: Tensor
-    metrics: dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """What teacher and critic say of a student sample that was noised again, (B, C, F, H, W), without gradient.
-
-    direction is that of `dmd_direction`; teacher_x0 (guided) and critic_x0 are their clean predictions.
+    Attributes:
+        exit_latents: (B, C, F, H, W) input of the exit step, from which the sample is computed again with gradient.
+        exit_step: denoising step at which the rollout stopped.
+        scores: of the sample.
+        frame_permutation, batch_permutation: of `MatchingDraws`.
     """
 
-    direction: Tensor
-    teacher_x0: Tensor
-    critic_x0: Tensor
+    exit_latents: Tensor
+    exit_step: int
+    scores: Scores
+    frame_permutation: Tensor | None
+    batch_permutation: Tensor | None
 
 
-def step_rng(seed: int, role: str, step: int, position: int = 0) -> torch.Generator:
-    """Return the CPU generator of one role in one iteration, for one place in the batch where that matters."""
-    digest = hashlib.sha256(f"{seed} {role} {step} {position}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+def matching_turns(config: DistillConfig, iteration: int) -> tuple[str, ...]:
+    """Return the roles of an iteration: the critic in each, the student before it in every N-th."""
+    due = iteration - config.critic_warmup_iterations
+    return ("student", "critic") if due >= 0 and due % config.student_every_iterations == 0 else ("critic",)
 
 
-def sample_noise(rng: torch.Generator, shape: tuple[int, ...], positions: range) -> Tensor:
-    """Draw N(0, 1) for some places of the batch, each from a stream of its own.
-
-    Args:
-        rng: in one state for all who compute a part of the batch; moves on by one number.
-        shape: of one sample's noise.
-        positions: places in the whole batch.
-
-    Returns:
-        (number of positions, *shape) float32: the same for a place whoever draws it, and nobody draws the noise of
-        others, which for 64 videos of Wan's size would take seconds.
-    """
-    seed = int(torch.randint(2**62, (), generator=rng))
-    rows = [torch.randn(shape, generator=step_rng(seed, "sample", 0, position)) for position in positions]
-    return torch.stack(rows)
+def student_turns(config: DistillConfig) -> float:
+    """Return the student's turns per iteration of `matching_turns`, a mean over the run."""
+    due = max(config.max_iterations - config.critic_warmup_iterations, 0)
+    return math.ceil(due / config.student_every_iterations) / config.max_iterations
 
 
-def draw_exit_step(rng: torch.Generator, num_steps: int, first: int = 0) -> int:
-    """Draw a rollout's last step, uniform in first..num_steps - 1; `rng` must be in one state on all ranks."""
-    return int(torch.randint(first, num_steps, (), generator=rng))
-
-
-def draw_step(
+def draw_sample(
     config: DistillConfig,
     rng: torch.Generator,
     shape: tuple[int, ...],
     exit_step: int,
     device: torch.device,
     positions: range | None = None,
-) -> StepDraws:
-    """Draw everything random in one step, for the whole batch or some places of it.
-
-    Args:
-        config: gives the noise-level law and the control arm.
-        rng: a CPU generator, so that a run draws the same numbers on every kind of device.
-        shape: (B, C, F, H, W) of the whole batch's latents.
-        exit_step: from `draw_exit_step`.
-        device: where the numbers go.
-        positions: places of the batch to draw for; None is all of them.
-
-    Returns:
-        Draws whose B is the number of positions, but for batch_permutation, which is the whole batch's.
-    """
-    batch_size, num_frames = shape[0], shape[2]
-    places = range(batch_size) if positions is None else positions
-    own = slice(places.start, places.stop)
-    noise = sample_noise(rng, (exit_step + 2, *shape[1:]), places).movedim(1, 0).contiguous().to(device)
-    sigma, timestep = draw_score_level(config, rng, batch_size, exit_step)
-    frame_permutation = batch_permutation = None
-    if config.copula.permute:
-        frame_permutation = torch.rand((batch_size, num_frames), generator=rng).argsort(dim=1)[own].to(device)
-        batch_permutation = torch.randperm(batch_size, generator=rng).to(device)
-    return StepDraws(
-        exit_step=exit_step,
-        rollout_noise=noise[:-1],
-        score_noise=noise[-1],
-        score_sigma=sigma[own].to(device),
-        score_timestep=timestep[own].to(device),
-        frame_permutation=frame_permutation,
-        batch_permutation=batch_permutation,
-    )
-
-
-def draw_score_level(
-    config: DistillConfig, rng: torch.Generator, batch_size: int, exit_step: int
-) -> tuple[Tensor, Tensor]:
-    """Draw noise levels for the scores: uniform, shifted, clamped to the window of the exit step.
-
-    Returns:
-        sigma (B,) and the timesteps fed to the networks (B,), float32; one level for all with `copula.shared_sigma`.
-
-    Source: CoDMD, copula_dmd/dmd.py@6a8259b, window "full". Deviation: levels are continuous and sigma is
-    timestep / 1000; with `reference_compat` they are drawn from 0..999 and sigma is snapped to the authors' table.
-    The windows "above" and "step" are of the kind of Self-Forcing's ts_schedule.
-    """
-    num_draws = 1 if config.copula.shared_sigma else batch_size
-    level = torch.rand(num_draws, generator=rng)
-    if config.reference_compat:
-        level = (level * NUM_TRAIN_TIMESTEPS).floor() / NUM_TRAIN_TIMESTEPS
-    low, high = score_window(config, exit_step)
-    if config.score_window != "full":
-        # Uniform before the shift and inside the window, so that no draw piles up at its ends.
-        bottom, top = (shift_sigma(bound, 1.0 / config.score_shift) for bound in (low, high))
-        level = bottom + (top - bottom) * level
-    sigma = shift_sigma(level, config.score_shift).clamp(low, high)
-    timestep = NUM_TRAIN_TIMESTEPS * sigma
-    if config.reference_compat:
-        sigma = torch.tensor([reference_sigma(value) for value in timestep.tolist()])
-    return sigma.expand(batch_size), timestep.expand(batch_size)
-
-
-def score_window(config: DistillConfig, exit_step: int) -> tuple[float, float]:
-    """Return the lowest and highest noise level at which a sample that left at `exit_step` is judged.
-
-    "full" judges every exit at all levels (published). The critic then learns the mixture of all exits: blurred early
-    ones are made up for by late ones that spread too far. A step only has to be right from the level it is re-noised
-    to, which is where "above" begins; "step" also ends at the step's own level, so that every level has one exit.
-    """
-    sigmas = config.grid().sigmas
-    low, high = config.score_sigma_min, config.score_sigma_max
-    if config.score_window != "full":
-        low = min(max(low, sigmas[exit_step + 1]), high)
-    if config.score_window == "step":
-        high = max(min(high, sigmas[exit_step]), low)
-    return low, high
+) -> MatchingDraws:
+    """Draw everything random in one step of codmd or dmd; arguments as `draw_step`."""
+    settings, (batch_size, _, num_frames, *_) = copula_settings(config), shape
+    step = draw_step(config, rng, shape, exit_step, device, positions, reference_compat=settings.reference_compat)
+    shared = {entry.name: getattr(step, entry.name) for entry in dataclasses.fields(step)}
+    if not settings.permute:
+        return MatchingDraws(**shared)
+    own = slice(None) if positions is None else slice(positions.start, positions.stop)
+    # Last, so that the control arm shares every other draw.
+    frames = torch.rand((batch_size, num_frames), generator=rng).argsort(dim=1)[own].to(device)
+    samples = torch.randperm(batch_size, generator=rng).to(device)
+    return MatchingDraws(**shared, frame_permutation=frames, batch_permutation=samples)
 
 
 def student_step(
     networks: Networks,
     batch: Batch,
-    draws: StepDraws,
+    draws: MatchingDraws,
     config: DistillConfig,
     relate: Callable[[Tensor], Tensor] | None = None,
 ) -> StepResult:
-    """Distribution matching plus, for method "codmd", the relational term, on one student sample.
+    """Compute the student's loss: distribution matching plus, for codmd, the relational term.
 
     Args:
         networks: the student gets the gradient; teacher and critic are only evaluated.
@@ -198,106 +241,180 @@ def student_step(
     denoise = denoiser(networks.student, networks.precision)
     student_x0 = student_sample(denoise, batch, draws, config.grid(), config.sampler, with_grad=True)
     scores = score_sample(networks, batch, student_x0, draws, config)
-    loss_dmd = dmd_loss(student_x0, scores.direction)
-    relational, relational_metrics = _relational_loss(student_x0, scores, draws, config, relate)
-    metrics = {"loss_dmd": loss_dmd.detach(), **relational_metrics, **score_metrics(student_x0, scores)}
-    return StepResult(loss=loss_dmd + relational, metrics=metrics)
+    return _student_loss(student_x0, scores, (draws.frame_permutation, draws.batch_permutation), config, relate)
 
 
-def critic_step(networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig) -> StepResult:
-    """Flow matching of the critic on a fresh student sample.
-
-    Args:
-        networks: the critic gets the gradient; the student is only sampled.
-        batch: prompts.
-        draws: random numbers, not those of a student step.
-        config: the run's settings.
+@torch.no_grad()
+def scored_sample(
+    networks: Networks, batch: Batch, draws: MatchingDraws, config: DistillConfig
+) -> tuple[ScoredSample, Tensor]:
+    """Sample and score without gradient, as the first of two passes.
 
     Returns:
-        Loss, no further metrics.
+        What `resumed_student_step` needs, and the (B, 3, D) features of student, teacher and critic that relate these
+        samples to the rest of the batch.
     """
-    denoise = denoiser(networks.student, networks.precision)
-    student_x0 = student_sample(denoise, batch, draws, config.grid(), config.sampler, with_grad=False)
-    latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
-    flow_pred = denoiser(networks.critic, networks.precision)(latents, draws.score_timestep, batch.prompt_embeds)
-    return StepResult(loss=flow_loss(flow_pred, student_x0, draws.score_noise), metrics={})
+    denoise, inputs = denoiser(networks.student, networks.precision), list[Tensor]()
 
+    def note_input(latents: Tensor, timestep_B: Tensor, prompt_embeds_BLD: Tensor) -> Tensor:
+        inputs[:] = [latents]
+        return denoise(latents, timestep_B, prompt_embeds_BLD)
 
-def student_sample(
-    denoise: Denoise, batch: Batch, draws: StepDraws, grid: StepGrid, sampler: str, *, with_grad: bool
-) -> Tensor:
-    """Roll the student out to the drawn exit step; with_grad: whether that step, and only that, carries gradient.
-
-    Returns:
-        x0_pred (B, C, F, H, W) of the exit step, float32 or wider.
-    """
-    return rollout(
-        denoise,
-        draws.rollout_noise,
-        batch.prompt_embeds,
-        grid.sigmas,
-        grid.timesteps,
-        sampler=sampler,
+    student_x0 = student_sample(note_input, batch, draws, config.grid(), config.sampler, with_grad=False)
+    scores = score_sample(networks, batch, student_x0, draws, config)
+    settings = copula_settings(config)
+    videos = (student_x0, scores.teacher_x0, scores.critic_x0)
+    sample = ScoredSample(
+        exit_latents=inputs[0],
         exit_step=draws.exit_step,
-        grad_exit_step=with_grad,
+        scores=scores,
+        frame_permutation=draws.frame_permutation,
+        batch_permutation=draws.batch_permutation,
     )
+    return sample, pooled_features(videos, settings.features, settings.grid)
 
 
-def score_sample(
-    networks: Networks, batch: Batch, student_x0: Tensor, draws: StepDraws, config: DistillConfig
-) -> Scores:
-    """Noise a student sample to the drawn level and let guided teacher and critic look at it, without gradient."""
-    with torch.no_grad():
-        latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
-        critic_flow = denoiser(networks.critic, networks.precision)(latents, draws.score_timestep, batch.prompt_embeds)
-        teacher_flow = guided_teacher_flow(
-            denoiser(networks.teacher, networks.precision),
-            latents,
-            draws.score_timestep,
-            batch.prompt_embeds,
-            batch.negative_prompt_embeds,
-            config.guidance_scale,
-        )
-        return Scores(
-            direction=dmd_direction(student_x0, latents, teacher_flow, critic_flow, draws.score_sigma),
-            teacher_x0=flow_to_x0(latents, teacher_flow, draws.score_sigma),
-            critic_x0=flow_to_x0(latents, critic_flow, draws.score_sigma),
-        )
+def resumed_student_step(
+    networks: Networks,
+    batch: Batch,
+    sample: ScoredSample,
+    config: DistillConfig,
+    relate: Callable[[Tensor], Tensor],
+) -> StepResult:
+    """Compute the loss of `student_step` from `scored_sample`: one forward of the student, nothing scored again."""
+    grid, latents = config.grid(), sample.exit_latents
+    timestep_B = torch.full((latents.shape[0],), grid.timesteps[sample.exit_step], device=latents.device)
+    flow_pred = denoiser(networks.student, networks.precision)(latents, timestep_B, batch.prompt_embeds)
+    student_x0 = flow_to_x0(latents, flow_pred, grid.sigmas[sample.exit_step])
+    permutations = (sample.frame_permutation, sample.batch_permutation)
+    return _student_loss(student_x0, sample.scores, permutations, config, relate)
 
 
-def score_metrics(student_x0: Tensor, scores: Scores) -> dict[str, Tensor]:
-    """Return score_gap_abs_mean, how far critic and teacher are apart in x0, and x0_std_ratio, the spread of the
-    student's sample over the guided teacher's; detached scalars.
-    """
-    return {
-        "score_gap_abs_mean": (scores.critic_x0 - scores.teacher_x0).abs().mean(),
-        "x0_std_ratio": student_x0.detach().std() / scores.teacher_x0.std(),
-    }
-
-
-def _relational_loss(
+def _student_loss(
     student_x0: Tensor,
     scores: Scores,
-    draws: StepDraws,
+    permutations: tuple[Tensor | None, Tensor | None],
     config: DistillConfig,
     relate: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    copula = config.copula
-    if config.method == "dmd":
-        return student_x0.new_zeros(()), {}
-    terms = copula_terms(
-        student_x0,
-        scores.teacher_x0,
-        scores.critic_x0,
-        use_frame=copula.weight_frame > 0,
-        use_batch=copula.weight_batch > 0,
-        temperature=copula.temperature,
-        features=copula.features,
-        grid=copula.grid,
-        reference_compat=config.reference_compat,
-        frame_permutation_BF=draws.frame_permutation,
-        batch_permutation_B=draws.batch_permutation,
-        relate=relate,
-    )
-    loss = copula.scale * (copula.weight_frame * terms.frame + copula.weight_batch * terms.batch)
-    return loss, {"loss_frame": terms.frame.detach(), "loss_batch": terms.batch.detach()}
+) -> StepResult:
+    loss = dmd_loss(student_x0, scores.direction)
+    metrics = {"loss_dmd": loss.detach()}
+    if config.method == CODMD:
+        settings = copula_settings(config)
+        terms = copula_terms(
+            student_x0,
+            scores.teacher_x0,
+            scores.critic_x0,
+            use_frame=settings.weight_frame > 0,
+            use_batch=settings.weight_batch > 0,
+            temperature=settings.temperature,
+            features=settings.features,
+            grid=settings.grid,
+            reference_compat=settings.reference_compat,
+            frame_permutation_BF=permutations[0],
+            batch_permutation_B=permutations[1],
+            relate=relate,
+        )
+        loss = loss + settings.scale * (settings.weight_frame * terms.frame + settings.weight_batch * terms.batch)
+        metrics |= {"loss_frame": terms.frame.detach(), "loss_batch": terms.batch.detach()}
+    return StepResult(loss=loss, metrics=metrics | score_metrics(student_x0, scores))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MatchingMethod:
+    """codmd or dmd as a `registry.Method`."""
+
+    name: str
+    settings: type[MethodSettings] = CopulaConfig
+
+    def configure(self, recipe: Recipe) -> DistillConfig:
+        """Return `configure` of this method."""
+        return configure(recipe, self.name)
+
+    def turns(self, config: DistillConfig, iteration: int) -> tuple[str, ...]:
+        """Return `matching_turns`."""
+        return matching_turns(config, iteration)
+
+    def draw(
+        self,
+        config: DistillConfig,
+        role: str,
+        iteration: int,
+        shape: tuple[int, ...],
+        device: torch.device,
+        positions: range | None = None,
+    ) -> MatchingDraws:
+        """Draw one turn; student and critic of an iteration stop at the same exit step."""
+        exit_step = draw_exit_step(named_rng(config.seed, "exit", iteration), len(config.grid().timesteps))
+        return draw_sample(config, named_rng(config.seed, role, iteration), shape, exit_step, device, positions)
+
+    def losses(self, turn: Turn) -> Iterator[StepResult]:
+        """Yield the loss of each micro-batch of a turn."""
+        config = turn.config
+        parts = [turn.positions(part) for part in range(config.accumulate)]
+        relations = None
+        if (
+            turn.role == "student"
+            and self._has_batch_term(config)
+            and turn.processes.data_parallel * config.accumulate > 1
+        ):
+            relations = BatchRelations(
+                config.accumulate, turn.processes, is_divided=copula_settings(config).reference_compat
+            )
+        if relations is not None and config.accumulate > 1:
+            yield from self._related_losses(turn, parts, relations)
+            return
+        for positions in parts:
+            batch = turn.load(positions)
+            draws = self.draw(config, turn.role, turn.iteration, turn.shape, turn.device, positions)
+            if turn.role == "critic":
+                yield critic_step(turn.networks, batch, draws, config)
+            else:
+                relate = None if relations is None else relations.of_part(0)
+                yield student_step(turn.networks, batch, draws, config, relate)
+
+    def _related_losses(self, turn: Turn, parts: list[range], relations: BatchRelations) -> Iterator[StepResult]:
+        # Two passes: the gradient of each micro-batch depends on the features of all others.
+        config, samples = turn.config, []
+        for positions in parts:
+            draws = self.draw(config, turn.role, turn.iteration, turn.shape, turn.device, positions)
+            sample, features_bVD = scored_sample(turn.networks, turn.load(positions), draws, config)
+            samples.append(sample)
+            relations.collect(features_bVD)
+        for part, (positions, sample) in enumerate(zip(parts, samples, strict=True)):
+            relate = relations.of_part(part)
+            yield resumed_student_step(turn.networks, turn.load(positions), sample, config, relate)
+
+    def passes(self, config: DistillConfig) -> dict[str, Passes]:
+        """Count the passes of each role's turn: the exit step is uniform."""
+        before_exit = (len(config.grid().timesteps) - 1) / 2
+        has_two_passes = self._has_batch_term(config) and config.accumulate > 1
+        return {
+            "student": Passes(
+                turns=student_turns(config),
+                student=before_exit + has_two_passes,
+                critic=1.0,
+                teacher=1.0,
+                kept_latents=KEPT_LATENTS if has_two_passes else 0,
+            ),
+            "critic": Passes(turns=1.0, student=before_exit + 1),
+        }
+
+    def notes(self, config: DistillConfig) -> tuple[str, ...]:
+        """Say what a plan counts for the batch term."""
+        if not self._has_batch_term(config) or config.accumulate == 1:
+            return ()
+        return (
+            f"copula.weight_batch relates all {config.batch_size} samples over {config.accumulate} micro-batches: one "
+            "more student forward per sample, counted under rollout",
+        )
+
+    def teacher_sampling(self, config: DistillConfig) -> TeacherSampling | None:
+        """Return None: the student is trained on prompts alone."""
+        del config
+        return None
+
+    def _has_batch_term(self, config: DistillConfig) -> bool:
+        settings = copula_settings(config)
+        return self.name == CODMD and settings.scale * settings.weight_batch > 0

@@ -1,6 +1,8 @@
-"""Features of the whole batch for the relational term, where processes and parts compute some of its samples each.
+"""Features of the whole batch for the relational term, where ranks and micro-batches compute some of its samples each.
 
-Knows no network and no loss. Layout: b samples of one part in one process, B of the whole batch, V videos, D features.
+Knows no network and no loss.
+
+Legend: b samples of one micro-batch on one rank, B samples of the whole batch, V videos, D features.
 """
 
 from collections.abc import Callable
@@ -8,44 +10,43 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distill.config import DistillConfig
 from distill.parallel.processes import Processes
 
 
 class BatchRelations:
-    """What `relate` of `distill.methods.matching.student_step` needs of one batch.
+    """Completes the features of one micro-batch to those of the whole batch.
 
-    The loss of a batch is one function of the features of all its samples, and none of its parts sees more than its
-    own with gradient. So each takes the others' as constants, and the sum of all those gradients is the gradient.
+    The loss is one function of the features of all samples, and each micro-batch has gradient for its own alone. So
+    each takes all others as constants; the sum of the gradients over micro-batches is the gradient of the loss.
+
+    Args:
+        num_parts: micro-batches of each rank.
+        processes: this rank among the others.
+        is_divided: divide the gradient by the number of data-parallel ranks, as the authors' trainer does.
     """
 
-    def __init__(self, config: DistillConfig, processes: Processes) -> None:
+    def __init__(self, num_parts: int, processes: Processes, *, is_divided: bool = False) -> None:
         self.processes = processes
-        self.num_parts = config.accumulate
-        # Gradients are averaged over parts and processes, and the wanted one is a sum. The authors' trainer averages
-        # it over processes too, which divides the term by their number.
-        self.gradient_scale = config.accumulate * (1 if config.reference_compat else processes.data_parallel)
+        # Gradients are averaged over micro-batches and ranks, where a sum is wanted.
+        self.gradient_scale = num_parts * (1 if is_divided else processes.data_parallel)
         self.gathered: list[Tensor] = []
 
-    def collect(self, own_bVD: Tensor) -> Tensor:
-        """Take in the features of the next part, when a batch has several; what is computed of the result is not used.
-
-        Returns:
-            (B, V, D), the part repeated.
-        """
-        block = self.processes.gather_samples(own_bVD)
-        self.gathered.append(block)
-        return block.repeat(self.num_parts, 1, 1)
+    def collect(self, own_bVD: Tensor) -> None:
+        """Gather the features of the next micro-batch from all ranks; only needed where there are several."""
+        self.gathered.append(self.processes.gather_samples(own_bVD))
 
     def of_part(self, part: int) -> Callable[[Tensor], Tensor]:
-        """Return `relate` for one part, after `collect` has seen all parts, if there are several."""
+        """Return `relate` of `copula_terms` for one micro-batch: (b, V, D) with gradient -> (B, V, D).
+
+        Where there are several, `collect` must have seen all of them.
+        """
 
         def relate(own_bVD: Tensor) -> Tensor:
             blocks = self.gathered or [self.processes.gather_samples(own_bVD)]
             num_own = len(own_bVD)
             first = self.processes.rank // self.processes.context_parallel * num_own
             constant = own_bVD.detach()
-            # The value of the features, the gradient of a multiple of them.
+            # The value of the features, gradient_scale times their gradient.
             scaled = constant + self.gradient_scale * (own_bVD - constant)
             block = torch.cat([blocks[part][:first], scaled, blocks[part][first + num_own :]])
             return torch.cat([*blocks[:part], block, *blocks[part + 1 :]])

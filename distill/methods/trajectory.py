@@ -1,25 +1,100 @@
-"""Student step of dp-dmd: the first step of the rollout follows the teacher, the later ones match its distribution.
+"""DP-DMD: the first step of the rollout follows the teacher, the later ones match its distribution.
 
-Deterministic: every random number comes in through `StepDraws`. Knows neither optimizers nor files. The critic's step
-is that of step.py. Layout: B batch, C channels, F latent frames, H, W latent pixels, L positions, D text width.
+Owns its settings, denoising steps, draws and the student's loss; turns, draws' law and the critic's loss are those of
+matching.py. Every random number comes in through `StepDraws`.
+
+Legend: B batch, C channels, F latent frames, H and W latent rows and columns, L prompt positions, D text width.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
+from codmd_serve.errors import ConfigError
+from codmd_serve.grid import StepGrid
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
-from distill.config import DistillConfig
+from distill.config import DistillConfig, MethodSettings, Recipe
 from distill.data.prompts import Batch
+from distill.data.teacher_latents import TeacherSampling
 from distill.losses.dmd import dmd_loss
 from distill.losses.trajectory import trajectory_loss
-from distill.methods.matching import StepDraws, StepResult, score_metrics, score_sample, student_sample
+from distill.methods import matching
+from distill.methods.draws import Passes, StepDraws, StepResult, Turn, draw_exit_step, draw_step
+from distill.methods.matching import shifted_grid
+from distill.methods.scores import critic_step, score_metrics, score_sample, student_sample
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
+from distill.settings import check_range
+from distill.streams import named_rng
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DpDmdConfig(MethodSettings):
+    """Settings of dp-dmd: the student's first flow leads to where the teacher is after some of its steps.
+
+    Attributes:
+        weight: of the diversity term.
+        teacher_steps: Euler steps of the teacher from noise to data.
+        match_step: after how many of them the student meets it.
+        shift: of the teacher's steps.
+    """
+
+    group: ClassVar[str] = "dp_dmd"
+
+    weight: float = 0.05
+    teacher_steps: int = 30
+    match_step: int = 10
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_range("dp_dmd.weight", self.weight, 0.0, 1e4)
+        check_range("dp_dmd.teacher_steps", self.teacher_steps, 1, 10_000)
+        check_range("dp_dmd.match_step", self.match_step, 1, self.teacher_steps)
+        check_range("dp_dmd.shift", self.shift, 1e-3, 1e3)
+
+    def check(self, config: DistillConfig) -> None:
+        """Refuse a student of one step.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        if len(config.grid().timesteps) < 2:
+            raise ConfigError(
+                f"timesteps or step_levels must be 2 or more for method {config.method}: the first is not matched"
+            )
+
+    def step_grid(self, config: DistillConfig) -> StepGrid:
+        """Return `shifted_grid`."""
+        return shifted_grid(config)
+
+
+def dp_dmd_settings(config: DistillConfig) -> DpDmdConfig:
+    """Return the settings of a config of dp-dmd."""
+    assert isinstance(config.method_settings, DpDmdConfig)
+    return config.method_settings
+
+
+def draw_dp_dmd(
+    config: DistillConfig,
+    role: str,
+    iteration: int,
+    shape: tuple[int, ...],
+    device: torch.device,
+    positions: range | None = None,
+) -> StepDraws:
+    """Draw one turn; student and critic of an iteration stop at the same exit step, never at the first.
+
+    The first step is not matched, and the critic learns what is matched.
+    """
+    exit_step = draw_exit_step(named_rng(config.seed, "exit", iteration), len(config.grid().timesteps), first=1)
+    return draw_step(config, named_rng(config.seed, role, iteration), shape, exit_step, device, positions)
 
 
 def dp_dmd_student_step(networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig) -> StepResult:
-    """Distribution matching at an exit step after the first, plus the diversity term on the first.
+    """Compute distribution matching at an exit step after the first plus the diversity term on the first.
 
     Args:
         networks: the student gets the gradient; teacher and critic are only evaluated.
@@ -38,7 +113,7 @@ def dp_dmd_student_step(networks: Networks, batch: Batch, draws: StepDraws, conf
     first: list[Tensor] = []
 
     def keep_first_graph(latents: Tensor, timestep_B: Tensor, prompt_embeds_BLD: Tensor) -> Tensor:
-        # The rollout runs its early steps without gradient; the first one has a loss of its own, and runs once.
+        # The rollout runs early steps without gradient. The first has a loss of its own, and one forward serves both.
         if first:
             return denoise(latents, timestep_B, prompt_embeds_BLD)
         with torch.enable_grad():
@@ -58,12 +133,12 @@ def dp_dmd_student_step(networks: Networks, batch: Batch, draws: StepDraws, conf
         "loss_trajectory": loss_trajectory.detach(),
         **score_metrics(student_x0, scores),
     }
-    return StepResult(loss=loss_dmd + config.dp_dmd.weight * loss_trajectory, metrics=metrics)
+    return StepResult(loss=loss_dmd + dp_dmd_settings(config).weight * loss_trajectory, metrics=metrics)
 
 
 def teacher_levels(config: DistillConfig) -> tuple[float, ...]:
     """Return the dp_dmd.match_step + 1 noise levels of the teacher's first steps, from the student's first level."""
-    settings, start = config.dp_dmd, config.grid().sigmas[0]
+    settings, start = dp_dmd_settings(config), config.grid().sigmas[0]
     unshifted = shift_sigma(start, 1.0 / settings.shift)
     later = (
         shift_sigma(unshifted * (1.0 - index / settings.teacher_steps), settings.shift)
@@ -90,3 +165,66 @@ def early_trajectory(
         )
         latents = latents + (lower_sigma - sigma) * flow
     return latents
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TrajectoryMethod:
+    """dp-dmd as a `registry.Method`."""
+
+    name: str = "dp-dmd"
+    settings: type[MethodSettings] = DpDmdConfig
+
+    def configure(self, recipe: Recipe) -> DistillConfig:
+        """Return the settings of codmd for a recipe, with those of dp-dmd in the place of its relational term."""
+        return replace(matching.configure(recipe), method=self.name, method_settings=DpDmdConfig())
+
+    def turns(self, config: DistillConfig, iteration: int) -> tuple[str, ...]:
+        """Return `matching_turns`."""
+        return matching.matching_turns(config, iteration)
+
+    def draw(
+        self,
+        config: DistillConfig,
+        role: str,
+        iteration: int,
+        shape: tuple[int, ...],
+        device: torch.device,
+        positions: range | None = None,
+    ) -> StepDraws:
+        """Return `draw_dp_dmd`."""
+        return draw_dp_dmd(config, role, iteration, shape, device, positions)
+
+    def losses(self, turn: Turn) -> Iterator[StepResult]:
+        """Yield the loss of each micro-batch of a turn."""
+        step = dp_dmd_student_step if turn.role == "student" else critic_step
+        for part in range(turn.config.accumulate):
+            positions = turn.positions(part)
+            draws = self.draw(turn.config, turn.role, turn.iteration, turn.shape, turn.device, positions)
+            yield step(turn.networks, turn.load(positions), draws, turn.config)
+
+    def passes(self, config: DistillConfig) -> dict[str, Passes]:
+        """Count the passes of each role's turn: the exit step is uniform over all but the first."""
+        mean_exit = len(config.grid().timesteps) / 2
+        return {
+            # The first step and the exit step both carry gradient.
+            "student": Passes(
+                turns=matching.student_turns(config),
+                student=mean_exit - 1,
+                critic=1.0,
+                teacher=1.0 + dp_dmd_settings(config).match_step,
+                trained=2.0,
+                graphs=2,
+            ),
+            "critic": Passes(turns=1.0, student=mean_exit + 1),
+        }
+
+    def notes(self, config: DistillConfig) -> tuple[str, ...]:
+        """Say nothing beside what is counted."""
+        del config
+        return ()
+
+    def teacher_sampling(self, config: DistillConfig) -> TeacherSampling | None:
+        """Return None: the student is trained on prompts alone."""
+        del config
+        return None

@@ -17,7 +17,7 @@ from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.sampler import Denoise
 from codmd_serve.wan.attention import use_compact_cross_attention
-from distill.config import DistillConfig, gather_precision
+from distill.config import DistillConfig
 from distill.losses.dmd import guided_flow
 from distill.networks.base import Base
 from distill.networks.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
@@ -83,7 +83,7 @@ def build_networks(
             prepare(network)
             network.to(device)
         else:
-            gathered = gather_precision(config.method, role, config.precision)
+            gathered = config.gather_precision(role, config.precision)
             network = load_sharded(load, prepare, base.transformer_config, processes, gathered)
         if config.activation_checkpointing and (is_trained or has_adapters):
             checkpoint_activations(network, switch)
@@ -178,13 +178,13 @@ def guided_teacher_flow(
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name."""
+    """Return the parameters that require gradient, by name."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
 def load_parameters(parameters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
-    """Set parameters to saved whole tensors, in place.
+    """Copy saved whole tensors into parameters, sharded or not, in place.
 
     Raises:
         CheckpointError: names or shapes differ.

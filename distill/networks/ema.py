@@ -13,7 +13,7 @@ from distill.parallel.sharding import sharded_like
 
 
 def ema_decay(config: EmaConfig, update: int) -> float:
-    """Return the share of the average that stays at update number `update`, counted from 1.
+    """Return the decay of the average at update number `update`, counted from 1.
 
     kind "power": (1 - 1 / n)^(gamma + 1) at the n-th update after the start, which averages with weights that grow as
     n^gamma. Such weights have the standard deviation sqrt(gamma + 1) / ((gamma + 2) * sqrt(gamma + 3)) over n, and
@@ -40,7 +40,7 @@ def _power_exponent(length: float) -> float:
 
 
 class Ema:
-    """Moving average of a network's parameters in float32; before `start_update` it is a plain copy."""
+    """The moving average in float32, `shadow` by parameter name; before `start_update` it is a copy."""
 
     def __init__(self, network: nn.Module, config: EmaConfig) -> None:
         self.config = config
@@ -49,7 +49,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Take in the network's current parameters; call once after each of its updates."""
+        """Add the network's current parameters to the average; call once after each update."""
         self.num_updates += 1
         # lerp towards the network; weight 1 copies.
         weight = 1.0 - ema_decay(self.config, self.num_updates)
@@ -57,7 +57,7 @@ class Ema:
         torch._foreach_lerp_(list(self.shadow.values()), sources, weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything `load_state_dict` needs: the average and the count of updates."""
+        """Return what `load_state_dict` needs: the average and the number of updates."""
         return {"num_updates": self.num_updates, "shadow": self.shadow}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

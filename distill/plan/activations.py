@@ -2,8 +2,10 @@
 
 The forms count what autograd keeps of diffusers' WanTransformer3DModel as `distill.networks.build` calls it: in
 float32, or under bf16 autocast with a float32 residual stream, float32 QK norms and compact cross-attention.
-Attention is a fused kernel, which keeps its inputs, its output and one log-sum-exp per head; nothing of S x S exists.
-Letters: S tokens on this GPU, T prompt positions, d width, f width of the feed-forward, H heads.
+Attention is a fused kernel, which keeps its inputs, its output and one log-sum-exp per head; nothing of S x S exists,
+except in `derivative_working_bytes`.
+
+Legend: S tokens on this GPU, T prompt positions, d width, f width of the feed-forward, H heads.
 
 Forms are for eager mode: a compiled block keeps less. RMS norms are counted as the composite that CPUs run; the fused
 one of CUDA keeps 12 S d bytes of a block less.
@@ -93,6 +95,19 @@ def forward_working_bytes(architecture: "Architecture", sequence: Sequence, prec
     if precision == "fp32":
         return sequence.tokens * max(30 * d, 16 * d + 8 * f)
     return sequence.tokens * max(28 * d, 14 * d + 4 * f)
+
+
+def derivative_working_bytes(architecture: "Architecture", sequence: Sequence) -> int:
+    """Return the most that the student's forward-mode derivative holds at once, for one sample, its input included.
+
+    It runs in float32 with attention as plain matrix products, which have a derivative: five matrices of tokens x
+    tokens for every head, of scores, softmax and their tangents. At Wan's size they are most of the memory of a run.
+    Otherwise the worst moment is in a norm, or in GELU, where everything has a tangent beside it.
+
+    Source: counted on diffusers 0.42 operator by operator.
+    """
+    d, f, heads = architecture.dim, architecture.ffn_dim, architecture.num_attention_heads
+    return sequence.tokens * max(20 * heads * sequence.context_tokens + 52 * d, 88 * d, 58 * d + 24 * f)
 
 
 def backward_working_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import shlex
 
-from codmd_serve.errors import ConfigError
 from distill.plan.options import PlanOptions, flag
 
 HELP = {
@@ -23,8 +22,9 @@ HELP = {
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `codmd-distill plan`: recipe and settings as for train, and every field of PlanOptions."""
-    parser.add_argument("--recipe", default="shapeworld", help="shapeworld (default), wan_1_3b or wan_14b")
+    """Add the arguments of `codmd-distill plan`: recipe, method and settings as for train, and those of PlanOptions."""
+    parser.add_argument("--recipe", help="shapeworld (default), wan_1_3b or wan_14b")
+    parser.add_argument("--method", help="codmd (default), dmd, rcm, dcm or dp-dmd, with the settings published for it")
     parser.add_argument(
         "--set",
         dest="settings",
@@ -58,15 +58,14 @@ def run_plan(args: argparse.Namespace) -> int:
     options = PlanOptions(**given)
 
     from codmd_serve.wan.checkpoint import silence_libraries
-    from distill.config import RECIPES, with_overrides
+    from distill.config import with_overrides
+    from distill.methods.registry import recipe_config
     from distill.plan.architecture import read_subject
     from distill.plan.planner import make_plan, smallest, suggest
     from distill.plan.reference import reference_layout
     from distill.plan.report import Report, as_json, as_text
 
-    if args.recipe not in RECIPES:
-        raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}, got {args.recipe!r}")
-    config = with_overrides(RECIPES[args.recipe](), args.settings)
+    config = with_overrides(recipe_config(args.recipe, args.method), args.settings)
     silence_libraries()
     subject = read_subject(config)
     plan = make_plan(subject, options)
@@ -83,7 +82,9 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace, given: dict[str, object]) -> str:
-    words = ["codmd-distill", "plan", "--recipe", args.recipe]
+    words = ["codmd-distill", "plan"]
+    for name in ("recipe", "method"):
+        words += [flag(name), getattr(args, name)] if getattr(args, name) is not None else []
     for name, value in given.items():
         if isinstance(value, bool):
             words.append(flag(name) if value else flag("no_" + name))

@@ -1,14 +1,18 @@
 """Floating-point operations of a Wan transformer and of a training iteration, in closed form; standard library only.
 
 A multiplication and an addition count 2, as in torch.utils.flop_counter; only matrix products, convolutions and
-attention are counted. Letters: S tokens on this GPU, N tokens of the whole sample (S times the context-parallel
+attention are counted.
+
+Legend: S tokens on this GPU, N tokens of the whole sample (S times the context-parallel
 degree), T prompt positions, d width, f width of the feed-forward, n blocks, r rank.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from distill.methods.draws import Passes
     from distill.plan.architecture import Architecture
 
 # Products of S x N x d: scores and values forward; backward the scores once more, then one for each of four gradients.
@@ -26,7 +30,11 @@ class Sequence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkFlops:
-    """Operations of one sample on one GPU: forward; backward after it; the blocks' second forward of checkpointing."""
+    """Operations of one sample on one GPU.
+
+    Attributes:
+        recomputation: the second forward of the blocks with activation checkpointing.
+    """
 
     forward: float
     backward: float
@@ -65,37 +73,50 @@ def network_flops(architecture: "Architecture", sequence: Sequence, lora_rank: i
     return NetworkFlops(forward=blocks + patch + head + first + later, backward=backward, recomputation=blocks)
 
 
+def derivative_flops(architecture: "Architecture", sequence: Sequence) -> float:
+    """Count one sample's forward-mode derivative along latents and timestep, the forward itself included.
+
+    Whatever depends on them is multiplied three times: the product rule has two terms beside the product, and torch
+    computes the one with the zero tangent of a weight too. The prompt's own layers are applied once.
+    """
+    a, d, n = architecture, architecture.dim, architecture.num_layers
+    on_prompt = 2.0 * sequence.prompt_tokens * (a.text_dim * d + d * d + n * 2 * d * d)
+    return 3 * (network_flops(architecture, sequence).forward - on_prompt) + on_prompt
+
+
 def iteration_flops(
     student: NetworkFlops,
     critic: NetworkFlops,
+    passes: Mapping[str, "Passes"],
     *,
-    num_steps: int,
-    student_every_steps: int,
     is_guided: bool,
     checkpointing: bool,
+    derivative: float = 0.0,
 ) -> dict[str, float]:
-    """Count one sample's share of a mean iteration: the critic's turn, and every so often the student's.
+    """Count one sample's share of a mean iteration.
 
     Args:
         student: passes of the student; the teacher's forward is the same.
         critic: passes of the critic.
-        num_steps: steps of the student; a rollout stops at one of them, drawn uniformly.
-        student_every_steps: iterations per student turn.
+        passes: of the method, by role.
         is_guided: the teacher also sees the negative prompt.
-        checkpointing: blocks are computed again before their backward.
+        checkpointing: blocks are recomputed before their backward.
+        derivative: of one forward-mode derivative of the student.
 
     Returns:
         Operations by part, in the order in which they happen.
     """
-    share = 1.0 / student_every_steps
-    steps_before_exit = (num_steps - 1) / 2
+    own, other = passes["student"], passes["critic"]
     again = 1.0 if checkpointing else 0.0
+    evaluations = own.turns * own.teacher + other.turns * other.teacher
+    student_graphs, critic_graphs = own.turns * own.trained, other.turns * other.trained
     return {
-        "rollout": (steps_before_exit * share + steps_before_exit + 1) * student.forward,
-        "student forward": share * student.forward,
-        "critic forward": (1 + share) * critic.forward,
-        "teacher": share * (2 if is_guided else 1) * student.forward,
-        "student backward": share * student.backward,
-        "critic backward": critic.backward,
-        "recomputation": again * (share * student.recomputation + critic.recomputation),
+        "rollout": (own.turns * own.student + other.turns * other.student) * student.forward,
+        "derivative": own.turns * own.derivatives * derivative,
+        "student forward": student_graphs * student.forward,
+        "critic forward": (own.turns * own.critic + other.turns * other.critic + critic_graphs) * critic.forward,
+        "teacher": evaluations * (2 if is_guided else 1) * student.forward,
+        "student backward": student_graphs * student.backward,
+        "critic backward": critic_graphs * critic.backward,
+        "recomputation": again * (student_graphs * student.recomputation + critic_graphs * critic.recomputation),
     }

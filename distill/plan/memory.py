@@ -1,14 +1,18 @@
 """Memory of one GPU in each phase of an iteration, part by part; pure arithmetic.
 
-Knows sizes, not tensors: what a network keeps comes from activations.py, parameters from architecture.py.
+Knows sizes, not tensors: what a network keeps comes from activations.py, parameters from architecture.py, and what a
+method runs from its `Passes`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distill.config import DistillConfig, gather_precision
+from distill.config import DistillConfig
+from distill.methods.draws import Passes
 from distill.plan.activations import (
     backward_working_bytes,
     block_bytes,
+    derivative_working_bytes,
     forward_working_bytes,
     head_bytes,
     input_bytes,
@@ -36,13 +40,15 @@ PHASES = ("student scores", "student backward", "student update", "critic backwa
 # Float32 latents of a batch alive beside the noise while a network runs: the student's sample, the noisy state, the
 # critic's flow, and the state twice more for the guided teacher.
 LATENT_TENSORS = 5
+# torch.optim.AdamW allocates both moments whatever betas are.
+NUM_MOMENTS = 2
 
-Memory = dict[str, dict[str, int]]
+MemoryByPhase = dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What one GPU computes at a time: samples of a micro-batch, and the lengths of each."""
+    """What one GPU computes at a time: the samples of a micro-batch, and the lengths of each."""
 
     samples: int
     sequence: Sequence
@@ -59,13 +65,8 @@ def trained_parameters(subject: Subject, options: PlanOptions) -> dict[str, int]
     return {"student": parameters.total, "critic": rank * parameters.lora_width if rank else parameters.total}
 
 
-def num_moments(config: DistillConfig) -> int:
-    """Return the state tensors of AdamW: betas[0] = 0 makes the first moment the gradient itself."""
-    return 1 if config.optimizer.betas[0] == 0 else 2
-
-
 def state_bytes(subject: Subject, options: PlanOptions) -> dict[str, int]:
-    """Return what one GPU holds all the time: weights, moments, average."""
+    """Return what one GPU holds all the time: weights, moments, EMA."""
     config, parameters = subject.config, subject.parameters
     trained, master = trained_parameters(subject, options), DTYPE_BYTES[options.master_dtype]
     teacher = DTYPE_BYTES[config.teacher_dtype] * parameters.total
@@ -75,34 +76,39 @@ def state_bytes(subject: Subject, options: PlanOptions) -> dict[str, int]:
         "student weights": master * trained["student"],
         "critic weights": master * trained["critic"],
         "teacher weights": teacher,
-        "optimizer": num_moments(config) * master * sum(trained.values()),
+        "optimizer": NUM_MOMENTS * master * sum(trained.values()),
         "EMA": 4 * parameters.total,
     }
     return {part: -(-size // options.gpus) for part, size in whole.items()}
 
 
-def phase_bytes(subject: Subject, options: PlanOptions, load: Load) -> Memory:
+def phase_bytes(subject: Subject, options: PlanOptions, load: Load, passes: Mapping[str, Passes]) -> MemoryByPhase:
     """Return the memory of one GPU by phase and part, each phase at its worst moment.
 
     Args:
         subject: settings and network.
         options: machine and layout.
         load: one micro-batch on one GPU.
+        passes: of the method, by role.
 
     Returns:
-        Bytes for all PHASES and PARTS. In "student scores" critic and teacher look at a sample whose graph is held; a
-        backward is at its worst where it begins (all activations) or ends (all gradients); an update also holds one
-        temporary of the size of the trained parameters, as AdamW's default on CUDA does.
+        Bytes for all PHASES and PARTS. In "student scores" critic and teacher evaluate a sample whose graph is held, or
+        the student's forward-mode derivative is taken. A backward is at its worst where it begins (all activations) or
+        where that of one graph ends (all gradients). An update also holds one temporary of the size of the trained
+        parameters, as AdamW's default on CUDA does.
     """
     always = {
         **dict.fromkeys(PARTS, 0),
         **state_bytes(subject, options),
-        "latents and text": _data_bytes(subject, load),
+        "latents and text": _data_bytes(subject, options, load, passes),
         "reserve": round(options.reserve_gib * GIB),
     }
-    moments: dict[str, list[dict[str, int]]] = {"student scores": _score_moments(subject, options, load)}
+    graphs = {role: passes[role].graphs for role in ("student", "critic")}
+    moments: dict[str, list[dict[str, int]]] = {
+        "student scores": _score_moments(subject, options, load, passes["student"])
+    }
     for role in ("student", "critic"):
-        moments[f"{role} backward"] = _backward_moments(subject, options, load, role)
+        moments[f"{role} backward"] = _backward_moments(subject, options, load, role, graphs[role])
         trained = _gradient_bytes(subject, options, role)
         moments[f"{role} update"] = [{"gradients": trained, "working set": trained}]
     worst = {phase: max(moments[phase], key=lambda parts: sum(parts.values())) for phase in PHASES}
@@ -112,13 +118,13 @@ def phase_bytes(subject: Subject, options: PlanOptions, load: Load) -> Memory:
 def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward: bool) -> int:
     """Return the weights that a network's pass holds beside its own: gathered shards, or autocast's bf16 copies.
 
-    Sharded, `gather_precision` says in what. In fp32 that is three blocks: in forward the one that is being let go, the
-    buffer of the next one's gathering and what is copied out of it; in backward the one that computes, the next one,
-    and the gradient of the one before, and then a copy of that which is being reduced. In bf16 blocks are gathered in
-    two groups, and the small one in between lets the last block go before the next one comes: two blocks in forward;
-    in backward the next one and a gradient, with its float32 copy that is being reduced. The layers around the blocks
-    stay gathered, in float32 as the time path needs. On one GPU autocast keeps its copies of trained weights through a
-    forward, and without checkpointing to the end of the backward.
+    Sharded, `DistillConfig.gather_precision` gives the dtype. In fp32 three blocks are held. Forward: the block being
+    freed, the buffer that gathers the next one, and the copy out of that buffer. Backward: the block that computes, the
+    next one, and the gradient of the one before, with a copy of the gradient being reduced. In bf16 a block is gathered
+    in two groups, and the small one between two large ones lets a block be freed before the next arrives: two blocks
+    forward; backward the next one and a gradient, with its float32 copy being reduced. The layers around the blocks
+    stay gathered in float32, as the time path needs. On one GPU autocast keeps its copies of trained weights through a
+    forward and, without checkpointing, until the end of the backward.
 
     Source: FSDP2 as `distill.parallel.sharding.shard` sets it up, measured with torch 2.13.
     """
@@ -126,7 +132,7 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
     rank, precision = options.lora_critic_rank, precision_of(config)
     is_frozen = role == "teacher" or (role == "critic" and rank > 0)
     if options.gpus > 1:
-        gathered = gather_precision(config.method, role, precision)
+        gathered = config.gather_precision(role, precision)
         lora = rank * parameters.lora_width // subject.architecture.num_layers if role == "critic" else 0
         outer = 4 * (parameters.total - subject.architecture.num_layers * parameters.block)
         blocks = 2 if gathered == "bf16" else 3
@@ -140,42 +146,61 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
     return width * parameters.cast
 
 
-def _score_moments(subject: Subject, options: PlanOptions, load: Load) -> list[dict[str, int]]:
-    held = {
-        "activations": _saved(subject, options, load),
-        "gradients": _held_gradient_bytes(subject, options, "student"),
-    }
-    working = load.samples * forward_working_bytes(subject.architecture, load.sequence, precision_of(subject.config))
+def _score_moments(subject: Subject, options: PlanOptions, load: Load, own: Passes) -> list[dict[str, int]]:
+    held_gradients = {"gradients": _held_gradient_bytes(subject, options, "student")}
+    saved, samples = _saved(subject, options, load), load.samples
+    working = samples * forward_working_bytes(subject.architecture, load.sequence, precision_of(subject.config))
     # The teacher sees prompt and negative prompt in one call.
     factors = {"student": 1, "critic": 1, "teacher": 1 if subject.config.guidance_scale == 1.0 else 2}
-    kept = 0
-    if options.gpus == 1 and not options.activation_checkpointing:
-        kept = copy_bytes(subject, options, "student", is_backward=False)
+    kept = own.graphs * _kept_copies(subject, options)
     moments = []
     for role, factor in factors.items():
         copies = copy_bytes(subject, options, role, is_backward=False)
-        # The student's own copies are those it keeps.
-        copies += 0 if role == "student" else kept
-        moments.append({**held, "working set": factor * working, "weight copies": copies})
+        # A student that keeps its copies has counted them.
+        copies = kept if role == "student" and kept else copies + kept
+        parts = {"activations": own.graphs * saved, "working set": factor * working, "weight copies": copies}
+        moments.append(held_gradients | parts)
+    if own.derivatives:
+        derivative = samples * derivative_working_bytes(subject.architecture, load.sequence)
+        gathered = copy_bytes(subject, options, "student", is_backward=False) if options.gpus > 1 else 0
+        copies = gathered + _kept_copies(subject, options)
+        moments.append(held_gradients | {"activations": saved, "working set": derivative, "weight copies": copies})
     return moments
 
 
-def _backward_moments(subject: Subject, options: PlanOptions, load: Load, role: str) -> list[dict[str, int]]:
+def _kept_copies(subject: Subject, options: PlanOptions) -> int:
+    """Return autocast's copies that one student graph keeps on one GPU."""
+    if options.gpus > 1 or options.activation_checkpointing:
+        return 0
+    return copy_bytes(subject, options, "student", is_backward=False)
+
+
+def _backward_moments(
+    subject: Subject, options: PlanOptions, load: Load, role: str, graphs: int
+) -> list[dict[str, int]]:
     architecture, sequence, precision = subject.architecture, load.sequence, precision_of(subject.config)
     block = load.samples * block_bytes(architecture, sequence, precision)
     working = load.samples * backward_working_bytes(architecture, sequence, precision)
     if options.activation_checkpointing:
         working += block - load.samples * input_bytes(architecture, sequence)
         block = load.samples * input_bytes(architecture, sequence)
-    common = {"working set": working, "weight copies": copy_bytes(subject, options, role, is_backward=True)}
-    return [
-        {
-            **common,
-            "activations": _saved(subject, options, load) - load.samples * head_bytes(architecture, sequence),
-            "gradients": _held_gradient_bytes(subject, options, role),
-        },
-        {**common, "activations": block, "gradients": _gradient_bytes(subject, options, role)},
-    ]
+    saved, copies = _saved(subject, options, load), copy_bytes(subject, options, role, is_backward=True)
+    waiting = (graphs - 1) * _kept_copies(subject, options)
+    head = load.samples * head_bytes(architecture, sequence)
+    begin = {
+        "working set": working,
+        "weight copies": copies + waiting,
+        "activations": graphs * saved - head,
+        "gradients": _held_gradient_bytes(subject, options, role),
+    }
+    # The newest graph goes first; at its end the others are still held.
+    end = {
+        "working set": working,
+        "weight copies": copies + waiting,
+        "activations": (graphs - 1) * saved + block,
+        "gradients": _gradient_bytes(subject, options, role),
+    }
+    return [begin, end]
 
 
 def _saved(subject: Subject, options: PlanOptions, load: Load) -> int:
@@ -194,11 +219,13 @@ def _held_gradient_bytes(subject: Subject, options: PlanOptions, role: str) -> i
     return _gradient_bytes(subject, options, role) if options.accumulate > 1 else 0
 
 
-def _data_bytes(subject: Subject, load: Load) -> int:
+def _data_bytes(subject: Subject, options: PlanOptions, load: Load, passes: Mapping[str, Passes]) -> int:
     channels, frames, height, width = subject.latents
     # Every GPU of a context-parallel group has the whole latents: the network splits them. Noise is one per step and
     # one for the scores.
-    latents = (len(subject.config.grid().timesteps) + 1 + LATENT_TENSORS) * channels * frames * height * width
+    kept = options.accumulate * max(one.kept_latents for one in passes.values())
+    tensors = len(subject.config.grid().timesteps) + 1 + LATENT_TENSORS + kept
+    latents = tensors * channels * frames * height * width
     # Prompt and negative prompt, and the teacher's concatenation of both.
     text = 4 * load.sequence.prompt_tokens * subject.architecture.text_dim
     return 4 * load.samples * (latents + text)

@@ -2,14 +2,16 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from codmd_serve.errors import ConfigError
-from distill.config import gather_precision
+from distill.data.prompts import load_prompts
+from distill.methods.draws import Passes
+from distill.methods.registry import METHODS
 from distill.plan.architecture import Subject
-from distill.plan.flops import Sequence, iteration_flops, network_flops
-from distill.plan.memory import Load, Memory, num_moments, phase_bytes, precision_of, trained_parameters
+from distill.plan.flops import Sequence, derivative_flops, iteration_flops, network_flops
+from distill.plan.memory import Load, MemoryByPhase, phase_bytes, precision_of, trained_parameters
 from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions, divisors, flag
 
 SUGGESTED_LORA_RANK = 64
@@ -18,17 +20,22 @@ ITERATIONS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Memory of one GPU by phase and part in bytes, operations of one iteration on all GPUs together by part.
+    """What a run needs.
 
-    gathered_bytes is what one GPU receives in an iteration to assemble sharded weights and to reduce gradients.
+    Attributes:
+        memory: bytes of one GPU by phase and part.
+        flops: operations of a mean iteration on all GPUs together, by part.
+        gathered_bytes: what one GPU receives in an iteration to assemble sharded weights and to reduce gradients.
+        passes: of the method, by role.
     """
 
     subject: Subject
     options: PlanOptions
     load: Load
-    memory: Memory
+    memory: MemoryByPhase
     flops: dict[str, float]
     gathered_bytes: float
+    passes: Mapping[str, Passes]
 
     @property
     def totals(self) -> dict[str, int]:
@@ -60,6 +67,20 @@ class Plan:
         """The same in hours per 1000 iterations."""
         return self.seconds_per_iteration * ITERATIONS / 3600
 
+    @property
+    def sampling_flops(self) -> float:
+        """Operations of one GPU before the first iteration, for samples of the teacher.
+
+        Raises:
+            ConfigError: the prompts cannot be read.
+        """
+        return _sampling_flops(self.subject, self.load)
+
+    @property
+    def sampling_hours(self) -> float:
+        """Hours before the first iteration at the stated rate, for samples of the teacher."""
+        return self.sampling_flops / (self.options.tflops * 1e12) / 3600
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suggestion:
@@ -77,26 +98,34 @@ def make_plan(subject: Subject, options: PlanOptions) -> Plan:
         options: machine and layout.
 
     Raises:
-        ConfigError: samples, tokens or heads that do not divide over the GPUs, or too large a rank.
+        ConfigError: samples, tokens or heads that do not divide over the GPUs, too large a rank, or a layout that the
+            method cannot train in.
     """
     load = _split(subject, options)
-    per_sample = _sample_flops(subject, options, load)
+    # As the run would have them: methods refuse some layouts, and count others.
+    config = dataclasses.replace(
+        subject.config, accumulate=options.accumulate, context_parallel=options.context_parallel
+    )
+    subject = dataclasses.replace(subject, config=config)
+    passes = METHODS[config.method].passes(config)
+    per_sample = _sample_flops(subject, options, load, passes)
     num_samples = load.samples * options.accumulate * options.gpus
     return Plan(
         subject=subject,
         options=options,
         load=load,
-        memory=phase_bytes(subject, options, load),
+        memory=phase_bytes(subject, options, load, passes),
         flops={part: num_samples * flops for part, flops in per_sample.items()},
-        gathered_bytes=_gathered_bytes(subject, options),
+        gathered_bytes=_gathered_bytes(subject, options, passes),
+        passes=passes,
     )
 
 
 def suggest(subject: Subject, options: PlanOptions) -> Suggestion | None:
     """Find the least change of options that fits, on the same GPUs; None when there is none.
 
-    Changes of what is trained weigh most (LoRA critic, then no first moment, then a bf16 teacher), then
-    checkpointing, then context parallelism, then accumulation.
+    A change of what is trained weighs most (LoRA critic, then a bf16 teacher), then checkpointing, then context
+    parallelism, then accumulation.
     """
     for candidate, changed in _alternatives(subject, options):
         try:
@@ -145,53 +174,64 @@ def _split(subject: Subject, options: PlanOptions) -> Load:
     return Load(samples=batch_size // groups, sequence=sequence)
 
 
-def _sample_flops(subject: Subject, options: PlanOptions, load: Load) -> dict[str, float]:
-    config = subject.config
+def _sample_flops(subject: Subject, options: PlanOptions, load: Load, passes: Mapping[str, Passes]) -> dict[str, float]:
     return iteration_flops(
         network_flops(subject.architecture, load.sequence),
         network_flops(subject.architecture, load.sequence, options.lora_critic_rank),
-        num_steps=len(config.grid().timesteps),
-        student_every_steps=config.student_every_steps,
-        is_guided=config.guidance_scale != 1.0,
+        passes,
+        is_guided=_is_guided(subject),
         checkpointing=options.activation_checkpointing,
+        derivative=derivative_flops(subject.architecture, load.sequence),
     )
 
 
-def _gathered_bytes(subject: Subject, options: PlanOptions) -> float:
-    """Every forward and every backward assembles the blocks once; a backward also reduces float32 gradients."""
+def _is_guided(subject: Subject) -> bool:
+    return subject.config.guidance_scale != 1.0
+
+
+def _sampling_flops(subject: Subject, load: Load) -> float:
+    """Count the samples of the teacher: every group of ranks that share a sample makes all of them."""
+    sampling = METHODS[subject.config.method].teacher_sampling(subject.config)
+    if sampling is None:
+        return 0.0
+    forward = network_flops(subject.architecture, load.sequence).forward
+    return len(load_prompts(subject.config)) * sampling.num_steps * (2 if _is_guided(subject) else 1) * forward
+
+
+def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str, Passes]) -> float:
+    """Every forward and every backward gathers the blocks once; a backward also reduces float32 gradients."""
     config, parameters = subject.config, subject.parameters
     blocks = subject.architecture.num_layers * parameters.block
-    student, critic, teacher = (
-        DTYPE_BYTES[gather_precision(config.method, role, precision_of(config))]
+    width = {
+        role: DTYPE_BYTES[config.gather_precision(role, precision_of(config))]
         for role in ("student", "critic", "teacher")
-    )
-    trained = trained_parameters(subject, options)
-    share, before_exit = 1.0 / config.student_every_steps, (len(config.grid().timesteps) - 1) / 2
-    student_passes = before_exit + 1 + share * (before_exit + 2)
-    per_micro_batch = blocks * (student_passes * student + (2 + share) * critic + share * teacher)
-    per_micro_batch += 4 * (share * trained["student"] + trained["critic"])
+    }
+    per_micro_batch = 0.0
+    for role, trained in trained_parameters(subject, options).items():
+        own = passes[role]
+        calls = {"student": own.student + own.derivatives, "critic": own.critic, "teacher": own.teacher}
+        calls[role] += 2 * own.trained
+        per_turn = blocks * sum(count * width[name] for name, count in calls.items()) + 4 * own.trained * trained
+        per_micro_batch += own.turns * per_turn
     return options.accumulate * per_micro_batch * (options.gpus - 1) / options.gpus
 
 
 def _alternatives(subject: Subject, options: PlanOptions) -> Iterator[tuple[Subject, PlanOptions]]:
     config = subject.config
-    optimizer = config.optimizer
-    no_momentum = dataclasses.replace(optimizer, betas=(0.0, optimizer.betas[1]))
     teachers = [config.teacher_dtype]
     if precision_of(config) == "bf16" and config.precision != "fp32":
         teachers.append("bf16")
     ranks = [options.lora_critic_rank]
     if not options.lora_critic_rank and subject.architecture.dim >= SUGGESTED_LORA_RANK:
         ranks.append(SUGGESTED_LORA_RANK)
-    for rank, moments, teacher, checkpointing, degree, accumulate in itertools.product(
+    for rank, teacher, checkpointing, degree, accumulate in itertools.product(
         ranks,
-        dict.fromkeys([optimizer, no_momentum]),
         dict.fromkeys(teachers),
         dict.fromkeys([options.activation_checkpointing, True]),
         [degree for degree in divisors(options.gpus) if degree >= options.context_parallel],
         [count for count in divisors(config.batch_size) if count >= options.accumulate],
     ):
-        changed = dataclasses.replace(config, optimizer=moments, teacher_dtype=teacher)
+        changed = dataclasses.replace(config, teacher_dtype=teacher)
         yield (
             dataclasses.replace(subject, config=changed),
             dataclasses.replace(
@@ -211,8 +251,6 @@ def _changes(subject: Subject, options: PlanOptions, plan: Plan) -> tuple[str, .
         if value != getattr(options, name):
             changes.append(flag(name) if value is True else f"{flag(name)} {value}")
     before, after = subject.config, plan.subject.config
-    if num_moments(before) != num_moments(after):
-        changes.append(f"--set optimizer.betas=[0,{after.optimizer.betas[1]:g}]")
     if before.teacher_dtype != after.teacher_dtype:
         changes.append(f"--set teacher_dtype={after.teacher_dtype}")
     return tuple(changes)

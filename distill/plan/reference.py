@@ -80,7 +80,6 @@ def reference_layout(subject: Subject, options: PlanOptions) -> ReferenceLayout 
         "text embeddings cached, no text encoder": 4 * UMT5_XXL_PARAMETERS // options.gpus,
         "gradients freed after each update": network,
         "LoRA critic on the teacher's weights": 4 * network,
-        "betas[0] = 0, no first moment of the student": network,
     }
     if degree > 1:
         savings[f"context parallel {degree}"] = (inputs + block) - (inputs + block) // degree

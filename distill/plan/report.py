@@ -4,7 +4,8 @@ import dataclasses
 import textwrap
 from typing import Any
 
-from distill.plan.memory import PARTS, PHASES, num_moments, state_bytes
+from distill.methods.registry import METHODS
+from distill.plan.memory import PARTS, PHASES
 from distill.plan.options import GIB
 from distill.plan.planner import Plan, Suggestion
 from distill.plan.reference import ReferenceLayout
@@ -18,9 +19,14 @@ _STATES = ("weights", "optimizer", "gradients")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """The requested plan, what would fit when it does not, and the authors' layout where there is one.
+    """Everything that is printed about a plan.
 
-    smallest is the plan that needs least of all looked at, given when nothing fits; command is the one that was run.
+    Attributes:
+        plan: the requested one.
+        suggestion: the least change that fits, if the plan does not.
+        smallest: the plan that needs least memory, if none fits.
+        reference: the authors' layout of a published recipe.
+        command: the one that was run.
     """
 
     plan: Plan
@@ -68,22 +74,11 @@ def plan_notes(plan: Plan) -> list[str]:
     """Say what a reader must know to trust the numbers of this plan."""
     config, options = plan.subject.config, plan.options
     notes = []
-    if num_moments(config) == 1:
-        kept = state_bytes(plan.subject, options)["optimizer"]
-        notes.append(
-            "betas[0] = 0 is counted without a first moment; torch.optim.AdamW keeps a tensor for it all the same: "
-            f"{_gib(kept)} GiB more"
-        )
     if options.lora_critic_rank:
         notes.append("the LoRA critic shares the teacher's weights: both are one copy in teacher weights")
     if options.master_dtype == "bf16":
         notes.append("bf16 master weights lose every update below 1/512 of a weight: fp32 is what the recipes mean")
-    at_once = plan.load.samples * options.data_parallel
-    if config.method == "codmd" and config.copula.weight_batch > 0 and at_once < config.batch_size:
-        notes.append(
-            f"copula.weight_batch relates all {config.batch_size} samples and only {at_once} are there at once: to "
-            "relate them across micro-batches costs one more student forward per sample, which is not counted"
-        )
+    notes += METHODS[config.method].notes(config)
     if options.activation_checkpointing is False and options.gpus == 1:
         notes.append("activations are those of eager mode; a compiled block keeps less")
     return notes
@@ -96,7 +91,7 @@ def _head(plan: Plan) -> str:
     critic = f"LoRA of rank {options.lora_critic_rank}" if options.lora_critic_rank else "full"
     return "\n".join(
         [
-            f"plan of {config.recipe} on {options.gpus} x {options.gpu_gib:g} GiB",
+            f"plan of {config.recipe} by {config.method} on {options.gpus} x {options.gpu_gib:g} GiB",
             f"  network   {parameters.total / 1e9:.3f} G parameters, {subject.architecture.num_layers} blocks of "
             f"{parameters.block / 1e6:.1f} M; critic {critic}; teacher {config.teacher_dtype}, "
             f"master weights {options.master_dtype}",
@@ -156,14 +151,19 @@ def _operations(plan: Plan) -> str:
         f"  {part:<18}{flops / size:>12,.3f}{100 * flops / total:>7.1f}%" for part, flops in plan.flops.items() if flops
     ]
     lines = [
-        f"operations per iteration, {unit} on all GPUs (mean; the student's turn counts "
-        f"1/{plan.subject.config.student_every_steps})",
+        f"operations per iteration, {unit} on all GPUs (mean; the student has {plan.passes['student'].turns:.3g} and "
+        f"the critic {plan.passes['critic'].turns:.3g} turns)",
         *rows,
         f"  {'total':<18}{total / size:>12,.3f}",
         "",
         f"time: {plan.seconds_per_iteration:.3g} s per iteration, {plan.hours_per_1000_iterations:.3g} h per 1000 "
         f"iterations, at {options.tflops:g} TFLOP/s per GPU, which is an assumption",
     ]
+    if plan.sampling_flops:
+        lines.append(
+            "before the first iteration every GPU samples the teacher for all prompts: "
+            f"{plan.sampling_flops / 1e15:,.3g} PFLOP, {plan.sampling_hours:.3g} h"
+        )
     if plan.gathered_bytes:
         rate = plan.gathered_bytes / plan.seconds_per_iteration / 1e9
         lines.append(
@@ -215,6 +215,9 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "seconds_per_iteration": plan.seconds_per_iteration,
         "hours_per_1000_iterations": plan.hours_per_1000_iterations,
         "gathered_bytes_per_iteration": plan.gathered_bytes,
+        "turns_per_iteration": {role: one.turns for role, one in plan.passes.items()},
+        "sampling_flops_per_gpu": plan.sampling_flops,
+        "sampling_hours": plan.sampling_hours,
         "notes": plan_notes(plan),
     }
 

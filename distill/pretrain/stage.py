@@ -6,6 +6,7 @@ stopped and resumed equals one that was not. Only a time budget, which ends the 
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,13 @@ from tqdm import tqdm
 from codmd_serve.errors import CheckpointError, CodmdError
 from codmd_serve.files import atomic_file, first_line
 from distill.networks.base import open_base
+from distill.pretrain.optimizer import MatrixOptimizer
 
-WARMUP_STEPS = 50
 FINAL_LR_SHARE = 0.02
-DECAY_SHARE = 0.3
-CLIP_NORM = 1.0
-MIN_MATRIX_SIDE = 16
 SAVE_EVERY_S = 120.0
 LOG_EVERY_STEPS = 50
+MAX_STEPS_IN_FLIGHT = 2
+_NEVER = 2**62
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class StageOptions:
     """Where a stage runs and for how long: nothing here but `budget_s` changes what is computed.
 
-    Args:
+    Attributes:
         folder: of checkpoints and logs.
         device: cpu or cuda.
         precision: fp32 or bf16 (autocast).
@@ -51,75 +51,47 @@ class StageOptions:
     compiled: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LrSchedule:
+    """Linear warm-up, a constant rate, a linear decay to FINAL_LR_SHARE over the last `decay_share` of the stage.
+
+    Unlike a cosine, what was trained so far stays valid when the length is changed.
+    """
+
+    warmup_steps: int = 50
+    decay_share: float = 0.3
+
+    def factor(self, step: int, progress: float) -> float:
+        """Share of the peak rate at `step`, `progress` in [0, 1] through the stage."""
+        decay = min(1.0, (1.0 - min(progress, 1.0)) / self.decay_share)
+        return min(1.0, (step + 1) / self.warmup_steps) * max(decay, FINAL_LR_SHARE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshots:
+    """What is done with the weights so far while a stage trains on.
+
+    Attributes:
+        every_s: seconds between two calls.
+        take: (step, progress, parameters by name: the moving average where there is one) -> None.
+    """
+
+    every_s: float
+    take: Callable[[int, float, dict[str, Tensor]], None]
+
+
 def autocast(options: StageOptions) -> torch.autocast:
     """The precision of forward passes."""
     return torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16")
 
 
-class MatrixOptimizer:
-    """Muon for weights that are matrices, convolutions taken as (out, in * kernel), AdamW for everything else.
-
-    Muon orthogonalises a matrix's momentum, so that all directions of it learn alike. On this VAE it needs a fourth of
-    AdamW's steps: 22.6 dB after 140 image steps, where AdamW at its best rate had 22.2 after 400.
-
-    Source: torch.optim.Muon, scaled to AdamW's update size after arXiv 2502.16982, so one learning rate serves both.
-    """
-
-    def __init__(self, module: nn.Module, learning_rate: float, use_muon: bool = True) -> None:
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        # A row of an embedding is a word: orthogonal updates would move words that the batch does not hold.
-        tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-        self.matrices = [
-            p
-            for p in parameters
-            if use_muon and p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= MIN_MATRIX_SIDE and id(p) not in tables
-        ]
-        taken = {id(parameter) for parameter in self.matrices}
-        self.others = [parameter for parameter in parameters if id(parameter) not in taken]
-        # Views: a step on them is a step on the parameters. Muon refuses anything but two dimensions.
-        self.flat = [nn.Parameter(parameter.data.flatten(1)) for parameter in self.matrices]
-        self.optimizers: list[torch.optim.Optimizer] = []
-        if self.others:
-            self.optimizers.append(
-                torch.optim.AdamW(self.others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-            )
-        if self.flat:
-            muon = torch.optim.Muon(
-                self.flat, lr=learning_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-            )
-            self.optimizers.append(muon)
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Take this rate from now on."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-
-    def clip_gradients(self) -> Tensor:
-        """Clip AdamW's gradients; return the norm of all. Muon's step does not depend on the size of its gradients."""
-        clipped = nn.utils.clip_grad_norm_(self.others, CLIP_NORM)
-        gradients = [parameter.grad for parameter in self.matrices if parameter.grad is not None]
-        rest = nn.utils.get_total_norm(gradients).to(clipped.device)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([clipped, rest]))
-        return norm
-
-    def step(self) -> None:
-        """Update the parameters and drop their gradients."""
-        for view, parameter in zip(self.flat, self.matrices, strict=True):
-            view.grad = None if parameter.grad is None else parameter.grad.flatten(1)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        for parameter in (*self.flat, *self.matrices, *self.others):
-            parameter.grad = None
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Everything `load_state_dict` needs."""
-        return [optimizer.state_dict() for optimizer in self.optimizers]
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Go on from a saved state."""
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+def step_generator(device: torch.device, *key: int) -> torch.Generator:
+    """Return a generator on `device`, a function of `key` alone: (seed, stage, step)."""
+    mixed = 0x9E3779B97F4A7C15
+    for number in key:
+        mixed = ((mixed ^ (number & (2**64 - 1))) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
+        mixed ^= mixed >> 31
+    return torch.Generator(device).manual_seed(mixed % 2**63)
 
 
 def run_stage(
@@ -132,8 +104,10 @@ def run_stage(
     *,
     use_muon: bool = True,
     ema_decay: float | None = None,
+    schedule: LrSchedule | None = None,
+    snapshots: Snapshots | None = None,
 ) -> dict[str, Tensor] | None:
-    """Train `module` by MatrixOptimizer with linear warm-up, a constant rate and a linear decay.
+    """Train `module` by MatrixOptimizer under an LrSchedule.
 
     Args:
         name: of the stage, in logs and file names.
@@ -145,62 +119,121 @@ def run_stage(
         options: device, budget, folder.
         use_muon: for matrices; otherwise AdamW trains everything.
         ema_decay: also keep a moving average of the parameters, in float32.
+        schedule: of the learning rate; None is the default one.
+        snapshots: what to do with the weights so far, and how often.
 
     Returns:
         The final parameters by name (the moving average where there is one), or None when it was told to stop.
 
     Raises:
-        CodmdError: the loss stopped being finite.
+        CodmdError: the loss stopped being finite. A GPU is asked every LOG_EVERY_STEPS steps: asking waits for it.
         CheckpointError: the saved state does not fit.
     """
-    path = options.folder / f"{name}.pt"
-    optimizer = MatrixOptimizer(module, learning_rate, use_muon)
-    average = {key: value.detach().clone() for key, value in module.named_parameters()} if ema_decay else None
-    step, elapsed_before_s, progress = _restore(path, module, optimizer, average)
-    start = time.monotonic()
-    last_save = start
-    sums: dict[str, Tensor] = {}
-    logged_step = step
-    bar = tqdm(total=num_steps, initial=step, desc=name, disable=None, dynamic_ncols=True)
-
-    def elapsed_s() -> float:
-        return elapsed_before_s + time.monotonic() - start
-
-    def save() -> None:
-        state = {"step": step, "elapsed_s": elapsed_s(), "progress": progress, "module": module.state_dict()}
-        _write(path, {**state, "optimizer": optimizer.state_dict(), "average": average})
-
-    with bar:
-        while step < num_steps and progress < 1.0:
+    loop = _Loop(name, module, MatrixOptimizer(module, learning_rate, use_muon), num_steps, ema_decay, options)
+    schedule = schedule or LrSchedule()
+    last_snapshot = time.monotonic()
+    with loop.bar:
+        while loop.step < num_steps and loop.progress < 1.0:
             if options.stop():
-                save()
+                loop.save()
                 return None
-            optimizer.set_learning_rate(learning_rate * _schedule(step, progress))
-            loss, metrics = compute_loss(step, progress)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = optimizer.clip_gradients()
-            if not bool((loss.detach() + norm).isfinite()):
-                raise CodmdError(f"{name}: the loss was not finite at step {step}; lower its learning rate")
-            optimizer.step()
-            if average is not None and ema_decay is not None:
-                _follow(average, module, ema_decay, step)
-            step += 1
-            progress = step / num_steps
-            if options.budget_s is not None:
-                progress = max(progress, elapsed_s() / options.budget_s)
-            for key, value in {"loss": loss.detach(), **metrics}.items():
-                sums[key] = sums.get(key, torch.zeros_like(value)) + value
-            bar.update(1)
-            if step % LOG_EVERY_STEPS == 0:
-                text = " ".join(f"{key}={float(value) / (step - logged_step):.4g}" for key, value in sums.items())
-                bar.set_postfix_str(text)
-                logger.info("stage=%s step=%d elapsed_s=%.0f %s", name, step, elapsed_s(), text)
-                sums, logged_step = {}, step
-            if time.monotonic() - last_save > SAVE_EVERY_S:
-                save()
-                last_save = time.monotonic()
-    save()
-    return average if average is not None else {key: value.detach() for key, value in module.named_parameters()}
+            loop.optimizer.set_learning_rate(learning_rate * schedule.factor(loop.step, loop.progress))
+            loop.update(*compute_loss(loop.step, loop.progress))
+            if snapshots is not None and time.monotonic() - last_snapshot > snapshots.every_s:
+                loop.check()
+                snapshots.take(loop.step, loop.progress, loop.parameters())
+                last_snapshot = time.monotonic()
+    loop.save()
+    return loop.parameters()
+
+
+class _Loop:
+    """State of a stage: its step, its clock, its sums for the log."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        optimizer: MatrixOptimizer,
+        num_steps: int,
+        ema_decay: float | None,
+        options: StageOptions,
+    ) -> None:
+        self.name, self.module, self.optimizer, self.num_steps = name, module, optimizer, num_steps
+        self.options, self.ema_decay, self.path = options, ema_decay, options.folder / f"{name}.pt"
+        self.average = None
+        if ema_decay is not None:
+            self.average = {key: value.detach().clone() for key, value in module.named_parameters()}
+        self.step, self.elapsed_before_s, self.progress = _restore(self.path, module, optimizer, self.average)
+        self.start = self.last_save = time.monotonic()
+        self.first_bad = torch.full((), _NEVER, dtype=torch.int64, device=options.device)
+        self.sums: dict[str, Tensor] = {}
+        self.logged_step = self.step
+        self.in_flight: deque[torch.cuda.Event] = deque()
+        self.bar = tqdm(total=num_steps, initial=self.step, desc=name, disable=None, dynamic_ncols=True)
+
+    def elapsed_s(self) -> float:
+        return self.elapsed_before_s + time.monotonic() - self.start
+
+    def parameters(self) -> dict[str, Tensor]:
+        if self.average is not None:
+            return self.average
+        return {key: value.detach() for key, value in self.module.named_parameters()}
+
+    def update(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        """Do one update from a loss; log, check and save when it is time."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = self.optimizer.clip_gradients()
+        is_finite = (loss.detach() + norm).isfinite()
+        self.first_bad = torch.where(is_finite, self.first_bad, self.first_bad.clamp(max=self.step))
+        if self.options.device.type == "cpu":
+            self.check()
+        self.optimizer.step()
+        if self.average is not None and self.ema_decay is not None:
+            _follow(self.average, self.module, self.ema_decay, self.step)
+        self.step += 1
+        self._wait()
+        self.progress = self.step / self.num_steps
+        if self.options.budget_s is not None:
+            self.progress = max(self.progress, self.elapsed_s() / self.options.budget_s)
+        for key, value in {"loss": loss.detach(), **metrics}.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.bar.update(1)
+        if self.step % LOG_EVERY_STEPS == 0:
+            self._log()
+        if time.monotonic() - self.last_save > SAVE_EVERY_S:
+            self.save()
+
+    def check(self) -> None:
+        """Raise when a loss or gradient has not been finite."""
+        first_bad = int(self.first_bad)
+        if first_bad != _NEVER:
+            raise CodmdError(f"{self.name}: the loss was not finite at step {first_bad}; lower its learning rate")
+
+    def save(self) -> None:
+        self.check()
+        state: dict[str, Any] = {"step": self.step, "elapsed_s": self.elapsed_s(), "progress": self.progress}
+        state |= {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        _write(self.path, state)
+        self.last_save = time.monotonic()
+
+    def _wait(self) -> None:
+        """Let the device be few steps behind, so that the clock and a signal are those of the work done."""
+        if self.options.device.type != "cuda":
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self.in_flight.append(event)
+        if len(self.in_flight) > MAX_STEPS_IN_FLIGHT:
+            self.in_flight.popleft().synchronize()
+
+    def _log(self) -> None:
+        self.check()
+        num = self.step - self.logged_step
+        text = " ".join(f"{key}={float(value) / num:.4g}" for key, value in self.sums.items())
+        self.bar.set_postfix_str(text)
+        logger.info("stage=%s step=%d elapsed_s=%.0f %s", self.name, self.step, self.elapsed_s(), text)
+        self.sums, self.logged_step = {}, self.step
 
 
 def load_weights(module: nn.Module, pipeline: str, subfolder: str) -> None:
@@ -214,12 +247,6 @@ def load_weights(module: nn.Module, pipeline: str, subfolder: str) -> None:
         module.load_state_dict(source.float().state_dict())
     except RuntimeError as error:
         raise CheckpointError(f"{subfolder} of {pipeline} has another layout than this run's: {error}") from error
-
-
-def _schedule(step: int, progress: float) -> float:
-    # Constant, then straight down: unlike a cosine, what was trained so far stays valid when the length is changed.
-    decay = min(1.0, (1.0 - min(progress, 1.0)) / DECAY_SHARE)
-    return min(1.0, (step + 1) / WARMUP_STEPS) * max(decay, FINAL_LR_SHARE)
 
 
 def _follow(average: dict[str, Tensor], module: nn.Module, decay: float, step: int) -> None:
@@ -248,6 +275,5 @@ def _restore(
 
 def _write(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Through an open file: given a path, torch would write the random temporary name into the archive.
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        torch.save(state, file)
+    with atomic_file(path) as temporary:
+        torch.save(state, temporary)

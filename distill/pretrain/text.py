@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from codmd_serve.errors import CheckpointError
+from distill.networks.base import open_base
 from distill.pretrain.config import TextConfig
-from distill.pretrain.stage import StageOptions, autocast, load_weights, run_stage
+from distill.pretrain.stage import StageOptions, autocast, run_stage
 from distill.worlds.shapeworld.captions import parse_caption, sample_caption, vocabulary
 from distill.worlds.shapeworld.schema import BACKGROUNDS, COLOURS, MOTIONS, RELATIONS, SHAPES, SPEEDS, Scene
 
@@ -102,13 +104,13 @@ def train_text_encoder(
     """Train, or go on training, the text encoder, from the pipeline `start` if named; None when told to stop.
 
     Raises:
-        CheckpointError: `start` has no text encoder of this layout.
+        CheckpointError: `start` has no text encoder of this layout, or lacks words that no step could teach it.
     """
     torch.manual_seed(seed + 1)
     tokenizer = build_tokenizer()
     encoder = build_text_encoder(config, len(tokenizer))
     if start:
-        load_weights(encoder, start, "text_encoder")
+        load_words(tokenizer, encoder, start, may_be_new=config.num_steps > 0)
     reader = _Reader(encoder).to(options.device)
 
     def compute_loss(step: int, _progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -127,3 +129,35 @@ def train_text_encoder(
 
     trained = run_stage("text", reader, config.num_steps, config.learning_rate, compute_loss, options, use_muon=False)
     return None if trained is None else (tokenizer, reader.encoder.eval().requires_grad_(False))
+
+
+def load_words(tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, start: str, *, may_be_new: bool) -> None:
+    """Copy the text encoder of the pipeline `start` into `encoder`; words keep their rows whatever their number is now.
+
+    Args:
+        tokenizer: of today's grammar.
+        encoder: fresh, of its vocabulary.
+        start: whose grammar may have had other words.
+        may_be_new: whether words that `start` does not know may keep their fresh rows.
+
+    Raises:
+        CheckpointError: missing, damaged, of another layout or without some words.
+    """
+    base = open_base(start)
+    source = base.load(UMT5EncoderModel, "text_encoder").float()
+    known = base.load_tokenizer().get_vocab()
+    words = tokenizer.get_vocab()
+    new = sorted(words.keys() - known.keys())
+    if new and not may_be_new:
+        raise CheckpointError(f"text encoder of {start} does not know {', '.join(new)}: train it with --until text")
+    state, table = source.state_dict(), "shared.weight"
+    rows = encoder.state_dict()[table].clone()
+    if rows.shape[1:] != state[table].shape[1:]:
+        raise CheckpointError(f"text_encoder of {start} has another layout than this run's: its width differs")
+    for word in words.keys() & known.keys():
+        rows[words[word]] = state[table][known[word]]
+    tables = {key: rows for key in state if key.endswith(("shared.weight", "embed_tokens.weight"))}
+    try:
+        encoder.load_state_dict(state | tables)
+    except RuntimeError as error:
+        raise CheckpointError(f"text_encoder of {start} has another layout than this run's: {error}") from error

@@ -1,22 +1,30 @@
-"""The VAE of the ShapeWorld pipeline: training on renders, latent statistics; knows nothing of captions' meaning."""
+"""The VAE of the ShapeWorld pipeline: training on renders; knows nothing of captions' meaning.
+
+Legend: B pieces, T frames, H, W pixels, P clips.
+"""
 
 import math
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 from torch import Tensor, nn
+from torch.nn import functional
 
 from codmd_serve.errors import ConfigError
-from distill.pretrain.config import VaeConfig
-from distill.pretrain.stage import StageOptions, autocast, load_weights, run_stage
-from distill.worlds.shapeworld.captions import sample_scene
-from distill.worlds.shapeworld.render import sample_clip
-from distill.worlds.shapeworld.schema import NATIVE_NUM_FRAMES
+from distill.pretrain.clips import ClipSource
+from distill.pretrain.config import VaeConfig, VaePhase
+from distill.pretrain.pool import ClipPool, ClipTensors, cut_windows, render_clips
+from distill.pretrain.stage import LrSchedule, StageOptions, autocast, load_weights, run_stage, step_generator
+from distill.pretrain.whole_clip import decode_clip, encode_clip
 
-IMAGES_PER_CLIP = 4
+PIECES_PER_CLIP = 2
 INITIAL_LOGVAR = -10.0
+EDGE_WEIGHT = 0.5
+OBJECT_MARGIN = 2  # pixels about an object that count as its own
+SCHEDULE = LrSchedule(warmup_steps=20, decay_share=0.5)
+_VAE_STAGE = 1
 
 
 def build_vae(config: VaeConfig) -> AutoencoderKLWan:
@@ -57,40 +65,36 @@ def _initialise(vae: AutoencoderKLWan) -> None:
     nn.init.constant_(vae.quant_conv.bias[vae.config.z_dim :], INITIAL_LOGVAR)
 
 
-def to_pixels(clips: np.ndarray) -> Tensor:
-    """uint8 (B, T, H, W, 3) to float32 (B, 3, T, H, W) in [-1, 1]."""
-    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+def train_vae(
+    config: VaeConfig,
+    source: ClipSource,
+    options: StageOptions,
+    start: str = "",
+    pool: ClipPool | None = None,
+) -> AutoencoderKLWan | None:
+    """Train, or go on training, the VAE.
 
-
-def draw_clips(rng: np.random.Generator, num_frames: int, batch_size: int) -> Tensor:
-    """Draw training clips or images of the training captions.
+    Args:
+        config: layout, phases, loss.
+        source: of the clips.
+        options: device, precision, budget.
+        start: pipeline whose weights to go on from; empty trains from nothing.
+        pool: that renders the clips; None renders them between the steps.
 
     Returns:
-        (batch_size, 3, num_frames, 96, 96) float32 in [-1, 1]; images come several to a clip, short clips from a
-        random moment of a full one.
-    """
-    per_clip = IMAGES_PER_CLIP if num_frames == 1 else 1
-    pieces: list[np.ndarray] = []
-    while len(pieces) < batch_size:
-        clip = sample_clip(sample_scene(rng), rng)
-        for _ in range(min(per_clip, batch_size - len(pieces))):
-            start = int(rng.integers(NATIVE_NUM_FRAMES - num_frames + 1))
-            pieces.append(clip[start : start + num_frames])
-    return to_pixels(np.stack(pieces))
-
-
-def train_vae(config: VaeConfig, seed: int, options: StageOptions, start: str = "") -> AutoencoderKLWan | None:
-    """Train, or go on training, the VAE, from the weights of the pipeline `start` if named; None when told to stop.
+        The VAE, frozen, on the device; None when told to stop.
 
     Raises:
         CheckpointError: `start` has no VAE of this layout.
         ConfigError: `decoder_only` without `start`.
+        CodmdError: training diverged, or rendering failed.
     """
-    torch.manual_seed(seed)
-    vae = build_vae(config).to(options.device)
+    torch.manual_seed(source.seed)
+    vae = build_vae(config)
     _initialise(vae)
     if start:
         load_weights(vae, start, "vae")
+    vae.to(options.device)
     if not config.phases:
         return vae.eval().requires_grad_(False)
     if config.decoder_only:
@@ -99,46 +103,78 @@ def train_vae(config: VaeConfig, seed: int, options: StageOptions, start: str = 
         for part in (vae.encoder, vae.quant_conv):
             part.requires_grad_(False)
     ends = np.cumsum([phase.num_steps for phase in config.phases])
+    clips = _Clips(config, source, options, pool)
 
     def compute_loss(step: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         # By progress and not by step: a run that a time budget shortens must still end on full-length clips.
         phase = config.phases[int(np.searchsorted(ends, round(progress * ends[-1]), side="right"))]
-        rng = np.random.default_rng([seed, 1, step])
-        pixels = draw_clips(rng, phase.num_frames, phase.batch_size).to(options.device)
+        generator = step_generator(options.device, source.seed, _VAE_STAGE, step)
+        pixels, is_object = clips.draw(step, phase, generator)
         with autocast(options):
-            posterior = vae.encode(pixels).latent_dist
-            mean, logvar = posterior.mean.float(), posterior.logvar.float()
-            noise = torch.from_numpy(rng.standard_normal(mean.shape, dtype=np.float32)).to(options.device)
-            # Not vae.decode: it clamps, and a clamped pixel has no gradient to come back by.
-            output = decode_unclamped(vae, mean + torch.exp(0.5 * logvar) * noise).float()
-        error = output - pixels
-        squared = error.square().mean()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-        loss = error.abs().mean() + 2.0 * squared + config.kl_weight * kl
-        return loss, {"psnr_db": -10 * torch.log10(squared.detach() / 4), "kl": kl.detach()}
+            mean = encode_clip(vae, pixels)[0].float()
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+            spread = mean.detach().std((0, 2, 3, 4), keepdim=True)
+            output = decode_clip(vae, mean + config.latent_noise * spread * noise).float()
+        loss = reconstruction_loss(output - pixels, is_object, config.object_weight)
+        squared, latents = (output.detach() - pixels).square(), mean.square().mean()
+        metrics = {"psnr_db": _psnr(squared.mean()), "object_db": _psnr(_mean_over(squared, is_object))}
+        return loss + config.kl_weight * latents, metrics
 
-    trained = run_stage("vae", vae, int(ends[-1]), config.learning_rate, compute_loss, options)
+    trained = run_stage("vae", vae, int(ends[-1]), config.learning_rate, compute_loss, options, schedule=SCHEDULE)
     return None if trained is None else vae.eval().requires_grad_(False)
 
 
-def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """`vae.decode` of raw latents (B, z, F, h, w) without its clamp to [-1, 1], differentiable."""
-    vae.clear_cache()
-    hidden = vae.post_quant_conv(latents)
-    chunks = []
-    for frame in range(hidden.shape[2]):
-        vae._conv_idx = [0]
-        chunks.append(
-            vae.decoder(
-                hidden[:, :, frame : frame + 1],
-                feat_cache=vae._feat_map,
-                feat_idx=vae._conv_idx,
-                first_chunk=frame == 0,
-            )
-        )
-    vae.clear_cache()
-    pixels: Tensor = unpatchify(torch.cat(chunks, dim=2), patch_size=vae.config.patch_size)
-    return pixels
+class _Clips:
+    """Pieces for step n: of clips rendered for it, or of those that a pool has ready by then."""
+
+    def __init__(self, config: VaeConfig, source: ClipSource, options: StageOptions, pool: ClipPool | None) -> None:
+        self.config, self.source, self.options, self.pool = config, source, options, pool
+
+    def draw(self, step: int, phase: VaePhase, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, T, h, w) and where objects are (B, 1, T, h, w)."""
+        device = self.options.device
+        clips: ClipTensors
+        if self.pool is None:
+            per_step = max(-(-phase.batch_size // PIECES_PER_CLIP), 1)
+            clips, _ = render_clips(self.source, range(step * per_step, (step + 1) * per_step), device)
+            indices = torch.arange(phase.batch_size, device=device) % per_step
+        else:
+            # A number that the step decides, not the speed of rendering: the run stays a function of its settings.
+            wanted = min(self.config.clips_per_step * (step + 1), self.pool.num_clips)
+            ready = self.pool.wait(wanted, self.options.stop)
+            clips = self.pool.clips
+            num_clips = max(min(wanted, ready), 1)
+            indices = torch.randint(num_clips, (phase.batch_size,), generator=generator, device=device)
+        return cut_windows(clips, indices, phase.num_frames, phase.window, generator)
+
+
+def reconstruction_loss(error: Tensor, is_object: Tensor, object_weight: float) -> Tensor:
+    """Weighted L1 and L2 of an error and L1 of its edges, float32.
+
+    Args:
+        error: (B, 3, T, H, W).
+        is_object: bool (B, 1, T, H, W); these pixels and their margin weigh 1 + object_weight, others 1, all scaled to
+            a mean of 1.
+        object_weight: 0 weighs all pixels alike.
+    """
+    size = 2 * OBJECT_MARGIN + 1
+    near = functional.max_pool3d(is_object.float(), (1, size, size), 1, (0, OBJECT_MARGIN, OBJECT_MARGIN))
+    weight = 1.0 + object_weight * near
+    weight = weight / weight.mean()
+    magnitude = error.abs()
+    rows = (error[..., 1:, :] - error[..., :-1, :]).abs()
+    columns = (error[..., :, 1:] - error[..., :, :-1]).abs()
+    edges = (weight[..., 1:, :] * rows).mean() + (weight[..., :, 1:] * columns).mean()
+    return (weight * magnitude).mean() + EDGE_WEIGHT * edges + (weight * error.square()).mean()
+
+
+def _mean_over(values: Tensor, where: Tensor) -> Tensor:
+    return (values * where).sum() / (where.sum() * values.shape[1]).clamp(min=1)
+
+
+def _psnr(squared: Tensor) -> Tensor:
+    """In dB, of a mean squared error of pixels in [-1, 1]."""
+    return -10 * torch.log10(squared / 4)
 
 
 def psnr_db(first: np.ndarray, second: np.ndarray) -> float:

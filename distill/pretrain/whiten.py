@@ -13,6 +13,8 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 
+FIT_BATCH = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Whitening:
@@ -23,8 +25,9 @@ class Whitening:
 
     def apply(self, raw_PCFHW: Tensor) -> Tensor:
         """Whiten latents (P, C, F, H, W)."""
-        centred = raw_PCFHW.float() - self.mean[:, None, None, None]
-        return torch.einsum("ij,pjfhw->pifhw", self.matrix, centred)
+        device = raw_PCFHW.device
+        centred = raw_PCFHW.float() - self.mean.to(device)[:, None, None, None]
+        return torch.einsum("ij,pjfhw->pifhw", self.matrix.to(device), centred)
 
 
 def fit_whitening(raw_PCFHW: Tensor) -> Whitening:
@@ -33,14 +36,24 @@ def fit_whitening(raw_PCFHW: Tensor) -> Whitening:
     Args:
         raw_PCFHW: (P, C, F, H, W) latents as the VAE gives them, any floating dtype.
     """
-    rows = raw_PCFHW.permute(0, 2, 3, 4, 1).flatten(0, 3).double()
-    mean = rows.mean(0)
-    variances, directions = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+    channels, device = raw_PCFHW.shape[1], raw_PCFHW.device
+    total = torch.zeros(channels, dtype=torch.float64, device=device)
+    products = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+    # In parts: as float64 at once, 40,000 clips would be 5 GB.
+    for start in range(0, len(raw_PCFHW), FIT_BATCH):
+        part = raw_PCFHW[start : start + FIT_BATCH]
+        rows = part.movedim(1, -1).flatten(0, -2).double()
+        total += rows.sum(0)
+        products += rows.T @ rows
+    count = raw_PCFHW[:, 0].numel()
+    mean = total / count
+    covariance = (products / count - torch.outer(mean, mean)).cpu()
+    variances, directions = torch.linalg.eigh(covariance)
     # Largest first, and of a fixed sign: an eigenvector's own sign is arbitrary and differs between machines.
     directions = directions.flip(1)
     directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
     matrix = variances.flip(0).clamp(min=1e-12).rsqrt()[:, None] * directions.T
-    return Whitening(matrix.float(), mean.float())
+    return Whitening(matrix.float(), mean.float().cpu())
 
 
 @torch.no_grad()

@@ -27,8 +27,9 @@ from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import TEMPORARY_PREFIX, atomic_folder, first_line, leftovers, write_json
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
-from distill.config import RESUMABLE, DistillConfig, config_from_dict, config_to_dict
+from distill.config import RESUMABLE, DistillConfig, config_to_dict
 from distill.data.prompts import caption_grammar
+from distill.methods.registry import config_from_dict
 from distill.networks.base import Base, open_base
 
 CONFIG_FILE = "config.json"

@@ -28,7 +28,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the bundle goes to OUT/bundle")
     parser.add_argument("--seed", type=int, help="default: the recipe's")
     parser.add_argument("--minutes", type=float, help="time budget, over all resumptions together")
-    parser.add_argument("--max-steps", type=int, help="iterations; default: the recipe's")
+    parser.add_argument(
+        "--max-iterations", "--max-steps", dest="max_iterations", type=int, help="default: the recipe's"
+    )
     parser.add_argument(
         "--set",
         dest="settings",
@@ -46,8 +48,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--preview-every",
         type=int,
         default=200,
-        metavar="STEPS",
-        help="a picture of the averaged student in OUT/previews, and one at the end (default 200); 0 makes none",
+        metavar="ITERATIONS",
+        help="a picture of the EMA student in OUT/previews, and one at the end (default 200); 0 makes none",
     )
     parser.add_argument("--cache", type=Path, help="folder of prompt embeddings; default: OUT/cache")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the settings, write nothing")
@@ -138,11 +140,13 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
         minutes=args.minutes,
         cache_dir=args.cache,
         compiled=args.compile,
-        preview_every_steps=args.preview_every,
+        preview_every_iterations=args.preview_every,
         processes=processes,
     )
     outcome = run_training(config, options, resume=args.resume)
-    done = f"{outcome.step} steps, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
+    done = (
+        f"{outcome.iteration} iterations, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
+    )
     if outcome.signal_number is not None:
         if processes.is_rank0:
             print(f"interrupted after {done}; go on with --resume --out {args.out}", file=sys.stderr)
@@ -158,23 +162,22 @@ def resolve_config(args: argparse.Namespace, device: "torch.device") -> "Distill
     Raises:
         ConfigError: unknown recipe or setting, a value out of range, or nothing to resume.
     """
-    from distill.config import RECIPES, with_overrides
-    from distill.methods.registry import with_method
+    from distill.config import with_overrides
+    from distill.methods.registry import recipe_config
     from distill.networks.precision import resolve_precision
     from distill.run.checkpoint import read_config
 
     if args.resume:
         config = read_config(args.out)
-        if args.recipe not in (None, config.recipe):
-            raise ConfigError(f"{args.out} is a run of recipe {config.recipe}, got --recipe {args.recipe}")
+        for name in ("recipe", "method"):
+            saved, wanted = getattr(config, name), getattr(args, name)
+            if wanted not in (None, saved):
+                raise ConfigError(
+                    f"cannot resume with another {name}: {args.out} is a run of {name} {saved}, got {wanted}"
+                )
     else:
-        recipe = args.recipe or "shapeworld"
-        if recipe not in RECIPES:
-            raise ConfigError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-        config = RECIPES[recipe]()
-        if args.method is not None:
-            config = with_method(config, args.method)
-    flags = {"method": args.method, "seed": args.seed, "max_steps": args.max_steps}
+        config = recipe_config(args.recipe, args.method)
+    flags = {"seed": args.seed, "max_iterations": args.max_iterations}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     config = with_overrides(config, [*args.settings, *given])
     return with_overrides(config, [f"precision={resolve_precision(config.precision, device)}"])

@@ -1,6 +1,6 @@
 """The log of a run: log.jsonl, TensorBoard and the progress bar; knows no network.
 
-One line per `log_every_steps` iterations, with the means of their metrics.
+One line per `log_every_iterations` iterations, with the means of their metrics.
 """
 
 import json
@@ -50,7 +50,9 @@ class RunLog:
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=iteration)
         bar = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         # disable=None: no bar without a terminal; the log lines stay.
-        self.bar = tqdm(total=config.max_steps, initial=iteration, disable=None, bar_format=bar, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=config.max_iterations, initial=iteration, disable=None, bar_format=bar, dynamic_ncols=True
+        )
 
     def __enter__(self) -> "RunLog":
         return self
@@ -82,7 +84,9 @@ class RunLog:
         seconds = max(now - self.window_start, 1e-9)
         means = {name: float(total) / count for name, (total, count) in self.sums.items()}
         samples_per_s = num_iterations * self.config.batch_size / seconds
-        remaining_s = min((self.config.max_steps - iteration) * seconds / num_iterations, self.budget_s - elapsed_s)
+        remaining_s = min(
+            (self.config.max_iterations - iteration) * seconds / num_iterations, self.budget_s - elapsed_s
+        )
         record: dict[str, Any] = {
             ITERATION_KEY: iteration,
             "student_updates": num_student_updates,

@@ -24,9 +24,9 @@ from codmd_serve.sampler import rollout
 from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, load_prompts
-from distill.methods.matching import step_rng
 from distill.networks.base import Base
 from distill.networks.build import denoiser
+from distill.streams import named_rng
 
 PREVIEW_DIR = "previews"
 NUM_PROMPTS = 4
@@ -66,7 +66,7 @@ class Previews:
         self.prompts = load_prompts(config)[:NUM_PROMPTS]
         self.embeds_BLD = data.batch(list(range(len(self.prompts))), device).prompt_embeds
         size = (len(config.grid().timesteps), len(self.prompts), *shape)
-        self.noise = torch.randn(size, generator=step_rng(config.seed, "preview", 0))
+        self.noise = torch.randn(size, generator=named_rng(config.seed, "preview", 0))
         if is_rank0:
             self.vae = base.load(AutoencoderKLWan, "vae", torch_dtype=torch.float32)
             self.vae.requires_grad_(False).eval()

@@ -1,8 +1,7 @@
-"""The training loop of each process: turns of student and critic, clipping, averages, logging, checkpoints, the bundle.
+"""The training loop of each rank: turns of student and critic, clipping, EMA, logging, checkpoints, the bundle.
 
-Knows no mathematics of the methods (methods.py and what it names) and no command line (train_cli.py). A run is a
-function of its config: the random numbers of iteration n are drawn from (seed, n), so there is no generator state to
-save.
+Knows no mathematics of the methods (distill/methods) and no command line (run/command.py). A run is a function of its
+config: the random numbers of iteration n are drawn from (seed, n), so there is no generator state to save.
 """
 
 import logging
@@ -11,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +24,10 @@ from torch.distributed.tensor import DTensor
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import first_line
 from distill.config import DistillConfig
-from distill.data.prompts import PromptData, batch_indices, cached_prompt_data
+from distill.data.prompts import Batch, PromptData, batch_indices, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
-from distill.methods.matching import StepResult
+from distill.methods.draws import ROLES, Turn
 from distill.methods.registry import METHODS
-from distill.methods.relations import BatchRelations
 from distill.networks.base import Base, open_base
 from distill.networks.build import (
     Networks,
@@ -56,29 +54,40 @@ from distill.run.curves import CURVES_FILE, plot_curves
 from distill.run.log import LOG_FILE, RunLog
 from distill.run.previews import Previews
 
-ROLES = ("student", "critic")
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
-    """Where and for how long a run goes; none of it changes what an iteration computes."""
+    """Where and for how long a run goes; none of it changes what an iteration computes.
+
+    Attributes:
+        minutes: time budget of training, over all resumptions together.
+        cache_dir: of prompt embeddings; None is OUT/cache.
+        compiled: torch.compile the blocks of all networks.
+        preview_every_iterations: between two pictures of the EMA student, the last of which comes at the end; 0 makes
+            none.
+    """
 
     out: Path
     device: torch.device
-    minutes: float | None = None  # of training, over all resumptions together
-    cache_dir: Path | None = None  # of prompt embeddings; None is OUT/cache
-    compiled: bool = False  # torch.compile the blocks of all networks
-    preview_every_steps: int = 200  # pictures of the averaged student, and one at the end; 0 makes none
+    minutes: float | None = None
+    cache_dir: Path | None = None
+    compiled: bool = False
+    preview_every_iterations: int = 200
     processes: Processes = SINGLE_PROCESS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOutcome:
-    """How a run ended; `bundle` is None and `signal_number` set when it was interrupted and can be resumed."""
+    """How a run ended; `bundle` is None and `signal_number` set when it was interrupted and can be resumed.
 
-    step: int
+    Attributes:
+        iteration: number of iterations done, over all resumptions together.
+        num_skipped: updates left out because loss or gradient was not finite.
+    """
+
+    iteration: int
     num_student_updates: int
     num_skipped: int
     elapsed_s: float
@@ -87,7 +96,7 @@ class RunOutcome:
 
 
 class Trainer:
-    """State of a run and one iteration of it."""
+    """The state of a run, and one iteration of it."""
 
     def __init__(
         self,
@@ -102,7 +111,7 @@ class Trainer:
         self.config, self.networks, self.data, self.device = config, networks, data, device
         self.latents, self.processes = latents, processes
         self.shape = (config.batch_size, *shape)
-        self.step = 0
+        self.iteration = 0
         self.updates = dict.fromkeys(ROLES, 0)
         self.num_skipped = 0
         self.nonfinite_in_row = dict.fromkeys(ROLES, 0)
@@ -122,37 +131,27 @@ class Trainer:
         }
 
     def iterate(self) -> dict[str, Tensor]:
-        """Do one iteration: the turns that the method gives to student and critic; return metrics, on the device.
+        """Run one iteration: the turns that the method gives to student and critic; return metrics, on the device.
 
         Raises:
             CodmdError: updates of one network were not finite too often in a row.
             CheckpointError: samples of the teacher that the method needs cannot be read.
         """
         metrics: dict[str, Tensor] = {}
-        for role in METHODS[self.config.method].turns(self.config, self.step):
+        for role in METHODS[self.config.method].turns(self.config, self.iteration):
             metrics |= self._update(role, self._differentiate(role))
-        self.step += 1
+        self.iteration += 1
         return metrics
 
     def _differentiate(self, role: str) -> dict[str, Tensor]:
-        """Leave the gradient of the whole batch's loss, averaged over processes, in the parameters of a role.
+        """Leave the gradient of the whole batch's loss, averaged over ranks, in the parameters of a role.
 
         Returns:
-            The loss, as {role}_loss, and the step's metrics, means over parts and processes; equal in all processes.
+            The loss, as {role}_loss, and the step's metrics, means over micro-batches and ranks; equal on all ranks.
         """
-        config, relate = self.config, None
-        if role == "student" and self._has_batch_term() and self.processes.data_parallel * config.accumulate > 1:
-            relations = BatchRelations(config, self.processes)
-            relate = relations.of_part
-            if config.accumulate > 1:
-                # The parts' features first: the gradient of each depends on those of all others.
-                with torch.no_grad():
-                    for part in range(config.accumulate):
-                        self._compute(role, part, relations.collect)
-        sums: dict[str, Tensor] = {}
-        for part in range(config.accumulate):
-            result = self._compute(role, part, None if relate is None else relate(part))
-            # Processes that split their tokens have a share of the gradient each, and would be averaged over.
+        config, sums = self.config, dict[str, Tensor]()
+        for result in METHODS[config.method].losses(self._turn(role)):
+            # Ranks that split their tokens hold a share of the gradient each, and gradients are averaged over ranks.
             share = self.processes.context_parallel / config.accumulate
             (result.loss if share == 1.0 else share * result.loss).backward()  # type: ignore[no-untyped-call]
             for name, value in {f"{role}_loss": result.loss.detach(), **result.metrics}.items():
@@ -162,30 +161,35 @@ class Trainer:
         )
         return dict(zip(sums, means.unbind(), strict=True))
 
-    def _has_batch_term(self) -> bool:
-        copula = self.config.copula
-        return METHODS[self.config.method].relates_samples and copula.scale * copula.weight_batch > 0
+    def _turn(self, role: str) -> Turn:
+        return Turn(
+            role=role,
+            iteration=self.iteration,
+            config=self.config,
+            networks=self.networks,
+            processes=self.processes,
+            shape=self.shape,
+            device=self.device,
+            load=lambda positions: self._load(role, positions),
+        )
 
-    def _compute(self, role: str, part: int, relate: Callable[[Tensor], Tensor] | None) -> StepResult:
-        config, step, method = self.config, self.step, METHODS[self.config.method]
-        positions = self.processes.positions(config.batch_size, config.accumulate, part)
-        indices = batch_indices(step, self.data.num_prompts, config.batch_size, config.seed)
+    def _load(self, role: str, positions: range) -> Batch:
+        config = self.config
+        indices = batch_indices(self.iteration, self.data.num_prompts, config.batch_size, config.seed)
         own = indices[positions.start : positions.stop]
         batch = self.data.batch(own, self.device)
         if self.latents is not None and role == "student":
             batch = replace(batch, x0=self.latents.batch(own, self.device))
-        draws = method.draw(config, role, step, self.shape, self.device, positions)
-        extra = () if relate is None else (relate,)
-        return method.steps[role](self.networks, batch, draws, config, *extra)
+        return batch
 
     def _update(self, role: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         parameters, optimizer, settings = self.parameters[role], self.optimizers[role], self.config.optimizer
-        # Clipping to infinity multiplies by 1 and still measures the norm.
+        # A limit of infinity changes nothing and still returns the norm.
         clip_norm = math.inf if settings.clip_norm is None else settings.clip_norm
         grad_norm = nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        # The one wait for the device per update: a poisoned update must not reach the weights.
+        # The one synchronisation with the device per update: an update that is not finite must not reach the weights.
         is_finite = bool((metrics[f"{role}_loss"] + grad_norm).isfinite())
         if is_finite:
             warmup = min(1.0, (self.updates[role] + 1) / max(settings.warmup_updates, 1))
@@ -195,7 +199,7 @@ class Trainer:
             self.updates[role] += 1
             if role == "student":
                 self.ema.update(self.networks.student)
-        # At once, not before the next backward: the student's gradients would sit in memory for all critic turns.
+        # Now and not before the next backward, or the student's gradients stay in memory during all critic turns.
         optimizer.zero_grad(set_to_none=True)
         self._count_nonfinite(role, is_finite)
         return metrics | {f"{role}_grad_norm": grad_norm.detach()} if is_finite else {}
@@ -205,17 +209,17 @@ class Trainer:
         if is_finite:
             return
         self.num_skipped += 1
-        logger.warning("update skipped role=%s step=%d reason=nonfinite", role, self.step)
+        logger.warning("update skipped role=%s iteration=%d reason=nonfinite", role, self.iteration)
         if self.nonfinite_in_row[role] >= self.config.max_nonfinite_in_row:
             raise CodmdError(
                 f"loss or gradient of the {role} was not finite {self.nonfinite_in_row[role]} times in a row, "
-                f"the last at step {self.step}: lower its learning rate or resume from an earlier checkpoint"
+                f"the last at iteration {self.iteration}: lower its learning rate or resume from an earlier checkpoint"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on, for any number of processes; whole in the first of them."""
+        """Return all that the next iteration depends on, whole on rank 0; it can be loaded in any world size."""
         own = {
-            "step": self.step,
+            "iteration": self.iteration,
             "updates": dict(self.updates),
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": dict(self.nonfinite_in_row),
@@ -237,19 +241,21 @@ class Trainer:
                 moments = shard_optimizer_state(state["optimizers"][role], self.parameters[role].values())
                 self.optimizers[role].load_state_dict(moments)
             self.ema.load_state_dict(state["ema"])
-            self.step, self.num_skipped = int(state["step"]), int(state["num_skipped"])
+            # Checkpoints of settings format 1 call it step.
+            self.iteration = int(state["iteration"] if "iteration" in state else state["step"])
+            self.num_skipped = int(state["num_skipped"])
             self.updates, self.nonfinite_in_row = dict(state["updates"]), dict(state["nonfinite_in_row"])
         except (KeyError, IndexError, RuntimeError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"the checkpoint does not fit this run: {first_line(error)}") from error
 
 
 def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) -> RunOutcome:
-    """Train until max_steps, the time budget or a signal; write checkpoints and, unless interrupted, the bundle.
+    """Train until max_iterations, the time budget or a signal; write checkpoints and, unless interrupted, the bundle.
 
     Args:
         config: its precision must be resolved.
         options: where to and for how long.
-        resume: go on with the run in `options.out`; without it that folder must hold none.
+        resume: continue the run in `options.out`; without it that folder must hold none.
 
     Raises:
         ConfigError: settings, prompts or folder that cannot work.
@@ -261,7 +267,7 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     base = open_base(config.base)
     shape = native_latents(config, base)
     cache_dir = options.cache_dir or options.out / "cache"
-    # The first process fills the cache, the others read it.
+    # Rank 0 fills the cache, the others read it.
     processes.on_rank0(lambda: cached_prompt_data(config, base, cache_dir, device))
     data = processes.on_all_ranks(lambda: cached_prompt_data(config, base, cache_dir, device))
     networks = build_networks(config, base, device, processes)
@@ -269,8 +275,9 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         for network in networks.transformers():
             compile_blocks(network)
     latents = None
-    if METHODS[config.method].needs_x0:
-        latents = cached_teacher_latents(config, base, networks, data, shape, cache_dir, device, processes)
+    sampling = METHODS[config.method].teacher_sampling(config)
+    if sampling is not None:
+        latents = cached_teacher_latents(config, sampling, base, networks, data, shape, cache_dir, device, processes)
     trainer = Trainer(config, networks, data, shape, device, latents, processes)
     elapsed_s = 0.0
     checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
@@ -289,7 +296,7 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
 
         processes.on_rank0(export)
     return RunOutcome(
-        step=trainer.step,
+        iteration=trainer.iteration,
         num_student_updates=trainer.updates["student"],
         num_skipped=trainer.num_skipped,
         elapsed_s=elapsed_s,
@@ -299,7 +306,7 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
 
 
 def _load_state(trainer: Trainer, folder: Path) -> float:
-    """Continue from a checkpoint; return the seconds trained until then."""
+    """Load a checkpoint into the trainer; return the seconds trained before it."""
     state = load_checkpoint(folder)
     try:
         own, elapsed_s = state["trainer"], float(state["elapsed_s"])
@@ -314,7 +321,7 @@ def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
 
     Raises:
         CheckpointError: the base is missing or has no transformer.
-        ConfigError: the size is off the grid of VAE and patches, or its tokens cannot be split as wanted.
+        ConfigError: the size does not fit VAE and patches, or its tokens cannot be split over context_parallel ranks.
     """
     shape = base.latent_shape(config.native)
     check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
@@ -340,7 +347,7 @@ def _check_out(config: DistillConfig, out: Path, resume: bool) -> None:
 def _loop(trainer: Trainer, base: Base, options: RunOptions, elapsed_before_s: float) -> tuple[int | None, float]:
     """Iterate until done; return the signal that ended it, if one did, and the seconds trained so far.
 
-    Processes have their own clocks and get their own signals, so after each iteration they agree whether to stop.
+    Ranks have clocks of their own and receive signals of their own, so they agree after each iteration whether to stop.
     """
     config, processes, start = trainer.config, trainer.processes, time.monotonic()
     budget_s = math.inf if options.minutes is None else 60 * options.minutes
@@ -350,31 +357,31 @@ def _loop(trainer: Trainer, base: Base, options: RunOptions, elapsed_before_s: f
 
     def stopped() -> tuple[int, bool]:
         number, is_over = processes.all_reduce_max(received[0] if received else 0, int(elapsed_s() >= budget_s))
-        return number, bool(number or is_over or trainer.step >= config.max_steps)
+        return number, bool(number or is_over or trainer.iteration >= config.max_iterations)
 
-    with stop_signal() as received, RunLog(options.out, config, trainer.step, budget_s, processes.is_rank0) as log:
+    with stop_signal() as received, RunLog(options.out, config, trainer.iteration, budget_s, processes.is_rank0) as log:
         outputs = _Outputs(trainer, base, options, log)
         signal_number, is_last = stopped()
         while not is_last:
             log.add(trainer.iterate())
             signal_number, is_last = stopped()
-            if is_last or trainer.step % config.log_every_steps == 0:
+            if is_last or trainer.iteration % config.log_every_iterations == 0:
                 processes.on_rank0(
-                    lambda: log.write(trainer.step, trainer.updates["student"], trainer.num_skipped, elapsed_s())
+                    lambda: log.write(trainer.iteration, trainer.updates["student"], trainer.num_skipped, elapsed_s())
                 )
-            if trainer.step % config.save_every_steps == 0 or is_last:
+            if trainer.iteration % config.save_every_iterations == 0 or is_last:
                 outputs.save(elapsed_s())
-            # Whoever sent a signal does not wait for pictures.
+            # No preview after a signal: whoever sent it wants the process to end.
             if outputs.is_preview_due(is_last) and not signal_number:
                 outputs.preview()
         return (signal_number or None), elapsed_s()
 
 
 class _Outputs:
-    """Checkpoints, curves and previews of a run; every process calls it, the first one writes."""
+    """Checkpoints, curves and previews of a run; every rank calls it, rank 0 writes."""
 
     def __init__(self, trainer: Trainer, base: Base, options: RunOptions, log: RunLog) -> None:
-        self.trainer, self.out, self.log, self.every = trainer, options.out, log, options.preview_every_steps
+        self.trainer, self.out, self.log, self.every = trainer, options.out, log, options.preview_every_iterations
         self.previews: Previews | None = None
         if self.every:
             is_rank0 = trainer.processes.is_rank0
@@ -386,23 +393,24 @@ class _Outputs:
         trainer, state = self.trainer, {"trainer": self.trainer.state_dict(), "elapsed_s": elapsed_s}
 
         def write() -> None:
-            save_checkpoint(self.out, trainer.step, state, trainer.config.keep_last)
+            save_checkpoint(self.out, trainer.iteration, state, trainer.config.keep_last)
             plot_curves(self.out / LOG_FILE, self.out / CURVES_FILE)
 
         trainer.processes.on_rank0(write)
 
     def is_preview_due(self, is_last: bool) -> bool:
-        return self.every > 0 and (is_last or self.trainer.step % self.every == 0)
+        return self.every > 0 and (is_last or self.trainer.iteration % self.every == 0)
 
     def preview(self) -> None:
         if self.previews is not None:
             trainer = self.trainer
-            self.log.show(self.previews.write(trainer.step, trainer.networks.student, trainer.ema.shadow), trainer.step)
+            iteration = trainer.iteration
+            self.log.show(self.previews.write(iteration, trainer.networks.student, trainer.ema.shadow), iteration)
 
 
 @contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of the first; a second one of a kind acts as it did before."""
+    """Record SIGINT and SIGTERM instead of ending at the first; a second one of a kind has its former effect."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python delivers signals to the main thread only

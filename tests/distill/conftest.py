@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.config import DistillConfig, shapeworld, with_overrides
+from distill.config import DistillConfig, with_overrides
+from distill.methods.registry import recipe_config
 from distill.networks.base import open_base
 from distill.networks.build import Networks, build_networks
 
@@ -29,16 +30,16 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(tiny_base: Path, prompt_file: Path) -> DistillConfig:
     """A run of seconds: 32x32, 9 frames, so latents of (4, 3, 4, 4), batches of 3."""
     return with_overrides(
-        shapeworld(),
+        recipe_config(),
         [
             f"base={tiny_base}",
             f"prompts={prompt_file}",
             'native={"height":32,"width":32,"num_frames":9,"fps":16}',
             "batch_size=3",
-            "max_steps=6",
-            "student_every_steps=2",
-            "save_every_steps=2",
-            "log_every_steps=2",
+            "max_iterations=6",
+            "student_every_iterations=2",
+            "save_every_iterations=2",
+            "log_every_iterations=2",
             "precision=fp32",
             "bundle_dtype=fp32",
             "copula.weight_batch=1",

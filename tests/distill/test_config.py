@@ -1,38 +1,107 @@
-"""Recipes carry the published numbers; settings survive JSON and refuse what they do not know."""
+"""Recipes carry the published numbers; settings survive JSON, old formats load, and what is not known is refused."""
 
 import dataclasses
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
+from runs import with_method
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.grid import wan_1_3b_grid, wan_14b_grid
 from distill.config import (
+    FORMAT,
     RECIPES,
+    RENAMED,
     WAN_NEGATIVE_PROMPT,
-    DistillConfig,
-    config_from_dict,
     config_to_dict,
-    reference_sigma,
-    shapeworld,
-    wan_1_3b,
-    wan_14b,
+    settings_digest,
     with_overrides,
+)
+from distill.methods.draws import reference_sigma
+from distill.methods.matching import copula_settings
+from distill.methods.registry import METHODS, config_from_dict, recipe_config
+
+# Every recipe by every method as format 1 saved it, with its steps and its digest.
+FORMAT_1: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "configs_format_1.json").read_text(encoding="utf-8")
 )
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_recipe_survives_json(name: str) -> None:
-    config = RECIPES[name]()
+def test_recipe_survives_json(name: str, method: str) -> None:
+    config = recipe_config(name, method)
     again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
     assert again == config
     assert again.sha256() == config.sha256()
-    assert config.recipe == name
+    assert (config.recipe, config.method) == (name, method)
+
+
+@pytest.mark.parametrize("name", sorted(FORMAT_1))
+def test_configs_of_format_1_load_as_what_the_recipe_is_today(name: str) -> None:
+    saved, config = FORMAT_1[name], recipe_config(*name.split("/"))
+    assert config_from_dict(saved["config"]) == config
+    assert list(config.grid().sigmas) == saved["sigmas"] and list(config.grid().timesteps) == saved["timesteps"]
+    # What a bundle of that time says is the digest of its run's config.json as it stands.
+    assert settings_digest(saved["config"]) == saved["sha256"]
+
+
+def test_every_renamed_setting_of_format_1_loads_and_is_still_taken_by_set() -> None:
+    changed = {
+        "max_steps": 7,
+        "student_every_steps": 3,
+        "critic_warmup_steps": 2,
+        "log_every_steps": 4,
+        "save_every_steps": 6,
+        "copula.shared_sigma": True,
+        "reference_compat": True,
+        "rcm.warmup_steps": 9,
+    }
+    assert changed.keys() == RENAMED.keys()
+    for name, value in changed.items():
+        method = "rcm" if name.startswith("rcm.") else "codmd"
+        data = json.loads(json.dumps(FORMAT_1[f"shapeworld/{method}"]["config"]))
+        *groups, leaf = name.split(".")
+        (data[groups[0]] if groups else data)[leaf] = value
+        want = with_overrides(recipe_config("shapeworld", method), [f"{RENAMED[name]}={json.dumps(value)}"])
+        assert want != recipe_config("shapeworld", method)
+        assert config_from_dict(data) == want
+        assert with_overrides(recipe_config("shapeworld", method), [f"{name}={json.dumps(value)}"]) == want
+
+
+@pytest.mark.parametrize("newer", [FORMAT + 1, "3", None])
+def test_a_config_of_a_newer_version_is_refused_with_a_sentence(newer: object) -> None:
+    data = config_to_dict(recipe_config()) | {"format": newer, "something": {"new": 1}}
+    with pytest.raises(ConfigError, match="a newer version wrote them, so update this one"):
+        config_from_dict(data)
+
+
+def test_a_config_of_this_format_holds_no_settings_of_other_methods() -> None:
+    data = config_to_dict(recipe_config())
+    assert data["format"] == FORMAT and "copula" in data and "rcm" not in data
+    with pytest.raises(ConfigError, match="unknown setting rcm"):
+        config_from_dict(data | {"rcm": {}})
+    with pytest.raises(ConfigError, match="unknown setting method_settings"):
+        config_from_dict(data | {"method_settings": {}})
+
+
+@pytest.mark.parametrize("method", [None, 3, "gan"])
+def test_a_config_without_a_known_method_is_refused(method: object) -> None:
+    data = config_to_dict(recipe_config()) | {"method": method}
+    with pytest.raises(ConfigError, match="method"):
+        config_from_dict(data)
+
+
+def test_the_method_is_not_a_setting() -> None:
+    with pytest.raises(ConfigError, match=r"method cannot be set with --set.*use --method rcm"):
+        with_overrides(recipe_config(), ["method=rcm"])
 
 
 def test_wan_1_3b_has_the_published_constants() -> None:
-    config = wan_1_3b()
+    config = recipe_config("wan_1_3b")
     assert config.timesteps == (1000.0, 900.0, 757.0, 522.0)
     assert config.grid().sigmas == (1.0, 0.9, 0.757, 0.522, 0.0)
     assert (config.score_shift, config.score_window) == (8.0, "full")
@@ -41,9 +110,10 @@ def test_wan_1_3b_has_the_published_constants() -> None:
     assert config.optimizer.betas == (0.9, 0.999)
     assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.01, 10.0)
     assert (config.ema.decay, config.ema.start_update) == (0.99, 200)
-    assert config.student_every_steps == 5
-    assert (config.copula.weight_batch, config.copula.weight_frame) == (0.0, 1.0)
-    assert (config.copula.scale, config.copula.temperature, config.copula.features) == (0.1, 0.1, "mean")
+    assert config.student_every_iterations == 5
+    copula = copula_settings(config)
+    assert (copula.weight_batch, copula.weight_frame) == (0.0, 1.0)
+    assert (copula.scale, copula.temperature, copula.features) == (0.1, 0.1, "mean")
     assert (config.native.height, config.native.width, config.native.num_frames, config.native.fps) == (
         480,
         832,
@@ -54,24 +124,25 @@ def test_wan_1_3b_has_the_published_constants() -> None:
 
 
 def test_wan_14b_differs_where_the_authors_do() -> None:
-    config = wan_14b()
+    config = recipe_config("wan_14b")
     assert config.grid().timesteps == pytest.approx((1000.0, 937.5, 5000 / 6, 625.0))
     assert config.grid().sigmas == pytest.approx(wan_14b_grid().sigmas)
     assert (config.score_shift, config.score_window) == (5.0, "full")
     assert (config.optimizer.student_lr, config.optimizer.critic_lr) == (4e-6, 8e-7)
-    assert (config.copula.weight_batch, config.copula.weight_frame) == (1.0, 1.0)
+    copula = copula_settings(config)
+    assert (copula.weight_batch, copula.weight_frame) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("recipe", [wan_1_3b, wan_14b])
-def test_published_guidance_3_5_is_guidance_scale_4_5(recipe: object) -> None:
+@pytest.mark.parametrize("recipe", ["wan_1_3b", "wan_14b"])
+def test_published_guidance_3_5_is_guidance_scale_4_5(recipe: str) -> None:
     cond, uncond = 1.7, -0.4
-    config = wan_1_3b() if recipe is wan_1_3b else wan_14b()
+    config = recipe_config(recipe)
     ours = uncond + config.guidance_scale * (cond - uncond)
     assert ours == pytest.approx(cond + 3.5 * (cond - uncond))
 
 
 def test_reference_compat_snaps_sigmas_as_published_students_were_trained() -> None:
-    config = dataclasses.replace(wan_1_3b(), reference_compat=True)
+    config = with_overrides(recipe_config("wan_1_3b"), ["copula.reference_compat=true"])
     assert config.grid().sigmas == pytest.approx(wan_1_3b_grid().sigmas, abs=1e-6)
     assert config.grid().timesteps == wan_1_3b_grid().timesteps
 
@@ -83,17 +154,17 @@ def test_reference_sigma_is_the_nearest_of_all_table_entries(timestep: float) ->
 
 
 def test_shapeworld_steps_follow_its_shift() -> None:
-    config = dataclasses.replace(shapeworld(), step_shift=5.0)
+    config = dataclasses.replace(recipe_config(), step_shift=5.0)
     assert config.grid().sigmas == pytest.approx((1.0, 0.9375, 5 / 6, 0.625, 0.0))
     assert config.grid().timesteps == pytest.approx((1000.0, 937.5, 5000 / 6, 625.0))
 
 
 def test_overrides_reach_nested_keys_and_keep_kinds() -> None:
     config = with_overrides(
-        shapeworld(),
+        recipe_config(),
         ["batch_size=8", "copula.features=spatial", "optimizer.betas=[0.9,0.99]", "guidance_scale=4", "base=a=b"],
     )
-    assert (config.batch_size, config.copula.features, config.optimizer.betas) == (8, "spatial", (0.9, 0.99))
+    assert (config.batch_size, copula_settings(config).features, config.optimizer.betas) == (8, "spatial", (0.9, 0.99))
     assert (config.guidance_scale, config.base) == (4.0, "a=b")
     assert type(config.guidance_scale) is float
 
@@ -110,7 +181,6 @@ def test_overrides_reach_nested_keys_and_keep_kinds() -> None:
         ("batch_size=0", "batch_size"),
         ("batch_size=true", "batch_size"),
         ("batch_size=2.5", "batch_size"),
-        ("method=gan", "method"),
         ("score_window=half", "score_window"),
         ("copula.temperature=0", "copula.temperature"),
         ("copula.temperature=NaN", "copula.temperature"),
@@ -124,11 +194,22 @@ def test_overrides_reach_nested_keys_and_keep_kinds() -> None:
         ("ema.length=0.3", "ema.length"),
         ("optimizer.clip_norm=0", "optimizer.clip_norm"),
         ("optimizer.clip_norm=off", "optimizer.clip_norm"),
+        ("rcm.scm_weight=1", "rcm.scm_weight"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(assignment: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        with_overrides(recipe_config(), [assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "named"),
+    [
         ("rcm.scm_weight=0", "rcm.scm_weight"),
         ("rcm.dmd_weight=-1", "rcm.dmd_weight"),
         ("rcm.theta_mean=NaN", "rcm.theta_mean"),
         ("rcm.theta_std=-1", "rcm.theta_std"),
-        ("rcm.warmup_steps=-1", "rcm.warmup_steps"),
+        ("rcm.warmup_iterations=-1", "rcm.warmup_iterations"),
         ("rcm.discrete_steps=1", "rcm.discrete_steps"),
         ("rcm.sigma_max=0", "rcm.sigma_max"),
         ("rcm.sigma_max=10", "rcm.sample_thetas"),
@@ -141,16 +222,17 @@ def test_overrides_reach_nested_keys_and_keep_kinds() -> None:
         ("dp_dmd.match_step=31", "dp_dmd.match_step"),
         ("dp_dmd.teacher_steps=0", "dp_dmd.teacher_steps"),
         ("dp_dmd.shift=0", "dp_dmd.shift"),
-        ("method=rcm", "score_window"),
+        ("copula.scale=1", "copula.scale"),
     ],
 )
-def test_bad_settings_are_refused_by_name(assignment: str, named: str) -> None:
+def test_bad_settings_of_other_methods_are_refused_by_name(assignment: str, named: str) -> None:
+    method = "dp-dmd" if named.startswith("dp_dmd") else "rcm"
     with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
-        with_overrides(shapeworld(), [assignment])
+        with_overrides(recipe_config("shapeworld", method), [assignment])
 
 
 def test_unknown_and_missing_keys_of_a_file_are_refused_by_name() -> None:
-    data = config_to_dict(shapeworld())
+    data = config_to_dict(recipe_config())
     with pytest.raises(ConfigError, match=r"copula\.colour"):
         config_from_dict(data | {"copula": {"colour": 1}})
     del data["guidance_scale"]
@@ -160,39 +242,39 @@ def test_unknown_and_missing_keys_of_a_file_are_refused_by_name() -> None:
 
 def test_batch_term_needs_samples_to_relate() -> None:
     with pytest.raises(ConfigError, match="batch_size"):
-        with_overrides(shapeworld(), ["copula.weight_batch=1", "batch_size=2"])
-    assert with_overrides(shapeworld(), ["method=dmd", "copula.weight_batch=1", "batch_size=2"]).batch_size == 2
+        with_overrides(recipe_config(), ["copula.weight_batch=1", "batch_size=2"])
+    assert with_overrides(recipe_config("shapeworld", "dmd"), ["copula.weight_batch=1", "batch_size=2"]).batch_size == 2
 
 
 def test_bf16_teacher_needs_autocast() -> None:
     with pytest.raises(ConfigError, match="teacher_dtype"):
-        with_overrides(shapeworld(), ["teacher_dtype=bf16", "precision=fp32"])
+        with_overrides(recipe_config(), ["teacher_dtype=bf16", "precision=fp32"])
 
 
 def test_sha256_changes_with_any_setting() -> None:
-    digests = {with_overrides(shapeworld(), [f"seed={seed}"]).sha256() for seed in range(3)}
+    digests = {with_overrides(recipe_config(), [f"seed={seed}"]).sha256() for seed in range(3)}
     assert len(digests) == 3
-    assert isinstance(shapeworld(), DistillConfig)
+    assert recipe_config("shapeworld", "dmd").sha256() != recipe_config("shapeworld", "codmd").sha256()
 
 
 def test_clipping_can_be_switched_off_and_stays_off_in_json() -> None:
-    config = with_overrides(shapeworld(), ["optimizer.clip_norm=null"])
+    config = with_overrides(recipe_config(), ["optimizer.clip_norm=null"])
     assert config.optimizer.clip_norm is None
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
     assert with_overrides(config, ["optimizer.clip_norm=3"]).optimizer.clip_norm == 3.0
 
 
 def test_settings_saved_before_the_newer_methods_still_load() -> None:
-    data = config_to_dict(shapeworld())
+    data = json.loads(json.dumps(FORMAT_1["shapeworld/codmd"]["config"]))
     for key in ("rcm", "dp_dmd"):
         del data[key]
     for key in ("kind", "length"):
         del data["ema"][key]
-    assert config_from_dict(data) == shapeworld()
+    assert config_from_dict(data) == recipe_config()
 
 
 def test_rcm_steps_are_angles_unless_timesteps_are_given() -> None:
-    config = with_overrides(shapeworld(), ["score_window=full", "method=rcm"])
+    config = recipe_config("shapeworld", "rcm")
     tangents = (80.0, math.tan(1.5), math.tan(1.4), math.tan(1.0))
     assert config.grid().sigmas == pytest.approx((*(value / (1 + value) for value in tangents), 0.0))
     assert with_overrides(config, ["timesteps=[900,300]"]).grid().sigmas == (0.9, 0.3, 0.0)
@@ -200,18 +282,19 @@ def test_rcm_steps_are_angles_unless_timesteps_are_given() -> None:
 
 @pytest.mark.parametrize("method", ["rcm", "dcm"])
 def test_rcm_refuses_settings_that_leave_a_network_untrained_or_mean_nothing(method: str) -> None:
-    config = with_overrides(shapeworld(), ["score_window=full", f"method={method}"])
-    with pytest.raises(ConfigError, match="student_every_steps"):
-        with_overrides(config, ["student_every_steps=1"])
-    assert with_overrides(config, ["student_every_steps=1", "rcm.dmd_weight=0"]).student_every_steps == 1
+    config = recipe_config("shapeworld", method)
+    with pytest.raises(ConfigError, match="student_every_iterations"):
+        with_overrides(config, ["student_every_iterations=1"])
+    assert with_overrides(config, ["student_every_iterations=1", "rcm.dmd_weight=0"]).student_every_iterations == 1
     with pytest.raises(ConfigError, match="score_window"):
         with_overrides(config, ["score_window=above"])
     with pytest.raises(ConfigError, match="reference_compat"):
-        with_overrides(config, ["reference_compat=true"])
+        with_overrides(config, ["copula.reference_compat=true"])
 
 
 def test_dp_dmd_needs_a_step_after_the_first() -> None:
+    config = with_method(recipe_config(), "dp-dmd")
     with pytest.raises(ConfigError, match="timesteps"):
-        with_overrides(shapeworld(), ["method=dp-dmd", "timesteps=[1000]"])
+        with_overrides(config, ["timesteps=[1000]"])
     with pytest.raises(ConfigError, match="reference_compat"):
-        with_overrides(shapeworld(), ["method=dp-dmd", "reference_compat=true"])
+        with_overrides(config, ["copula.reference_compat=true"])

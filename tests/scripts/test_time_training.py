@@ -22,9 +22,8 @@ def timed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
 
 @pytest.mark.parametrize("settings", [[], ["lora_critic_rank=4", "accumulate=2"]])
 def test_scaled_down_wan_1_3b_trains_on_a_cpu(capsys: pytest.CaptureFixture[str], settings: list[str]) -> None:
-    result = timed(
-        capsys, "--device", "cpu", "--batch-size", "2", "--iterations", "2", *TINY, "student_every_steps=2", *settings
-    )
+    given = [*TINY, "student_every_iterations=2", *settings]
+    result = timed(capsys, "--device", "cpu", "--batch-size", "2", "--iterations", "2", *given)
     assert result["updates"] == {"student": 1, "critic": 2}
     assert result["num_skipped"] == 0
     assert (result["recipe"], result["method"], result["precision"]) == ("wan_1_3b", "codmd", "bf16")
@@ -35,7 +34,7 @@ def test_scaled_down_wan_1_3b_trains_on_a_cpu(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.gpu
 def test_full_size_wan_1_3b_iteration_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    result = timed(capsys, "--device", "cuda", "--iterations", "2", "--set", "student_every_steps=2")
+    result = timed(capsys, "--device", "cuda", "--iterations", "2", "--set", "student_every_iterations=2")
     with capsys.disabled():
         print(json.dumps(result))
     assert result["updates"] == {"student": 1, "critic": 2}

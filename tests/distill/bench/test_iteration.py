@@ -23,7 +23,7 @@ from distill.config import DistillConfig, with_overrides
 
 @pytest.fixture(scope="module")
 def config(tiny_config: DistillConfig) -> DistillConfig:
-    settings = ["reference_compat=true", "score_window=full", "copula.weight_batch=0"]
+    settings = ["copula.reference_compat=true", "score_window=full", "copula.weight_batch=0"]
     return with_overrides(tiny_config, settings)
 
 

@@ -72,15 +72,15 @@ def test_run_trains_on_shards_and_a_shard_gone_bad_leaves_its_checkpoints(
     tiny_config: DistillConfig, tmp_path: Path
 ) -> None:
     shard = write_tar(tmp_path / "a.tar", sample("0", 2) | sample("1", 3, seed=1))
-    config = with_overrides(tiny_config, [f"prompts={shard}", "max_steps=2"])
-    options = RunOptions(out=tmp_path / "run", device=CPU, preview_every_steps=0)
+    config = with_overrides(tiny_config, [f"prompts={shard}", "max_iterations=2"])
+    options = RunOptions(out=tmp_path / "run", device=CPU, preview_every_iterations=0)
     assert run_training(config, options, resume=False).num_student_updates == 1
     before = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("state.pt")}
     broken = embedding(3)
     broken[1, 1] = float("nan")
     write_tar(shard, {"0.embed.pt": saved(broken), "0.prompt.txt": b"prompt"})
     with pytest.raises(ConfigError, match="not finite"):
-        run_training(with_overrides(config, ["max_steps=4"]), options, resume=True)
+        run_training(with_overrides(config, ["max_iterations=4"]), options, resume=True)
     assert before and before == {
         folder / "state.pt": before[folder / "state.pt"] for folder in list_checkpoints(options.out)
     }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import with_method
 from safetensors.torch import load_file, save_file
 
 from codmd_serve.errors import CheckpointError
@@ -11,11 +12,10 @@ from codmd_serve.sampler import rollout
 from distill.config import DistillConfig, with_overrides
 from distill.data import teacher_latents as latents
 from distill.data.prompts import PromptData, cached_prompt_data
-from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
-from distill.methods.matching import step_rng
-from distill.methods.registry import with_method
+from distill.data.teacher_latents import TeacherLatents, TeacherSampling, cached_teacher_latents
 from distill.networks.base import open_base
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
+from distill.streams import named_rng
 
 CPU = torch.device("cpu")
 SHAPE = (4, 3, 4, 4)
@@ -23,7 +23,7 @@ SHAPE = (4, 3, 4, 4)
 
 @pytest.fixture
 def config(tiny_config: DistillConfig) -> DistillConfig:
-    return with_overrides(with_method(tiny_config, "rcm"), ["rcm.data_steps=3"])
+    return with_method(tiny_config, "rcm")
 
 
 @pytest.fixture
@@ -36,8 +36,11 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latents, "SHARD_SIZE", 2)
 
 
-def make(config: DistillConfig, networks: Networks, data: PromptData, cache: Path) -> TeacherLatents:
-    return cached_teacher_latents(config, open_base(config.base), networks, data, SHAPE, cache, CPU)
+def make(
+    config: DistillConfig, networks: Networks, data: PromptData, cache: Path, num_steps: int = 3, shift: float = 3.0
+) -> TeacherLatents:
+    sampling = TeacherSampling(num_steps=num_steps, shift=shift)
+    return cached_teacher_latents(config, sampling, open_base(config.base), networks, data, SHAPE, cache, CPU)
 
 
 def test_samples_are_those_of_the_guided_teacher(
@@ -49,7 +52,7 @@ def test_samples_are_those_of_the_guided_teacher(
     assert got.shape == (3, *SHAPE) and got.dtype == torch.float32
     assert torch.equal(got[0], got[2])
     batch = data.batch([2, 3], CPU)
-    noise = torch.randn((2, *SHAPE), generator=step_rng(0, "teacher-latents", 1))
+    noise = torch.randn((2, *SHAPE), generator=named_rng(0, "teacher-latents", 1))
 
     def guided(x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
         teacher = denoiser(tiny_networks.teacher, "fp32")
@@ -77,7 +80,7 @@ def test_made_once_and_completed_after_an_interruption(
     damaged.write_bytes(damaged.read_bytes()[:20])
     sampled = []
     original = latents._sample_shard
-    monkeypatch.setattr(latents, "_sample_shard", lambda *args: sampled.append(args[3]) or original(*args))
+    monkeypatch.setattr(latents, "_sample_shard", lambda *args: sampled.append(args[4]) or original(*args))
     assert torch.equal(make(config, tiny_networks, data, tmp_path).batch(list(range(5)), CPU), before)
     assert sampled == [1, 2]
     make(config, tiny_networks, data, tmp_path)
@@ -87,12 +90,11 @@ def test_made_once_and_completed_after_an_interruption(
 def test_other_settings_get_other_samples_and_other_seeds_the_same(
     config: DistillConfig, tiny_networks: Networks, data: PromptData, tmp_path: Path
 ) -> None:
-    folders = {
-        make(with_overrides(config, [setting]), tiny_networks, data, tmp_path).folder
-        for setting in ("rcm.data_steps=4", "rcm.data_shift=2", "guidance_scale=2", "seed=0")
-    }
+    folders = {make(config, tiny_networks, data, tmp_path, *sampling).folder for sampling in ((4,), (3, 2.0), ())}
+    folders.add(make(with_overrides(config, ["guidance_scale=2"]), tiny_networks, data, tmp_path).folder)
     assert len(folders) == 4
-    assert make(with_overrides(config, ["seed=7", "method=dcm"]), tiny_networks, data, tmp_path).folder in folders
+    other = with_overrides(with_method(config, "dcm"), ["seed=7"])
+    assert make(other, tiny_networks, data, tmp_path).folder in folders
 
 
 def test_a_teacher_that_yields_no_numbers_is_refused(

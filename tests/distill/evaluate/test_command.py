@@ -78,6 +78,6 @@ def test_eval_refuses_a_bundle_given_twice(tiny_base: Path, tiny_bundle: Path) -
 
 
 def test_eval_defaults_are_the_bench_of_the_weights_table() -> None:
-    args = build_parser().parse_args(["eval", "shapebench"])
+    args = build_parser({}).parse_args(["eval", "shapebench"])
     assert (args.num_captions, args.seeds, args.depth_captions, args.depth_seeds) == (128, 1, 4, 32)
     assert (args.steps, args.few_steps, args.guidance) == (50, 4, 3.0)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from runs import with_method
 from torch import Tensor
 
 from codmd_serve.schedule import add_noise
@@ -13,6 +14,7 @@ from distill.data.prompts import Batch
 from distill.losses.consistency import trig_state, trig_to_rectified, velocity_loss
 from distill.losses.dmd import dmd_direction
 from distill.methods.consistency import (
+    RcmConfig,
     RcmDraws,
     RolloutDraws,
     draw_rcm,
@@ -21,8 +23,7 @@ from distill.methods.consistency import (
     rcm_turns,
     rollout_length,
 )
-from distill.methods.matching import student_sample
-from distill.methods.registry import with_method
+from distill.methods.scores import student_sample
 from distill.networks.base import open_base
 from distill.networks.build import Networks, denoiser
 
@@ -33,7 +34,7 @@ NUM_ELEMENTS = 4 * 3 * 4 * 4
 
 @pytest.fixture
 def config(tiny_config: DistillConfig) -> DistillConfig:
-    return with_overrides(with_method(tiny_config, "rcm"), ["rcm.warmup_steps=0"])
+    return with_overrides(with_method(tiny_config, "rcm"), ["rcm.warmup_iterations=0"])
 
 
 @pytest.fixture
@@ -68,12 +69,12 @@ def joined(tensors: list[Tensor]) -> Tensor:
 
 
 def test_student_or_critic_is_trained_never_both(config: DistillConfig) -> None:
-    config = with_overrides(config, ["rcm.warmup_steps=3", "student_every_steps=4"])
+    config = with_overrides(config, ["rcm.warmup_iterations=3", "student_every_iterations=4"])
     turns = [rcm_turns(config, step) for step in range(12)]
     students = [step for step, roles in enumerate(turns) if roles == ("student",)]
     assert students == [0, 1, 2, 3, 7, 11]
     assert all(len(roles) == 1 for roles in turns)
-    with_critic_first = with_overrides(config, ["critic_warmup_steps=2"])
+    with_critic_first = with_overrides(config, ["critic_warmup_iterations=2"])
     assert [step for step in range(12) if rcm_turns(with_critic_first, step) == ("student",)] == [0, 1, 2, 5, 9]
     alone = with_overrides(config, ["rcm.dmd_weight=0"])
     assert {rcm_turns(alone, step) for step in range(12)} == {("student",)}
@@ -84,7 +85,12 @@ def test_each_role_goes_through_all_rollout_lengths(
     config: DistillConfig, every: int, warmup: int, critic_first: int
 ) -> None:
     config = with_overrides(
-        config, [f"student_every_steps={every}", f"rcm.warmup_steps={warmup}", f"critic_warmup_steps={critic_first}"]
+        config,
+        [
+            f"student_every_iterations={every}",
+            f"rcm.warmup_iterations={warmup}",
+            f"critic_warmup_iterations={critic_first}",
+        ],
     )
     lengths: dict[str, list[int]] = {"student": [], "critic": []}
     for step in range(warmup, warmup + 200):
@@ -133,7 +139,7 @@ def test_angles_of_the_consistency_term_are_log_normal(config: DistillConfig) ->
 
 
 def test_the_tangent_warms_up_over_iterations_without_matching(config: DistillConfig) -> None:
-    config = with_overrides(config, ["rcm.warmup_steps=4"])
+    config = with_overrides(config, ["rcm.warmup_iterations=4"])
     ratios = [student_draws(config, step).tangent_ratio for step in range(4)]
     assert ratios == [0.0, 0.25, 0.5, 0.75]
     assert student_draws(config, 3).rollout is None
@@ -212,9 +218,8 @@ def test_discrete_step_tends_to_the_continuous_one(
     errors = []
     # Wan's time embedding turns once in 6 units of 1000 * sigma, so an untrained network is smooth over less than that.
     for num_steps in (2000, 8000, 32_000):
-        discrete = dataclasses.replace(
-            config, method="dcm", rcm=dataclasses.replace(config.rcm, discrete_steps=num_steps)
-        )
+        settings = RcmConfig(warmup_iterations=0, discrete_steps=num_steps)
+        discrete = dataclasses.replace(config, method="dcm", method_settings=settings)
         got = joined(gradients(tiny_networks, batch, draws, discrete))
         errors.append(float((got - want).norm() / want.norm()))
     # Of first order in the step: a quarter of the step leaves a quarter of the error.
@@ -226,7 +231,7 @@ def test_discrete_step_tends_to_the_continuous_one(
 def test_states_nearer_to_clean_than_a_discrete_step_aim_at_the_data(
     tiny_networks: Networks, config: DistillConfig, batch: Batch
 ) -> None:
-    config = with_overrides(config, ["method=dcm", "rcm.discrete_steps=8"])
+    config = with_overrides(with_method(config, "dcm"), ["rcm.discrete_steps=8"])
     draws = dataclasses.replace(student_draws(config), rollout=None, theta=torch.tensor([1e-3, 0.05, 0.19]))
     result = rcm_student_step(tiny_networks, batch, draws, config)
     assert bool(result.loss.isfinite())

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from codmd_serve.schedule import add_noise, flow_to_x0
-from distill.config import DistillConfig, reference_sigma, shapeworld, wan_1_3b, with_overrides
+from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
 from distill.losses.dmd import dmd_direction
+from distill.methods.draws import draw_exit_step, draw_score_level, reference_sigma, score_window
 from distill.methods.matching import (
-    StepDraws,
-    critic_step,
-    draw_exit_step,
-    draw_score_level,
-    draw_step,
-    score_window,
+    MatchingDraws,
+    copula_settings,
+    draw_sample,
     student_step,
 )
+from distill.methods.registry import recipe_config
+from distill.methods.scores import critic_step
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
 
 CPU = torch.device("cpu")
@@ -35,8 +35,8 @@ def batch() -> Batch:
     return Batch(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])
 
 
-def drawn(config: DistillConfig, exit_step: int, seed: int = 0) -> StepDraws:
-    return draw_step(config, torch.Generator().manual_seed(seed), SHAPE, exit_step, CPU)
+def drawn(config: DistillConfig, exit_step: int, seed: int = 0) -> MatchingDraws:
+    return draw_sample(config, torch.Generator().manual_seed(seed), SHAPE, exit_step, CPU)
 
 
 def part_ways(networks: Networks) -> None:
@@ -86,7 +86,7 @@ def test_critic_step_trains_the_critic_alone(tiny_networks: Networks, tiny_confi
     assert not has_gradient(tiny_networks.student)
 
 
-def by_hand(networks: Networks, batch: Batch, draws: StepDraws, config: DistillConfig) -> tuple[Tensor, Tensor]:
+def by_hand(networks: Networks, batch: Batch, draws: MatchingDraws, config: DistillConfig) -> tuple[Tensor, Tensor]:
     """Student x0 at exit step 0 and the gradient of the whole loss with respect to it, from the parts."""
     latents = draws.rollout_noise[0]
     flow = denoiser(networks.student, "fp32")(latents, torch.full((3,), 1000.0), batch.prompt_embeds)
@@ -109,7 +109,7 @@ def by_hand(networks: Networks, batch: Batch, draws: StepDraws, config: DistillC
         flow_to_x0(noisy, critic, draws.score_sigma),
         use_frame=True,
         use_batch=True,
-        temperature=config.copula.temperature,
+        temperature=copula_settings(config).temperature,
     )
     (0.1 * (terms.frame + terms.batch)).backward()
     assert leaf.grad is not None
@@ -190,7 +190,7 @@ def test_permuted_relations_change_the_loss(tiny_networks: Networks, tiny_config
 
 
 def test_score_level_follows_the_published_law() -> None:
-    config = with_overrides(wan_1_3b(), ["score_shift=8"])
+    config = with_overrides(recipe_config("wan_1_3b"), ["score_shift=8"])
     sigma, timestep = draw_score_level(config, torch.Generator().manual_seed(0), 20_000, 0)
     # The clamp makes an atom at .98 of 14% of the draws at shift 8, and nearly none at .02.
     assert float((sigma == 0.98).double().mean()) == pytest.approx(0.14, abs=0.01)
@@ -200,8 +200,8 @@ def test_score_level_follows_the_published_law() -> None:
 
 
 def test_reference_compat_snaps_the_score_sigma_but_not_the_timestep() -> None:
-    config = dataclasses.replace(wan_1_3b(), reference_compat=True)
-    sigma, timestep = draw_score_level(config, torch.Generator().manual_seed(0), 50, 0)
+    config = recipe_config("wan_1_3b")
+    sigma, timestep = draw_score_level(config, torch.Generator().manual_seed(0), 50, 0, reference_compat=True)
     assert float((sigma - timestep / 1000).abs().max()) > 1e-5
     assert sigma.tolist() == pytest.approx([reference_sigma(value) for value in timestep.tolist()])
     levels = timestep / 1000 / (8 - 7 * timestep / 1000) * 1000
@@ -218,7 +218,7 @@ def test_reference_compat_snaps_the_score_sigma_but_not_the_timestep() -> None:
     ],
 )
 def test_score_window_of_each_exit_step(window: str, bounds: list[tuple[float, float]]) -> None:
-    config = with_overrides(shapeworld(), [f"score_window={window}", "step_shift=3", "score_shift=3"])
+    config = with_overrides(recipe_config(), [f"score_window={window}", "step_shift=3", "score_shift=3"])
     for exit_step, (low, high) in enumerate(bounds):
         assert score_window(config, exit_step) == pytest.approx((low, high))
         sigma, _ = draw_score_level(config, torch.Generator().manual_seed(0), 4000, exit_step)
@@ -230,13 +230,13 @@ def test_score_window_of_each_exit_step(window: str, bounds: list[tuple[float, f
 
 def test_score_window_outside_the_clamp_is_one_level() -> None:
     """A first step so close to noise that its window lies above score_sigma_max is judged there."""
-    config = with_overrides(shapeworld(), ["timesteps=[1000,990,500]", "score_window=step"])
+    config = with_overrides(recipe_config(), ["timesteps=[1000,990,500]", "score_window=step"])
     sigma, _ = draw_score_level(config, torch.Generator().manual_seed(0), 10, 0)
     assert sigma.tolist() == pytest.approx([0.98] * 10)
 
 
 def test_shared_sigma_is_one_level_per_batch(tiny_config: DistillConfig) -> None:
-    config = with_overrides(tiny_config, ["copula.shared_sigma=true"])
+    config = with_overrides(tiny_config, ["score_shared_sigma=true"])
     assert len(set(drawn(config, 0).score_sigma.tolist())) == 1
     assert len(set(drawn(tiny_config, 0).score_sigma.tolist())) == 3
 

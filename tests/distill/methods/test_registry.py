@@ -1,32 +1,97 @@
-"""Every method has its entry, and brings the settings that are published for it."""
+"""Every method has its entry, brings the settings that are published for it, and is compared by name nowhere else."""
 
+import ast
 import math
+from pathlib import Path
 
 import pytest
 
 from codmd_serve.errors import ConfigError
-from distill import config as configuration
-from distill.config import RECIPES, shapeworld, wan_1_3b, wan_14b
-from distill.methods.registry import METHODS, with_method
-from distill.run.trainer import ROLES
+from distill.config import RECIPES, DistillConfig, config_to_dict, with_overrides
+from distill.methods.consistency import rcm_settings
+from distill.methods.draws import ROLES
+from distill.methods.registry import METHODS, recipe_config
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_every_method_of_the_config_has_an_entry() -> None:
-    assert tuple(METHODS) == configuration.METHODS
-    assert all(set(method.steps) == set(ROLES) for method in METHODS.values())
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_is_what_its_entry_calls_it(name: str) -> None:
+    config = recipe_config("shapeworld", name)
+    assert METHODS[name].name == config.method == name
+    assert type(config.method_settings) is METHODS[name].settings
+    assert METHODS[name].passes(config).keys() == set(ROLES)
+
+
+def compared_names(tree: ast.AST) -> set[str]:
+    """Names of methods that a file compares with something, in whatever form."""
+    found = set()
+    for node in ast.walk(tree):
+        places: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            places = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            places = [node.value]
+        elif isinstance(node, ast.Subscript):
+            places = [node.slice]
+        for place in places:
+            for part in ast.walk(place):
+                if isinstance(part, ast.Constant) and part.value in METHODS:
+                    found.add(part.value)
+                # The names that the families export, as in `method == consistency.RCM`.
+                if isinstance(part, ast.Name | ast.Attribute):
+                    name = part.id if isinstance(part, ast.Name) else part.attr
+                    found |= {name} & EXPORTED
+    return found
+
+
+EXPORTED = {name.upper().replace("-", "_") for name in METHODS}
+
+
+def test_no_file_but_those_of_the_methods_compares_a_methods_name() -> None:
+    product = [path for room in ("codmd_serve", "distill", "app") for path in sorted((ROOT / room).rglob("*.py"))]
+    files = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in product}
+    comparing = {path for path, tree in files.items() if compared_names(tree)}
+    assert {path for path in comparing if not path.startswith("distill/methods/")} == set()
+    # Or the test would look past comparisons.
+    assert {"distill/methods/matching.py", "distill/methods/consistency.py"} <= comparing
+    for text in ('config.method == "rcm"', 'x in ("a", "dcm")', 'table["dp-dmd"]', "config.method == matching.CODMD"):
+        assert compared_names(ast.parse(text)), text
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 @pytest.mark.parametrize("method", ["codmd", "dmd", "dp-dmd"])
 def test_matching_methods_change_nothing_else_of_a_recipe(recipe: str, method: str) -> None:
-    changed = configuration.config_to_dict(with_method(RECIPES[recipe](), method))
-    assert changed == configuration.config_to_dict(RECIPES[recipe]()) | {"method": method}
+    own, codmd = (config_to_dict(recipe_config(recipe, name)) for name in (method, "codmd"))
+    for settings in (own, codmd):
+        del settings["method"]
+        settings.pop("dp_dmd" if "dp_dmd" in settings else "copula")
+    assert own == codmd
+
+
+def runs(method: str) -> list[DistillConfig]:
+    """Runs of a method short enough to count their turns."""
+    config = with_overrides(recipe_config("shapeworld", method), ["max_iterations=61", "critic_warmup_iterations=4"])
+    if "rcm" not in config_to_dict(config):
+        return [config]
+    return [
+        with_overrides(config, settings)
+        for settings in (["rcm.warmup_iterations=13"], ["rcm.warmup_iterations=99"], ["rcm.dmd_weight=0"])
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_turns_that_a_plan_counts_are_those_of_the_run(name: str) -> None:
+    for config in runs(name):
+        turns = [METHODS[name].turns(config, iteration) for iteration in range(config.max_iterations)]
+        for role, passes in METHODS[name].passes(config).items():
+            assert passes.turns == pytest.approx(sum(role in roles for roles in turns) / config.max_iterations)
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 @pytest.mark.parametrize("method", ["rcm", "dcm"])
 def test_rcm_is_not_clipped_and_averages_by_power(recipe: str, method: str) -> None:
-    config = with_method(RECIPES[recipe](), method)
+    config = recipe_config(recipe, method)
     assert config.method == method
     assert config.optimizer.clip_norm is None
     assert config.optimizer.betas == (0.0, 0.999)
@@ -39,25 +104,29 @@ def test_rcm_is_not_clipped_and_averages_by_power(recipe: str, method: str) -> N
 
 
 def test_rcm_on_wan_has_the_published_constants() -> None:
-    small, large = with_method(wan_1_3b(), "rcm"), with_method(wan_14b(), "rcm")
+    small, large = recipe_config("wan_1_3b", "rcm"), recipe_config("wan_14b", "rcm")
     for config in (small, large):
-        assert (config.guidance_scale, config.score_shift, config.max_steps) == (5.0, 5.0, 10_000)
-        assert (config.rcm.scm_weight, config.rcm.dmd_weight, config.rcm.theta_std) == (100.0, 1.0, 1.6)
-        assert (config.rcm.sigma_max, config.rcm.sample_thetas) == (80.0, (1.5, 1.4, 1.0))
-        assert (config.rcm.data_steps, config.rcm.data_shift) == (100, 3.0)
+        assert (config.guidance_scale, config.score_shift, config.max_iterations) == (5.0, 5.0, 10_000)
+        rcm = rcm_settings(config)
+        assert (rcm.scm_weight, rcm.dmd_weight, rcm.theta_std) == (100.0, 1.0, 1.6)
+        assert (rcm.sigma_max, rcm.sample_thetas) == (80.0, (1.5, 1.4, 1.0))
+        assert (rcm.data_steps, rcm.data_shift) == (100, 3.0)
     assert (small.optimizer.student_lr, small.optimizer.critic_lr) == (2e-6, 4e-7)
     assert (large.optimizer.student_lr, large.optimizer.critic_lr) == (1e-6, 1e-7)
-    assert (small.student_every_steps, small.rcm.warmup_steps, small.batch_size) == (5, 1000, 256)
-    assert (large.student_every_steps, large.rcm.warmup_steps, large.batch_size) == (10, 200, 64)
-    assert (small.rcm.theta_mean, large.rcm.theta_mean) == (0.7, 1.5)
+    assert (small.student_every_iterations, small.batch_size) == (5, 256)
+    assert (large.student_every_iterations, large.batch_size) == (10, 64)
+    assert (rcm_settings(small).theta_mean, rcm_settings(large).theta_mean) == (0.7, 1.5)
+    assert (rcm_settings(small).warmup_iterations, rcm_settings(large).warmup_iterations) == (1000, 200)
 
 
 def test_rcm_on_shapeworld_fits_its_latents() -> None:
-    config = with_method(shapeworld(), "rcm")
-    assert config.rcm.theta_mean == pytest.approx(-0.8 + 0.5 * math.log(5), abs=0.01)
-    assert config.optimizer.student_lr == shapeworld().optimizer.student_lr
+    config = recipe_config("shapeworld", "rcm")
+    assert rcm_settings(config).theta_mean == pytest.approx(-0.8 + 0.5 * math.log(5), abs=0.01)
+    assert config.optimizer.student_lr == recipe_config().optimizer.student_lr
 
 
-def test_unknown_method_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="method must be one of codmd, dmd, rcm, dcm, dp-dmd, got 'gan'"):
-        with_method(shapeworld(), "gan")
+def test_unknown_recipe_and_method_are_refused_by_option() -> None:
+    with pytest.raises(ConfigError, match="--method must be one of codmd, dmd, rcm, dcm, dp-dmd, got 'gan'"):
+        recipe_config(method="gan")
+    with pytest.raises(ConfigError, match="--recipe must be one of shapeworld, wan_1_3b, wan_14b, got ''"):
+        recipe_config(recipe="")

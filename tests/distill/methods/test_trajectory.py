@@ -1,17 +1,16 @@
 """The student step of dp-dmd: the first step follows the teacher, matching starts at the second."""
 
-import dataclasses
-
 import pytest
 import torch
+from runs import with_method
 
 from codmd_serve.sampler import rollout
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import Batch
 from distill.losses.trajectory import trajectory_loss
-from distill.methods.matching import StepDraws, draw_step, student_step
-from distill.methods.registry import draw_dmd, with_method
-from distill.methods.trajectory import dp_dmd_student_step, early_trajectory, teacher_levels
+from distill.methods.draws import StepDraws, draw_step
+from distill.methods.matching import draw_sample, student_step
+from distill.methods.trajectory import dp_dmd_student_step, draw_dp_dmd, early_trajectory, teacher_levels
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
 
 CPU = torch.device("cpu")
@@ -45,7 +44,7 @@ def part_ways(networks: Networks) -> None:
 
 
 def test_exit_steps_leave_the_first_one_out(config: DistillConfig) -> None:
-    exits = [draw_dmd(config, "critic", step, (1, 1, 1, 1, 1), CPU).exit_step for step in range(600)]
+    exits = [draw_dp_dmd(config, "critic", step, (1, 1, 1, 1, 1), CPU).exit_step for step in range(600)]
     counts = torch.bincount(torch.tensor(exits), minlength=4)
     assert counts.tolist() == [0, *(pytest.approx(200, abs=40) for _ in range(3))]
 
@@ -104,7 +103,10 @@ def test_gradient_is_that_of_dmd_plus_the_first_step(
     assert calls == [3] * (exit_step + 1)  # the first step's forward serves both terms
     parameters = list(tiny_networks.student.parameters())
     got = torch.autograd.grad(result.loss, parameters)
-    dmd = student_step(tiny_networks, batch, draws, dataclasses.replace(config, method="dmd"))
+    plain = with_method(config, "dmd")
+    same = draw_sample(plain, torch.Generator().manual_seed(0), SHAPE, exit_step, CPU)
+    assert torch.equal(same.rollout_noise, draws.rollout_noise)
+    dmd = student_step(tiny_networks, batch, same, plain)
     start = draws.rollout_noise[0]
     flow = denoiser(tiny_networks.student, "fp32")(start, torch.full((3,), 1000.0), batch.prompt_embeds)
     levels = teacher_levels(config)

@@ -9,7 +9,6 @@ OUT/NAME-RANK.pt.
 """
 
 import copy
-import dataclasses
 import json
 import sys
 import tempfile
@@ -21,15 +20,16 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.config import DistillConfig, config_from_dict
+from distill.config import DistillConfig
 from distill.data.prompts import cached_prompt_data
 from distill.data.teacher_latents import cached_teacher_latents
-from distill.methods.registry import METHODS
+from distill.methods.draws import ROLES
+from distill.methods.registry import METHODS, config_from_dict
 from distill.networks.base import open_base
 from distill.networks.build import Networks, build_networks, trained_parameters
 from distill.parallel.processes import SINGLE_PROCESS, Processes, join_processes
 from distill.parallel.sharding import sharded_like
-from distill.run.trainer import ROLES, Trainer, native_latents
+from distill.run.trainer import Trainer, native_latents
 
 CPU = torch.device("cpu")
 
@@ -53,8 +53,10 @@ def new_trainer(config: DistillConfig, processes: Processes, cache: Path) -> Tra
     part_ways(networks)
     shape = native_latents(config, open_base(config.base))
     latents = None
-    if METHODS[config.method].needs_x0:
-        latents = cached_teacher_latents(config, open_base(config.base), networks, data, shape, cache, CPU, processes)
+    sampling = METHODS[config.method].teacher_sampling(config)
+    if sampling is not None:
+        base = open_base(config.base)
+        latents = cached_teacher_latents(config, sampling, base, networks, data, shape, cache, CPU, processes)
     return Trainer(config, networks, data, shape, CPU, latents, processes)
 
 
@@ -83,14 +85,15 @@ def watched(config: DistillConfig, processes: Processes, cache: Path, iterations
     seen: dict[str, Any] = {"gradient": student_gradient(trainer, processes), "metrics": [], "exit_steps": []}
     start = processes.gather_to_rank0({role: trainer.parameters[role] for role in ROLES})
     seen["start"] = {role: {name: item.detach().clone() for name, item in start[role].items()} for role in ROLES}
-    draw = METHODS[config.method].draw
+    kind = type(METHODS[config.method])
+    draw = kind.draw
 
     def noted(*args: Any) -> Any:
         draws = draw(*args)
         seen["exit_steps"].append(getattr(draws, "exit_step", None))
         return draws
 
-    METHODS[config.method] = dataclasses.replace(METHODS[config.method], draw=noted)
+    kind.draw = noted  # type: ignore[method-assign]
     with Collectives() as collectives:
         for _ in range(iterations):
             metrics = trainer.iterate()

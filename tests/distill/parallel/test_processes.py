@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from runs import with_method
 
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig, config_to_dict, with_overrides
-from distill.methods.registry import with_method
 from distill.parallel.processes import SINGLE_PROCESS, Processes, check_world_size
 from distill.parallel.sharding import check_token_split
 
@@ -71,18 +71,14 @@ RESUMED = ("two", "lora-two")
 def scenario_config(tiny_config: DistillConfig, settings: list[str]) -> DistillConfig:
     methods = [setting.removeprefix("method=") for setting in settings if setting.startswith("method=")]
     config = with_method(tiny_config, methods[0]) if methods else tiny_config
-    common = [
-        "batch_size=4",
-        "student_every_steps=1" if not methods or methods[0] == "dp-dmd" else "student_every_steps=2",
-        "rcm.data_steps=2",
-        "rcm.warmup_steps=0",
-        "dp_dmd.teacher_steps=4",
-        "dp_dmd.match_step=2",
+    own = {
         # The relational term is most of the loss, so that an error in its gradient cannot hide behind the rest.
-        "copula.scale=20",
-        # Keys have a bias whose gradient is 0 but for rounding, and Adam would make updates of full size of that.
-        "optimizer.eps=0.01",
-    ]
+        "copula": ["student_every_iterations=1", "copula.scale=20"],
+        "rcm": ["student_every_iterations=2", "rcm.data_steps=2", "rcm.warmup_iterations=0"],
+        "dp_dmd": ["student_every_iterations=1", "dp_dmd.teacher_steps=4", "dp_dmd.match_step=2"],
+    }
+    # Keys have a bias whose gradient is 0 but for rounding, and Adam would make updates of full size of that.
+    common = ["batch_size=4", "optimizer.eps=0.01", *own[config.method_settings.group]]
     return with_overrides(config, [*common, *(setting for setting in settings if not setting.startswith("method="))])
 
 

@@ -14,7 +14,7 @@ from distill.plan.options import PlanOptions
 def test_plan_of_the_embedded_world_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--gpu-gib", "16"]) == 0
     out = capsys.readouterr().out
-    assert "plan of shapeworld on 1 x 16 GiB" in out
+    assert "plan of shapeworld by codmd on 1 x 16 GiB" in out
     for words in ("student weights", "activations", "FITS", "rollout", "recomputation", "h per 1000 iterations"):
         assert words in out
 
@@ -42,6 +42,20 @@ def test_json_and_settings_and_a_local_base(tiny_base: Path, capsys: pytest.Capt
     assert data["fits"] is True and data["suggestion"] is None and data["reference"] is None
 
 
+@pytest.mark.parametrize("method", ["rcm", "dp-dmd"])
+def test_method_brings_its_settings_and_its_loop(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flops = {}
+    for name in ("codmd", method):
+        assert main(["plan", "--json", "--method", name]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data["method"] == name
+        flops[name] = data["flops_per_iteration"]
+    assert flops[method]["teacher"] != flops["codmd"]["teacher"]
+    assert (flops[method]["derivative"] > 0) == (method == "rcm")
+    assert main(["plan", "--method", method]) == 0
+    assert f"plan of shapeworld by {method} on" in capsys.readouterr().out
+
+
 def test_every_option_has_help() -> None:
     assert set(HELP) == {field.name for field in dataclasses.fields(PlanOptions)}
 
@@ -50,6 +64,9 @@ def test_every_option_has_help() -> None:
     ("arguments", "words"),
     [
         (["--recipe", "wan_2"], "--recipe must be one of shapeworld, wan_1_3b, wan_14b, got 'wan_2'"),
+        (["--method", "nonsense"], "--method must be one of codmd, dmd, rcm, dcm, dp-dmd, got 'nonsense'"),
+        (["--set", "method=rcm"], "use --method rcm"),
+        (["--method", "rcm", "--gpus", "4", "--context-parallel", "2"], "context_parallel must be 1 for method rcm"),
         (["--gpus", "0"], "--gpus must be"),
         (["--gpus", "8", "--context-parallel", "5"], "--context-parallel must divide the 8 GPUs, got 5"),
         (["--set", "optimizer.momentum=1"], "unknown setting 'optimizer.momentum'"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 
 from distill.cli import main
 from distill.pretrain import stage
+from distill.pretrain.clips import ClipSource
 from distill.pretrain.config import PRESETS, VaeConfig, VaePhase, tiny
-from distill.pretrain.teacher import ClipSource, encode_clips
-from distill.pretrain.vae import to_pixels
+from distill.pretrain.latents import encode_clips
+from distill.pretrain.pool import render_clips, to_pixels
 
 
 def teacher(*arguments: str) -> int:
@@ -56,7 +58,7 @@ def test_pipeline_is_complete_for_diffusers(finished: Path) -> None:
 def test_the_vae_of_the_pipeline_encodes_to_white_latents(finished: Path) -> None:
     vae = AutoencoderKLWan.from_pretrained(finished / "pipeline" / "vae", torch_dtype=torch.float32)
     assert (vae.config.latents_mean, vae.config.latents_std) == ([0.0] * 16, [1.0] * 16)
-    clips = np.stack([ClipSource(0).clip(index)[1] for index in range(6)])
+    clips = render_clips(ClipSource(0), range(6), torch.device("cpu"))[0].pixels
     with torch.no_grad():
         rows = vae.encode(to_pixels(clips)).latent_dist.mean.permute(0, 2, 3, 4, 1).flatten(0, 3)
     # Within what storing the weights as float16 leaves of it.
@@ -69,7 +71,7 @@ def test_latents_left_as_they_are_come_with_their_statistics(finished: Path) -> 
         folder=finished, device=torch.device("cpu"), precision="fp32", budget_s=None, stop=lambda: False
     )
     # The parts are there, so no VAE is asked for.
-    encoded = encode_clips(None, 6, ClipSource(0), options, whiten=False)  # type: ignore[arg-type]
+    encoded = encode_clips(None, tiny().transformer, ClipSource(0), options, whiten=False)  # type: ignore[arg-type]
     assert encoded is not None
     raw = torch.cat([load_file(path)["latents"] for path in sorted((finished / "latents").glob("*.safetensors"))])
     np.testing.assert_allclose(raw.float().mean((0, 2, 3, 4)), encoded.mean, atol=1e-5)
@@ -154,10 +156,52 @@ def test_time_budget_ends_every_stage_early(tmp_path: Path) -> None:
         assert torch.load(tmp_path / "run" / f"{name}.pt", weights_only=True)["step"] == 1
 
 
+def test_time_budget_ends_the_latents_with_the_parts_that_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.pretrain.latents.CLIPS_PER_PART", 2)
+    out = tmp_path / "run"
+    assert teacher("--out", str(out), "--minutes", "0.0001") == 0
+    assert [path.name for path in sorted((out / "latents").iterdir())] == ["00000000.safetensors"]
+    assert set(json.loads((out / "elapsed.json").read_text())) == {"other", "text", "vae", "latents", "transformer"}
+    # With time again, the run goes on where it was: the transformer has had its share and is done.
+    assert teacher("--out", str(out), "--resume", "--minutes", "10") == 0
+    assert len(list((out / "latents").iterdir())) == 3
+
+
+def test_a_signal_in_the_middle_of_a_part_ends_the_latents_at_once(finished: Path, tmp_path: Path) -> None:
+    vae = AutoencoderKLWan.from_pretrained(finished / "pipeline" / "vae", torch_dtype=torch.float32)
+    config = dataclasses.replace(tiny().transformer, encode_batch=1)
+    answers = iter([False, False, True])
+    options = stage.StageOptions(
+        folder=tmp_path, device=torch.device("cpu"), precision="fp32", budget_s=None, stop=lambda: next(answers, True)
+    )
+    assert encode_clips(vae, config, ClipSource(0), options, whiten=True) is None
+    assert list((tmp_path / "latents").iterdir()) == []
+
+
+def test_processes_render_and_snapshots_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+    transformer = dataclasses.replace(
+        config.transformer, num_clips=20, keep_latents=False, num_steps=2, snapshot_s=1e-6, curve_seeds=2
+    )
+    config = dataclasses.replace(config, transformer=transformer, render_processes=1)
+    monkeypatch.setitem(PRESETS, "tiny", lambda: config)
+    monkeypatch.setattr("distill.pretrain.curve.NUM_STEPS", 2)
+    out = tmp_path / "run"
+    assert teacher("--out", str(out)) == 0
+    assert not (out / "latents").exists()
+    curve = json.loads((out / "curve.json").read_text())
+    assert [row["step"] for row in curve["rows"]] == [1, 2, -1]
+    assert all(0 <= row["tau_error"] <= 2 and row["marginal_error"] > 0 for row in curve["rows"])
+    assert len(curve["captions"]) == 4
+    assert multiprocessing.active_children() == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "--preset must be one of shapeworld, tiny, more, decoder"),
+        (["--preset", "huge"], "--preset must be one of shapeworld, tiny, more, decoder, next, gpu, gpu-tiny"),
         (["--minutes", "0"], "--minutes must be positive"),
         (["--precision", "int4"], "--precision must be auto, fp32 or bf16"),
         (["--device", "cuda:77"], "no device cuda:77"),

@@ -1,4 +1,4 @@
-"""The shared loop: which parameters Muon takes, schedule, moving average, divergence."""
+"""The shared loop: schedule, randomness, moving average, snapshots, divergence."""
 
 from pathlib import Path
 
@@ -7,50 +7,46 @@ import torch
 from torch import Tensor, nn
 
 from codmd_serve.errors import CodmdError
-from distill.pretrain.stage import DECAY_SHARE, MatrixOptimizer, StageOptions, _schedule, run_stage
+from distill.pretrain.stage import LrSchedule, Snapshots, StageOptions, run_stage, step_generator
 
 
 def options(folder: Path) -> StageOptions:
     return StageOptions(folder=folder, device=torch.device("cpu"), precision="fp32", budget_s=None, stop=lambda: False)
 
 
-class Mixed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(20, 32)
-        self.conv = nn.Conv3d(32, 16, 3)
-        self.linear = nn.Linear(32, 4)
-
-
-def test_muon_takes_matrices_and_convolutions_but_no_tables_biases_or_thin_layers() -> None:
-    module = Mixed()
-    optimizer = MatrixOptimizer(module, 1e-3)
-    assert [id(p) for p in optimizer.matrices] == [id(module.conv.weight)]
-    assert {id(p) for p in optimizer.others} == {
-        id(p) for name, p in module.named_parameters() if name != "conv.weight"
-    }
-    assert MatrixOptimizer(module, 1e-3, use_muon=False).matrices == []
-
-
-def test_muon_step_moves_the_parameter_by_an_orthogonal_matrix() -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(48, 32, bias=False)
-    before = linear.weight.detach().clone()
-    optimizer = MatrixOptimizer(nn.Sequential(linear), 1e-2)
-    # A gradient of very unequal singular values: its update must have nearly equal ones.
-    linear.weight.grad = torch.randn(32, 48) * torch.linspace(1.0, 0.1, 48)
-    optimizer.step()
-    moved = torch.linalg.svdvals(linear.weight.detach() - before)
-    assert moved.min() > 0.4 * moved.max()
-    assert moved.max() < 1e-2 * 0.2 * 48**0.5 * 1.5
-    assert linear.weight.grad is None
-
-
 def test_schedule_warms_up_stays_and_decays() -> None:
-    assert _schedule(0, 0.0) == pytest.approx(0.02)
-    assert _schedule(500, 0.5) == 1.0
-    assert _schedule(500, 1.0 - DECAY_SHARE / 2) == pytest.approx(0.5)
-    assert _schedule(500, 1.0) == pytest.approx(0.02)
+    schedule = LrSchedule(warmup_steps=50, decay_share=0.3)
+    assert schedule.factor(0, 0.0) == pytest.approx(0.02)
+    assert schedule.factor(500, 0.5) == 1.0
+    assert schedule.factor(500, 0.85) == pytest.approx(0.5)
+    assert schedule.factor(500, 1.0) == pytest.approx(0.02)
+    assert LrSchedule(decay_share=0.5).factor(500, 0.75) == pytest.approx(0.5)
+
+
+def test_generators_depend_on_their_key_alone() -> None:
+    cpu = torch.device("cpu")
+    first = torch.rand(4, generator=step_generator(cpu, 1, 4, 7))
+    assert torch.equal(first, torch.rand(4, generator=step_generator(cpu, 1, 4, 7)))
+    others = [(1, 4, 8), (1, 5, 7), (2, 4, 7), (1, 7, 4)]
+    assert all(not torch.equal(first, torch.rand(4, generator=step_generator(cpu, *key))) for key in others)
+
+
+def test_snapshots_are_taken_of_the_moving_average(tmp_path: Path) -> None:
+    module, seen = nn.Linear(2, 1, bias=False), []
+    average = run_stage(
+        "toy",
+        module,
+        5,
+        0.01,
+        lambda _step, _progress: (module.weight.square().sum(), {}),
+        options(tmp_path),
+        ema_decay=0.9,
+        snapshots=Snapshots(every_s=0.0, take=lambda step, _, weights: seen.append((step, weights["weight"].clone()))),
+    )
+    assert average is not None
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+    assert torch.equal(seen[-1][1], average["weight"])
+    assert not torch.equal(seen[0][1], seen[-1][1])
 
 
 def test_moving_average_follows_and_is_returned(tmp_path: Path) -> None:

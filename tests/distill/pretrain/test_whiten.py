@@ -9,8 +9,9 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 
 from distill.pretrain.config import TransformerConfig, VaeConfig
+from distill.pretrain.pool import to_pixels
 from distill.pretrain.teacher import build_transformer
-from distill.pretrain.vae import build_vae, to_pixels
+from distill.pretrain.vae import build_vae
 from distill.pretrain.whiten import fit_whitening, fold_into_transformer, fold_into_vae
 from distill.worlds.shapeworld.captions import sample_scene
 from distill.worlds.shapeworld.render import sample_clip
@@ -25,7 +26,7 @@ def vae() -> AutoencoderKLWan:
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
     rng = np.random.default_rng(0)
-    return to_pixels(np.stack([sample_clip(sample_scene(rng), rng)[:5] for _ in range(6)]))
+    return to_pixels(torch.from_numpy(np.stack([sample_clip(sample_scene(rng), rng)[:5] for _ in range(6)])))
 
 
 def test_latents_become_white_and_reconstructions_stay(vae: AutoencoderKLWan, pixels: torch.Tensor) -> None:

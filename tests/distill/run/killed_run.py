@@ -8,7 +8,6 @@ deleting  older ones are half deleted
 training  between two saves, in the critic's step of iteration 4
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -20,8 +19,8 @@ from typing import Any
 
 import torch
 
-from distill.config import config_from_dict
-from distill.methods.registry import METHODS
+from distill.methods.matching import MatchingMethod
+from distill.methods.registry import config_from_dict
 from distill.run import checkpoint
 from distill.run.trainer import RunOptions, run_training
 
@@ -65,19 +64,18 @@ def arm(moment: str) -> None:
     elif moment in ("named", "deleting"):
         shutil.rmtree = checked_rmtree  # type: ignore[assignment]
     elif moment == "training":
-        method = METHODS["codmd"]
-        steps = {**method.steps, "critic": dying_step(method.steps["critic"])}
-        METHODS["codmd"] = dataclasses.replace(method, steps=steps)
+        MatchingMethod.losses = dying(MatchingMethod.losses)  # type: ignore[method-assign]
     else:
         raise ValueError(moment)
 
 
-def dying_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def dying(losses: Callable[..., Any]) -> Callable[..., Any]:
     calls: list[int] = []
 
-    def counted(*args: object) -> Any:
-        calls.append(1)
-        return die() if len(calls) == 4 else step(*args)
+    def counted(method: MatchingMethod, turn: Any) -> Any:
+        if turn.role == "critic":
+            calls.append(1)
+        return die() if len(calls) == 4 else losses(method, turn)
 
     return counted
 
@@ -88,6 +86,6 @@ if __name__ == "__main__":
     arm(chosen)
     run_training(
         config_from_dict(json.loads(Path(config_path).read_text(encoding="utf-8"))),
-        RunOptions(out=Path(out), device=torch.device("cpu"), cache_dir=Path(cache), preview_every_steps=0),
+        RunOptions(out=Path(out), device=torch.device("cpu"), cache_dir=Path(cache), preview_every_iterations=0),
         resume=False,
     )

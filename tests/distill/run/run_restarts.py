@@ -35,7 +35,7 @@ def arm(accident: str, rank: int, world_size: int) -> None:
     iterate, save = trainer.Trainer.iterate, trainer.save_checkpoint
 
     def signalled(self: trainer.Trainer) -> Any:
-        if self.step == 2:
+        if self.iteration == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return iterate(self)
 

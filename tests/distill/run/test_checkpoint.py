@@ -104,7 +104,7 @@ def test_config_survives_and_damage_is_named(tmp_path: Path, tiny_config: Distil
 
 
 def test_resuming_may_change_the_length_of_a_run_and_nothing_that_was_computed(tiny_config: DistillConfig) -> None:
-    check_resumable(tiny_config, with_overrides(tiny_config, ["max_steps=9", "keep_last=1", "bundle_dtype=bf16"]))
+    check_resumable(tiny_config, with_overrides(tiny_config, ["max_iterations=9", "keep_last=1", "bundle_dtype=bf16"]))
     for setting in ("seed=1", "copula.temperature=0.2", "guidance_scale=2", "batch_size=4"):
         with pytest.raises(ConfigError, match=setting.split("=")[0].split(".")[0]):
             check_resumable(tiny_config, with_overrides(tiny_config, [setting]))

@@ -22,7 +22,7 @@ from distill.run import checkpoint, trainer
 @pytest.fixture
 def settings(tiny_config: DistillConfig) -> list[str]:
     """The settings in which the tiny run differs from the recipe."""
-    keys = ("base", "prompts", "native", "batch_size", "student_every_steps", "precision", "optimizer")
+    keys = ("base", "prompts", "native", "batch_size", "student_every_iterations", "precision", "optimizer")
     data = config_to_dict(tiny_config)
     return [f"{key}={data[key] if isinstance(data[key], str) else json.dumps(data[key])}" for key in keys]
 
@@ -38,11 +38,11 @@ def export(*arguments: str) -> int:
 def test_train_resume_and_export(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     arguments = ["--method", "dmd", "--seed", "3", "--device", "cpu", "--threads", "1"]
-    assert train("--out", str(out), *arguments, "--max-steps", "2", "--set", *settings) == 0
+    assert train("--out", str(out), *arguments, "--max-iterations", "2", "--set", *settings) == 0
     printed = capsys.readouterr().out
     assert f"bundle {out / 'bundle'}" in printed
-    assert "2 steps, 1 student updates, 0 skipped" in printed
-    assert train("--out", str(out), "--resume", "--max-steps", "4") == 0
+    assert "2 iterations, 1 student updates, 0 skipped" in printed
+    assert train("--out", str(out), "--resume", "--max-iterations", "4") == 0
     assert read_spec(out / "bundle").step == 2
     assert read_spec(out / "bundle").method == "dmd"
     assert export("--run", str(out), "--out", str(tmp_path / "student"), "--step", "2") == 0
@@ -73,11 +73,11 @@ def test_resuming_with_the_method_named_keeps_the_runs_settings(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "run")
-    quick = ["rcm.data_steps=1", "rcm.warmup_steps=1", "ema.length=0.2"]
-    assert train("--out", out, "--method", "rcm", "--max-steps", "1", "--set", *settings, *quick) == 0
-    assert train("--out", out, "--method", "rcm", "--resume", "--max-steps", "2") == 0
+    quick = ["rcm.data_steps=1", "rcm.warmup_iterations=1", "ema.length=0.2"]
+    assert train("--out", out, "--method", "rcm", "--max-iterations", "1", "--set", *settings, *quick) == 0
+    assert train("--out", out, "--method", "rcm", "--resume", "--max-iterations", "2") == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["ema"]["length"] == 0.2
-    assert train("--out", out, "--method", "dcm", "--resume", "--max-steps", "3") == 2
+    assert train("--out", out, "--method", "dcm", "--resume", "--max-iterations", "3") == 2
     assert "another method" in capsys.readouterr().err
 
 
@@ -107,7 +107,8 @@ def test_dry_run_prints_the_settings_and_writes_nothing(
         (["--set", "batch_size=3", "accumulate=2"], "batch_size must be a multiple of 2"),
         (["--set", "native.height=20"], "native.height"),
         (["--seed", "-1"], "seed"),
-        (["--max-steps", "0"], "max_steps"),
+        (["--max-iterations", "0"], "max_iterations"),
+        (["--set", "method=rcm"], "use --method rcm"),
         (["--minutes", "0"], "--minutes"),
         (["--minutes", "nan"], "--minutes"),
         (["--threads", "0"], "--threads"),
@@ -184,13 +185,13 @@ def test_checkpoint_of_another_architecture_is_exit_code_2_and_stays(
     transformer = WanTransformer3DModel.from_pretrained(tiny_base, subfolder="transformer")
     WanTransformer3DModel.from_config({**transformer.config, "ffn_dim": 48}).save_pretrained(other_base / "transformer")
     for run, base in zip(runs, (tiny_base, other_base), strict=True):
-        quick = ["--max-steps", "1", "--preview-every", "0", "--cache", str(tmp_path / "cache")]
+        quick = ["--max-iterations", "1", "--preview-every", "0", "--cache", str(tmp_path / "cache")]
         assert train("--out", str(run), *quick, "--set", *settings, f"base={base}") == 0
     name = Path("checkpoints", "step-00000001", "state.pt")
     shutil.copy(runs[1] / name, runs[0] / name)
     before = (runs[0] / name).read_bytes()
     capsys.readouterr()
-    assert train("--out", str(runs[0]), "--resume", "--max-steps", "2", "--preview-every", "0") == 2
+    assert train("--out", str(runs[0]), "--resume", "--max-iterations", "2", "--preview-every", "0") == 2
     error = capsys.readouterr().err
     assert error.startswith("codmd-distill: the checkpoint does not fit this run: the saved network is another one: ")
     assert error.count("\n") == 1
@@ -207,7 +208,7 @@ def test_full_disk_is_exit_code_2_and_spares_the_checkpoint_before(
 ) -> None:
     """The kernel's own error, of a device that is always full."""
     run, quick = tmp_path / "run", ["--preview-every", "0"]
-    assert train("--out", str(run), *quick, "--max-steps", "1", "--set", *settings, "keep_last=1") == 0
+    assert train("--out", str(run), *quick, "--max-iterations", "1", "--set", *settings, "keep_last=1") == 0
     kept = run / "checkpoints" / "step-00000001" / "state.pt"
     before = kept.read_bytes()
     capsys.readouterr()
@@ -223,7 +224,7 @@ def test_full_disk_is_exit_code_2_and_spares_the_checkpoint_before(
     else:
         (run / "log.jsonl").unlink()
         (run / "log.jsonl").symlink_to("/dev/full")
-    assert train("--out", str(run), "--resume", "--max-steps", "2", *quick) == 2
+    assert train("--out", str(run), "--resume", "--max-iterations", "2", *quick) == 2
     error = capsys.readouterr().err
     assert error.startswith("codmd-distill: ") and error.count("\n") == 1
     assert "cannot be written" in error and "No space left on device" in error
@@ -240,8 +241,8 @@ def test_stock_folder_of_a_student_that_starts_below_sigma_1_is_refused(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     out = str(tmp_path / "run")
-    quick = ["rcm.data_steps=1", "rcm.warmup_steps=1"]
-    assert train("--out", out, "--method", "rcm", "--max-steps", "1", "--set", *settings, *quick) == 0
+    quick = ["rcm.data_steps=1", "rcm.warmup_iterations=1"]
+    assert train("--out", out, "--method", "rcm", "--max-iterations", "1", "--set", *settings, *quick) == 0
     assert "no diffusers folder written" in caplog.text
     assert (tmp_path / "run" / "bundle").is_dir()
     assert export("--run", out, "--out", str(tmp_path / "exported"), "--format", "pipeline") == 2
@@ -259,6 +260,6 @@ def test_divergence_is_exit_code_1(
 
 
 def test_resume_refuses_another_recipe(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("--out", str(tmp_path / "run"), "--max-steps", "1", "--set", *settings) == 0
+    assert train("--out", str(tmp_path / "run"), "--max-iterations", "1", "--set", *settings) == 0
     assert train("--out", str(tmp_path / "run"), "--resume", "--recipe", "wan_14b") == 2
     assert "recipe shapeworld" in capsys.readouterr().err

@@ -35,16 +35,16 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(config: DistillConfig, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody disturbs."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run_training(config, RunOptions(out=out, device=CPU, cache_dir=cache_dir, preview_every_steps=0), resume=False)
+    run_training(config, RunOptions(out=out, device=CPU, cache_dir=cache_dir, preview_every_iterations=0), resume=False)
     return out
 
 
 def assert_resumes_to(whole: Path, out: Path, config: DistillConfig, cache_dir: Path) -> None:
     """Go on with the run in `out`; every tensor and number of its end, and its bundle, must be those of `whole`."""
     outcome = run_training(
-        config, RunOptions(out=out, device=CPU, cache_dir=cache_dir, preview_every_steps=0), resume=True
+        config, RunOptions(out=out, device=CPU, cache_dir=cache_dir, preview_every_iterations=0), resume=True
     )
-    assert outcome.step == config.max_steps
+    assert outcome.iteration == config.max_iterations
     states = [load_checkpoint(list_checkpoints(folder)[-1])["trainer"] for folder in (whole, out)]
     assert_same(*states)
     name = Path("bundle", "transformer", "diffusion_pytorch_model.safetensors")
@@ -108,7 +108,7 @@ def test_full_disk_stops_the_run_and_spares_the_checkpoint_before(
         with pytest.raises(CheckpointError, match=r"step-00000004 cannot be written"):
             run_training(
                 config,
-                RunOptions(out=tmp_path / "run", device=CPU, cache_dir=cache_dir, preview_every_steps=0),
+                RunOptions(out=tmp_path / "run", device=CPU, cache_dir=cache_dir, preview_every_iterations=0),
                 resume=False,
             )
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]

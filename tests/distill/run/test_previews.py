@@ -34,7 +34,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def train(cache_dir: Path) -> Callable[..., Path]:
     def start(config: DistillConfig, out: Path, every: int, resume: bool = False) -> Path:
-        options = RunOptions(out=out, device=CPU, cache_dir=cache_dir, preview_every_steps=every)
+        options = RunOptions(out=out, device=CPU, cache_dir=cache_dir, preview_every_iterations=every)
         run_training(config, options, resume=resume)
         return out
 
@@ -73,7 +73,7 @@ def test_parameters_are_the_same_bits_with_and_without_previews(
 def test_last_preview_is_what_the_bundle_makes_of_the_same_noise(
     tiny_config: DistillConfig, tmp_path: Path, train: Callable[..., Path], previews: Previews
 ) -> None:
-    out = train(with_overrides(tiny_config, ["max_steps=3"]), tmp_path / "run", 2)
+    out = train(with_overrides(tiny_config, ["max_iterations=3"]), tmp_path / "run", 2)
     names = sorted(path.name for path in (out / "previews").iterdir())
     assert names == ["prompts.txt", "step-00000002.png", "step-00000003.png"]
     bundle = load_bundle(out / "bundle")
@@ -98,7 +98,7 @@ def test_last_preview_is_what_the_bundle_makes_of_the_same_noise(
 def test_tensorboard_has_the_scalars_and_the_pictures(
     tiny_config: DistillConfig, tmp_path: Path, train: Callable[..., Path]
 ) -> None:
-    out = train(with_overrides(tiny_config, ["max_steps=4"]), tmp_path / "run", 2)
+    out = train(with_overrides(tiny_config, ["max_iterations=4"]), tmp_path / "run", 2)
     board = EventAccumulator(str(out / "tensorboard"))
     board.Reload()
     assert {"student_loss", "critic_loss", "samples_per_s"} <= set(board.Tags()["scalars"])

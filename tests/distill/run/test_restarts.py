@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 NUM_STEPS = 4
 # The relational term is most of the loss. Keys have a bias whose gradient is 0 but for rounding, and Adam would make
 # updates of full size of that.
-SETTINGS = ["batch_size=4", "student_every_steps=1", "copula.scale=20", "optimizer.eps=0.01", "keep_last=9"]
+SETTINGS = ["batch_size=4", "student_every_iterations=1", "copula.scale=20", "optimizer.eps=0.01", "keep_last=9"]
 # name: (processes, steps, the run that it goes on with, what happens to it)
 RUNS: dict[str, tuple[int, int, str, str]] = {
     "whole": (1, NUM_STEPS, "", ""),
@@ -42,7 +42,7 @@ RESUMED = ("two-then-one", "two-then-four", "one-then-two", "signalled-then-two"
 
 def settings_of(config: DistillConfig) -> list[str]:
     """The settings in which a config differs from the recipe, for the command line."""
-    keys = ("base", "prompts", "native", "save_every_steps", "precision", "optimizer", "copula")
+    keys = ("base", "prompts", "native", "save_every_iterations", "precision", "optimizer", "copula")
     data = config_to_dict(config)
     given = [f"{key}={data[key] if isinstance(data[key], str) else json.dumps(data[key])}" for key in keys]
     return [*given, *SETTINGS]
@@ -62,7 +62,7 @@ def folder(tiny_config: DistillConfig, environment: dict[str, str], tmp_path_fac
     wanted = []
     for name, (world_size, steps, copy_of, accident) in RUNS.items():
         start = ["--resume"] if copy_of else ["--set", *settings_of(tiny_config)]
-        arguments = ["--out", str(out / name), "--max-steps", str(steps), *common, *start]
+        arguments = ["--out", str(out / name), "--max-iterations", str(steps), *common, *start]
         wanted.append(
             {
                 "name": name,
@@ -151,8 +151,8 @@ def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
     out = tmp_path / "run"
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "240"]
     launcher += ["-m", "distill.cli"]
-    endless = ["--max-steps", "1000000", "--device", "cpu", "--preview-every", "0"]
-    settings = [*settings_of(tiny_config), "save_every_steps=1000000", "log_every_steps=1"]
+    endless = ["--max-iterations", "1000000", "--device", "cpu", "--preview-every", "0"]
+    settings = [*settings_of(tiny_config), "save_every_iterations=1000000", "log_every_iterations=1"]
     command = [sys.executable, "-m", *launcher, "train", "--out", str(out), *endless, "--set", *settings]
     with (tmp_path / "said").open("w") as file:
         running = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=file, stderr=file)
@@ -167,5 +167,5 @@ def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
     (only,) = list_checkpoints(out)
     step = load_checkpoint(only)["trainer"]["step"]
     assert only.name == f"step-{step:08d}"
-    options = RunOptions(out=out, device=torch.device("cpu"), preview_every_steps=0)
-    assert run_training(with_overrides(read_config(out), [f"max_steps={step + 1}"]), options, resume=True).bundle
+    options = RunOptions(out=out, device=torch.device("cpu"), preview_every_iterations=0)
+    assert run_training(with_overrides(read_config(out), [f"max_iterations={step + 1}"]), options, resume=True).bundle

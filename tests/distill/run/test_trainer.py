@@ -1,25 +1,29 @@
 """The loop: turns, exact resume, signals, poisoned updates, logs, and the bundle at the end."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from runs import with_method
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle
-from distill.config import DistillConfig, wan_1_3b, with_overrides
+from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import cached_prompt_data
-from distill.methods.matching import StepResult, step_rng
-from distill.methods.registry import METHODS, with_method
+from distill.methods.draws import StepResult, Turn
+from distill.methods.matching import MatchingMethod
+from distill.methods.registry import recipe_config
 from distill.networks.base import open_base
 from distill.networks.build import build_networks
 from distill.run.checkpoint import list_checkpoints, load_checkpoint
 from distill.run.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, stop_signal
+from distill.streams import named_rng
 
 CPU = torch.device("cpu")
 
@@ -33,7 +37,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(cache_dir: Path) -> Callable[..., RunOutcome]:
     def start(config: DistillConfig, out: Path, resume: bool = False, minutes: float | None = None) -> RunOutcome:
         # Previews have tests of their own.
-        options = RunOptions(out=out, device=CPU, minutes=minutes, cache_dir=cache_dir, preview_every_steps=0)
+        options = RunOptions(out=out, device=CPU, minutes=minutes, cache_dir=cache_dir, preview_every_iterations=0)
         return run_training(config, options, resume=resume)
 
     return start
@@ -71,36 +75,34 @@ def assert_identical(left: dict, right: dict) -> None:
         assert same, name
 
 
-def replace_step(
-    monkeypatch: pytest.MonkeyPatch, role: str, wrap: Callable[[Callable[..., StepResult]], Callable[..., StepResult]]
-) -> None:
-    """Put wrap(step) in the place of the codmd step of a role."""
-    method = METHODS["codmd"]
-    steps = {**method.steps, role: wrap(method.steps[role])}
-    monkeypatch.setitem(METHODS, "codmd", dataclasses.replace(method, steps=steps))
+def change_losses(monkeypatch: pytest.MonkeyPatch, role: str, change: Callable[[int, StepResult], StepResult]) -> None:
+    """Put change(number of the turn, result) in the place of what codmd yields for a role."""
+    original, count = MatchingMethod.losses, itertools.count()
+
+    def changed(method: MatchingMethod, turn: Turn) -> Iterator[StepResult]:
+        results = original(method, turn)
+        if turn.role != role:
+            return results
+        number = next(count)
+        return (change(number, result) for result in results)
+
+    monkeypatch.setattr(MatchingMethod, "losses", changed)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, role: str, is_bad: Callable[[int], bool]) -> None:
-    """Let the steps of a role for which is_bad(call number) return a NaN loss."""
-    calls = []
+    """Let the losses of a role for which is_bad(number of the turn) be NaN."""
 
-    def wrap(original: Callable[..., StepResult]) -> Callable[..., StepResult]:
-        def poisoned(*args: object) -> StepResult:
-            calls.append(1)
-            result = original(*args)
-            factor = float("nan") if is_bad(len(calls) - 1) else 1.0
-            return dataclasses.replace(result, loss=result.loss * factor)
+    def poisoned(number: int, result: StepResult) -> StepResult:
+        return dataclasses.replace(result, loss=result.loss * (float("nan") if is_bad(number) else 1.0))
 
-        return poisoned
-
-    replace_step(monkeypatch, role, wrap)
+    change_losses(monkeypatch, role, poisoned)
 
 
 def test_a_run_ends_in_a_bundle_a_log_and_a_checkpoint(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
 ) -> None:
     outcome = run(tiny_config, tmp_path / "run")
-    assert (outcome.step, outcome.num_student_updates, outcome.num_skipped) == (6, 3, 0)
+    assert (outcome.iteration, outcome.num_student_updates, outcome.num_skipped) == (6, 3, 0)
     assert outcome.signal_number is None
     assert outcome.bundle is not None
     bundle = load_bundle(outcome.bundle)
@@ -132,7 +134,7 @@ def test_training_moves_student_critic_and_average_but_not_the_teacher(
 def test_turns_follow_the_ratio_after_the_critics_warm_up(
     tiny_config: DistillConfig, new_trainer: Callable[[DistillConfig], Trainer]
 ) -> None:
-    state = new_trainer(with_overrides(tiny_config, ["critic_warmup_steps=2", "student_every_steps=3"]))
+    state = new_trainer(with_overrides(tiny_config, ["critic_warmup_iterations=2", "student_every_iterations=3"]))
     turns = ["student_loss" in state.iterate() for _ in range(7)]
     assert turns == [False, False, True, False, False, True, False]
 
@@ -153,11 +155,11 @@ def test_learning_rate_warms_up_over_each_networks_own_updates(
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], method: str
 ) -> None:
-    config = with_overrides(tiny_config, [f"method={method}", "copula.permute=true", "save_every_steps=100"])
+    config = with_overrides(with_method(tiny_config, method), ["copula.permute=true", "save_every_iterations=100"])
     run(config, tmp_path / "whole")
-    run(with_overrides(config, ["max_steps=3"]), tmp_path / "parts")
+    run(with_overrides(config, ["max_iterations=3"]), tmp_path / "parts")
     outcome = run(config, tmp_path / "parts", resume=True)
-    assert outcome.step == 6
+    assert outcome.iteration == 6
     assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
     for name in ("student.json", "transformer/diffusion_pytorch_model.safetensors"):
         whole, parts = ((tmp_path / kind / "bundle" / name).read_bytes() for kind in ("whole", "parts"))
@@ -167,9 +169,12 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
 @pytest.fixture(params=["rcm", "dcm", "dp-dmd"])
 def other_method(request: pytest.FixtureRequest, tiny_config: DistillConfig) -> DistillConfig:
     """A run of 7 iterations: for rcm and dcm 2 of warm-up, 3 of the student and 2 of the critic after it."""
-    config = with_method(tiny_config, request.param)
-    settings = ["max_steps=7", "rcm.warmup_steps=2", "rcm.data_steps=2", "dp_dmd.teacher_steps=3"]
-    return with_overrides(config, [*settings, "dp_dmd.match_step=2", "save_every_steps=100"])
+    config = with_overrides(with_method(tiny_config, request.param), ["max_iterations=7", "save_every_iterations=100"])
+    own = {
+        "rcm": ["rcm.warmup_iterations=2", "rcm.data_steps=2"],
+        "dp_dmd": ["dp_dmd.teacher_steps=3", "dp_dmd.match_step=2"],
+    }
+    return with_overrides(config, own[config.method_settings.group])
 
 
 def test_other_methods_train_resume_exactly_and_end_in_a_bundle_on_their_grid(
@@ -177,10 +182,10 @@ def test_other_methods_train_resume_exactly_and_end_in_a_bundle_on_their_grid(
 ) -> None:
     whole = run(other_method, tmp_path / "whole")
     for cut in (1, 4):  # inside the warm-up of rcm and after it
-        run(with_overrides(other_method, [f"max_steps={cut}"]), tmp_path / "parts", resume=cut > 1)
+        run(with_overrides(other_method, [f"max_iterations={cut}"]), tmp_path / "parts", resume=cut > 1)
     parts = run(other_method, tmp_path / "parts", resume=True)
     assert parts == dataclasses.replace(whole, elapsed_s=parts.elapsed_s, bundle=parts.bundle)
-    assert (whole.step, whole.num_skipped) == (7, 0)
+    assert (whole.iteration, whole.num_skipped) == (7, 0)
     assert whole.num_student_updates == (4 if other_method.method == "dp-dmd" else 5)
     assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
     for name in ("student.json", "transformer/diffusion_pytorch_model.safetensors"):
@@ -209,7 +214,9 @@ def test_other_methods_log_their_terms(
 def test_turns_of_rcm_leave_the_critic_alone_with_its_sample(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
 ) -> None:
-    config = with_overrides(with_method(tiny_config, "rcm"), ["rcm.warmup_steps=2", "rcm.data_steps=2", "max_steps=8"])
+    config = with_overrides(
+        with_method(tiny_config, "rcm"), ["rcm.warmup_iterations=2", "rcm.data_steps=2", "max_iterations=8"]
+    )
     run(config, tmp_path / "run")
     state = final_state(tmp_path / "run")
     assert state["updates"] == {"student": 5, "critic": 3}
@@ -235,7 +242,7 @@ def test_another_seed_gives_another_student(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
 ) -> None:
     for seed in (0, 1):
-        run(with_overrides(tiny_config, [f"seed={seed}", "max_steps=1"]), tmp_path / str(seed))
+        run(with_overrides(tiny_config, [f"seed={seed}", "max_iterations=1"]), tmp_path / str(seed))
     weights = [final_state(tmp_path / str(seed))["networks"]["student"] for seed in (0, 1)]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -248,23 +255,18 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_unbroken_one(
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
 ) -> None:
-    config = with_overrides(tiny_config, ["save_every_steps=100"])
+    config = with_overrides(tiny_config, ["save_every_iterations=100"])
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        calls = []
 
-        def wrap(original: Callable[..., StepResult]) -> Callable[..., StepResult]:
-            def interrupting(*args: object) -> StepResult:
-                calls.append(1)
-                if len(calls) == 3:
-                    os.kill(os.getpid(), number)
-                return original(*args)
+        def interrupt(turn: int, result: StepResult) -> StepResult:
+            if turn == 2:
+                os.kill(os.getpid(), number)
+            return result
 
-            return interrupting
-
-        replace_step(patch, "critic", wrap)
+        change_losses(patch, "critic", interrupt)
         outcome = run(config, tmp_path / "cut")
-    assert (outcome.step, outcome.signal_number, outcome.bundle) == (3, number, None)
+    assert (outcome.iteration, outcome.signal_number, outcome.bundle) == (3, number, None)
     assert not (tmp_path / "cut" / "bundle").exists()
     run(config, tmp_path / "cut", resume=True)
     assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
@@ -295,18 +297,16 @@ def test_a_crash_loses_nothing_before_the_last_checkpoint(
     run(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
 
-        def crash(*_: object) -> StepResult:
-            raise MemoryError("crash")
+        def crash(turn: int, result: StepResult) -> StepResult:
+            if turn == 5:
+                raise MemoryError("crash")
+            return result
 
-        def wrap(original: Callable[..., StepResult]) -> Callable[..., StepResult]:
-            steps = iter([original] * 5 + [crash])
-            return lambda *args: next(steps)(*args)
-
-        replace_step(patch, "critic", wrap)
+        change_losses(patch, "critic", crash)
         with pytest.raises(MemoryError):
             run(tiny_config, tmp_path / "crashed")
     outcome = run(tiny_config, tmp_path / "crashed", resume=True)
-    assert outcome.step == 6
+    assert outcome.iteration == 6
     assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "crashed"))
     lines = (tmp_path / "crashed" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [2, 4, 6]
@@ -345,9 +345,9 @@ def test_a_poisoned_update_leaves_weights_and_optimizer_alone(
 def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = with_overrides(tiny_config, ["max_nonfinite_in_row=2", "max_steps=20"])
+    config = with_overrides(tiny_config, ["max_nonfinite_in_row=2", "max_iterations=20"])
     poison(monkeypatch, "critic", lambda call: call >= 3)
-    with pytest.raises(CodmdError, match="critic was not finite 2 times in a row, the last at step 4"):
+    with pytest.raises(CodmdError, match="critic was not finite 2 times in a row, the last at iteration 4"):
         run(config, tmp_path / "run")
     state = final_state(tmp_path / "run")
     assert state["updates"]["critic"] == 3
@@ -358,12 +358,12 @@ def test_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(
 def test_time_budget_ends_the_run_with_a_bundle(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
 ) -> None:
-    config = with_overrides(tiny_config, ["max_steps=100000"])
+    config = with_overrides(tiny_config, ["max_iterations=100000"])
     outcome = run(config, tmp_path / "run", minutes=0.3 / 60)
-    assert 0 < outcome.step < 100_000
+    assert 0 < outcome.iteration < 100_000
     assert outcome.bundle is not None
     # The budget is the run's, not the command's: it is spent.
-    assert run(config, tmp_path / "run", resume=True, minutes=0.1 / 60).step == outcome.step
+    assert run(config, tmp_path / "run", resume=True, minutes=0.1 / 60).iteration == outcome.iteration
 
 
 def test_bf16_run_is_finite_and_trains(
@@ -378,23 +378,23 @@ def test_bf16_run_is_finite_and_trains(
     "settings",
     [
         ["sampler=ode"],
-        ["reference_compat=true"],
-        ["copula.features=spatial", "copula.shared_sigma=true"],
+        ["copula.reference_compat=true"],
+        ["copula.features=spatial", "score_shared_sigma=true"],
         ["guidance_scale=1"],
-        ["method=dmd", "batch_size=1"],
+        ["batch_size=1", "copula.weight_batch=0"],
     ],
 )
 def test_every_arm_runs(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], settings: list[str]
 ) -> None:
-    outcome = run(with_overrides(tiny_config, [*settings, "max_steps=2"]), tmp_path / "run")
+    outcome = run(with_overrides(tiny_config, [*settings, "max_iterations=2"]), tmp_path / "run")
     assert outcome.bundle is not None
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
 ) -> None:
-    run(with_overrides(tiny_config, ["max_steps=1"]), tmp_path / "run")
+    run(with_overrides(tiny_config, ["max_iterations=1"]), tmp_path / "run")
     with pytest.raises(ConfigError, match="already holds a run"):
         run(tiny_config, tmp_path / "run")
     with pytest.raises(ConfigError, match="another seed"):
@@ -429,7 +429,7 @@ def test_checkpoint_of_another_base_is_refused(
 
 def test_streams_of_random_numbers_differ_by_role_step_and_rank() -> None:
     draws = {
-        float(torch.rand((), generator=step_rng(*key)))
+        float(torch.rand((), generator=named_rng(*key)))
         for key in [
             (0, "student", 0, 0),
             (0, "critic", 0, 0),
@@ -439,7 +439,7 @@ def test_streams_of_random_numbers_differ_by_role_step_and_rank() -> None:
         ]
     }
     assert len(draws) == 5
-    repeated = [float(torch.rand((), generator=step_rng(0, "exit", 3))) for _ in range(2)]
+    repeated = [float(torch.rand((), generator=named_rng(0, "exit", 3))) for _ in range(2)]
     assert repeated[0] == repeated[1]
 
 
@@ -452,12 +452,12 @@ def test_wan_1_3b_scaled_down_trains_to_a_bundle(
         f"prompts={prompt_file}",
         'native={"height":32,"width":32,"num_frames":9,"fps":16}',
         "batch_size=2",
-        "max_steps=2",
-        "student_every_steps=1",
+        "max_iterations=2",
+        "student_every_iterations=1",
     ]
-    config = with_overrides(wan_1_3b(), small)
+    config = with_overrides(recipe_config("wan_1_3b"), small)
     outcome = run(config, tmp_path / "run")
-    assert (outcome.step, outcome.num_student_updates, outcome.num_skipped) == (2, 2, 0)
+    assert (outcome.iteration, outcome.num_student_updates, outcome.num_skipped) == (2, 2, 0)
     state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])["trainer"]
     start = open_base(config.base).load_transformer(torch.float32).state_dict()
     for role in ("student", "critic"):
