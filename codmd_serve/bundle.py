@@ -9,6 +9,9 @@ from typing import Any
 
 from codmd_serve.config import ModelFacts
 
+# What decides a video; a log or a README beside it does not.
+BUNDLE_PARTS = ("student.json", "world.json", "transformer")
+BASE_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "vae")
 SAMPLED_FROM_BYTES = 64 * 2**20
 NUM_SAMPLES, SAMPLE_BYTES = 64, 2**16
 # Wan's, for a VAE that does not say.
@@ -25,19 +28,19 @@ def bundle_hash(bundle: Path) -> str:
         OSError: a file cannot be read.
     """
     digest = hashlib.sha256()
-    folders = [bundle]
+    parts = [bundle / name for name in BUNDLE_PARTS]
     spec = _read_json(bundle / "student.json")
     base = spec.get("base")
     if isinstance(base, str) and 0 < len(base) < 1000:
         folder = _base_folder(bundle, base)
         if folder.is_dir():
-            folders.append(folder)
+            parts += [folder / name for name in BASE_PARTS]
         else:
             digest.update(base.encode(errors="replace"))
-    for folder in folders:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for part in parts:
+        for path in [part] if part.is_file() else sorted(path for path in part.rglob("*") if path.is_file()):
             size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)}\0{size}\0".encode(errors="surrogateescape"))
+            digest.update(f"{path.relative_to(part.parent)}\0{size}\0".encode(errors="surrogateescape"))
             _add_content(digest, path, size)
     return digest.hexdigest()
 

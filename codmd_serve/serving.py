@@ -127,6 +127,8 @@ def make_server(app: Any, backend: Backend) -> Any:
             await super().shutdown(sockets)
             if draining.done():
                 draining.result()
+            # uvicorn would raise SIGTERM again at the end; a server that did what it was told ends with 0.
+            self._captured_signals = [number for number in self._captured_signals if number != signal.SIGTERM]
 
     limit = connection_limit(config.max_connections)
     return Server(

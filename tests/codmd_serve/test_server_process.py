@@ -153,7 +153,7 @@ def test_sigterm_ends_it_soon_with_a_page_open_and_leaves_nothing(server: Runnin
         assert next(tab.iter_lines()).startswith("data: ALIVE")
         start_s = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(DEADLINE_S) in (0, -signal.SIGTERM)
+        assert server.process.wait(DEADLINE_S) == 0
         # An open tab would hold it for the whole drain timeout, 120 s here.
         assert time.monotonic() - start_s < 60
     assert not Path(f"/proc/{worker}").exists()
