@@ -265,5 +265,6 @@ def _at_most_one(part: str, found: list[str], text: str) -> str | None:
 
 def _single(part: str, found: list[str], text: str) -> str:
     if len(found) != 1:
-        raise ConfigError(f"expected one {part} in {text!r}, got {len(found)}: {', '.join(found) or 'none'}")
+        got = f"{len(found)}: {', '.join(found)}" if found else "none"
+        raise ConfigError(f"expected one {part} in {text!r}, got {got}")
     return found[0]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from codmd_serve.commands import OneLineParser, run_command
+from codmd_serve.cpu import prepare_threads
 from codmd_serve.errors import ConfigError
 from distill.bench.iteration import add_bench_step_arguments, run_bench_step
 from distill.evaluate.command import add_eval_arguments, run_eval
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> int:
+    prepare_threads(os.environ)  # before torch is imported
     args = build_parser(os.environ).parse_args(argv)
     level = os.environ.get("CODMD_LOG_LEVEL", "INFO").upper()
     if level not in logging.getLevelNamesMapping():

@@ -1,5 +1,12 @@
 """Shared fixtures: a tiny random pipeline and bundle of the real classes, and what runs the tests."""
 
+# ruff: noqa: E402
+import os
+
+from codmd_serve.cpu import prepare_threads
+
+prepare_threads(os.environ)  # before torch is imported
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -16,6 +16,7 @@ from codmd_serve.engine import Engine
 from codmd_serve.loading import load_engine
 from codmd_serve.video import find_ffmpeg
 from codmd_serve.wan.checkpoint import read_spec
+from codmd_serve.wan.preview import preview_frames
 from distill.evaluate.detect import detect
 from distill.evaluate.scores import score_clip
 from distill.worlds.shapeworld.captions import parse_caption
@@ -62,6 +63,25 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_another_video(engine: E
         generate(engine, EXAMPLE, seed, tmp_path / f"{name}.mp4")
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert (tmp_path / "a.mp4").read_bytes() != (tmp_path / "c.mp4").read_bytes()
+
+
+def test_previews_look_like_the_videos(engine: Engine) -> None:
+    facts = engine.facts
+    previews, videos = [], []
+    for seed, prompt in enumerate(EXAMPLES[:4]):
+        sizes = {"height": facts.height, "width": facts.width, "num_frames": facts.num_frames, "fps": facts.fps}
+        params = GenerateParams(prompt=prompt, seed=seed, crf=18, **sizes)
+        with torch.inference_mode():
+            x0_pred = engine.loop(engine._noise(params), engine.embed(prompt).prompt)
+            frames_THWC = torch.cat([frames.clone() for frames in engine.decoder.frames(x0_pred)], dim=1)[0].double()
+        preview_FHWC = preview_frames(x0_pred, engine.preview_map).double()
+        rows = facts.height // preview_FHWC.shape[1]
+        pooled = torch.nn.functional.avg_pool2d(frames_THWC.permute(0, 3, 1, 2), rows).permute(0, 2, 3, 1)
+        groups = [pooled[:1], *pooled[1:].split((facts.num_frames - 1) // (len(preview_FHWC) - 1))]
+        previews.append(preview_FHWC.flatten())
+        videos.append(torch.stack([group.mean(0) for group in groups]).flatten())
+    correlation = torch.corrcoef(torch.stack([torch.cat(previews), torch.cat(videos)]))[0, 1]
+    assert correlation > 0.6  # .86 with the first weights
 
 
 def test_request_takes_under_one_and_a_half_seconds(engine: Engine, tmp_path: Path) -> None:

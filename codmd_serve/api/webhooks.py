@@ -15,13 +15,16 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
-
-import httpx
 
 from codmd_serve.config import ServeConfig
 from codmd_serve.errors import ConfigError, InvalidRequestError
 from codmd_serve.jobs.states import Job
+
+# Imported when the first webhook is due: it would be a tenth of the start of every server.
+if TYPE_CHECKING:
+    import httpx
 
 TIMEOUT_S = 10.0
 MAX_REDIRECTS = 3
@@ -119,7 +122,7 @@ class Webhooks:
         config: ServeConfig,
         secret: bytes,
         resolve: Resolve | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
+        transport: "httpx.AsyncBaseTransport | None" = None,
     ) -> None:
         self.config = config
         self.secret = secret
@@ -128,6 +131,8 @@ class Webhooks:
 
     async def deliver(self, job: Job) -> bool:
         """Call the webhook of a final job once; True when it was taken with 2xx, or will never be."""
+        import httpx
+
         error = {"code": job.error_code, "message": job.error_message} if job.status == "failed" else None
         content = {"id": job.id, "status": job.status, "seed": job.params.seed, "error": error}
         body = json.dumps(content | ({"video": f"/jobs/{job.id}/video"} if job.status == "completed" else {})).encode()
@@ -153,8 +158,10 @@ class Webhooks:
                     url = urljoin(url, answer.headers["location"])
         return False
 
-    async def _post(self, client: httpx.AsyncClient, url: str, job_id: str, body: bytes) -> httpx.Response | None:
+    async def _post(self, client: "httpx.AsyncClient", url: str, job_id: str, body: bytes) -> "httpx.Response | None":
         """One request, to an address that was judged; None when the name has none that is public."""
+        import httpx
+
         name = urlsplit(url).hostname
         assert name is not None
         addresses = await self.resolve(name, 443)

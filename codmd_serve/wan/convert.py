@@ -18,6 +18,7 @@ from codmd_serve.files import first_line
 from codmd_serve.grid import StepGrid, causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.names import check_config, merge_lora, to_diffusers
+from codmd_serve.wan.preview import preview_map_of_base
 from codmd_serve.wan.published import Published, read_published
 
 WIDTH_14B = 5120
@@ -218,6 +219,7 @@ def _spec(
         ema=family.ema,
         config_sha256="",
         package_version=package_version,
+        preview_map=preview_map_of_base(folder, is_local=True),
         assumed=tuple(name for name, is_guessed in guessed.items() if is_guessed),
     )
 

@@ -4,19 +4,27 @@ Legend: N samples, C latent channels, F latent frames, T frames, H and W rows an
 """
 
 import io
+import logging
+from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLWan
 from PIL import Image
 from torch import Tensor
 
+from codmd_serve.errors import CheckpointError
+from codmd_serve.files import first_line
+from codmd_serve.wan.checkpoint import load_module
 from codmd_serve.wan.vae import StreamingDecoder
 
 # One row per latent channel and one constant: R, G and B in [-1, 1].
 PreviewMap = tuple[tuple[float, float, float], ...]
 
 SAMPLES_PER_UNKNOWN = 4
-LATENT_SIZE = (2, 4, 4)  # of a sample: the first frame is decoded alone, the next one to a group of frames
+LATENT_SIZE = (2, 2, 2)  # of a sample: the first frame is decoded alone, the next one to a group of frames
 WEBP = {"quality": 60, "method": 2}
+
+logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -40,6 +48,21 @@ def fit_preview(decoder: StreamingDecoder) -> PreviewMap:
     solution = torch.linalg.lstsq(inputs, colours_NC, driver="gelsd").solution
     rows: list[list[float]] = [[round(value, 6) for value in row] for row in solution.tolist()]
     return tuple((row[0], row[1], row[2]) for row in rows)
+
+
+def preview_map_of_base(source: Path | str, is_local: bool) -> PreviewMap:
+    """Fit the map of a base pipeline on the CPU; empty, with a warning, where its VAE cannot be used.
+
+    Args:
+        source, is_local: folder or hub id, as `resolve_base` returns them.
+    """
+    try:
+        vae = load_module(AutoencoderKLWan, source, "vae", is_local, torch_dtype=torch.float32)
+        return fit_preview(StreamingDecoder(vae.requires_grad_(False).eval()))
+    except (CheckpointError, RuntimeError, ValueError, TypeError) as error:
+        # Previews are no part of the student: an engine that loads it with another VAE fits them then.
+        logger.warning("preview_map=none reason=%r", first_line(error))
+        return ()
 
 
 def preview_frames(x0_pred_BCFHW: Tensor, preview_map: PreviewMap) -> Tensor:

@@ -1,8 +1,8 @@
-"""Draws the clips that are compared: teachers, students, ground truth, ground truth through the VAE.
+"""Draw the clips that are compared: teachers, students, ground truth, ground truth through the VAE.
 
 Knows nothing of scores. Every arm gets the same captions and, from (bench seed, caption, seed), the same first noise.
 
-Layout: B batch, C channels, F latent frames, H and W latent rows and columns; S noise draws; T pixel frames.
+Legend: B batch, C channels, F latent frames, H and W latent rows and columns; S noise draws; T pixel frames.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def precision_of(config: DistillConfig) -> str:
     return "fp32" if config.precision == "fp32" else "bf16"
 
 
-def trained_parameters(subject: Subject, options: PlanOptions) -> dict[str, int]:
+def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
     """Return the numbers of trained parameters of student and critic."""
     rank, parameters = options.lora_critic_rank, subject.parameters
     return {"student": parameters.total, "critic": rank * parameters.lora_width if rank else parameters.total}
@@ -68,7 +68,7 @@ def trained_parameters(subject: Subject, options: PlanOptions) -> dict[str, int]
 def state_bytes(subject: Subject, options: PlanOptions) -> dict[str, int]:
     """Return what one GPU holds all the time: weights, moments, EMA."""
     config, parameters = subject.config, subject.parameters
-    trained, master = trained_parameters(subject, options), DTYPE_BYTES[options.master_dtype]
+    trained, master = trained_counts(subject, options), DTYPE_BYTES[options.master_dtype]
     teacher = DTYPE_BYTES[config.teacher_dtype] * parameters.total
     if config.teacher_dtype == "bf16":
         teacher += 2 * parameters.kept_fp32
@@ -211,7 +211,7 @@ def _saved(subject: Subject, options: PlanOptions, load: Load) -> int:
 
 
 def _gradient_bytes(subject: Subject, options: PlanOptions, role: str) -> int:
-    return -(-DTYPE_BYTES[options.master_dtype] * trained_parameters(subject, options)[role] // options.gpus)
+    return -(-DTYPE_BYTES[options.master_dtype] * trained_counts(subject, options)[role] // options.gpus)
 
 
 def _held_gradient_bytes(subject: Subject, options: PlanOptions, role: str) -> int:

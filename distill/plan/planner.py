@@ -11,7 +11,7 @@ from distill.methods.draws import Passes
 from distill.methods.registry import METHODS
 from distill.plan.architecture import Subject
 from distill.plan.flops import Sequence, derivative_flops, iteration_flops, network_flops
-from distill.plan.memory import Load, MemoryByPhase, phase_bytes, precision_of, trained_parameters
+from distill.plan.memory import Load, MemoryByPhase, phase_bytes, precision_of, trained_counts
 from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions, divisors, flag
 
 SUGGESTED_LORA_RANK = 64
@@ -207,7 +207,7 @@ def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str,
         for role in ("student", "critic", "teacher")
     }
     per_micro_batch = 0.0
-    for role, trained in trained_parameters(subject, options).items():
+    for role, trained in trained_counts(subject, options).items():
         own = passes[role]
         calls = {"student": own.student + own.derivatives, "critic": own.critic, "teacher": own.teacher}
         calls[role] += 2 * own.trained

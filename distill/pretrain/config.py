@@ -94,6 +94,7 @@ class TransformerConfig:
         decay_share: of the training during which the learning rate falls.
         snapshot_s: seconds between two transformers written to RUN/pipeline while training goes on; 0 writes none.
         curve_seeds: clips per caption of the measurement at every snapshot, see curve.py; 0 measures nothing.
+        curve_steps: denoising steps of these clips.
     """
 
     num_heads: int = 4
@@ -114,6 +115,7 @@ class TransformerConfig:
     decay_share: float = 0.3
     snapshot_s: float = 0.0
     curve_seeds: int = 0
+    curve_steps: int = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,7 +240,14 @@ def gpu_tiny() -> PretrainConfig:
         ),
         text=dataclasses.replace(config.text, num_steps=2, batch_size=small.text.batch_size),
         transformer=dataclasses.replace(
-            config.transformer, num_clips=48, encode_batch=16, num_steps=4, batch_size=4, snapshot_s=20.0, curve_seeds=2
+            config.transformer,
+            num_clips=48,
+            encode_batch=16,
+            num_steps=4,
+            batch_size=4,
+            snapshot_s=20.0,
+            curve_seeds=2,
+            curve_steps=2,
         ),
         render_processes=2,
     )

@@ -9,7 +9,7 @@ Legend: D captions, S seeds, F factors.
 import logging
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 
 from codmd_serve.files import write_json
-from codmd_serve.sampler import rollout
+from codmd_serve.sampler import Denoise, rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.evaluate.joint import FACTORS, TIED_PAIRS, dependence_distance, marginal_distances, pair_taus
 from distill.evaluate.shapebench import BenchConfig, plan_suite
@@ -31,7 +31,6 @@ from distill.pretrain.prompts import PromptTable
 from distill.pretrain.whole_clip import decode_clip
 
 NUM_CAPTIONS = 4
-NUM_STEPS = 50
 DECODE_BATCH = 16
 TRUTH_PER_SEED = 2
 END_TIMEOUT_S = 30.0
@@ -78,9 +77,10 @@ class FactorCurve:
         vae: AutoencoderKLWan,
         prompts: PromptTable,
         precision: str,
-        sigma_shift: float,
+        levels: list[float],
+        stop: Callable[[], bool],
     ) -> None:
-        """Draw the clips of one snapshot now, and have them measured.
+        """Draw the clips of one snapshot now, and have them measured; nothing when told to stop.
 
         Args:
             head: what the row begins with.
@@ -88,9 +88,21 @@ class FactorCurve:
             vae: whose latents it was trained on.
             prompts: of `captions`, in their order.
             precision: fp32 or bf16.
-            sigma_shift: of the sampler's steps.
+            levels: noise levels of the sampler's steps, see `step_levels`.
+            stop: asked between two steps.
         """
-        clips = draw_clips(transformer, vae, prompts, self.num_seeds, precision, sigma_shift, self.seed)
+        try:
+            clips = draw_clips(
+                _stoppable(denoiser(transformer, precision), stop),
+                vae,
+                prompts,
+                self.num_seeds,
+                levels,
+                precision,
+                self.seed,
+            )
+        except _StoppedError:
+            return
         futures = [
             self.executor.submit(measure_clip, caption, clip)
             for caption, of_caption in zip(self.captions, clips, strict=True)
@@ -153,17 +165,35 @@ def describe(groups: list[np.ndarray], truth: list[np.ndarray]) -> dict[str, Any
     }
 
 
+class _StoppedError(Exception):
+    """The run was told to stop while clips were drawn."""
+
+
+def _stoppable(denoise: Denoise, stop: Callable[[], bool]) -> Denoise:
+    def call(latents: Tensor, timestep_B: Tensor, embeds_BLD: Tensor) -> Tensor:
+        if stop():
+            raise _StoppedError
+        return denoise(latents, timestep_B, embeds_BLD)
+
+    return call
+
+
+def step_levels(num_steps: int, sigma_shift: float) -> list[float]:
+    """Noise levels of Euler steps on a uniform grid, shifted."""
+    return [shift_sigma(1.0 - step / num_steps, sigma_shift) for step in range(num_steps)]
+
+
 @torch.no_grad()
 def draw_clips(
-    transformer: WanTransformer3DModel,
+    denoise: Denoise,
     vae: AutoencoderKLWan,
     prompts: PromptTable,
     num_seeds: int,
+    levels: list[float],
     precision: str,
-    sigma_shift: float,
     seed: int,
 ) -> np.ndarray:
-    """Sample every prompt but the empty one, unguided, in NUM_STEPS Euler steps: uint8 (D, S, T, H, W, 3)."""
+    """Sample every prompt but the empty one, unguided, by Euler steps: uint8 (D, S, T, H, W, 3)."""
     from distill.pretrain.clips import CLIP_SHAPE
 
     device, num_captions = prompts.embeds.device, len(prompts.embeds) - 1
@@ -172,9 +202,8 @@ def draw_clips(
     shape = (1, num_captions * num_seeds, vae.config.z_dim, frames, rows, columns)
     noise = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
     embeds = prompts.embeds[:-1].repeat_interleave(num_seeds, 0)
-    levels = [shift_sigma(1.0 - step / NUM_STEPS, sigma_shift) for step in range(NUM_STEPS)]
     timesteps = [NUM_TRAIN_TIMESTEPS * level for level in levels]
-    latents = rollout(denoiser(transformer, precision), noise, embeds, [*levels, 0.0], timesteps, sampler="ode")
+    latents = rollout(denoise, noise, embeds, [*levels, 0.0], timesteps, sampler="ode")
     mean, std = (
         torch.tensor(vae.config[f"latents_{name}"], device=device)[:, None, None, None] for name in ("mean", "std")
     )

@@ -14,7 +14,7 @@ from distill.pretrain.clips import CLIP_SHAPE, ClipSource
 from distill.pretrain.clock import LAST_STAGE, Clock
 from distill.pretrain.compiling import BlockCompiler, CompileJob, compile_ahead
 from distill.pretrain.config import PretrainConfig
-from distill.pretrain.curve import FactorCurve
+from distill.pretrain.curve import FactorCurve, step_levels
 from distill.pretrain.latents import Latents, encode_clips
 from distill.pretrain.pipeline import save_scheduler, save_text, save_transformer, save_vae
 from distill.pretrain.pool import ClipPool
@@ -201,5 +201,6 @@ class _Measurement:
         precision = run.options.precision
         teacher = averaged_transformer(settings, average, run.config.vae.z_dim, self.prompts.width)
         prepare_transformer(teacher, precision, device)
+        levels = step_levels(settings.curve_steps, settings.sigma_shift)
         head = {"step": step, "progress": progress, "clips_seen": step * settings.batch_size}
-        self.curve.measure(head, teacher, self.vae, self.prompts, precision, settings.sigma_shift)
+        self.curve.measure(head, teacher, self.vae, self.prompts, precision, levels, run.options.stop)

@@ -27,6 +27,7 @@ from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import TEMPORARY_PREFIX, atomic_folder, first_line, leftovers, write_json
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
+from codmd_serve.wan.preview import preview_map_of_base
 from distill.config import RESUMABLE, DistillConfig, config_to_dict
 from distill.data.prompts import caption_grammar
 from distill.methods.registry import config_from_dict
@@ -166,6 +167,7 @@ def write_bundle(
         config_sha256=config.sha256(),
         package_version=codmd_serve.__version__,
         vocabulary_note=config.vocabulary_note,
+        preview_map=preview_map_of_base(base.source, base.is_local),
     )
     try:
         with torch.device("meta"):

@@ -1,5 +1,6 @@
 """The engine on a tiny random bundle of the real classes: the right frames, the same bytes, and clean failures."""
 
+import io
 import json
 import shutil
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
+from PIL import Image
 
 from codmd_serve import engine as engine_module
 from codmd_serve.config import MAX_SEED, GenerateParams
@@ -368,3 +370,51 @@ def test_a_text_encoder_that_is_lent_to_the_device_is_not_lent_ahead(
     monkeypatch.setattr(engine.embedder, "lend_to", torch.device("cpu"))
     engine.prepare("two")
     assert asked == ["one"]
+
+
+def test_previews_come_after_each_step_and_change_no_bit(engine: Engine, tmp_path: Path) -> None:
+    plain = video_of(engine, tmp_path / "a.mp4")
+    order: list[str] = []
+    previews: list[bytes] = []
+
+    def on_preview(image: bytes) -> None:
+        order.append("preview")
+        previews.append(image)
+
+    engine.begin(PARAMS, tmp_path / "b.mp4", lambda stage, *_: order.append(stage), on_preview).result(DEADLINE_S)
+    assert (tmp_path / "b.mp4").read_bytes() == plain
+    assert order[:9] == ["text", *["preview", "denoise"] * 4]
+    assert len(set(previews)) == 4
+    for image in previews:
+        with Image.open(io.BytesIO(image)) as animation:
+            # The latents of 48 x 32 pixels and 9 frames.
+            assert animation.size == (6, 4) and animation.n_frames == 3  # type: ignore[attr-defined]
+
+
+def test_the_peak_memory_of_a_video_is_told(engine: Engine, tmp_path: Path) -> None:
+    result = engine.generate(PARAMS, tmp_path / "a.mp4")
+    assert 10 < result.peak_memory_mb < 2**20, "megabytes"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "device_error"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), "device_error"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "device_error"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "out_of_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out_of_memory"),
+    ],
+)
+def test_g4_a_device_error_is_told_from_want_of_memory(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.decoder, "frames", fails)
+        with pytest.raises(GenerationError) as caught:
+            engine.generate(PARAMS, tmp_path / "a.mp4")
+    assert caught.value.code == code
+    assert video_of(engine, tmp_path / "b.mp4")

@@ -42,7 +42,7 @@ def test_saved_and_loaded_grammars_are_equal(known: Grammar) -> None:
         ),
         (
             "a red circle moves left and a blue ring moves up",
-            "expected one background, got 0: none",
+            "expected one background, got none",
             "a red circle moves left slowly and a blue ring moves up slowly on a black background",
         ),
         (

@@ -79,6 +79,7 @@ def test_a_converted_bundle_makes_a_video(
 ) -> None:
     converted(write("rcm"), golden_base, tmp_path / "bundle", height=32, width=48, num_frames=5, fps=8)
     engine = load_engine(tmp_path / "bundle", "cpu")
+    assert engine.preview_map == read_spec(tmp_path / "bundle").preview_map != ()
     params = GenerateParams(prompt="a red circle", seed=1, height=32, width=48, num_frames=5, fps=8, crf=18)
     engine.generate(params, tmp_path / "a.mp4")
     assert read_video(tmp_path / "a.mp4").frames.shape == (5, 32, 48, 3)

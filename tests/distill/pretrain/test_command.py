@@ -183,11 +183,10 @@ def test_a_signal_in_the_middle_of_a_part_ends_the_latents_at_once(finished: Pat
 def test_processes_render_and_snapshots_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny()
     transformer = dataclasses.replace(
-        config.transformer, num_clips=20, keep_latents=False, num_steps=2, snapshot_s=1e-6, curve_seeds=2
+        config.transformer, num_clips=20, keep_latents=False, num_steps=2, snapshot_s=1e-6, curve_seeds=2, curve_steps=2
     )
     config = dataclasses.replace(config, transformer=transformer, render_processes=1)
     monkeypatch.setitem(PRESETS, "tiny", lambda: config)
-    monkeypatch.setattr("distill.pretrain.curve.NUM_STEPS", 2)
     out = tmp_path / "run"
     assert teacher("--out", str(out)) == 0
     assert not (out / "latents").exists()

@@ -127,6 +127,7 @@ def test_bundle_loads_in_the_server_with_the_averaged_weights(
     assert spec.config_sha256 == config.sha256()
     assert (spec.native.height, spec.native.num_frames, spec.native.fps) == (32, 9, 16)
     assert spec.vocabulary_note == "Few words."
+    assert len(spec.preview_map) == 5, "four latent channels and a constant"
     assert bundle.grammar is None  # its prompts came from a file
 
 
