@@ -64,6 +64,8 @@ STATUS_OF_CODE = {
 CODES = {
     "invalid_request": "422: the request cannot be served; the message says what would be accepted",
     "bad_request": "400: the request is not HTTP that makes sense",
+    "too_many_connections": "503: too many connections are open",
+    "server_stopped": "503: the server that ran the job was stopped on every attempt",
     "unauthorized": "401: no API key, or an unknown one",
     "forbidden": "403: another web site sent this request",
     "not_found": "404: no such route, no such job, or a job of another API key",
