@@ -25,7 +25,9 @@ from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, Mod
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.cpu import prepare_threads
 from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
-from codmd_serve.video import find_ffmpeg
+from codmd_serve.files import check_name
+from codmd_serve.textfiles import shown
+from codmd_serve.video import check_encoder, check_video_name, find_ffmpeg
 
 PROGRAM = "codmd-serve"
 COMMANDS = ("serve", "work", "generate", "bench", "convert", "doctor")
@@ -181,11 +183,11 @@ def _from_environment(flag: Flag) -> Any:
         return flag.default
     try:
         if flag.kind is bool:
-            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.strip().lower()]
         return flag.kind(text)
     except (KeyError, ValueError):
         wanted = "1 or 0" if flag.kind is bool else "a whole number"
-        raise ConfigError(f"${flag.variable} must be {wanted}, got {text!r}") from None
+        raise ConfigError(f"${flag.variable} must be {wanted}, got {shown(text)}") from None
 
 
 def _config(options: argparse.Namespace) -> ServeConfig:
@@ -211,7 +213,7 @@ def serve(options: argparse.Namespace) -> int:
     config = _config(options)
     keys = read_keys(config.api_keys)
     if config.workers != "0":
-        find_ffmpeg()
+        check_encoder(find_ffmpeg())
     listener = _bind(config.host, config.port)
     address = f"http://{_in_url(config.host)}:{config.port}"
     fatal: list[str] = []
@@ -245,7 +247,7 @@ def work(options: argparse.Namespace) -> int:
     config = _config(options)
     if config.workers == "0":
         raise ConfigError("workers must be auto or above 0: `work` is what runs jobs")
-    find_ffmpeg()
+    check_encoder(find_ffmpeg())
     asyncio.run(run_worker(config, lambda facts: _print_ready("", facts, start_s)))
     return 0
 
@@ -328,6 +330,7 @@ def generate(options: argparse.Namespace) -> int:
         problem = error.errors()[0]
         field = str(problem["loc"][0])
         raise InvalidRequestError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", field) from None
+    check_encoder(find_ffmpeg())
     from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 
@@ -380,6 +383,8 @@ def convert(options: argparse.Namespace) -> int:
 def _checked_output(name: str) -> Path:
     """Refuse an output that cannot be written before minutes are spent on making it."""
     output = Path(name)
+    check_name(output)
+    check_video_name(output)
     if output.is_dir():
         raise ConfigError(f"{output} is a folder: name a file, for example {output / 'out.mp4'}")
     if output.exists() and not output.is_file():
@@ -409,7 +414,7 @@ def doctor(options: argparse.Namespace) -> int:
         "would use": f"{device} in {dtype}, {torch.get_num_threads()} CPU threads",
     }
     checks: dict[str, Callable[[], str]] = {
-        "ffmpeg": find_ffmpeg,
+        "ffmpeg": _ffmpeg_line,
         "bundle": lambda: _bundle_line(Path(options.bundle), read_spec),
         "attention": lambda: _attention_lines(Path(options.bundle), options.attention, device, dtype),
     }
@@ -425,6 +430,12 @@ def doctor(options: argparse.Namespace) -> int:
     for problem in dict.fromkeys(problems):
         print_error(PROGRAM, problem)
     return EXIT_BAD_INPUT if problems else 0
+
+
+def _ffmpeg_line() -> str:
+    program = find_ffmpeg()
+    check_encoder(program)
+    return program
 
 
 def _attention_lines(bundle: Path, name: str, device: Any, dtype: Any) -> str:

@@ -17,6 +17,7 @@ from codmd_serve.errors import (
     StorageFullError,
     StoreError,
 )
+from codmd_serve.textfiles import escape_console
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -42,6 +43,7 @@ def run_command(program: str, run: Callable[[], int]) -> int:
         What `run` returned, or the exit code of its error. Any other exception propagates: it is a bug of ours, and
         Python prints its traceback.
     """
+    escape_console()
     try:
         return run()
     except CodmdError as error:

@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("codmd_serve", "distill", "app")
 WAN = ("codmd_serve.wan",)
 # What a module of codmd_serve may import of codmd_serve, by prefix; a package stands for all that is in it.
-PURE = ("codmd_serve.config", "codmd_serve.errors", "codmd_serve.files", "codmd_serve.grid")
+PURE = (
+    "codmd_serve.config",
+    "codmd_serve.errors",
+    "codmd_serve.files",
+    "codmd_serve.grid",
+    "codmd_serve.textfiles",
+)
 ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve": (),
     "codmd_serve.errors": (),
@@ -20,6 +26,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.files": ("codmd_serve.errors",),
     "codmd_serve.grid": ("codmd_serve.errors",),
     "codmd_serve.jobs": (*PURE, "codmd_serve.files", "codmd_serve.jobs"),
+    "codmd_serve.prompts": (),
+    "codmd_serve.textfiles": ("codmd_serve.errors", "codmd_serve.files"),
     "codmd_serve.video": PURE,
     "codmd_serve.schedule": PURE,
     "codmd_serve.sampler": (*PURE, "codmd_serve.schedule"),
@@ -28,13 +36,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.wan": (
         *PURE,
         "codmd_serve.grammar",
+        "codmd_serve.prompts",
         "codmd_serve.schedule",
         "codmd_serve.sampler",
         "codmd_serve.student_scheduler",
         *WAN,
     ),
     "codmd_serve.device": PURE,
-    "codmd_serve.commands": ("codmd_serve.errors",),
+    "codmd_serve.commands": ("codmd_serve.errors", "codmd_serve.textfiles"),
     "codmd_serve.cuda_graph": PURE,
     "codmd_serve.denoise": (*PURE, "codmd_serve.sampler", "codmd_serve.cuda_graph", *WAN),
     "codmd_serve.threads": (),
@@ -95,6 +104,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.bundle",
         "codmd_serve.dispatcher",
         "codmd_serve.jobs",
+        "codmd_serve.prompts",
     ),
     "codmd_serve.serving": (
         *PURE,
@@ -112,6 +122,7 @@ DISTILL_MAY = (
     "codmd_serve.cpu",
     "codmd_serve.device",
     "codmd_serve.grammar",
+    "codmd_serve.prompts",
     "codmd_serve.schedule",
     "codmd_serve.sampler",
     "codmd_serve.video",

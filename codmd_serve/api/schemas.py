@@ -1,17 +1,16 @@
 """What a request may say and what an answer looks like; judges a body without knowing how videos are made."""
 
-import html
 import secrets
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-import ftfy
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictFloat, StrictInt, field_validator
 
 from codmd_serve.config import DEFAULT_CRF, MAX_PROMPT_CHARS, MAX_SEED, GenerateParams, ModelFacts
 from codmd_serve.errors import InvalidRequestError
 from codmd_serve.jobs.events import Channel
 from codmd_serve.jobs.states import Job
+from codmd_serve.prompts import is_blank
 
 # Twice in each direction, or four times as long: past that a student shows nothing that it was trained to show.
 DEFAULT_BUDGET_FACTOR = 4
@@ -55,8 +54,7 @@ class GenerateBody(BaseModel):
     @field_validator("prompt")
     @classmethod
     def _is_not_blank(cls, prompt: str) -> str:
-        # As the tokenizer cleans it: repaired, and entities resolved twice.
-        if not html.unescape(html.unescape(ftfy.fix_text(prompt))).strip():
+        if is_blank(prompt):
             raise ValueError("must not be blank")
         return prompt
 
@@ -237,7 +235,8 @@ def _check_shape(params: GenerateParams, facts: ModelFacts, max_pixels: int) -> 
             f"one frame of {params.width}x{params.height} is more than the {max_pixels} pixels that this server makes "
             "of a whole video; a smaller height or width would be accepted"
         )
-    most = min(facts.max_num_frames, affordable)
+    # The largest number that would be taken, not the largest that memory has room for.
+    most = (min(facts.max_num_frames, affordable) - 1) // step * step + 1
     if (params.num_frames - 1) % step or params.num_frames > most:
         raise InvalidRequestError(
             f"num_frames must be {step}k + 1, and at {params.width}x{params.height} up to {most}, "

@@ -488,6 +488,11 @@ class ConsistencyMethod:
         del config
         return ()
 
+    def authors_samples(self, config: DistillConfig) -> int | None:
+        """Return None: no plan of the authors' layout."""
+        del config
+        return None
+
     def teacher_sampling(self, config: DistillConfig) -> TeacherSampling | None:
         """Return how the samples of the teacher are made that the consistency term is trained on."""
         settings = rcm_settings(config)

@@ -410,6 +410,10 @@ class MatchingMethod:
             "more student forward per sample, counted under rollout",
         )
 
+    def authors_samples(self, config: DistillConfig) -> int | None:
+        """Return the samples of one GPU in their configs; 64 and 32 samples are split over 32 GPUs."""
+        return {"wan_1_3b": 2, "wan_14b": 1}.get(config.recipe)
+
     def teacher_sampling(self, config: DistillConfig) -> TeacherSampling | None:
         """Return None: the student is trained on prompts alone."""
         del config

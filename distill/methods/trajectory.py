@@ -224,6 +224,11 @@ class TrajectoryMethod:
         del config
         return ()
 
+    def authors_samples(self, config: DistillConfig) -> int | None:
+        """Return None: no plan of the authors' layout."""
+        del config
+        return None
+
     def teacher_sampling(self, config: DistillConfig) -> TeacherSampling | None:
         """Return None: the student is trained on prompts alone."""
         del config
