@@ -9,12 +9,19 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, InvalidRequestError
+from codmd_serve.errors import (
+    CheckpointError,
+    CodmdError,
+    ConfigError,
+    InvalidRequestError,
+    StorageFullError,
+    StoreError,
+)
 from codmd_serve.textfiles import escape_console
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-MENDABLE = (ConfigError, CheckpointError, InvalidRequestError)
+MENDABLE = (ConfigError, CheckpointError, InvalidRequestError, StoreError, StorageFullError)
 
 
 class OneLineParser(argparse.ArgumentParser):

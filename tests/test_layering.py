@@ -25,6 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.config": ("codmd_serve.errors",),
     "codmd_serve.files": ("codmd_serve.errors",),
     "codmd_serve.grid": ("codmd_serve.errors",),
+    "codmd_serve.jobs": (*PURE, "codmd_serve.files", "codmd_serve.jobs"),
     "codmd_serve.prompts": (),
     "codmd_serve.textfiles": ("codmd_serve.errors", "codmd_serve.files"),
     "codmd_serve.video": PURE,
@@ -94,13 +95,23 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.loading",
         *WAN,
     ),
-    "codmd_serve.dispatcher": (*PURE, "codmd_serve.messages", "codmd_serve.pool"),
+    "codmd_serve.bundle": PURE,
+    "codmd_serve.dispatcher": (*PURE, "codmd_serve.jobs", "codmd_serve.messages", "codmd_serve.worker_slot"),
     "codmd_serve.api": (
         *PURE,
         "codmd_serve.__version__",
         "codmd_serve.api",
+        "codmd_serve.bundle",
         "codmd_serve.dispatcher",
+        "codmd_serve.jobs",
         "codmd_serve.prompts",
+    ),
+    "codmd_serve.serving": (
+        *PURE,
+        "codmd_serve.api",
+        "codmd_serve.dispatcher",
+        "codmd_serve.jobs",
+        "codmd_serve.pool",
     ),
     "codmd_serve.cli": ("codmd_serve", "app.demo"),
 }
@@ -262,7 +273,15 @@ def test_help_of_the_distiller_does_not_wait_for_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["codmd_serve.api.app", "codmd_serve.dispatcher", "codmd_serve.worker", "codmd_serve.cli", "codmd_serve"]
+    "module",
+    [
+        "codmd_serve.api.app",
+        "codmd_serve.dispatcher",
+        "codmd_serve.serving",
+        "codmd_serve.worker",
+        "codmd_serve.cli",
+        "codmd_serve",
+    ],
 )
 def test_the_http_process_never_imports_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted(sys.modules.keys() & {set(HEAVY)!r}))"

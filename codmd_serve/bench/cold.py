@@ -96,7 +96,9 @@ def running_server(
         port = probe.getsockname()[1]
     words = ["--bundle", str(bundle), "--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
     command = [sys.executable, "-m", "codmd_serve.cli", "serve", "--host", "127.0.0.1", "--port", str(port), *words]
-    with tempfile.TemporaryFile() as log:
+    # A folder of its own: jobs of a measurement are not the user's.
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(prefix="codmd-bench-") as data:
+        command += ["--data", data]
         start_s = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:

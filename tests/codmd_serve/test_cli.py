@@ -22,10 +22,12 @@ PROMPT = "a red circle moves right quickly on a black background"
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     for name in list(os.environ):
         if name.startswith("CODMD_"):
             monkeypatch.delenv(name)
+    # Where a user's jobs would be.
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("home")))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
