@@ -168,4 +168,5 @@ def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
     iteration = load_checkpoint(only)["trainer"]["iteration"]
     assert only.name == f"step-{iteration:08d}"
     options = RunOptions(out=out, device=torch.device("cpu"), preview_every_iterations=0)
-    assert run_training(with_overrides(read_config(out), [f"max_iterations={iteration + 1}"]), options, resume=True).bundle
+    longer = with_overrides(read_config(out), [f"max_iterations={iteration + 1}"])
+    assert run_training(longer, options, resume=True).bundle
