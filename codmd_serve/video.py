@@ -24,6 +24,10 @@ from codmd_serve.errors import ConfigError, GenerationError
 from codmd_serve.files import atomic_file
 
 NUM_ENCODER_THREADS = 4
+# At equal SSIM 12 % more bytes than medium for 30 % less processor time; and x264 holds back 10 frames instead of 40,
+# which is what is left to do when the last frame has come. veryfast takes half the time, but 22 % more bytes.
+PRESET = "faster"
+NUM_LOOKAHEAD_FRAMES = 10
 # ffmpeg is killed when it takes longer than this for what it was given: x264 on one busy core is ten times as fast.
 MIN_ENCODER_WAIT_S = 30.0
 MIN_ENCODED_PX_PER_S = 250_000.0
@@ -272,7 +276,8 @@ def _command(
         "-vf": "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
         "setparams=color_primaries=bt709:color_trc=bt709",
         "-c:v": "libx264",
-        "-preset": "medium",
+        "-preset": PRESET,
+        "-rc-lookahead": str(NUM_LOOKAHEAD_FRAMES),
         "-crf": str(crf),
         "-threads": str(NUM_ENCODER_THREADS),
         "-pix_fmt": "yuv420p",
