@@ -1,8 +1,9 @@
 """What the transformer does to rows of channels between its matrix products: plain, or fused by Triton.
 
-Eager torch passes over 32,760 tokens several times for every norm. Measured on an H200 at the size of Wan 1.3B: 150 of
-615 ms of a step eager, 49 compiled by inductor, whose reductions read a row twice. Each operation here reads a row
-once and writes it once. The plain code is the reference of the tests, and what a CPU runs.
+Eager torch passes over 32,760 tokens several times for every norm. A step of Wan 1.3B on an H200 takes 605 ms plain,
+516 compiled by inductor, whose reductions read a row twice, and 496 with these kernels, which read it once and write it
+once (10 of them saved by GELU in the epilogue of its matrix product). The plain code is the reference of the tests, and
+what a CPU runs.
 
 Legend: B batch, N tokens, D width, P parts (query and key), G heads, E width of a head.
 """

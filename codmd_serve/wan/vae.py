@@ -28,8 +28,9 @@ from codmd_serve.wan.fused import NORM_EPS, AddNormSilu, Sum, choose_add_norm_si
 FIRST_CHUNK = 5  # latent frames; a chunk costs launches and history, a long one memory
 CHUNK = 4
 HISTORY = 2  # frames that a causal convolution of 3 looks back
-# Output channels that cuDNN has no fast kernel for, and how many it is given instead. Measured on an H200 with cuDNN
-# 9.19: of 96 it makes three tiles of 32, at 285 TFLOP/s where 192 and 384 reach 615.
+# Output channels that cuDNN has slower kernels for, and how many it is given instead. Measured on an H200 with cuDNN
+# 9.19 in float16, 16 frames of 480 x 832: 96 outputs 11.4 ms by its heuristics, 7.8 the best it has, 128 outputs 7.2;
+# 3 outputs 4.3 ms, 8 outputs 4.0. The transposed convolution after which 96 channels are left is best at 96.
 CUDNN_OUTPUTS = {96: 128, 3: 8, 12: 16}
 MAX_ELEMENTS = 2**31 - 1  # of one tensor: kernels of cuDNN and ATen index with 32 bits
 
@@ -86,12 +87,10 @@ class StreamingDecoder(nn.Module):
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Convert the weights of convolutions and attention; norms and biases that are added apart stay float32."""
-        # A parameter cannot take over a tensor that was made in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, _Conv | _Upsample | nn.Conv2d):
-                    for parameter in module.parameters(recurse=False):
-                        parameter.data = parameter.data.to(dtype)
+        for module in self.modules():
+            if isinstance(module, _Conv | _Upsample | nn.Conv2d):
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, converted(parameter, dtype))
         self.dtype = dtype
         self.run_norm, self.problem = choose_add_norm_silu(self.latents_mean.device, dtype)
 
@@ -244,6 +243,22 @@ class _Conv(nn.Module):
         return self.run(self._filled(hidden, history), history)
 
 
+def converted(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """The parameter itself with its values in `dtype`; one that was made in inference mode is replaced.
+
+    Whoever shares the parameter sees the change. A parameter of inference mode cannot take over other values: it would
+    be half of each kind, and a convolution refuses it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        if not parameter.is_inference():
+            parameter.data = parameter.data.to(dtype)
+            return parameter
+        values = torch.empty_strided(parameter.shape, parameter.stride(), dtype=dtype, device=parameter.device)
+    values.copy_(parameter)
+    with torch.inference_mode(False):
+        return nn.Parameter(values, requires_grad=False)
+
+
 def adds_bias_apart(hidden: Tensor) -> bool:
     """Whether a convolution of `hidden` adds its bias in a pass of its own: cuDNN's does, oneDNN's does not."""
     return hidden.device.type == "cuda"
@@ -343,11 +358,9 @@ class _Upsample(nn.Module):
         super().__init__()
         self.time = _Conv(source.time_conv) if source.mode == "upsample3d" else None
         conv = source.resample[1]
-        bias = conv.bias
-        self.weight, self.bias, self.num_out = padded_outputs(conv.weight, bias)
-        folded = upsampling_weight(self.weight.detach()).contiguous(memory_format=torch.channels_last)
-        self.weight = nn.Parameter(folded, requires_grad=False)
-        self.float_bias = bias.detach().float()
+        folded = upsampling_weight(conv.weight.detach()).contiguous(memory_format=torch.channels_last)
+        self.weight, self.bias = nn.Parameter(folded, requires_grad=False), conv.bias
+        self.float_bias = conv.bias.detach().float()
 
     def forward(self, hidden: Tensor, history: History, is_first: bool) -> Sum:
         if self.time is not None:
@@ -359,7 +372,7 @@ class _Upsample(nn.Module):
         is_apart = adds_bias_apart(hidden)
         bias = None if is_apart else self.bias
         wide = functional.conv_transpose2d(flat, self.weight, bias, stride=2, padding=1)
-        wide = wide.reshape(batch, frames, -1, 2 * height, 2 * width).transpose(1, 2)[:, : self.num_out]
+        wide = wide.reshape(batch, frames, -1, 2 * height, 2 * width).transpose(1, 2)
         return Sum(wide, self.float_bias if is_apart else None)
 
     def _double_time(self, hidden: Tensor, history: History) -> Tensor:

@@ -82,3 +82,10 @@ def test_a_cache_keeps_what_was_measured(tiny_bundle: Path, tmp_path: Path) -> N
     engine = load_engine(tiny_bundle, "cpu", cache=str(tmp_path))
     assert engine.facts.attention == "native"
     assert "native" in (tmp_path / "verdicts.json").read_text()
+
+
+def test_an_engine_decodes_in_the_dtype_that_was_asked_for(tiny_bundle: Path, tmp_path: Path) -> None:
+    engine = load_engine(tiny_bundle, "cpu", vae_dtype="bfloat16")
+    assert (engine.facts.vae_dtype, engine.decoder.dtype, engine.facts.fallback) == ("bfloat16", torch.bfloat16, "")
+    engine.generate(PARAMS, tmp_path / "a.mp4")
+    assert (tmp_path / "a.mp4").stat().st_size > 1000

@@ -1,7 +1,6 @@
 """The VAE in half precision: how far from float32, and what happens where its activations do not fit."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -159,5 +158,32 @@ def test_psnr() -> None:
     assert psnr(black, black + 1) == pytest.approx(48.13, abs=0.01)
 
 
-def test_embedded_vae_is_where_it_is_expected() -> None:
-    assert (Path(default_bundle_path()).parent / "shapeworld" / "vae").is_dir()
+@pytest.mark.parametrize("built_in_inference_mode", [False, True])
+@pytest.mark.parametrize("decoded_in_inference_mode", [False, True])
+def test_a_converted_decoder_runs_in_every_mode(built_in_inference_mode: bool, decoded_in_inference_mode: bool) -> None:
+    """Convolutions refuse a parameter that is half of inference mode, as one was on the first GPU run."""
+    torch.manual_seed(0)
+    with torch.inference_mode(built_in_inference_mode):
+        vae = AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ).eval()
+        decoder = StreamingDecoder(vae.requires_grad_(False))
+        latents = torch.randn(1, 4, 3, 2, 2)
+        want = decoded(decoder, latents)
+        decoder.set_dtype(torch.bfloat16)
+    with torch.inference_mode(decoded_in_inference_mode):
+        assert psnr(decoded(decoder, latents), want) > 35
+        decoder.set_dtype(torch.float32)
+        assert psnr(decoded(decoder, latents), want) > 35
+
+
+def test_weights_are_shared_after_conversion(tiny_pipeline: WanPipeline) -> None:
+    vae = copy.deepcopy(tiny_pipeline.vae)
+    StreamingDecoder(vae).set_dtype(torch.bfloat16)
+    assert vae.decoder.conv_in.weight.dtype == torch.bfloat16  # no second copy stays in memory
