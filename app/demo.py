@@ -1,13 +1,14 @@
 """The text-to-video page: a prompt, a seed, a video, and where the time went. An HTTP client of the server.
 
 It imports neither the server nor the trainer, and loads nothing from the internet: fonts are the reader's own, and the
-video comes inside the answer, so no file is left behind.
+video is the server's own URL of the job. A job whose tab is closed is cancelled.
 """
 
-import base64
+import asyncio
+import contextlib
 import html
 import random
-import re
+from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
@@ -22,8 +23,11 @@ EXAMPLES = [
 ]
 DEFAULT_SEED = 7
 MAX_SEED = 2**32 - 1
-# A video may take its time in the queue, but a server that does not even connect is down.
-TIMEOUT = httpx.Timeout(10.0, read=3600.0)
+# The server answers at once; a job may take its time.
+TIMEOUT = httpx.Timeout(10.0, read=60.0)
+POLL_S = 0.2
+# By which a reader's browser or proxy sends an API key.
+KEY_HEADERS = ("authorization", "x-api-key")
 STAGES = {"queue": "#94a3b8", "text": "#f59e0b", "denoise": "#6366f1", "decode": "#14b8a6", "encode": "#ec4899"}
 
 CSS = """
@@ -69,8 +73,16 @@ def build_page(server: str) -> gr.Blocks:
         server: address of a codmd-serve, such as http://127.0.0.1:8000.
     """
 
-    async def on_generate(prompt: str, seed: float | None) -> tuple[str, str]:
-        return await request_video(server, prompt, None if seed is None else int(seed))
+    jobs = SessionJobs(server)
+
+    async def on_generate(prompt: str, seed: float | None, request: gr.Request) -> AsyncIterator[tuple[str, str]]:
+        keys = {name: value for name, value in request.headers.items() if name in KEY_HEADERS}
+        session = request.session_hash or ""
+        async for shown in follow_video(server, prompt, None if seed is None else int(seed), keys, jobs, session):
+            yield shown
+
+    async def on_unload(request: gr.Request) -> None:
+        await jobs.cancel(request.session_hash or "")
 
     with gr.Blocks(title="codmd-serve", analytics_enabled=False) as page:
         gr.Markdown("# Text to video in four steps\nA few-step student of a video diffusion model.", elem_id="title")
@@ -98,42 +110,109 @@ def build_page(server: str) -> gr.Blocks:
             concurrency_limit=None,
             api_visibility="private",
         )
+        page.unload(on_unload)
     return page
 
 
-async def request_video(server: str, prompt: str, seed: int | None) -> tuple[str, str]:
-    """Ask the server for a video.
+class SessionJobs:
+    """Unfinished jobs of open tabs.
 
-    Returns:
-        HTML of the screen and of what stands under it: stage times and notes, or the server's own sentence on why not.
+    Args:
+        server: address of a codmd-serve.
+    """
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+        self._open: dict[str, dict[str, dict[str, str]]] = {}
+
+    def add(self, session: str, job_id: str, keys: dict[str, str]) -> None:
+        self._open.setdefault(session, {})[job_id] = keys
+
+    def remove(self, session: str, job_id: str) -> None:
+        jobs = self._open.get(session, {})
+        jobs.pop(job_id, None)
+        if not jobs:
+            self._open.pop(session, None)
+
+    async def cancel(self, session: str) -> None:
+        """Give up all jobs of a tab that was closed."""
+        async with httpx.AsyncClient(timeout=TIMEOUT, trust_env=False) as client:
+            for job_id, keys in self._open.pop(session, {}).items():
+                with contextlib.suppress(httpx.HTTPError):
+                    await client.delete(f"{self.server}/jobs/{job_id}", headers=keys)
+
+
+async def follow_video(
+    server: str,
+    prompt: str,
+    seed: int | None,
+    keys: dict[str, str] | None = None,
+    jobs: SessionJobs | None = None,
+    session: str = "",
+) -> AsyncIterator[tuple[str, str]]:
+    """Ask the server for a video and tell how it goes.
+
+    Args:
+        server: address of a codmd-serve.
+        prompt, seed: what to make; the server draws a seed that is None.
+        keys: headers with the reader's API key, where the server wants one.
+        jobs, session: where the job is noted while it is not finished.
+
+    Yields:
+        HTML of the screen and of what stands under it: progress, then stage times and notes, or the server's own
+        sentence on why not.
     """
     body = {"prompt": prompt} if seed is None else {"prompt": prompt, "seed": seed}
+    keys = keys or {}
     try:
         # The environment's proxy is for the internet, not for the server beside us.
         async with httpx.AsyncClient(timeout=TIMEOUT, trust_env=False) as client:
-            answer = await client.post(f"{server}/generate", json=body)
+            answer = await client.post(f"{server}/generate", json=body, headers={**keys, "Prefer": "respond-async"})
+            if answer.status_code != 202:
+                yield EMPTY_SCREEN, _error(_sentence(answer))
+                return
+            job = answer.json()
+            if jobs is not None:
+                jobs.add(session, job["id"], keys)
+            while job["status"] in ("queued", "running"):
+                yield _waiting_screen(job), ""
+                await asyncio.sleep(POLL_S)
+                answer = await client.get(f"{server}/jobs/{job['id']}", headers=keys)
+                if answer.status_code != 200:
+                    yield EMPTY_SCREEN, _error(_sentence(answer))
+                    return
+                job = answer.json()
     except httpx.HTTPError as error:
-        return EMPTY_SCREEN, _error(f"The server at {server} does not answer: {type(error).__name__}.")
-    if answer.status_code != 200:
-        return EMPTY_SCREEN, _error(_sentence(answer))
-    video = base64.b64encode(answer.content).decode()
-    source = f'<video src="data:video/mp4;base64,{video}" autoplay loop muted playsinline controls></video>'
-    return f'<div class="frame">{source}</div>', times_html(answer.headers)
+        yield EMPTY_SCREEN, _error(f"The server at {server} does not answer: {type(error).__name__}.")
+        return
+    if jobs is not None:
+        jobs.remove(session, job["id"])
+    if job["status"] != "completed":
+        yield EMPTY_SCREEN, _error(str((job["error"] or {}).get("message", f"the job is {job['status']}")))
+        return
+    source = f'<video src="jobs/{html.escape(job["id"])}/video" autoplay loop muted playsinline controls></video>'
+    yield f'<div class="frame">{source}</div>', times_html(job)
 
 
-def times_html(headers: httpx.Headers) -> str:
-    """Stage times, seed and warnings of an answer, as a bar with a legend."""
-    found = dict(re.findall(r"(\w+);dur=([\d.]+)", headers.get("server-timing", "")))
-    times_ms = {stage: float(found[stage]) for stage in STAGES if stage in found}
+def _waiting_screen(job: dict[str, Any]) -> str:
+    if job["status"] == "queued":
+        text = f"waiting, {job['position']} before it" if job["position"] else "waiting"
+    else:
+        text = f"{job['stage'] or 'starting'}, {100 * job['progress']:.0f} %"
+    return f'<div class="frame">{html.escape(text)}</div>'
+
+
+def times_html(job: dict[str, Any]) -> str:
+    """Stage times, seed and warnings of a finished job, as a bar with a legend."""
+    times_ms = {stage: float(job["timings_ms"][stage]) for stage in STAGES if stage in job["timings_ms"]}
     bar = "".join(f'<div style="flex:{times_ms[stage]};background:{STAGES[stage]}"></div>' for stage in times_ms)
     entries = [
         f'<span><i style="background:{STAGES[stage]}"></i>{stage} <b>{value:.0f} ms</b></span>'
         for stage, value in times_ms.items()
     ]
     entries.append(f"<span>total <b>{sum(times_ms.values()) / 1000:.2f} s</b></span>")
-    entries.append(f"<span>seed <b>{html.escape(headers.get('x-seed', ''))}</b></span>")
-    # The header is escaped, because headers are ASCII, and may have been cut inside an escape.
-    warnings = headers.get("warnings", "").encode("ascii", "replace").decode("unicode_escape", "ignore")
+    entries.append(f"<span>seed <b>{html.escape(str(job['seed']))}</b></span>")
+    warnings = "; ".join(job["warnings"])
     note = f'<div class="note">{html.escape(warnings)}</div>' if warnings else ""
     return f'<div class="bar">{bar}</div><div class="legend">{"".join(entries)}</div>{note}'
 

@@ -1,5 +1,6 @@
-"""codmd-serve on the command line: serve, generate, bench, convert, doctor; the one place that reads the environment,
-configures logging, and puts the page beside the API.
+"""codmd-serve on the command line: serve, work, generate, bench, convert, doctor.
+
+The one place that reads the environment, configures logging, and puts the page beside the API.
 """
 
 import argparse
@@ -24,10 +25,12 @@ from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, Mod
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.cpu import prepare_threads
 from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
-from codmd_serve.video import find_ffmpeg
+from codmd_serve.files import check_name
+from codmd_serve.textfiles import shown
+from codmd_serve.video import check_encoder, check_video_name, find_ffmpeg
 
 PROGRAM = "codmd-serve"
-COMMANDS = ("serve", "generate", "bench", "convert", "doctor")
+COMMANDS = ("serve", "work", "generate", "bench", "convert", "doctor")
 ENVIRONMENT_PREFIX = "CODMD_"
 ANY_HOST = ("0.0.0.0", "::")
 
@@ -76,13 +79,28 @@ SERVE_FLAGS = (
     *MODEL_FLAGS,
     _serve_flag("host", "address to listen on"),
     _serve_flag("port", "port to listen on"),
-    _serve_flag("workers", "worker processes: auto (one per GPU, one on a CPU) or a number"),
+    _serve_flag("workers", "worker processes: auto (one per GPU, one on a CPU), a number, or 0 for the API alone"),
     _serve_flag("spare_worker", "keep a process ready, imports done, to replace a worker that dies in seconds"),
     _serve_flag("overlap", "auto (on with a GPU), on or off: begin a job while the one before it is being encoded"),
     _serve_flag("queue_size", "jobs that may wait before requests are refused"),
     _serve_flag("max_pixels", "largest height * width * frames; 0 is four times what the bundle was trained at"),
     _serve_flag("max_body_bytes", "largest request body"),
-    _serve_flag("jobs_kept", "finished jobs that /jobs/{id} remembers"),
+    _serve_flag("jobs_kept", "finished jobs that are remembered"),
+    _serve_flag("data", "folder for jobs, videos and what is in the making; empty is the user's data folder"),
+    _serve_flag("store", "of the jobs: an SQLite file, or postgresql://...; empty is jobs.sqlite3 in the data folder"),
+    _serve_flag("results", "where videos are kept: a folder or a URL such as s3://...; empty is in the data folder"),
+    _serve_flag("result_hours", "hours that a video is kept after it was made or asked for again"),
+    _serve_flag("result_max_mib", "size of all videos, beyond which the least used go; 0 is without a bound"),
+    _serve_flag("lease_s", "seconds after which a machine that is not heard of loses its jobs to another"),
+    _serve_flag("api_keys", "file of API keys, one NAME and SHA-256 of the key a line; empty lets everybody in"),
+    _serve_flag("key_share_percent", "percent of the queue that one API key may fill"),
+    _serve_flag("key_jobs_per_minute", "jobs that one API key may send; 0 is without a bound"),
+    _serve_flag("allowed_hosts", "names that the server goes by, with commas, beside its own; * allows all"),
+    _serve_flag("max_connections", "open connections"),
+    _serve_flag("header_timeout_s", "seconds that a client gets for its headers"),
+    _serve_flag("body_timeout_s", "seconds that a client gets for its body"),
+    _serve_flag("webhook_hosts", "hosts that webhooks may call, with commas, * is all public ones; empty is none"),
+    _serve_flag("webhook_secret_file", "file of the secret that webhooks are signed with"),
     _serve_flag("max_attempts", "tries of a job whose worker dies"),
     _serve_flag("cancel_timeout_s", "seconds that a job has to obey a cancellation before its worker is killed"),
     _serve_flag("stall_timeout_s", "seconds without progress, over what is expected, before a worker is killed"),
@@ -119,7 +137,7 @@ def _run(words: list[str]) -> int:
     if options.command == "bench":
         with _ended_by_sigterm():
             return run_bench(options, words)
-    run = {"serve": serve, "generate": generate, "convert": convert, "doctor": doctor}[options.command]
+    run = {"serve": serve, "work": work, "generate": generate, "convert": convert, "doctor": doctor}[options.command]
     status: int = run(options)
     return status
 
@@ -132,12 +150,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"codmd-serve {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     serving = commands.add_parser("serve", help="serve POST /generate and the web page")
+    working = commands.add_parser("work", help="run the jobs of a store, without HTTP")
     generating = commands.add_parser("generate", help="make one video without a server")
     generating.add_argument("prompt", help="what to show")
     add_bench_arguments(commands.add_parser("bench", help="measure this machine, also against diffusers"))
     add_convert_arguments(commands.add_parser("convert", help="make a student bundle of a published checkpoint"))
     examining = commands.add_parser("doctor", help="say what is installed and what would be used")
-    for command, flags in ((serving, SERVE_FLAGS), (generating, GENERATE_FLAGS), (examining, MODEL_FLAGS)):
+    for command, flags in (
+        (serving, SERVE_FLAGS),
+        (working, SERVE_FLAGS),
+        (generating, GENERATE_FLAGS),
+        (examining, MODEL_FLAGS),
+    ):
         for flag in flags:
             _add_flag(command, flag)
     return parser
@@ -161,74 +185,114 @@ def _from_environment(flag: Flag) -> Any:
         return flag.default
     try:
         if flag.kind is bool:
-            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.strip().lower()]
         return flag.kind(text)
     except (KeyError, ValueError):
         wanted = "1 or 0" if flag.kind is bool else "a whole number"
-        raise ConfigError(f"${flag.variable} must be {wanted}, got {text!r}") from None
+        raise ConfigError(f"${flag.variable} must be {wanted}, got {shown(text)}") from None
+
+
+def _config(options: argparse.Namespace) -> ServeConfig:
+    settings = {field.name: getattr(options, field.name) for field in fields(ServeConfig)}
+    return ServeConfig(**{**settings, "data": settings["data"] or str(user_data_folder())})
+
+
+def user_data_folder() -> Path:
+    """Where this platform keeps what a program knows about its user."""
+    home = Path.home()
+    if sys.platform == "darwin":
+        return home / "Library" / "Application Support" / PROGRAM
+    return Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share") / PROGRAM
 
 
 def serve(options: argparse.Namespace) -> int:
     """Serve until told to stop; prints one line when ready."""
-    import uvicorn
-
     from codmd_serve.api.app import create_app
-    from codmd_serve.dispatcher import Dispatcher
+    from codmd_serve.api.security import read_keys
+    from codmd_serve.serving import make_backend, make_server
 
     start_s = time.perf_counter()
-    config = ServeConfig(**{field.name: getattr(options, field.name) for field in fields(ServeConfig)})
-    find_ffmpeg()
+    config = _config(options)
+    keys = read_keys(config.api_keys)
+    if config.workers != "0":
+        check_encoder(find_ffmpeg())
     listener = _bind(config.host, config.port)
     address = f"http://{_in_url(config.host)}:{config.port}"
     fatal: list[str] = []
 
     def on_ready(facts: ModelFacts) -> None:
-        seconds = time.perf_counter() - start_s
-        print(
-            f"ready: {address} model={facts.name} device={facts.device} dtype={facts.dtype} "
-            f"attention={facts.attention} execution={facts.execution} seconds_to_ready={seconds:.1f}"
-            f"{f' lossy={facts.lossy}' if facts.lossy else ''}",
-            flush=True,
-        )
+        _print_ready(f"{address} ", facts, start_s)
 
     def on_fatal(message: str) -> None:
         fatal.append(message)
         server.should_exit = True
 
-    app: Any = create_app(Dispatcher(config, on_ready=on_ready, on_fatal=on_fatal))
-    close_page = _add_page(app, config) if config.page else None
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            if close_page is not None:
-                close_page()
-            await super().shutdown(sockets)
-
-    server = Server(
-        uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=config.drain_timeout_s, lifespan="on"
-        )
-    )
     with listener:
+        backend, metrics = make_backend(config, on_ready, on_fatal)
+        app: Any = create_app(backend, metrics, keys, _page_loader(config) if config.page else None)
+        server = make_server(app, backend)
+        if config.workers == "0":
+            print(f"ready: {address} workers=0 seconds_to_ready={time.perf_counter() - start_s:.1f}", flush=True)
         server.run(sockets=[listener])
     if fatal:
         raise ConfigError(fatal[0])
     return 0
 
 
-def _add_page(app: Any, config: ServeConfig) -> Callable[[], None]:
-    """Put the page at /; returns what lets go of its open tabs, which a shutdown would wait for otherwise."""
-    import gradio
+def work(options: argparse.Namespace) -> int:
+    """Run jobs of a store until told to stop, without HTTP; prints one line when ready."""
+    import asyncio
 
-    from app.demo import build_page, page_options
+    from codmd_serve.serving import run_worker
 
-    # The page is a client like any other, so it needs an address that this machine reaches itself by.
-    host = "127.0.0.1" if config.host in ANY_HOST else config.host
-    page = build_page(f"http://{_in_url(host)}:{config.port}")
-    gradio.mount_gradio_app(app, page, path="/", **page_options())
-    mounted = app.routes[-1].app
-    close: Callable[[], None] = mounted.stop_event.set
-    return close
+    start_s = time.perf_counter()
+    config = _config(options)
+    if config.workers == "0":
+        raise ConfigError("workers must be auto or above 0: `work` is what runs jobs")
+    check_encoder(find_ffmpeg())
+    asyncio.run(run_worker(config, lambda facts: _print_ready("", facts, start_s)))
+    return 0
+
+
+def _print_ready(address: str, facts: ModelFacts, start_s: float) -> None:
+    seconds = time.perf_counter() - start_s
+    print(
+        f"ready: {address}model={facts.name} device={facts.device} dtype={facts.dtype} "
+        f"attention={facts.attention} execution={facts.execution} seconds_to_ready={seconds:.1f}"
+        f"{f' lossy={facts.lossy}' if facts.lossy else ''}",
+        flush=True,
+    )
+
+
+def _page_loader(config: ServeConfig) -> Callable[[], Any]:
+    """What builds the page, for `create_app` to call beside the running server: its imports take seconds."""
+
+    def load() -> Any:
+        # Its own: another user may own the one in the system's temporary folder.
+        folder = Path(config.data) / "page"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
+        import gradio
+        from fastapi import FastAPI
+
+        from app.demo import build_page, page_options
+        from codmd_serve.api.page import Page
+
+        # The page is a client like any other, so it needs an address that this machine reaches itself by.
+        host = "127.0.0.1" if config.host in ANY_HOST else config.host
+        page = build_page(f"http://{_in_url(host)}:{config.port}")
+        parent = FastAPI()
+        gradio.mount_gradio_app(parent, page, path="/", **page_options())
+        mounted: Any = parent.routes[-1]
+        num_inputs = {number: len(each.inputs) for number, each in page.fns.items()}
+
+        async def start() -> None:
+            page.run_startup_events()
+            await page.run_extra_startup_events()
+
+        return Page(mounted.app, num_inputs, start, mounted.app.stop_event.set)
+
+    return load
 
 
 def _in_url(host: str) -> str:
@@ -268,6 +332,7 @@ def generate(options: argparse.Namespace) -> int:
         problem = error.errors()[0]
         field = str(problem["loc"][0])
         raise InvalidRequestError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", field) from None
+    check_encoder(find_ffmpeg())
     from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 
@@ -320,6 +385,8 @@ def convert(options: argparse.Namespace) -> int:
 def _checked_output(name: str) -> Path:
     """Refuse an output that cannot be written before minutes are spent on making it."""
     output = Path(name)
+    check_name(output)
+    check_video_name(output)
     if output.is_dir():
         raise ConfigError(f"{output} is a folder: name a file, for example {output / 'out.mp4'}")
     if output.exists() and not output.is_file():
@@ -349,7 +416,7 @@ def doctor(options: argparse.Namespace) -> int:
         "would use": f"{device} in {dtype}, {torch.get_num_threads()} CPU threads",
     }
     checks: dict[str, Callable[[], str]] = {
-        "ffmpeg": find_ffmpeg,
+        "ffmpeg": _ffmpeg_line,
         "bundle": lambda: _bundle_line(Path(options.bundle), read_spec),
         "attention": lambda: _attention_lines(Path(options.bundle), options.attention, device, dtype),
     }
@@ -365,6 +432,12 @@ def doctor(options: argparse.Namespace) -> int:
     for problem in dict.fromkeys(problems):
         print_error(PROGRAM, problem)
     return EXIT_BAD_INPUT if problems else 0
+
+
+def _ffmpeg_line() -> str:
+    program = find_ffmpeg()
+    check_encoder(program)
+    return program
 
 
 def _attention_lines(bundle: Path, name: str, device: Any, dtype: Any) -> str:

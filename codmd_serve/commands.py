@@ -9,11 +9,19 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, InvalidRequestError
+from codmd_serve.errors import (
+    CheckpointError,
+    CodmdError,
+    ConfigError,
+    InvalidRequestError,
+    StorageFullError,
+    StoreError,
+)
+from codmd_serve.textfiles import escape_console
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-MENDABLE = (ConfigError, CheckpointError, InvalidRequestError)
+MENDABLE = (ConfigError, CheckpointError, InvalidRequestError, StoreError, StorageFullError)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -35,6 +43,7 @@ def run_command(program: str, run: Callable[[], int]) -> int:
         What `run` returned, or the exit code of its error. Any other exception propagates: it is a bug of ours, and
         Python prints its traceback.
     """
+    escape_console()
     try:
         return run()
     except CodmdError as error:

@@ -67,13 +67,28 @@ class ServeConfig:
     queue_size: int = 16
     max_pixels: int = 0
     max_body_bytes: int = 65536
-    jobs_kept: int = 200
+    jobs_kept: int = 10_000
     max_attempts: int = 2
     cancel_timeout_s: int = 10
     stall_timeout_s: int = 60
     drain_timeout_s: int = 30
     page: bool = True
     allow_remote_without_auth: bool = False
+    data: str = ""
+    store: str = ""
+    results: str = ""
+    result_hours: int = 168
+    result_max_mib: int = 20_480
+    lease_s: int = 30
+    api_keys: str = ""
+    key_share_percent: int = 50
+    key_jobs_per_minute: int = 60
+    allowed_hosts: str = ""
+    max_connections: int = 4096
+    header_timeout_s: int = 10
+    body_timeout_s: int = 30
+    webhook_hosts: str = ""
+    webhook_secret_file: str = ""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -87,6 +102,14 @@ class ServeConfig:
             "cancel_timeout_s": (1, 86_400),
             "stall_timeout_s": (1, 86_400),
             "drain_timeout_s": (0, 86_400),
+            "result_hours": (1, 876_000),
+            "result_max_mib": (0, 2**40),
+            "lease_s": (3, 86_400),
+            "key_share_percent": (1, 100),
+            "key_jobs_per_minute": (0, 1_000_000),
+            "max_connections": (16, 1_000_000),
+            "header_timeout_s": (1, 3600),
+            "body_timeout_s": (1, 3600),
         }
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
@@ -104,11 +127,14 @@ class ServeConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.workers != "auto" and not (self.workers.isascii() and self.workers.isdecimal()):
             raise ConfigError(f"workers must be auto or a whole number, got {self.workers!r}")
-        if self.host not in LOOPBACK_HOSTS and not self.allow_remote_without_auth:
+        if self.host not in LOOPBACK_HOSTS and not self.allow_remote_without_auth and not self.api_keys:
             raise ConfigError(
                 f"refusing to listen on {self.host}: there is no authentication, so anybody who reaches this address "
-                "could use the machine; say --allow-remote-without-auth if that is what you want"
+                "could use the machine; name a file of keys with --api-keys, or say --allow-remote-without-auth if "
+                "that is what you want"
             )
+        if self.webhook_hosts and not self.webhook_secret_file:
+            raise ConfigError("webhooks are signed: name a file that holds the secret with --webhook-secret-file")
 
     @property
     def num_workers(self) -> int | None:

@@ -4,6 +4,7 @@ Imports nothing heavy until the command runs, so that --help is quick.
 """
 
 import argparse
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 from codmd_serve import __version__
 from codmd_serve.errors import ConfigError
 from codmd_serve.grid import SAMPLERS
+from codmd_serve.textfiles import shown
+from codmd_serve.wan.families import CONTRACTS, plain_table
 
 if TYPE_CHECKING:
     from codmd_serve.wan.checkpoint import StudentSpec
@@ -18,29 +21,45 @@ if TYPE_CHECKING:
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-serve convert`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = plain_table().replace("%", "%%")
     parser.add_argument("file", type=Path, metavar="FILE", help="a .pt or .safetensors file, or a diffusers folder")
     parser.add_argument(
         "--base",
         type=Path,
         required=True,
         metavar="DIR",
-        help="diffusers folder of the Wan pipeline that the student was distilled from",
+        help="diffusers folder or hub id of the Wan pipeline that the student was distilled from",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist"
     )
-    parser.add_argument(
-        "--method", help="codmd, causvid, self-forcing, rcm, fastwan or lightx2v; guessed from the keys when absent"
-    )
+    parser.add_argument("--method", help=f"{', '.join(CONTRACTS)}; guessed from the keys when absent")
     parser.add_argument(
         "--timesteps",
         type=_timesteps,
         metavar="T,T,...",
-        help="what the network is fed, for example 1000,750,500,250; the method's when absent",
+        help="what the network is fed, for example 1000,750,500,250; as stated, or the method's, when absent",
     )
-    parser.add_argument("--sampler", choices=SAMPLERS, help="the method's when absent")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="as stated, or the method's, when absent")
     for name, unit in (("height", "pixels"), ("width", "pixels"), ("num-frames", "4k + 1"), ("fps", "per second")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{unit}, as trained; Wan's 480p when absent")
+    parser.add_argument(
+        "--lora-scale",
+        type=float,
+        metavar="X",
+        help="factor of up @ down of a LoRA, in place of alpha / rank; what the file states, else 1, when absent",
+    )
+    parser.add_argument(
+        "--key",
+        metavar="NAME",
+        help="which network of a file that holds several, for example ema or generator",
+    )
+    parser.add_argument(
+        "--bidirectional",
+        action="store_true",
+        help="the weights are not causal; has to be said of Self-Forcing checkpoints, whose tensors do not show it",
+    )
 
 
 def run_convert(options: argparse.Namespace) -> int:
@@ -53,17 +72,12 @@ def run_convert(options: argparse.Namespace) -> int:
     from codmd_serve.wan.convert import ConvertOptions, convert
 
     silence_libraries()
-    known = ConvertOptions(
-        method=options.method,
-        sampler=options.sampler,
-        timesteps=options.timesteps,
-        height=options.height,
-        width=options.width,
-        num_frames=options.num_frames,
-        fps=options.fps,
-    )
+    names = ("method", "sampler", "timesteps", "height", "width", "num_frames", "fps", "lora_scale", "key")
+    known = ConvertOptions(**{name: getattr(options, name) for name in names}, bidirectional=options.bidirectional)
     done = convert(options.file, options.base, options.output, known, __version__)
     print(f"{options.file}: {done.looks}, {done.num_tensors} tensors")
+    for note in done.notes:
+        print(f"  {note}")
     for line in _assumptions(done.spec):
         print(line)
     print(f"{options.output}: ready; try codmd-serve generate PROMPT --bundle {options.output}")
@@ -81,18 +95,20 @@ def _assumptions(spec: "StudentSpec") -> list[str]:
         "(--width, --height, --num-frames, --fps)",
         "step": f"{spec.step}, for unknown",
         "ema": str(spec.ema).lower(),
-        "attention": "bidirectional; causal weights have the same names and would make broken videos",
+        "attention": "bidirectional; causal weights have the same names and would make broken videos (--bidirectional)",
+        "lora_scale": "1, that is alpha = rank (--lora-scale)",
     }
-    lines = [f"  {name:<9} {values[name]}" for name in spec.assumed]
+    lines = [f"  {name:<10} {values[name]}" for name in spec.assumed]
     return ["assumed, because the file does not say it (kept in student.json):", *lines]
 
 
 def _timesteps(text: str) -> tuple[float, ...]:
-    wanted = f"--timesteps must be descending numbers in (0, 1000], for example 1000,750,500,250, got {text!r}"
+    wanted = f"--timesteps must be descending numbers in (0, 1000], for example 1000,750,500,250, got {shown(text)}"
     try:
         timesteps = tuple(float(word) for word in text.split(","))
     except ValueError:
         raise ConfigError(wanted) from None
-    if timesteps[0] > 1000.0 or not all(high > low for high, low in pairwise((*timesteps, 0.0))):
+    is_descending = all(math.isfinite(high) and high > low for high, low in pairwise((*timesteps, 0.0)))
+    if timesteps[0] > 1000.0 or not is_descending:
         raise ConfigError(wanted)
     return timesteps

@@ -1,256 +1,438 @@
-"""A bounded FIFO queue before the worker pool: tries lost jobs again, cancels, and remembers recent jobs.
+"""Claims jobs from the store and runs them on workers: leases, heartbeats, attempts, results, expiry.
 
-A job that was running when a worker died is done again with nothing beside it, so that a second death has one suspect.
-Knows nothing of HTTP, and nothing of torch.
+It promises that a job says `completed` only when its video is whole and flushed, and that a job whose worker or server
+is killed runs again. It knows the store and a runner (`pool.WorkerPool`, or replicas elsewhere), no HTTP and no torch.
 """
 
 import asyncio
-import bisect
+import contextlib
 import logging
-import math
-import secrets
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from codmd_serve.config import GenerateParams, ModelFacts, ServeConfig
-from codmd_serve.errors import GenerationError, QueueFullError
+from codmd_serve.errors import CodmdError, StorageFullError, StoreError
+from codmd_serve.jobs.events import EventHub
+from codmd_serve.jobs.leases import Finished, Leases
+from codmd_serve.jobs.ownership import Ownership
+from codmd_serve.jobs.results import ResultStore
+from codmd_serve.jobs.states import CANCELLED, COMPLETED, FAILED, Job
+from codmd_serve.jobs.store import JobStore
 from codmd_serve.messages import Started
-from codmd_serve.pool import (
-    WORKER_COMMAND,
-    Event,
-    JobCancelled,
-    JobDone,
-    JobFailed,
-    JobRequest,
-    Outcome,
-    WorkerPool,
-)
+from codmd_serve.worker_slot import Event, JobCancelled, JobDone, JobFailed, JobRequest, OnEvent, Outcome
 
-# Where each stage begins and its share of the whole, roughly, for a bar that moves.
-STAGE_PROGRESS = {"text": (0.0, 0.05), "denoise": (0.05, 0.65), "decode": (0.7, 0.25), "encode": (0.95, 0.05)}
+POLL_S = 1.0  # how soon a job is seen that another process wrote, where nothing notifies
+WATCH_S = 1.0
+SWEEP_S = 30.0
+LEFTOVERS_S = 3600.0
+PROBE_S = 2.0
+RETRY_S = 0.5
+STORAGE_CODES = ("storage_full", "storage_unwritable")
+# An uncharged retry is the fault of another job or of the server; without a bound a broken machine would go round.
+MAX_UNCHARGED = 20
 
+Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, kw_only=True)
-class Job:
-    """One request on its way; `status` goes queued, running and then to one of completed, failed, cancelled.
+class Runner(Protocol):
+    """What runs jobs; see pool.WorkerPool."""
 
-    Attributes:
-        id: unguessable.
-        number: its place in the order of arrival.
-        params: what to make.
-        path: where the worker puts the mp4.
-        progress: 0..1, in all.
-        attempts: workers that have started it, less those that died of another job.
-        is_alone: whether nothing may run beside it: it was running when a worker died.
-        finished: set when the status is final.
-    """
+    facts: ModelFacts | None
+    load_error: str
 
-    id: str
-    number: int
-    params: GenerateParams
-    path: Path
-    status: str = "queued"
-    stage: str = ""
-    progress: float = 0.0
-    attempts: int = 0
-    is_alone: bool = False
-    is_cancel_requested: bool = False
-    created_at: float = field(default_factory=time.time)
-    started_at: float | None = None
-    finished_at: float | None = None
-    timings_ms: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    error: GenerationError | None = None
-    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    @property
+    def is_ready(self) -> bool: ...
+
+    @property
+    def num_workers(self) -> int: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self, drain_s: float = 0.0) -> None: ...
+
+    def submit(self, job: JobRequest, on_event: OnEvent) -> "asyncio.Future[Outcome]": ...
+
+    def cancel(self, job_id: str) -> None: ...
+
+    async def wait_for_capacity(self) -> None: ...
+
+    def service_s(self, params: GenerateParams) -> float: ...
+
+    def seconds_to_place(self) -> float: ...
 
 
 class Dispatcher:
-    """Owns the queue, the pool and the record of recent jobs. Lives on one event loop.
+    """Runs the jobs of one bundle. Lives on one event loop.
 
     Args:
-        config: queue bound, attempts, what the workers shall load.
-        command: starts a worker; tests have one of their own.
-        on_ready: called when the first worker is warm.
-        on_fatal: called with one sentence when the first worker cannot load; nothing will ever run then.
+        config: attempts, lease and expiry.
+        store, leases, results: where jobs and videos are; `leases` is named after `ownership`.
+        ownership: name and spool of this dispatcher.
+        runner: not started yet.
+        hub: is told of progress.
+        deliver: calls the webhook of a finished job: True when it is delivered; None delivers none.
+        on_finished: told of every job that ended here.
+
+    Attributes:
+        blocked: why no job is claimed at present though workers are ready; empty when they are.
     """
 
     def __init__(
         self,
         config: ServeConfig,
-        command: Sequence[str] = WORKER_COMMAND,
-        on_ready: Callable[[ModelFacts], None] | None = None,
-        on_fatal: Callable[[str], None] | None = None,
+        store: JobStore,
+        leases: Leases,
+        results: ResultStore,
+        ownership: Ownership,
+        runner: Runner,
+        hub: EventHub,
+        deliver: Callable[[Job], Awaitable[bool]] | None = None,
+        on_finished: Callable[[Job, Finished], None] | None = None,
     ) -> None:
         self.config = config
-        self.pool = WorkerPool(config, command, on_ready, on_fatal, self._on_pool_change)
-        self._queue: list[Job] = []
-        self._sent: list[Job] = []
-        self._jobs: dict[str, Job] = {}
-        self._num_submitted = 0
-        self._spool: Path | None = None
+        self.store = store
+        self.leases = leases
+        self.results = results
+        self.ownership = ownership
+        self.runner = runner
+        self.hub = hub
+        self.deliver = deliver
+        self.on_finished = on_finished
+        self.blocked = ""
+        self.blocked_code = ""
+        self._in_flight: set[str] = set()
+        self._is_claiming = False
+        self._early: set[str] = set()
+        self._concluding: set[asyncio.Task[None]] = set()
+        self._uncharged: dict[str, int] = {}
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
         self._is_stopping = False
 
-    @property
-    def facts(self) -> ModelFacts | None:
-        """Of the engine; None until the first worker is warm."""
-        return self.pool.facts
+    async def start(self) -> None:
+        """Give back what killed predecessors had, start the workers, begin to claim. Returns at once."""
+        await asyncio.to_thread(self._release_dead)
+        await self._check_results()
+        await self.runner.start()
+        loops = [self._claim, self._watch, self._sweep]
+        if self.deliver is not None:
+            loops.append(self._deliver)
+        self._tasks = [asyncio.create_task(self._for_ever(loop)) for loop in loops]
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Claim no more, let running jobs end for `drain_s` seconds, queue the others again."""
+        self._is_stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.runner.stop(drain_s)
+        await asyncio.gather(*self._concluding, return_exceptions=True)
+        with contextlib.suppress(CodmdError):
+            await asyncio.to_thread(self.leases.release)
+            await asyncio.to_thread(self.leases.forget_dispatcher, self.leases.owner)
+        self.ownership.release()
+
+    def wake(self) -> None:
+        """Look for jobs now."""
+        self._wake.set()
+
+    def cancel(self, job_id: str) -> None:
+        """Give up a job that runs here; the store has been told already."""
+        if job_id in self._in_flight:
+            self.runner.cancel(job_id)
+        elif self._is_claiming:
+            self._early.add(job_id)
 
     @property
     def is_ready(self) -> bool:
-        """Whether some worker is warm, and none hangs."""
-        return self.pool.is_ready and not self.pool.num_hanging
+        """Whether a job that came now would be begun as soon as a worker is free."""
+        return self.runner.is_ready and not self.blocked and not self._is_stopping
 
     @property
-    def num_restarts(self) -> int:
-        """Worker deaths so far."""
-        return self.pool.restarts.total()
+    def reason(self) -> str:
+        """Why it is not ready; empty when it is."""
+        if self._is_stopping:
+            return "the server is shutting down"
+        if self.blocked:
+            return self.blocked
+        if self.runner.is_ready:
+            return ""
+        return self.runner.load_error or ("no worker is alive" if self.runner.facts else "the model is loading")
 
     @property
-    def running(self) -> Job | None:
-        """The job that runs, of several the one that started first."""
-        return next((job for job in self._sent if job.status == "running"), None)
+    def num_running(self) -> int:
+        return len(self._in_flight)
 
-    @property
-    def waiting(self) -> list[Job]:
-        """Jobs that have not started, in their order, wherever they wait."""
-        return [job for job in self._sent if job.status == "queued"] + self._queue
+    def _release_dead(self) -> None:
+        for owner in self.ownership.dead():
+            num_jobs = self.leases.release(owner)
+            self.leases.forget_dispatcher(owner)
+            self.ownership.sweep(owner)
+            logger.warning("dispatcher=%s was killed, jobs=%d are queued again", owner, num_jobs)
 
-    async def start(self) -> None:
-        """Start the workers in the background; returns at once."""
-        self._spool = Path(tempfile.mkdtemp(prefix="codmd-serve-"))
-        await self.pool.start()
+    async def _for_ever(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """Call `loop` again and again, also after an error of the store: it may come back."""
+        while True:
+            try:
+                await loop()
+            except CodmdError as error:
+                logger.error("%s", error)
+                await asyncio.sleep(RETRY_S)
 
-    async def stop(self) -> None:
-        """End the workers, fail what is not finished, remove the files."""
-        self._is_stopping = True
-        await self.pool.stop()
-        self._fail_queued(GenerationError("the server is shutting down", "shutting_down"))
-        while self._sent:  # outcomes are told by callbacks, which are about to run
-            await asyncio.sleep(0)
-        if self._spool is not None:
-            shutil.rmtree(self._spool, ignore_errors=True)
+    # Claiming and running
 
-    def submit(self, params: GenerateParams) -> Job:
-        """Queue a job.
-
-        Raises:
-            QueueFullError: the queue is at its bound; says when to come back.
-        """
-        num_waiting = len(self.waiting)
-        if num_waiting >= self.config.queue_size:
-            num_ahead = num_waiting + (self.running is not None)
-            retry_after_s = max(1, math.ceil(self.pool.service_s(params) * num_ahead))
-            raise QueueFullError(f"{num_waiting} jobs are waiting already, no more are taken", retry_after_s)
-        assert self._spool is not None
-        job_id = secrets.token_hex(12)
-        self._num_submitted += 1
-        job = Job(id=job_id, number=self._num_submitted, params=params, path=self._spool / job_id / "video.mp4")
-        self._jobs[job.id] = job
-        self._forget_old_jobs()
-        self._queue.append(job)
-        self._send_jobs()
-        return job
-
-    def job(self, job_id: str) -> Job | None:
-        """A recent job, finished or not; None for one never seen or forgotten."""
-        return self._jobs.get(job_id)
-
-    def cancel(self, job: Job) -> None:
-        """Give a job up: at once while it waits, between two steps or decoded chunks while it runs.
-
-        One that was sent ahead is given up as soon as the worker has handed it back.
-        """
-        if job.finished.is_set():
+    async def _claim(self) -> None:
+        await self.runner.wait_for_capacity()
+        if self.blocked:
+            await asyncio.sleep(PROBE_S)
+            await self._check_results()
             return
-        job.is_cancel_requested = True
-        if job in self._queue:
-            self._queue.remove(job)
-            self._finish(job, "cancelled")
+        self._wake.clear()
+        self._is_claiming = True
+        self._early.clear()
+        claiming = asyncio.ensure_future(asyncio.to_thread(self.leases.claim))
+        try:
+            job = await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            # The thread goes on: what it claims is released with everything else of this owner.
+            with contextlib.suppress(CodmdError):
+                await claiming
+            raise
+        self._is_claiming = False
+        if job is not None:
+            self._begin(job)
+            if job.id in self._early:  # between the claim and now
+                self.runner.cancel(job.id)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POLL_S):
+                await self._wake.wait()
+
+    def _begin(self, job: Job) -> None:
+        path = self.ownership.folder() / f"{job.id}.mp4"
+        queue_ms = 1000 * max(0.0, (job.started_at or job.created_at) - job.created_at)
+        claimed_s = time.monotonic()
+        waited_ms: list[float] = [queue_ms]
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Started):
+                waited_ms[0] = queue_ms + 1000 * (time.monotonic() - claimed_s)
+                self.hub.started(job.id, job.attempts)
+            else:
+                self.hub.progressed(job.id, event.stage, event.done, event.total, event.preview)
+
+        request = JobRequest(
+            id=job.id, params=job.params, path=path, is_previewed=job.is_preview, is_alone=job.is_alone
+        )
+        # Takes its place before this returns, so that the next claim sees the capacity that is left.
+        outcome = self.runner.submit(request, on_event)
+        task = asyncio.create_task(self._conclude(job, path, outcome, waited_ms))
+        self._in_flight.add(job.id)
+        self._concluding.add(task)
+        task.add_done_callback(self._concluding.discard)
+
+    async def _conclude(self, job: Job, path: Path, future: "asyncio.Future[Outcome]", waited_ms: list[float]) -> None:
+        try:
+            outcome = await future
+            self._in_flight.discard(job.id)
+            if isinstance(outcome, JobDone):
+                await self._keep(job, path, outcome, waited_ms[0])
+            elif isinstance(outcome, JobCancelled):
+                await self._finish(job, Finished(status=CANCELLED))
+            else:
+                await self._failed(job, outcome)
+        except Exception:  # the boundary of one job: the others go on, and its lease runs out
+            logger.exception("job=%s outcome cannot be written", job.id)
+        finally:
+            with contextlib.suppress(OSError):
+                for leftover in path.parent.glob(f"*{job.id}*"):
+                    leftover.unlink(missing_ok=True)
+
+    async def _keep(self, job: Job, path: Path, done: JobDone, queue_ms: float) -> None:
+        """Keep the video, then say that the job is completed."""
+        try:
+            result = await asyncio.to_thread(self.results.put, path, 3600.0 * self.config.result_hours)
+        except StorageFullError as error:
+            self._block("storage_full", str(error))
+            await self._finish(job, Finished(status=FAILED, error_code="storage_full", error_message=str(error)))
+            return
+        except StoreError as error:
+            self._block("storage_unwritable", str(error))
+            await self._retry(job, JobFailed("storage_unwritable", str(error), True, counts_attempt=False))
+            return
+        finished = Finished(
+            status=COMPLETED,
+            timings_ms={"queue": queue_ms, **done.timings_ms},
+            warnings=done.warnings,
+            peak_memory_mb=done.peak_memory_mb or None,
+            result=result,
+        )
+        if not await self._finish(job, finished):
+            await asyncio.to_thread(self.results.delete, result.name)
+
+    async def _failed(self, job: Job, failed: JobFailed) -> None:
+        if failed.code in STORAGE_CODES:
+            self._block(failed.code, failed.message)
+        if failed.is_retryable:
+            await self._retry(job, failed)
         else:
-            self.pool.cancel(job.id)
+            finished = Finished(status=FAILED, error_code=failed.code, error_message=failed.message)
+            await self._finish(job, finished)
 
-    def _forget_old_jobs(self) -> None:
-        surplus = len(self._jobs) - self.config.jobs_kept
-        finished = (job_id for job_id, job in self._jobs.items() if job.finished.is_set())
-        for job_id in [job_id for job_id, _ in zip(finished, range(surplus), strict=False)]:
-            del self._jobs[job_id]
-
-    def _on_pool_change(self) -> None:
-        if self.pool.load_error:
-            self._fail_queued(GenerationError(self.pool.load_error, "worker_died"))
-        self._send_jobs()
-
-    def _send_jobs(self) -> None:
-        """Hand the pool the jobs that it has places for."""
-        while self._queue and self.pool.capacity and not self._is_stopping:
-            job = self._queue.pop(0)
-            self._sent.append(job)
-            request = JobRequest(id=job.id, params=job.params, path=job.path, is_alone=job.is_alone)
-            outcome = self.pool.submit(request, partial(self._on_event, job))
-            outcome.add_done_callback(partial(self._on_outcome, job))
-
-    def _on_event(self, job: Job, event: Event) -> None:
-        if isinstance(event, Started):
-            job.status, job.started_at = "running", time.time()
-            job.attempts += 1
+    async def _retry(self, job: Job, failed: JobFailed) -> None:
+        is_charged = failed.counts_attempt
+        if not is_charged and not self._is_stopping:
+            self._uncharged[job.id] = self._uncharged.get(job.id, 0) + 1
+            is_charged = self._uncharged[job.id] > MAX_UNCHARGED
+        status = await self._persist(lambda: self.leases.retry(job.id, failed.message, failed.code, is_charged))
+        logger.warning("job=%s attempt=%d code=%s status=%s", job.id, job.attempts, failed.code, status)
+        if status in (FAILED, CANCELLED):
+            self._concluded(job, Finished(status=status, error_code=failed.code, error_message=failed.message))
         else:
-            begin, share = STAGE_PROGRESS[event.stage]
-            job.stage, job.progress = event.stage, begin + share * event.done / event.total
+            self.hub.wake(job.id)
+        self.wake()
 
-    def _on_outcome(self, job: Job, future: "asyncio.Future[Outcome]") -> None:
-        self._sent.remove(job)
-        outcome = future.result()
-        if isinstance(outcome, JobFailed):  # one that has started was counted then
-            job.attempts += outcome.counts_attempt - (job.status == "running")
-        if isinstance(outcome, JobDone):
-            self._complete(job, outcome)
-        elif isinstance(outcome, JobCancelled) or job.is_cancel_requested:
-            self._finish(job, "cancelled")
-        elif outcome.is_retryable and job.attempts < self.config.max_attempts and not self._is_stopping:
-            self._try_again(job)
+    async def _finish(self, job: Job, finished: Finished) -> bool:
+        is_written = await self._persist(lambda: self.leases.finish(job.id, finished))
+        if is_written:
+            self._concluded(job, finished)
         else:
-            message = f"the worker died {job.attempts} times on this job, perhaps for want of memory"
-            is_last_attempt = outcome.is_retryable and outcome.counts_attempt
-            job.error = GenerationError(message if is_last_attempt else outcome.message, outcome.code)
-            self._finish(job, "failed")
-        self._send_jobs()
+            logger.warning("job=%s status=%s comes too late: another dispatcher has the job", job.id, finished.status)
+        return is_written
 
-    def _complete(self, job: Job, outcome: JobDone) -> None:
-        assert job.started_at is not None
-        job.timings_ms = {"queue": 1000 * (job.started_at - job.created_at), **outcome.timings_ms}
-        job.warnings, job.progress = outcome.warnings, 1.0
-        self._finish(job, "cancelled" if job.is_cancel_requested else "completed")
+    def _concluded(self, job: Job, finished: Finished) -> None:
+        self._uncharged.pop(job.id, None)
+        if self.on_finished is not None:
+            self.on_finished(job, finished)
+        data: dict[str, Any] = {"status": finished.status}
+        if finished.status == FAILED:
+            data["error"] = {"code": finished.error_code, "message": finished.error_message}
+        self.hub.publish(job.id, "done" if finished.status == COMPLETED else finished.status, data)
+        params = job.params
+        stages = " ".join(f"{stage}_ms={value:.0f}" for stage, value in finished.timings_ms.items())
+        logger.info(
+            "job=%s status=%s shape=%dx%dx%d seed=%d attempt=%d %s",
+            job.id,
+            finished.status + (f" code={finished.error_code}" if finished.error_code else ""),
+            params.width,
+            params.height,
+            params.num_frames,
+            params.seed,
+            job.attempts,
+            stages,
+        )
 
-    def _try_again(self, job: Job) -> None:
-        """Put a job that a worker lost back to its place in the queue."""
-        logger.warning("job=%s attempt=%d worker died, trying again", job.id, job.attempts)
-        self._remove_files(job)
-        job.is_alone = job.status == "running"
-        job.status, job.stage, job.progress = "queued", "", 0.0
-        bisect.insort(self._queue, job, key=lambda each: each.number)
+    async def _persist(self, write: Callable[[], Value]) -> Value:
+        """Write to the store, however long it takes to come back: the outcome of a job must not be lost."""
+        while True:
+            try:
+                return await asyncio.to_thread(write)
+            except CodmdError as error:
+                if self._is_stopping:
+                    raise
+                logger.error("%s; trying again", error)
+                await asyncio.sleep(RETRY_S)
 
-    def _finish(self, job: Job, status: str) -> None:
-        if status != "completed":
-            self._remove_files(job)
-        job.status, job.finished_at = status, time.time()
-        job.finished.set()
-        shape = f"{job.params.width}x{job.params.height}x{job.params.num_frames}"
-        stages = " ".join(f"{stage}_ms={value:.0f}" for stage, value in job.timings_ms.items())
-        logger.info("job=%s status=%s shape=%s seed=%d %s", job.id, status, shape, job.params.seed, stages)
+    # Storage that is full or gone: jobs stay in the queue
 
-    def _remove_files(self, job: Job) -> None:
-        """Remove the video and what a killed worker had begun of it."""
-        shutil.rmtree(job.path.parent, ignore_errors=True)
+    def _block(self, code: str, reason: str) -> None:
+        if not self.blocked:
+            logger.error("no job is started until videos can be kept again: %s", reason)
+        self.blocked, self.blocked_code = reason, code
 
-    def _fail_queued(self, error: GenerationError) -> None:
-        while self._queue:
-            job = self._queue.pop(0)
-            job.error = error
-            self._finish(job, "failed")
+    async def _check_results(self) -> None:
+        try:
+            await asyncio.to_thread(self.results.check)
+            await asyncio.to_thread(self._check_spool)
+        except StorageFullError as error:
+            self._block("storage_full", str(error))
+        except StoreError as error:
+            self._block("storage_unwritable", str(error))
+        else:
+            if self.blocked:
+                logger.warning("videos can be kept again")
+            self.blocked = self.blocked_code = ""
+
+    def _check_spool(self) -> None:
+        ResultStore(str(self.ownership.spool)).check()
+
+    # Beside the jobs
+
+    async def _watch(self) -> None:
+        """Extend leases, tell APIs what is served, and obey cancellations that other processes wrote."""
+        beat_s = self.config.lease_s / 3
+        next_beat_s = 0.0
+        was_ready = None
+        while True:
+            if time.monotonic() >= next_beat_s or was_ready != self.is_ready:
+                next_beat_s, was_ready = time.monotonic() + beat_s, self.is_ready
+                await self._beat()
+            if self._in_flight:
+                for job_id in await asyncio.to_thread(self.leases.cancelled):
+                    self.cancel(job_id)
+            await asyncio.sleep(min(WATCH_S, beat_s))
+
+    async def _beat(self) -> None:
+        running = frozenset(self._in_flight)
+        heartbeat = await asyncio.to_thread(self.leases.heartbeat)
+        for job_id in (running & self._in_flight) - heartbeat.held:
+            logger.warning("job=%s lease was lost", job_id)
+            self.cancel(job_id)
+        facts = self.runner.facts
+        service_s = 0.0
+        if facts is not None:
+            native = GenerateParams(
+                prompt="", seed=0, height=facts.height, width=facts.width, num_frames=facts.num_frames, fps=1, crf=1
+            )
+            service_s = self.runner.service_s(native) or facts.service_s
+        await asyncio.to_thread(
+            self.leases.announce,
+            facts,
+            self.runner.num_workers,
+            self.is_ready,
+            self.reason,
+            service_s,
+            float(self.config.lease_s),
+        )
+
+    async def _sweep(self) -> None:
+        """Expired results and leases, and files of no job."""
+        next_leftovers_s = 0.0
+        while True:
+            if await asyncio.to_thread(self.leases.expire_leases):
+                self.wake()
+            await asyncio.to_thread(self._release_dead)
+            await asyncio.to_thread(self._expire)
+            if time.monotonic() >= next_leftovers_s:
+                next_leftovers_s = time.monotonic() + LEFTOVERS_S
+                await asyncio.to_thread(self._remove_leftovers)
+            await asyncio.sleep(min(SWEEP_S, self.config.lease_s / 3))
+
+    def _expire(self) -> None:
+        names = self.store.expire(2**20 * self.config.result_max_mib, self.config.jobs_kept)
+        for name in names:
+            self.results.delete(name)
+        if names:
+            logger.info("results expired=%d", len(names))
+
+    def _remove_leftovers(self) -> None:
+        names = self.results.leftovers()
+        for name in set(names) - self.store.has_result_named(names):
+            self.results.delete(name)
+
+    async def _deliver(self) -> None:
+        """Call webhooks that are due."""
+        assert self.deliver is not None
+        due = await asyncio.to_thread(self.leases.due_webhooks)
+        for job, attempts in due:
+            is_delivered = await self.deliver(job)
+            delays_s = (5.0, 30.0, 120.0, 600.0)
+            is_given_up = is_delivered or attempts >= len(delays_s)
+            retry_in_s = None if is_given_up else delays_s[attempts]
+            logger.info("job=%s webhook delivered=%s calls=%d", job.id, is_delivered, attempts + 1)
+            await asyncio.to_thread(self.leases.webhook_done, job.id, retry_in_s)
+        if not due:
+            await asyncio.sleep(POLL_S)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from codmd_serve.errors import CodmdError
+from codmd_serve.errors import CodmdError, ConfigError
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -100,6 +100,36 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
+def check_name(path: Path) -> None:
+    """Refuse a name that its file system cannot store, before anything is spent on making the content.
+
+    Raises:
+        ConfigError: the name or the whole path has too many bytes, or one that no name may have.
+    """
+    try:
+        size, most = len(os.fsencode(path.name)), _most_name_bytes(path.parent)
+    except UnicodeEncodeError:
+        raise ConfigError(f"no file can be called {path.name[:40]!r}: it holds half of a character") from None
+    if size > most:
+        shown = f"{path.name[:40]}..."
+        raise ConfigError(
+            f"the name {shown} has {size} bytes, and names have at most {most} there: choose a shorter one"
+        )
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        raise ConfigError(f"{str(path)[:80]!r} cannot be written: {getattr(error, 'strerror', error)}") from None
+
+
+def _most_name_bytes(folder: Path) -> int:
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):  # no such folder yet, or a system that does not tell
+        return 255
+
+
 def leftovers(folder: Path) -> list[Path]:
     """Return the temporary paths in `folder`: of writes in progress, and of processes killed during one."""
     return sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))
@@ -111,7 +141,8 @@ def first_line(error: BaseException) -> str:
     torch, CUDA and compilers raise messages of many lines, of which the first says what happened.
     """
     name, message = type(error).__name__, str(error).strip()
-    line = message.splitlines()[0] if message else ""
+    # Not splitlines: a message may quote text that holds other line ends.
+    line = message.split("\n", 1)[0].rstrip("\r")
     if isinstance(error, CodmdError) and line:
         return line
     return f"{name}: {line or 'no message'}"

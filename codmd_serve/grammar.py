@@ -9,12 +9,15 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import string
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.files import first_line
+from codmd_serve.textfiles import read_json_object
 
 GRAMMAR_FILE = "world.json"
 MAX_OBJECTS = 2
@@ -198,22 +201,39 @@ class Grammar:
         path = folder / GRAMMAR_FILE
         if not path.exists():
             return None
+        data = read_json_object(path, CheckpointError)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
             unknown = data.keys() - {entry.name for entry in fields(cls) if entry.init}
             if unknown:
-                raise ValueError(f"unknown parts: {', '.join(sorted(unknown))}")
+                raise ValueError(f"unknown parts: {', '.join(sorted(unknown))[:200]}")
             tables = ("colours", "shapes", "backgrounds", "speeds", "motions", "relations")
             values: dict[str, Any] = {entry.name: data[entry.name] for entry in fields(cls) if entry.init}
             values |= {name: {key: tuple(map(str, words)) for key, words in data[name].items()} for name in tables}
             values |= {name: tuple(map(str, data[name])) for name in ("vocabulary", "examples")}
+            for form in values["forms"].values():
+                _check_form(form)
             grammar = cls(**values)
             for example in grammar.examples:
                 grammar.read(example)
                 grammar.nearest(example)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, ConfigError) as error:
-            raise CheckpointError(f"{path} is not a grammar: {type(error).__name__}: {error}") from error
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            StopIteration,
+            RecursionError,
+            ConfigError,
+        ) as error:
+            raise CheckpointError(f"{path} is not a grammar: {first_line(error)[:300]}") from error
         return grammar
+
+
+def _check_form(form: str) -> None:
+    """Raise ValueError unless a template has plain names only: a width such as {motion:9999999999} fills the memory."""
+    for _, name, width, conversion in string.Formatter().parse(form):
+        if name is not None and (width or conversion or not name.isidentifier()):
+            raise ValueError(f"a form may hold plain names only, got {name[:40]!r}")
 
 
 @dataclass(frozen=True, slots=True)

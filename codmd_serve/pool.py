@@ -9,7 +9,6 @@ Knows nothing of HTTP, of the job store, and of torch: it survives whatever happ
 """
 
 import asyncio
-import contextlib
 import logging
 import sys
 import time
@@ -243,7 +242,10 @@ class WorkerPool:
         if isinstance(message, Started | Progress):
             if isinstance(message, Started):
                 entry.started_s = now_s
-            entry.on_event(message)
+            try:
+                entry.on_event(message)
+            except Exception:  # the caller's own fault: neither the job nor the worker shall pay for it
+                logger.exception("job=%s event=%s", message.id, type(message).__name__)
         else:
             slot.in_flight.remove(entry)
             entry.settle(self._outcome(slot, entry, message))
@@ -372,7 +374,10 @@ class WorkerPool:
                 continue
             for slot in self._slots:
                 slot.kill_if_hung(self._limits, self._times)
-            await self._keep_spare(now_s)
+            try:
+                await self._keep_spare(now_s)
+            except OSError as error:
+                logger.error("no spare worker: %s", error)
 
     async def _keep_spare(self, now_s: float) -> None:
         """Start the spare when every worker is warm and idle, or after a while."""
@@ -386,5 +391,4 @@ class WorkerPool:
             dead, self._spare = self._spare, None
             if dead is not None:
                 await dead.end()
-            with contextlib.suppress(OSError):
-                self._spare = await WorkerProcess.start(self._command)
+            self._spare = await WorkerProcess.start(self._command)

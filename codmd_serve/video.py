@@ -9,6 +9,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -21,13 +22,19 @@ from pathlib import Path
 import imageio_ffmpeg
 
 from codmd_serve.errors import ConfigError, GenerationError
-from codmd_serve.files import atomic_file
+from codmd_serve.files import atomic_file, first_line
 
 NUM_ENCODER_THREADS = 4
 # At equal SSIM 12 % more bytes than medium for 30 % less processor time; and x264 holds back 10 frames instead of 40,
 # which is what is left to do when the last frame has come. veryfast takes half the time, but 22 % more bytes.
 PRESET = "faster"
 NUM_LOOKAHEAD_FRAMES = 10
+CHECK_TIMEOUT_S = 10.0
+VIDEO_SUFFIXES = (".mp4", ".m4v")
+_FAILURE = re.compile(
+    r"error|fail|unknown|unrecogni|invalid|denied|cannot|could not|unable|no such|no space|not ", re.I
+)
+_NOTICE = re.compile(r"deprecated|^warning|^last message repeated|^conversion failed", re.I)
 # ffmpeg is killed when it takes longer than this for what it was given: x264 on one busy core is ten times as fast.
 MIN_ENCODER_WAIT_S = 30.0
 MIN_ENCODED_PX_PER_S = 250_000.0
@@ -56,6 +63,50 @@ def find_ffmpeg() -> str:
             f"no ffmpeg{named}: reinstall imageio-ffmpeg or let IMAGEIO_FFMPEG_EXE name an ffmpeg program"
         )
     return program
+
+
+@functools.cache
+def check_encoder(program: str) -> None:
+    """Refuse an ffmpeg that was built without libx264, as some distributions do for its licence.
+
+    Raises:
+        ConfigError: it has no libx264, or cannot be run at all.
+    """
+    command = [program, "-hide_banner", "-loglevel", "error", "-encoders"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=CHECK_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"ffmpeg {program} cannot be run: {first_line(error)}") from None
+    if re.search(rb"(?m)^ V\S* +libx264 ", done.stdout) is None:
+        said = cause_of(done.stderr.decode(errors="replace"))
+        reason = f": {said}" if said else ""
+        raise ConfigError(
+            f"this ffmpeg has no libx264{reason} ({program}): unset IMAGEIO_FFMPEG_EXE to use the one that comes with "
+            "imageio-ffmpeg, or let it name an ffmpeg that was built with --enable-libx264"
+        )
+
+
+def cause_of(said: str) -> str:
+    """Return the line of a program's error output that names the cause: the first that tells of a failure.
+
+    ffmpeg says what is wrong first and then what it gave up for that reason, up to a bare "Conversion failed!".
+    """
+    lines = [re.sub(r"^\[[^\]]* @ 0x[0-9a-f]+\] *", "", line.strip()) for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if _FAILURE.search(line) and not _NOTICE.search(line)]
+    return (telling or lines or [""])[0]
+
+
+def check_video_name(path: Path) -> None:
+    """Refuse a name whose suffix promises another format than the mp4 that is written.
+
+    Raises:
+        ConfigError: a suffix other than .mp4 and .m4v; none at all is fine.
+    """
+    if path.suffix.lower() not in ("", *VIDEO_SUFFIXES):
+        raise ConfigError(
+            f"{path.name} would hold an mp4 under the suffix {path.suffix}: only mp4 is written; name it "
+            f"{path.with_suffix('.mp4').name}, and turn it into another format with ffmpeg"
+        )
 
 
 def write_video(
@@ -195,15 +246,17 @@ class _Encoder:
         status = self._process.returncode
         if status == 0:
             return
-        said = self._log.decode(errors="replace").strip().splitlines()
-        last = said[-1] if said else str(status)
-        logger.error("ffmpeg status=%s said=%r", status, last)
+        said = self._log.decode(errors="replace")
+        cause = cause_of(said) or str(status)
+        logger.error("ffmpeg status=%s said=%r", status, cause)
         # ffmpeg ends with the negated error number where it has one.
-        if status == 256 - errno.ENOSPC or any(os.strerror(errno.ENOSPC) in line for line in said):
+        if status == 256 - errno.ENOSPC or os.strerror(errno.ENOSPC) in said:
             raise _storage_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        if any(os.strerror(code) in last for code in (errno.EROFS, errno.EACCES, errno.ENOENT)):
+        if any(os.strerror(code) in said for code in (errno.EROFS, errno.EACCES, errno.ENOENT)):
             raise GenerationError("the server cannot write videos; its log says more", "storage_unwritable")
-        raise GenerationError(f"ffmpeg failed: {last.replace(str(partial), partial.name)}", "encode_failed")
+        if "libx264" in cause and "encoder" in cause:
+            raise GenerationError("the server's ffmpeg has no libx264", "encoder_missing")
+        raise GenerationError(f"ffmpeg failed: {cause.replace(str(partial), partial.name)}", "encode_failed")
 
     def kill(self) -> None:
         """Kill it, and what it started; from any thread and at any time."""

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from codmd_serve.messages import MAX_MESSAGE_BYTES, FromWorker, ToWorker, decode, encode
 
+MAX_DYING_S = 10.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,6 +27,7 @@ class WorkerProcess:
     def __init__(self, process: Process) -> None:
         self.heard_s = time.monotonic()
         self._process = process
+        self._is_collected = False
 
     @classmethod
     async def start(cls, command: Sequence[str]) -> "WorkerProcess":
@@ -79,10 +82,17 @@ class WorkerProcess:
                 os.kill(pid, signal.SIGKILL)
 
     async def end(self) -> None:
-        """Kill and collect it."""
+        """Kill and collect it, unless a driver keeps it from dying."""
+        if self._is_collected:
+            return
         self.kill()
-        # Not wait(): that leaves the pipes to the garbage collector.
-        await self._process.communicate(b"")
+        try:
+            # Not wait(): that leaves the pipes to the garbage collector.
+            await asyncio.wait_for(self._process.communicate(b""), MAX_DYING_S)
+        except TimeoutError:
+            logger.error("worker pid=%d does not die", self.pid)
+            return
+        self._is_collected = True
 
 
 def _session(leader: int) -> Iterator[int]:

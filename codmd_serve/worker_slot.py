@@ -14,7 +14,7 @@ from codmd_serve.config import GenerateParams
 from codmd_serve.errors import GenerationError
 from codmd_serve.messages import DEVICE_ERROR, Alive, Fatal, Generate, Load, Progress, Ready, Started
 from codmd_serve.service_time import ServiceTimes
-from codmd_serve.worker_process import WorkerProcess
+from codmd_serve.worker_process import MAX_DYING_S, WorkerProcess
 
 # A worker sends a heartbeat every second. Silence of the first length closes /ready, of the second gets it killed.
 SUSPECT_SILENCE_S = 5.0
@@ -126,6 +126,7 @@ class WorkerSlot:
         in_flight: jobs that were sent, in order.
         last_done_s: when it last finished a job.
         end_reason: why the pool killed the process; empty when it ended by itself.
+        killed_s: when it did.
         suspect: the job that made the pool kill it.
     """
 
@@ -137,6 +138,7 @@ class WorkerSlot:
     in_flight: list[InFlight] = field(default_factory=list)
     last_done_s: float = 0.0
     end_reason: str = ""
+    killed_s: float = 0.0
     suspect: InFlight | None = None
 
     async def load(self, bundle: str) -> Ready:
@@ -182,7 +184,7 @@ class WorkerSlot:
         """Kill the process; the first reason stays."""
         if self.process is not None and not self.end_reason:
             logger.error("worker=%d killed reason=%s job=%s", self.index, reason, suspect.job.id if suspect else "")
-            self.end_reason, self.suspect = reason, suspect
+            self.end_reason, self.killed_s, self.suspect = reason, time.monotonic(), suspect
             self.process.kill()
 
     def hangs(self, limits: Limits, times: ServiceTimes) -> bool:
@@ -193,9 +195,12 @@ class WorkerSlot:
 
     def kill_if_hung(self, limits: Limits, times: ServiceTimes | None) -> None:
         """Kill the process when it, or a job of it, is past a limit."""
+        now_s = time.monotonic()
+        if self.end_reason and now_s - self.killed_s > MAX_DYING_S:
+            # A driver may keep a process from dying for minutes; its jobs do not wait for that.
+            self.settle_lost_jobs(self.end_reason)
         if self.process is None or self.process.exit_code is not None or self.end_reason:
             return
-        now_s = time.monotonic()
         if now_s - self.process.heard_s > (MAX_SILENCE_S if self.is_ready else MAX_LOAD_SILENCE_S):
             self.kill("silent")
             return

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from codmd_serve.commands import OneLineParser, run_command
 from codmd_serve.cpu import prepare_threads
 from codmd_serve.errors import ConfigError
+from codmd_serve.textfiles import shown
 from distill.bench.iteration import add_bench_step_arguments, run_bench_step
 from distill.evaluate.command import add_eval_arguments, run_eval
 from distill.plan.command import add_plan_arguments, run_plan
@@ -47,9 +48,11 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     prepare_threads(os.environ)  # before torch is imported
     args = build_parser(os.environ).parse_args(argv)
-    level = os.environ.get("CODMD_LOG_LEVEL", "INFO").upper()
+    level = os.environ.get("CODMD_LOG_LEVEL", "").strip().upper() or "INFO"
     if level not in logging.getLevelNamesMapping():
-        raise ConfigError(f"$CODMD_LOG_LEVEL must be one of {', '.join(logging.getLevelNamesMapping())}, got {level!r}")
+        raise ConfigError(
+            f"$CODMD_LOG_LEVEL must be one of {', '.join(logging.getLevelNamesMapping())}, got {shown(level)}"
+        )
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     for library in ("httpx", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.WARNING)

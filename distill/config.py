@@ -288,6 +288,8 @@ def parse_config(data: Mapping[str, Any], kinds: Mapping[str, type[MethodSetting
         ConfigError: written by a newer version, an unknown method, unknown or missing keys, values of the wrong kind or
             out of range; the message names the key.
     """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"expected settings as one JSON object, got {data!r}")
     saved_format = data.get("format", 1)
     if type(saved_format) is not int or saved_format > FORMAT:
         raise ConfigError(
@@ -333,7 +335,7 @@ def with_overrides(config: DistillConfig, assignments: list[str]) -> DistillConf
             raise ConfigError(f"unknown setting {given!r} of method {config.method}, expected one of: {keys}")
         try:
             target[leaf] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             target[leaf] = text
     return _assemble(data, type(config.method_settings))
 

@@ -40,7 +40,7 @@ class Browser:
         answer = self.client.request(method, self.prefix + path, json=body if method == "POST" else None)
         value = answer.json()["value"]
         if answer.status_code != 200:
-            raise RuntimeError(f"{method} {path}: {value['error']}: {value['message'].splitlines()[0]}")
+            raise RuntimeError(f"{method} {path}: {value['error']}: {value['message'].split(chr(10))[0]}")
         return value
 
     def script(self, code: str) -> Any:
@@ -110,7 +110,7 @@ def shoot(server: str, target: Path, prompt: str | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("server", help="address of a running codmd-serve")
     parser.add_argument("target", type=Path, help="PNG to write")
     parser.add_argument("--prompt", help="instead of the page's first example")

@@ -42,7 +42,9 @@ WORDS = [
 # Files that start processes or train for seconds, below tests/; `make test-fast` leaves them out.
 SLOW = (
     "codmd_serve/bench",
+    "codmd_serve/test_cpu.py",
     "codmd_serve/test_load_memory.py",
+    "codmd_serve/test_pool.py",
     "codmd_serve/test_server_process.py",
     "distill/evaluate/test_detect.py",
     "distill/parallel/test_processes.py",
@@ -65,6 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_report_header() -> str:
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
     return f"device: {device}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers that tests start keep no jobs in the data folder of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

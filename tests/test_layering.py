@@ -12,13 +12,22 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("codmd_serve", "distill", "app")
 WAN = ("codmd_serve.wan",)
 # What a module of codmd_serve may import of codmd_serve, by prefix; a package stands for all that is in it.
-PURE = ("codmd_serve.config", "codmd_serve.errors", "codmd_serve.files", "codmd_serve.grid")
+PURE = (
+    "codmd_serve.config",
+    "codmd_serve.errors",
+    "codmd_serve.files",
+    "codmd_serve.grid",
+    "codmd_serve.textfiles",
+)
 ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve": (),
     "codmd_serve.errors": (),
     "codmd_serve.config": ("codmd_serve.errors",),
     "codmd_serve.files": ("codmd_serve.errors",),
     "codmd_serve.grid": ("codmd_serve.errors",),
+    "codmd_serve.jobs": (*PURE, "codmd_serve.files", "codmd_serve.jobs"),
+    "codmd_serve.prompts": (),
+    "codmd_serve.textfiles": ("codmd_serve.errors", "codmd_serve.files"),
     "codmd_serve.video": PURE,
     "codmd_serve.schedule": PURE,
     "codmd_serve.sampler": (*PURE, "codmd_serve.schedule"),
@@ -27,6 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.wan": (
         *PURE,
         "codmd_serve.grammar",
+        "codmd_serve.prompts",
         "codmd_serve.schedule",
         "codmd_serve.sampler",
         "codmd_serve.student_scheduler",
@@ -34,7 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *WAN,
     ),
     "codmd_serve.device": PURE,
-    "codmd_serve.commands": ("codmd_serve.errors",),
+    "codmd_serve.commands": ("codmd_serve.errors", "codmd_serve.textfiles"),
     "codmd_serve.cuda_graph": PURE,
     "codmd_serve.verdicts": PURE,
     "codmd_serve.denoise": (
@@ -98,8 +108,24 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.loading",
         *WAN,
     ),
-    "codmd_serve.dispatcher": (*PURE, "codmd_serve.messages", "codmd_serve.pool"),
-    "codmd_serve.api": (*PURE, "codmd_serve.__version__", "codmd_serve.api", "codmd_serve.dispatcher"),
+    "codmd_serve.bundle": PURE,
+    "codmd_serve.dispatcher": (*PURE, "codmd_serve.jobs", "codmd_serve.messages", "codmd_serve.worker_slot"),
+    "codmd_serve.api": (
+        *PURE,
+        "codmd_serve.__version__",
+        "codmd_serve.api",
+        "codmd_serve.bundle",
+        "codmd_serve.dispatcher",
+        "codmd_serve.jobs",
+        "codmd_serve.prompts",
+    ),
+    "codmd_serve.serving": (
+        *PURE,
+        "codmd_serve.api",
+        "codmd_serve.dispatcher",
+        "codmd_serve.jobs",
+        "codmd_serve.pool",
+    ),
     "codmd_serve.cli": ("codmd_serve", "app.demo"),
 }
 DISTILL_MAY = (
@@ -109,6 +135,7 @@ DISTILL_MAY = (
     "codmd_serve.cpu",
     "codmd_serve.device",
     "codmd_serve.grammar",
+    "codmd_serve.prompts",
     "codmd_serve.schedule",
     "codmd_serve.sampler",
     "codmd_serve.video",
@@ -259,7 +286,15 @@ def test_help_of_the_distiller_does_not_wait_for_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["codmd_serve.api.app", "codmd_serve.dispatcher", "codmd_serve.worker", "codmd_serve.cli", "codmd_serve"]
+    "module",
+    [
+        "codmd_serve.api.app",
+        "codmd_serve.dispatcher",
+        "codmd_serve.serving",
+        "codmd_serve.worker",
+        "codmd_serve.cli",
+        "codmd_serve",
+    ],
 )
 def test_the_http_process_never_imports_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted(sys.modules.keys() & {set(HEAVY)!r}))"

@@ -36,14 +36,13 @@ def is_ready(port: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real `codmd-serve` with the embedded student; yields host:port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "codmd_serve.cli", "serve", "--port", str(port)], cwd=ROOT, env=DIRECT
-    )
+    words = ["serve", "--port", str(port), "--data", str(tmp_path_factory.mktemp("data"))]
+    process = subprocess.Popen([sys.executable, "-m", "codmd_serve.cli", *words], cwd=ROOT, env=DIRECT)
     try:
         wait_until(lambda: process.poll() is not None or is_ready(port), START_S, "the server is ready")
         assert process.poll() is None, "the server ended"
@@ -60,6 +59,21 @@ def test_curl_example_gives_an_mp4(server: str, tmp_path: Path) -> None:
         ["bash", "-ec", command.replace("localhost:8000", server)], cwd=tmp_path, check=True, timeout=120, env=DIRECT
     )
     assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_job_example_follows_a_job_to_its_mp4(server: str, tmp_path: Path) -> None:
+    (command,) = [block for block in blocks("bash") if block.startswith("id=")]
+    done = subprocess.run(
+        ["bash", "-ec", command.replace("localhost:8000", server)],
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+        env=DIRECT,
+        capture_output=True,
+        text=True,
+    )
+    assert "event: done" in done.stdout and '"status":"completed"' in done.stdout
+    assert (tmp_path / "job.mp4").read_bytes()[4:8] == b"ftyp"
 
 
 def test_python_example_gives_an_mp4_and_prints_seed_and_times(server: str, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """What a request may say and what an answer looks like; judges a body without knowing how videos are made."""
 
 import secrets
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictFloat, StrictInt, field_validator
 
 from codmd_serve.config import DEFAULT_CRF, MAX_PROMPT_CHARS, MAX_SEED, GenerateParams, ModelFacts
-from codmd_serve.dispatcher import Job
 from codmd_serve.errors import InvalidRequestError
+from codmd_serve.jobs.events import Channel
+from codmd_serve.jobs.states import Job
+from codmd_serve.prompts import is_blank
 
 # Twice in each direction, or four times as long: past that a student shows nothing that it was trained to show.
 DEFAULT_BUDGET_FACTOR = 4
@@ -39,6 +42,11 @@ class GenerateBody(BaseModel):
     )
     quality: Literal["low", "medium", "high"] | None = Field(None, description="instead of crf")
     format: Literal["mp4"] = "mp4"
+    preview: StrictBool = Field(False, description="a picture of the video to come with each step of /jobs/{id}/events")
+    webhook_url: Annotated[str, Field(max_length=2000)] | None = Field(
+        None, description="https address to call when the job is finished; off unless the operator allows its host"
+    )
+    model: Annotated[str, Field(max_length=200)] | None = Field(None, description="a name of /v1/models")
     num_inference_steps: StrictInt | None = Field(None, description="only the model's own number of steps")
     guidance_scale: StrictInt | StrictFloat | None = Field(None, description="only 1: there is no guidance")
     negative_prompt: str | None = Field(None, description="not supported: there is no guidance")
@@ -46,7 +54,7 @@ class GenerateBody(BaseModel):
     @field_validator("prompt")
     @classmethod
     def _is_not_blank(cls, prompt: str) -> str:
-        if not prompt.strip():
+        if is_blank(prompt):
             raise ValueError("must not be blank")
         return prompt
 
@@ -66,20 +74,35 @@ class ErrorBody(BaseModel):
 
 
 class JobBody(BaseModel):
-    """What is known about a recent request."""
+    """What is known about a job. Times are RFC 3339 in UTC."""
 
     id: str
-    status: Literal["queued", "running", "completed", "failed", "cancelled"]
-    progress: float
-    stage: str
+    status: Literal["queued", "running", "completed", "failed", "cancelled", "expired"]
+    progress: float = Field(description="0..1, in all")
+    step: int = Field(description="denoising steps done")
+    stage: str = Field(description="text, denoise, decode or encode; empty before it starts")
+    position: int | None = Field(description="jobs that wait before this one; null unless it is queued")
+    eta_s: float | None = Field(description="seconds until it is done, as far as that is known")
+    model: str
     seed: int
     params: dict[str, Any]
     timings_ms: dict[str, float]
+    inference_time_s: float | None
+    peak_memory_mb: float | None
+    attempts: int
     warnings: list[str]
     error: ErrorDetail | None
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    expires_at: str | None
+
+
+class JobList(BaseModel):
+    """A page of jobs, newest first; `next` is the `after` of the next page."""
+
+    jobs: list[JobBody]
+    next: str | None
 
 
 class HealthBody(BaseModel):
@@ -87,29 +110,63 @@ class HealthBody(BaseModel):
 
     status: Literal["ok"]
     is_ready: StrictBool
+    reason: str = Field(description="why it is not ready; empty when it is")
     model: dict[str, Any] | None
     num_waiting: int
     is_running: StrictBool
+    num_running: int
+    num_workers: int
     num_worker_restarts: int
+    version: str
 
 
-def job_body(job: Job) -> JobBody:
-    """The public view of a job; its path stays private."""
-    params = {name: getattr(job.params, name) for name in GenerateParams.__slots__}
+def job_body(job: Job, channel: Channel | None, position: int, eta_s: float | None) -> JobBody:
+    """The public view of a job; where its video lies stays private.
+
+    Args:
+        job: as the store has it.
+        channel: what is heard of it while it runs; None when nothing is.
+        position, eta_s: of Backend.position.
+    """
+    is_running = job.status == "running" and channel is not None
+    progress = 1.0 if job.status in ("completed", "expired") else channel.progress if is_running and channel else 0.0
+    stages_ms = {stage: value for stage, value in job.timings_ms.items() if stage != "queue"}
     return JobBody(
         id=job.id,
         status=job.status,  # type: ignore[arg-type]
-        progress=round(job.progress, 3),
-        stage=job.stage,
+        progress=round(progress, 3),
+        step=channel.step if is_running and channel else 0,
+        stage=channel.stage if is_running and channel else "",
+        position=position if job.status == "queued" else None,
+        eta_s=eta_s,
+        model=job.model,
         seed=job.params.seed,
-        params=params,
+        params={name: getattr(job.params, name) for name in GenerateParams.__slots__},
         timings_ms={stage: round(value, 1) for stage, value in job.timings_ms.items()},
+        inference_time_s=round(sum(stages_ms.values()) / 1000, 4) if stages_ms else None,
+        peak_memory_mb=job.peak_memory_mb,
+        attempts=job.attempts,
         warnings=job.warnings,
-        error=ErrorDetail(code=job.error.code, message=str(job.error)) if job.error else None,
-        created_at=job.created_at,
-        started_at=job.started_at,
-        finished_at=job.finished_at,
+        error=error_of(job),
+        created_at=rfc3339(job.created_at),
+        started_at=None if job.started_at is None else rfc3339(job.started_at),
+        finished_at=None if job.finished_at is None else rfc3339(job.finished_at),
+        expires_at=None if job.expires_at is None else rfc3339(job.expires_at),
     )
+
+
+def error_of(job: Job) -> ErrorDetail | None:
+    """Why a job has no video, if it has none for good."""
+    if job.status == "failed":
+        return ErrorDetail(code=job.error_code, message=job.error_message)
+    if job.status == "cancelled":
+        return ErrorDetail(code="cancelled", message="the job was cancelled")
+    return None
+
+
+def rfc3339(seconds: float) -> str:
+    """Unix seconds as 2026-11-26T12:00:00.000Z."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def to_params(body: GenerateBody, facts: ModelFacts, max_pixels: int = 0) -> GenerateParams:
@@ -178,7 +235,8 @@ def _check_shape(params: GenerateParams, facts: ModelFacts, max_pixels: int) -> 
             f"one frame of {params.width}x{params.height} is more than the {max_pixels} pixels that this server makes "
             "of a whole video; a smaller height or width would be accepted"
         )
-    most = min(facts.max_num_frames, affordable)
+    # The largest number that would be taken, not the largest that memory has room for.
+    most = (min(facts.max_num_frames, affordable) - 1) // step * step + 1
     if (params.num_frames - 1) % step or params.num_frames > most:
         raise InvalidRequestError(
             f"num_frames must be {step}k + 1, and at {params.width}x{params.height} up to {most}, "

@@ -96,7 +96,9 @@ def running_server(
         port = probe.getsockname()[1]
     words = ["--bundle", str(bundle), "--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
     command = [sys.executable, "-m", "codmd_serve.cli", "serve", "--host", "127.0.0.1", "--port", str(port), *words]
-    with tempfile.TemporaryFile() as log:
+    # A folder of its own: jobs of a measurement are not the user's.
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(prefix="codmd-bench-") as data:
+        command += ["--data", data]
         start_s = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
@@ -105,9 +107,10 @@ def running_server(
                 if process.poll() is not None or time.perf_counter() - start_s > timeout_s:
                     log.seek(0)
                     said = log.read().decode(errors="replace").strip().splitlines()
-                    raise GenerationError(
-                        f"the server was not ready: {said[-1] if said else 'it said nothing'}", "cold_start"
-                    )
+                    # Its own sentence where it has one; libraries may go on behind it.
+                    own = [line for line in said if line.startswith("codmd-serve: ")]
+                    reason = (own or said or ["it said nothing"])[-1]
+                    raise GenerationError(f"the server was not ready: {reason}", "cold_start")
                 time.sleep(POLL_S)
             look(process.pid)
             yield f"http://127.0.0.1:{port}"
@@ -120,7 +123,7 @@ def host_peak_bytes(process: int) -> int:
     """Sum of the highest resident memory of a process and of all it started and that still runs; 0 without /proc."""
     folder = Path("/proc") / str(process)
     try:
-        lines = (folder / "status").read_text().splitlines()
+        lines = (folder / "status").read_text(encoding="utf-8").split("\n")
         children = [int(word) for file in folder.glob("task/*/children") for word in file.read_text().split()]
     except OSError:  # gone, or no Linux
         return 0

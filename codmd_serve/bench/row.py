@@ -7,7 +7,6 @@ psnr_db, one number per seed, execution, attention), ratios (per opponent and st
 pairs), pairs (raw), operators (per name: calls, top), left_out (sentences), picture, seconds.
 """
 
-import json
 import os
 import platform
 import subprocess
@@ -45,6 +44,7 @@ from codmd_serve.engine import Engine
 from codmd_serve.errors import CodmdError, ConfigError
 from codmd_serve.files import first_line, write_json, write_text
 from codmd_serve.loading import load_engine
+from codmd_serve.textfiles import read_json_object
 from codmd_serve.wan.checkpoint import read_spec, resolve_base
 from codmd_serve.wan.vae import latent_shape
 
@@ -75,7 +75,7 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
         file = folder / f"serving-{row_name}.json"
     shown = serving_lines if config.serving else short_table
     if config.resume and _is_current(file, device):
-        return _text(shown(json.loads(file.read_text(encoding="utf-8"))))
+        return _text(shown(read_json_object(file, ConfigError)))
     with tempfile.TemporaryDirectory(prefix="codmd-bench-") as temporary:
         numbers = folder / f"numbers-{row_name}.jsonl"
         numbers.unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
     write_json(file, row, indent=None if config.serving else 1)
     numbers.unlink(missing_ok=True)  # the row has them all
     rows, serving = (
-        [json.loads(other.read_text(encoding="utf-8")) for other in sorted(folder.glob(f"{kind}-*.json"))]
+        [read_json_object(other, ConfigError) for other in sorted(folder.glob(f"{kind}-*.json"))]
         for kind in ("performance", "serving")
     )
     write_text(folder / "performance.md", document(rows, serving))
@@ -121,7 +121,7 @@ def _served(run: Run, bundle: Path, timeline: Path) -> Row:
 def _is_current(file: Path, device: torch.device) -> bool:
     if not file.is_file():
         return False
-    row = json.loads(file.read_text(encoding="utf-8"))
+    row = read_json_object(file, ConfigError)
     return bool(row["versions"] == _versions() and row["machine"]["device"] == _device_name(device))
 
 
@@ -141,8 +141,8 @@ def _measured(run: Run, bundle: Path) -> Row:
     date = datetime.now(UTC)
     cold = None
     if run.config.cold_start:
-        base, is_local = resolve_base(bundle, spec.base)
-        parts = [Path(base) / "text_encoder", Path(base) / "vae"] if is_local else []
+        base = resolve_base(bundle, spec.base)
+        parts = [base / "text_encoder", base / "vae"]
         timeout_s = max(60.0, float(run.config.limit_s))
         try:
             cold = measure_cold_start(bundle, [bundle / "transformer", *parts], run.device, run.dtype, timeout_s)
@@ -262,7 +262,7 @@ def _device_name(device: torch.device) -> str:
 def _machine(run: Run, load: float) -> Row:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    lines = information.read_text(encoding="utf-8").split("\n") if information.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = models[0] if models else platform.machine()
     device, threads = _device_name(run.device), torch.get_num_threads()

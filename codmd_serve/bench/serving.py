@@ -148,7 +148,9 @@ def ask(address: str, params: GenerateParams) -> Answer:
         urllib.error.URLError: no answer, or one that is no video.
     """
     body = json.dumps(asdict(params)).encode()
-    request = urllib.request.Request(f"{address}/generate", body, {"content-type": "application/json"})
+    # no-cache: an equal request would be answered from the store.
+    headers = {"content-type": "application/json", "cache-control": "no-cache"}
+    request = urllib.request.Request(f"{address}/generate", body, headers)
     # A proxy of the environment must not answer for this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     start_s = time.perf_counter()

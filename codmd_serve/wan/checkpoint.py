@@ -2,9 +2,10 @@
 
 import json
 import math
-import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,19 @@ from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import atomic_folder, first_line
 from codmd_serve.grammar import Grammar
 from codmd_serve.grid import check_step_grid
+from codmd_serve.textfiles import read_json_object, shown
+from codmd_serve.wan.hub import find_pipeline
 from codmd_serve.wan.kernels import AttentionShape
 from codmd_serve.wan.vae import vae_scales
 
 SPEC_FILE = "student.json"
+# Ranges of the native video: what requests may ask for, and far more pixels and frames than any student makes.
+MOST_NATIVE = {"height": 16_384, "width": 16_384, "num_frames": 10_000, "fps": 120}
+MAX_STEPS = 1000
+MAX_TIMESTEP = 1000.0
+MAX_UPDATES = 10**12
+MAX_TEXT_CHARS = {"base": 4096, "vocabulary_note": 4096}
+MAX_NAME_CHARS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,17 +47,19 @@ class NativeShape:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if type(value) is not int or value < 1:
-                raise ConfigError(f"native.{name} must be a positive whole number, got {value!r}")
+                raise ConfigError(f"native.{name} must be a positive whole number, got {shown(value)}")
+            if value > MOST_NATIVE[name]:
+                raise ConfigError(f"native.{name} must be at most {MOST_NATIVE[name]}, got {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentSpec:
     """The content of student.json: how to sample the student, and where it came from.
 
-    Args:
+    Attributes:
         base: folder (a relative one is relative to the bundle) or hub id of a diffusers Wan pipeline.
         sigmas: num_steps + 1 levels, descending, the last 0.0.
-        timesteps: num_steps numbers fed to the network.
+        timesteps: num_steps numbers fed to the network, descending, in (0, 1000].
         sampler: `sde` or `ode`.
         native: the video it was trained to make.
         method: how it was distilled, for example codmd or dmd.
@@ -57,12 +69,13 @@ class StudentSpec:
         config_sha256: of the resolved training config; empty when unknown.
         package_version: of codmd-serve that wrote the bundle.
         assumed: names of the fields that were guessed because the source of the weights does not record them;
-            `attention` among them means that nothing said whether the weights are causal: they were taken not to be.
+            `attention` among them means that nothing said whether the weights are causal: they were taken not to be;
+            `lora_scale` that nothing said how strong the update is: it was added once.
         preview_map: linear map from latents to RGB, see wan/preview.py; empty when unknown: it is fitted at load.
         vocabulary_note: one sentence for users whose prompt has words that the model never saw; empty for none.
 
     Raises:
-        ConfigError: a grid that cannot be sampled, or a field of the wrong type.
+        ConfigError: a grid that cannot be sampled, or a field of the wrong type or out of range.
     """
 
     base: str
@@ -82,15 +95,34 @@ class StudentSpec:
 
     def __post_init__(self) -> None:
         for name in ("base", "sampler", "method", "base_model", "config_sha256", "package_version", "vocabulary_note"):
-            if not isinstance(getattr(self, name), str):
-                raise ConfigError(f"{name} must be text, got {getattr(self, name)!r}")
+            _check_text(name, getattr(self, name))
+        for name in self.assumed:
+            _check_text("assumed", name)
         if not self.base:
             raise ConfigError("base must name a folder or a hub id, got nothing")
-        if type(self.step) is not int or self.step < 0 or not isinstance(self.ema, bool):
-            raise ConfigError(f"step must be a count and ema true or false, got {self.step!r} and {self.ema!r}")
+        is_count = type(self.step) is int and 0 <= self.step <= MAX_UPDATES
+        if not is_count or not isinstance(self.ema, bool):
+            raise ConfigError(
+                f"step must be a count and ema true or false, got {shown(self.step)} and {shown(self.ema)}"
+            )
+        if len(self.timesteps) > MAX_STEPS:
+            raise ConfigError(f"timesteps must be at most {MAX_STEPS}, got {len(self.timesteps)} of them")
         if any(len(row) != 3 or not all(math.isfinite(value) for value in row) for row in self.preview_map):
             raise ConfigError("preview_map must be rows of three finite numbers")
         check_step_grid(self.sigmas, self.timesteps, self.sampler)
+        steps = (*self.timesteps, 0.0)
+        if steps[0] > MAX_TIMESTEP or not all(high > low for high, low in pairwise(steps)):
+            raise ConfigError(f"timesteps must be descending numbers in (0, 1000], got {shown(list(self.timesteps))}")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must be text, got {shown(value)}")
+    most = MAX_TEXT_CHARS.get(name, MAX_NAME_CHARS)
+    if len(value) > most:
+        raise ConfigError(f"{name} must be at most {most} characters, got {shown(value)}")
+    if any(ord(char) < 32 or unicodedata.category(char) == "Cs" for char in value):
+        raise ConfigError(f"{name} must be one line of text, got {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,53 +160,67 @@ def read_spec(bundle: Path) -> StudentSpec:
     if not bundle.is_dir():
         raise CheckpointError(f"no student bundle at {bundle}: name a folder that holds {SPEC_FILE} and transformer/")
     path = bundle / SPEC_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{bundle} is not a student bundle: it has no {SPEC_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold one JSON object, got {type(data).__name__}")
+    if not path.exists():
+        raise CheckpointError(f"{bundle} is not a student bundle: it has no {SPEC_FILE}")
+    data = read_json_object(path, CheckpointError)
     unknown = sorted(data.keys() - {entry.name for entry in fields(StudentSpec)})
     if unknown:
-        raise CheckpointError(f"{path} has unknown fields: {', '.join(unknown)}")
+        raise CheckpointError(f"{path} has unknown fields: {', '.join(unknown[:3])[:MAX_NAME_CHARS]}")
     try:
-        tuples: dict[str, Any] = {
-            name: tuple(data[name]) for name in ("sigmas", "timesteps", "assumed") if name in data
+        tuples: dict[str, tuple[Any, ...]] = {
+            name: _list(data, name) for name in ("sigmas", "timesteps", "assumed") if name in data
         }
         for name in ("sigmas", "timesteps"):
             tuples[name] = tuple(_number(value) for value in tuples[name])
         if "preview_map" in data:
-            tuples["preview_map"] = tuple(tuple(map(_number, row)) for row in data["preview_map"])
-        return StudentSpec(**{**data, **tuples, "native": NativeShape(**data["native"])})
+            tuples["preview_map"] = tuple(_row(row) for row in _list(data, "preview_map"))
+        native = data["native"]
+        if not isinstance(native, dict):
+            raise ConfigError(f"native must be an object, got {shown(native)}")
+        given: dict[str, Any] = {**data, **tuples, "native": NativeShape(**native)}
+        return StudentSpec(**given)
     except (ConfigError, KeyError, TypeError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: {detail}") from error
 
 
+def _list(data: dict[str, Any], name: str) -> tuple[Any, ...]:
+    if not isinstance(data[name], list):
+        raise ConfigError(f"{name} must be a list, got {shown(data[name])}")
+    return tuple(data[name])
+
+
+def _row(value: object) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise ConfigError(f"preview_map must be rows of three finite numbers, got {shown(value)}")
+    return tuple(map(_number, value))
+
+
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"expected a number, got {value!r}")
-    return float(value)
+        raise ConfigError(f"expected a number, got {shown(value)}")
+    try:
+        return float(value)
+    except OverflowError:  # an integer past 1.8e308
+        raise ConfigError(f"expected a number, got {shown(value)}") from None
 
 
-def resolve_base(bundle: Path, base: str) -> tuple[str, bool]:
-    """Find where the tokenizer, text encoder and VAE of a bundle are.
+def resolve_base(bundle: Path, base: str, *, configs_only: bool = False) -> Path:
+    """Find the folder with the tokenizer, text encoder and VAE of a bundle; one snapshot of a hub id.
 
-    Returns:
-        A folder and True, or a hub id and False.
+    Args:
+        bundle: the bundle folder, which a relative base is relative to.
+        base: as student.json names it.
+        configs_only: of a hub id, the weights are not needed.
 
     Raises:
-        CheckpointError: no such folder, and the text cannot be a hub id either.
+        CheckpointError: no such folder, and the hub does not have it either.
     """
-    folder = Path(os.path.normpath(bundle.resolve() / base))
-    if folder.is_dir():
-        return str(folder), True
-    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/")) and not base.endswith("/")
-    if not is_hub_id:
-        raise CheckpointError(f"the base pipeline of {bundle} is missing: expected a folder at {folder}")
-    return base, False
+    try:
+        folder, _ = find_pipeline(base, [bundle.resolve()], configs_only=configs_only)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base pipeline of {bundle} is missing: {error}") from error
+    return folder
 
 
 def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionShape:
@@ -188,12 +234,11 @@ def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionSha
         CheckpointError: no such bundle, no VAE in its base, or a config that lacks a size.
     """
     spec = read_spec(bundle)
-    base, is_local = resolve_base(bundle, spec.base)
-    config = read_part_config(WanTransformer3DModel, bundle, "transformer", True)
-    vae = read_part_config(AutoencoderKLWan, base, "vae", is_local)
+    config = read_part_config(WanTransformer3DModel, bundle, "transformer")
+    vae = read_part_config(AutoencoderKLWan, resolve_base(bundle, spec.base, configs_only=True), "vae")
     try:
         shape = native_attention_shape(config, vae, spec.native)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"transformer/config.json of {bundle} cannot be used: {first_line(error)}") from error
     return replace(shape, num_tokens=min(shape.num_tokens, max_tokens or shape.num_tokens))
 
@@ -219,21 +264,20 @@ def native_attention_shape(
     )
 
 
-def read_part_config(kind: Any, folder: Path | str, part: str, is_local: bool) -> dict[str, Any]:
-    """Read the config of one module of a folder or hub id, without its weights.
+def read_part_config(kind: Any, folder: Path | str, part: str) -> dict[str, Any]:
+    """Read the config of one module of a pipeline folder, without its weights.
 
     Args:
         kind: the diffusers class of the module.
-        folder: a folder or hub id.
+        folder: of the pipeline.
         part: the subfolder.
-        is_local: whether `folder` is a folder.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
     try:
-        config: dict[str, Any] = kind.load_config(folder, subfolder=part, local_files_only=is_local)
-    except (OSError, ValueError) as error:
+        config: dict[str, Any] = kind.load_config(folder, subfolder=part, local_files_only=True)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{part} of {folder} has no readable config: {first_line(error)}") from error
     return config
 
@@ -259,13 +303,13 @@ def load_bundle(
     path = Path(path)
     spec = read_spec(path)
     grammar = Grammar.load(path)
-    base, is_local = resolve_base(path, spec.base)
-    transformer = load_module(WanTransformer3DModel, path, "transformer", True, torch_dtype=dtype)
-    vae = load_module(AutoencoderKLWan, base, "vae", is_local, torch_dtype=torch.float32)
+    base = resolve_base(path, spec.base)
+    transformer = load_module(WanTransformer3DModel, path, "transformer", torch_dtype=dtype)
+    vae = load_module(AutoencoderKLWan, base, "vae", torch_dtype=torch.float32)
     # UMT5 was trained in bfloat16; its activations leave the range of float16.
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-    text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", is_local, dtype=text_dtype)
-    tokenizer = load_tokenizer(base, is_local)
+    text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", dtype=text_dtype)
+    tokenizer = load_tokenizer(base)
     for part, wanted, got in (
         ("latent channels of transformer and VAE", transformer.config.in_channels, vae.config.z_dim),
         ("text width of transformer and text encoder", transformer.config.text_dim, text_encoder.config.d_model),
@@ -289,19 +333,40 @@ def load_bundle(
     )
 
 
-def load_module(kind: Any, folder: Path | str, subfolder: str, is_local: bool, **options: Any) -> Any:
-    """Load one module of a folder or hub id with `kind.from_pretrained`, complete or not at all.
+def load_tokenizer(base: Path | str) -> Any:
+    """Load the tokenizer of a pipeline folder; code that the folder may bring is never run.
+
+    Raises:
+        CheckpointError: missing, damaged, or one that needs code of its own.
+    """
+    if not (Path(base) / "tokenizer").is_dir():
+        raise CheckpointError(f"{base} has no tokenizer/ folder")
+    try:
+        return AutoTokenizer.from_pretrained(
+            base, subfolder="tokenizer", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the libraries and the file system each raise their own kinds
+        raise CheckpointError(f"tokenizer of {base} cannot be loaded: {first_line(error)}") from error
+
+
+def load_module(kind: Any, folder: Path | str, subfolder: str, **options: Any) -> Any:
+    """Load one module of a pipeline folder with `kind.from_pretrained`, complete or not at all.
 
     Raises:
         CheckpointError: missing, truncated or of another kind. Both libraries fill missing tensors with random numbers
             and only log it: here that is an error.
     """
     where = f"{subfolder} of {folder}"
-    if is_local and not (Path(folder) / subfolder).is_dir():
+    if not (Path(folder) / subfolder).is_dir():
         raise CheckpointError(f"{folder} has no {subfolder}/ folder")
     try:
         module, info = kind.from_pretrained(
-            folder, subfolder=subfolder, local_files_only=is_local, output_loading_info=True, **options
+            folder,
+            subfolder=subfolder,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except CodmdError:
         raise
@@ -312,18 +377,6 @@ def load_module(kind: Any, folder: Path | str, subfolder: str, is_local: bool, *
         if keys:
             raise CheckpointError(f"{where} has {len(keys)} {name.replace('_', ' ')}, the first is {keys[0]}")
     return module
-
-
-def load_tokenizer(folder: Path | str, is_local: bool) -> Any:
-    """Load the tokenizer of a folder or hub id.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=is_local)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def save_bundle(path: Path, transformer: Any, spec: StudentSpec, grammar: Grammar | None = None) -> None:

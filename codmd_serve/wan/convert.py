@@ -3,68 +3,34 @@
 Knows nothing of the command line.
 """
 
+import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
+from torch import Tensor
 
 from codmd_serve.errors import CheckpointError, ConfigError
-from codmd_serve.files import first_line
-from codmd_serve.grid import StepGrid, causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
+from codmd_serve.files import check_name, first_line
+from codmd_serve.grid import StepGrid
+from codmd_serve.textfiles import shown
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
-from codmd_serve.wan.names import check_config, merge_lora, to_diffusers
+from codmd_serve.wan.families import CONTRACTS, FAMILIES
+from codmd_serve.wan.hub import find_pipeline
+from codmd_serve.wan.lora import Scales, add_lora, find_scales, read_lora
+from codmd_serve.wan.names import check_config, to_diffusers
 from codmd_serve.wan.preview import preview_map_of_base
-from codmd_serve.wan.published import Published, read_published
+from codmd_serve.wan.published import IMAGE_CHANNELS, Published, read_published
+from codmd_serve.wan.stated import Sampling, read_sampling
 
-WIDTH_14B = 5120
 BASE_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+MAX_LORA_SCALE = 100.0
 # What all published students of Wan2.1 were trained at, the smaller of its two sizes.
 WAN_480P = NativeShape(height=480, width=832, num_frames=81, fps=16)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contract:
-    """How the students of a published method are sampled; `grid` takes the width of the network."""
-
-    sampler: str
-    grid: Callable[[int], StepGrid]
-
-
-# Sampler and steps by method. LightX2V steps along the flow, all others re-noise.
-CONTRACTS = {
-    "codmd": Contract(sampler="sde", grid=lambda width: wan_14b_grid() if width >= WIDTH_14B else wan_1_3b_grid()),
-    "causvid": Contract(sampler="sde", grid=lambda _: causvid_grid()),
-    "self-forcing": Contract(sampler="sde", grid=lambda _: wan_14b_grid()),
-    "rcm": Contract(sampler="sde", grid=lambda _: rcm_grid()),
-    "fastwan": Contract(sampler="sde", grid=lambda _: causvid_grid()),
-    "lightx2v": Contract(sampler="ode", grid=lambda _: wan_14b_grid()),
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """What a family looks like, in words, and which method most likely made it."""
-
-    looks: str
-    method: str
-    ema: bool
-
-
-FAMILIES = {
-    "generator": Family(looks="a training checkpoint of CoDMD or CausVid (generator)", method="codmd", ema=False),
-    "generator_ema": Family(
-        looks="a training checkpoint of Self-Forcing (generator_ema)", method="self-forcing", ema=True
-    ),
-    "rcm": Family(looks="rCM weights (linear patch embedding)", method="rcm", ema=True),
-    "original": Family(looks="weights in Wan's own names, as LightX2V publishes", method="lightx2v", ema=False),
-    "diffusers": Family(looks="weights in diffusers' names, as FastWan publishes", method="fastwan", ema=False),
-    "lora": Family(looks="a LoRA, merged into the base", method="lightx2v", ema=False),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +42,9 @@ class ConvertOptions:
         sampler: sde or ode.
         timesteps: what the network is fed, descending, in (0, 1000]; the state is at sigma = timestep / 1000.
         height, width, num_frames, fps: the video it was trained to make.
+        lora_scale: factor of up @ down, in place of alpha / rank.
+        key: which of several networks of a file, by the name of its container or prefix.
+        bidirectional: the user's word that the weights are not causal, where nothing in the file tells.
     """
 
     method: str | None = None
@@ -85,19 +54,47 @@ class ConvertOptions:
     width: int | None = None
     num_frames: int | None = None
     fps: int | None = None
+    lora_scale: float | None = None
+    key: str | None = None
+    bidirectional: bool = False
 
     def __post_init__(self) -> None:
+        scale = self.lora_scale
+        if scale is not None and (not math.isfinite(scale) or not 0.0 < abs(scale) <= MAX_LORA_SCALE):
+            raise ConfigError(f"lora_scale must be a number other than 0, at most {MAX_LORA_SCALE:g}, got {scale}")
         if self.method is not None and self.method not in CONTRACTS:
-            raise ConfigError(f"method must be one of {', '.join(CONTRACTS)}, got {self.method!r}")
+            raise ConfigError(f"method must be one of {', '.join(CONTRACTS)}, got {shown(self.method)}")
+        self.native()
+
+    def sizes(self) -> dict[str, int]:
+        """Return what is known of the video's shape."""
+        values = {name: getattr(self, name) for name in ("height", "width", "num_frames", "fps")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def native(self) -> NativeShape:
+        """Return the video's shape; Wan's 480p where it is not known.
+
+        Raises:
+            ConfigError: a number out of its range.
+        """
+        return replace(WAN_480P, **self.sizes())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Converted:
-    """What was made: where it came from in words, and how it will be sampled."""
+    """What was made.
+
+    Attributes:
+        looks: what the file is, in words.
+        num_tensors: read from it.
+        spec: how it will be sampled.
+        notes: what else was found out about the file, a sentence each.
+    """
 
     looks: str
     num_tensors: int
     spec: StudentSpec
+    notes: tuple[str, ...] = ()
 
 
 def convert(source: Path, base: Path, output: Path, options: ConvertOptions, package_version: str) -> Converted:
@@ -105,8 +102,8 @@ def convert(source: Path, base: Path, output: Path, options: ConvertOptions, pac
 
     Args:
         source: a file or folder that `read_published` reads.
-        base: diffusers folder of the Wan pipeline that the student was distilled from. It gives the architecture and,
-            for a LoRA, the weights; the bundle refers to it for tokenizer, text encoder and VAE.
+        base: diffusers folder or hub id of the Wan pipeline that the student was distilled from. It gives the
+            architecture and, for a LoRA, the weights; the bundle refers to it for tokenizer, text encoder and VAE.
         output: folder of the bundle, which must not exist.
         options: what need not be guessed.
         package_version: of codmd-serve, for student.json.
@@ -115,33 +112,112 @@ def convert(source: Path, base: Path, output: Path, options: ConvertOptions, pac
         What the checkpoint is and the content of student.json. The weights keep their dtype.
 
     Raises:
-        CheckpointError: a source that cannot be read or served, or does not fit the base; no such base; a bundle that
-            cannot be written.
+        CheckpointError: a source that cannot be read or served, does not fit the base or is the base; no such base; a
+            bundle that cannot be written.
         ConfigError: output exists or has no folder to lie in; options that make no sense.
     """
     check_output(output)
-    config = read_base_config(base)
-    published = read_published(source)
+    folder, is_folder = _find_base(base)
+    config = read_base_config(folder)
+    published = read_published(source, options.key)
+    if options.lora_scale is not None and published.naming != "lora":
+        raise ConfigError(f"--lora-scale is for LoRA files, {source} is {FAMILIES[published.family].looks}")
+    _refuse_maybe_causal(published, options, str(source))
     check_config(published.config, config, str(source))
+    # Those of the file first: they cost nothing, and the weights minutes.
+    everything = options.timesteps is not None and options.sampler is not None
+    sampling = Sampling() if everything else read_sampling(source)
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(config)
-    spec = _spec(published, base, output, options, package_version, transformer.patch_embedding.out_channels)
-    if published.naming == "lora":
-        base_weights = read_published(base / "transformer")
-        merged = merge_lora(published, base_weights.weights, str(source))
-        complete = Published(family="lora", naming="diffusers", weights=merged, config=config)
-    else:
-        complete = published
-    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
-    weights = to_diffusers(complete, shapes, str(source))
+    given = read_published(folder / "transformer")
+    weights, scales = _weights(published, given.weights, transformer, str(source), options)
+    _refuse_base(weights, given.weights, str(source), is_lora=scales is not None)
     transformer.load_state_dict(weights, assign=True)
+    width = transformer.patch_embedding.out_channels
+    spec = _spec(published, sampling, options, width, scales)
+    spec = spec | {
+        "base": os.path.relpath(folder, output.resolve()) if is_folder else str(base),
+        "base_model": folder.name if is_folder else str(base),
+        "package_version": package_version,
+        "preview_map": preview_map_of_base(folder),
+    }
+    finished = StudentSpec(**spec)
     try:
-        save_bundle(output, transformer, spec)
+        save_bundle(output, transformer, finished)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"bundle {output} cannot be written: {first_line(error)}; nothing was left there"
         ) from error
-    return Converted(looks=FAMILIES[published.family].looks, num_tensors=len(published.weights), spec=spec)
+    return Converted(
+        looks=FAMILIES[published.family].looks,
+        num_tensors=len(published.weights),
+        spec=finished,
+        notes=_notes(published, sampling, scales),
+    )
+
+
+def _find_base(base: Path) -> tuple[Path, bool]:
+    return find_pipeline(str(base), [Path()], BASE_PARTS, wanted=_WANTED_BASE)
+
+
+def _weights(
+    published: Published,
+    base: dict[str, Tensor],
+    transformer: WanTransformer3DModel,
+    source: str,
+    options: ConvertOptions,
+) -> tuple[dict[str, Tensor], Scales | None]:
+    """Return the weights of the student by diffusers name, and the strength of its update where it is one."""
+    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+    if published.naming != "lora":
+        return to_diffusers(published, shapes, source), None
+    lora = read_lora(published, base, source)
+    scales = find_scales(lora, published.statements, source, options.lora_scale)
+    merged = add_lora(lora, scales, base, source)
+    complete = Published(family="lora", naming="diffusers", weights=merged, config={})
+    return to_diffusers(complete, shapes, source), scales
+
+
+def _refuse_maybe_causal(published: Published, options: ConvertOptions, source: str) -> None:
+    """Refuse weights of a family that is mostly causal, which no tensor shows, unless the user says they are not."""
+    is_doubtful = published.family == "generator_ema" or options.method == "self-forcing"
+    if is_doubtful and not options.bidirectional and not published.says_attention:
+        raise CheckpointError(
+            f"{source} looks like {FAMILIES['generator_ema'].looks}: most of them are causal (autoregressive), have "
+            "the same names, and would make broken videos here; say --bidirectional if this one is not, as those of "
+            "Self-Forcing-Plus"
+        )
+
+
+def _refuse_base(weights: dict[str, Tensor], base: dict[str, Tensor], source: str, *, is_lora: bool) -> None:
+    """Refuse a student that is the undistilled base itself, whatever the precision of the two."""
+    for name, tensor in weights.items():
+        other = base.get(name)
+        if other is None or other.shape != tensor.shape:
+            return
+        coarser = min(tensor.dtype, other.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
+        if not torch.equal(tensor.to(coarser), other.to(coarser)):
+            return
+    what = "its updates are zero" if is_lora else "all of its weights equal the base's"
+    raise CheckpointError(
+        f"{source} is the undistilled base itself: {what}, so a few steps would show noise; "
+        "name the file of the student, or the base that it was distilled from with --base"
+    )
+
+
+def _notes(published: Published, sampling: Sampling, scales: Scales | None) -> tuple[str, ...]:
+    notes = []
+    if published.part:
+        notes.append(f"taken from {shown(published.part)} of the file (--key)")
+    if published.left_out:
+        notes.append(f"left out: {', '.join(map(shown, published.left_out))}")
+    if scales is not None and scales.by_module:
+        low, high = min(scales.by_module.values()), max(scales.by_module.values())
+        span = f"{low:.6g}" if math.isclose(low, high) else f"{low:.6g} to {high:.6g}"
+        notes.append(f"update of {len(scales.by_module)} modules at scale {span} ({scales.stated or 'assumed'})")
+    if sampling.where and (sampling.timesteps or sampling.sampler):
+        notes.append(f"sampled as {sampling.where} says")
+    return tuple(notes)
 
 
 def check_output(output: Path) -> None:
@@ -150,6 +226,7 @@ def check_output(output: Path) -> None:
     Raises:
         ConfigError: it exists, or the folder it should lie in does not or cannot be written to.
     """
+    check_name(output)
     if output.exists() or output.is_symlink():
         raise ConfigError(f"{output} exists already: name another folder, or delete it first")
     parent = output.resolve().parent
@@ -157,6 +234,9 @@ def check_output(output: Path) -> None:
         raise ConfigError(f"there is no folder {parent} to write {output.name} to")
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"the folder {parent} cannot be written to")
+
+
+_WANTED_BASE = f"expected the diffusers folder of a Wan pipeline ({', '.join(BASE_PARTS)}), name it with --base"
 
 
 def read_base_config(base: Path) -> dict[str, Any]:
@@ -168,61 +248,63 @@ def read_base_config(base: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such folder, a part of the pipeline missing, or no text-to-video Wan.
     """
-    wanted = f"expected the diffusers folder of a Wan pipeline ({', '.join(BASE_PARTS)})"
-    if not base.is_dir():
-        raise CheckpointError(f"there is no folder {base}: {wanted}, name it with --base")
     missing = [part for part in BASE_PARTS if not (base / part).is_dir()]
     if missing:
-        raise CheckpointError(f"{base} has no {missing[0]}/: {wanted}, name it with --base")
+        raise CheckpointError(f"{base} has no {missing[0]}/: {_WANTED_BASE}")
     try:
         config: dict[str, Any] = WanTransformer3DModel.load_config(base, subfolder="transformer", local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"transformer/config.json of {base} cannot be read: {first_line(error)}") from error
     kind = config.get("_class_name")
-    if kind != "WanTransformer3DModel" or config.get("image_dim") is not None:
-        what = kind if kind != "WanTransformer3DModel" else "an image-to-video WanTransformer3DModel"
-        raise CheckpointError(f"{base} is no text-to-video Wan pipeline: its transformer is {what}; {wanted}")
+    for_images = config.get("image_dim") is not None or config.get("in_channels") in IMAGE_CHANNELS
+    if kind != "WanTransformer3DModel" or for_images:
+        what = shown(kind).strip("'") if kind != "WanTransformer3DModel" else "an image-to-video WanTransformer3DModel"
+        raise CheckpointError(f"{base} is no text-to-video Wan pipeline: its transformer is {what}; {_WANTED_BASE}")
     return config
 
 
 def _spec(
-    published: Published, base: Path, output: Path, options: ConvertOptions, package_version: str, width: int
-) -> StudentSpec:
+    published: Published, sampling: Sampling, options: ConvertOptions, width: int, scales: Scales | None
+) -> dict[str, Any]:
+    """Return the fields of student.json that follow from the file, what it states and what the user says."""
     family = FAMILIES[published.family]
     method = options.method or family.method
     contract = CONTRACTS[method]
-    grid = _exact_grid(options.timesteps) if options.timesteps else contract.grid(width)
-    sizes = {name: getattr(options, name) for name in ("height", "width", "num_frames", "fps")}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    native = NativeShape(**{**{name: getattr(WAN_480P, name) for name in sizes}, **given})
+    timesteps = options.timesteps or sampling.timesteps
+    if timesteps is None:
+        grid = contract.grid(width)
+    else:
+        sigmas = None if options.timesteps else sampling.sigmas
+        grid = StepGrid(sigmas=sigmas or _exact_sigmas(timesteps), timesteps=timesteps)
+    if sampling.num_steps not in (None, len(grid.timesteps)) and not options.timesteps:
+        raise CheckpointError(
+            f"{sampling.where} says {sampling.num_steps} steps, {method} has {len(grid.timesteps)}: say them with "
+            "--timesteps"
+        )
     guessed = {
-        "sigmas": options.timesteps is None,
-        "timesteps": options.timesteps is None,
-        "sampler": options.sampler is None,
-        "native": len(given) < len(sizes),
+        "sigmas": timesteps is None,
+        "timesteps": timesteps is None,
+        "sampler": options.sampler is None and sampling.sampler is None,
+        "native": len(options.sizes()) < 4,
         "method": options.method is None,
         "step": True,
-        "ema": published.family not in ("generator", "generator_ema"),
-        # A diffusers or original config that is not causal was read; without one nothing says it.
-        "attention": "_class_name" not in published.config,
+        "ema": published.family != "generator" and not published.is_ema,
+        # A diffusers or original config that is not causal was read, or the user said it; else nothing did.
+        "attention": not published.says_attention and not options.bidirectional,
+        "lora_scale": scales is not None and scales.is_assumed,
     }
-    folder = base.resolve()
-    return StudentSpec(
-        base=os.path.relpath(folder, output.resolve()),
-        sigmas=grid.sigmas,
-        timesteps=grid.timesteps,
-        sampler=options.sampler or contract.sampler,
-        native=native,
-        method=method,
-        base_model=folder.name,
-        step=0,
-        ema=family.ema,
-        config_sha256="",
-        package_version=package_version,
-        preview_map=preview_map_of_base(folder, is_local=True),
-        assumed=tuple(name for name, is_guessed in guessed.items() if is_guessed),
-    )
+    return {
+        "sigmas": grid.sigmas,
+        "timesteps": grid.timesteps,
+        "sampler": options.sampler or sampling.sampler or contract.sampler,
+        "native": options.native(),
+        "method": method,
+        "step": 0,
+        "ema": published.is_ema or (family.ema and published.family != "generator"),
+        "config_sha256": "",
+        "assumed": tuple(name for name, is_guessed in guessed.items() if is_guessed),
+    }
 
 
-def _exact_grid(timesteps: tuple[float, ...]) -> StepGrid:
-    return StepGrid(sigmas=(*(timestep / 1000.0 for timestep in timesteps), 0.0), timesteps=timesteps)
+def _exact_sigmas(timesteps: tuple[float, ...]) -> tuple[float, ...]:
+    return (*(timestep / 1000.0 for timestep in timesteps), 0.0)

@@ -8,17 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import atomic_folder
 from codmd_serve.student_scheduler import StudentScheduler
+from codmd_serve.textfiles import read_json_object
 from codmd_serve.wan.checkpoint import StudentSpec, read_spec, resolve_base
+from codmd_serve.wan.hub import INDEX_FILE, STUDENT_PARTS
+from codmd_serve.wan.stated import DMD2_KEY, dmd2_config
 
-INDEX_FILE = "model_index.json"
 # Of the base; the transformer is the student's and the scheduler its step list.
-COPIED_PARTS = ("tokenizer", "text_encoder", "vae")
+COPIED_PARTS = STUDENT_PARTS
 
 _CARD = """\
 # A {num_steps}-step student of {base_model}
@@ -72,7 +71,7 @@ def save_pipeline(bundle: Path, folder: Path) -> None:
     spec = read_spec(bundle)
     check_stock_pipeline(spec.sigmas)
     base = _local_base(bundle, spec)
-    index = _student_index(base)
+    index = _student_index(base, spec)
     try:
         with atomic_folder(folder) as fresh:
             for part in COPIED_PARTS:
@@ -87,31 +86,28 @@ def save_pipeline(bundle: Path, folder: Path) -> None:
 
 
 def _local_base(bundle: Path, spec: StudentSpec) -> Path:
-    base, is_local = resolve_base(bundle, spec.base)
-    if not is_local:
-        patterns = [INDEX_FILE, *(f"{part}/*" for part in COPIED_PARTS)]
-        try:
-            base = snapshot_download(base, allow_patterns=patterns)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise CheckpointError(f"base {base} cannot be downloaded: {type(error).__name__}") from error
-    missing = [name for name in (INDEX_FILE, *COPIED_PARTS) if not (Path(base) / name).exists()]
+    base = resolve_base(bundle, spec.base)
+    missing = [name for name in (INDEX_FILE, *COPIED_PARTS) if not (base / name).exists()]
     if missing:
         raise CheckpointError(f"base {base} is no complete pipeline: it has no {missing[0]}")
-    return Path(base)
+    return base
 
 
-def _student_index(base: Path) -> dict[str, Any]:
+def _student_index(base: Path, spec: StudentSpec) -> dict[str, Any]:
     path = base / INDEX_FILE
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(index, dict) or index.get("_class_name") != "WanPipeline":
+    index = read_json_object(path, CheckpointError)
+    if index.get("_class_name") != "WanPipeline":
         raise CheckpointError(f"{path} must be of a WanPipeline")
     second = index.get("transformer_2")
     if second is not None and second != [None, None]:
         raise CheckpointError(f"{base} has two transformers, a student is one")
-    return {**index, "scheduler": [StudentScheduler.__module__, StudentScheduler.__name__]}
+    # What the base says of its own steps, if anything, does not hold for the student.
+    kept = {key: value for key, value in index.items() if not key.startswith("dmd")}
+    return {
+        **kept,
+        "scheduler": [StudentScheduler.__module__, StudentScheduler.__name__],
+        DMD2_KEY: dmd2_config(spec.timesteps, spec.sampler),
+    }
 
 
 def _card(spec: StudentSpec) -> str:

@@ -50,14 +50,14 @@ def fit_preview(decoder: StreamingDecoder) -> PreviewMap:
     return tuple((row[0], row[1], row[2]) for row in rows)
 
 
-def preview_map_of_base(source: Path | str, is_local: bool) -> PreviewMap:
+def preview_map_of_base(folder: Path | str) -> PreviewMap:
     """Fit the map of a base pipeline on the CPU; empty, with a warning, where its VAE cannot be used.
 
     Args:
-        source, is_local: folder or hub id, as `resolve_base` returns them.
+        folder: of the pipeline.
     """
     try:
-        vae = load_module(AutoencoderKLWan, source, "vae", is_local, torch_dtype=torch.float32)
+        vae = load_module(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32)
         return fit_preview(StreamingDecoder(vae.requires_grad_(False).eval()))
     except (CheckpointError, RuntimeError, ValueError, TypeError) as error:
         # Previews are no part of the student: an engine that loads it with another VAE fits them then.

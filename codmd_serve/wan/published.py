@@ -1,44 +1,58 @@
-"""Published Wan weights as their authors store them: reads, recognises and refuses them by their keys, never by name.
+"""Published Wan weights as their authors store them: recognised and refused by their keys, never by their file names.
 
 Knows nothing of bundles or sampling.
 
 Legend: a naming is how the tensors are called. `original` are the names of the Wan2.1 repository, `diffusers` those of
-WanTransformer3DModel, `lora` are low-rank updates in any of the three namings that diffusers reads.
+WanTransformer3DModel, `lora` are low-rank updates and differences under either.
 """
 
-import json
-import pickle
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from codmd_serve.errors import CheckpointError
-from codmd_serve.files import first_line
+from codmd_serve.textfiles import shown
+from codmd_serve.wan.statements import LORA_KEY, Statement, statement_of
+from codmd_serve.wan.tensorfiles import EXPECTED, Stored, read_stored
 
-EXPECTED = (
-    "expected a CoDMD, CausVid or Self-Forcing .pt (generator, generator_ema), an rCM .pt (net.*), safetensors or a "
-    ".pt with Wan's own names, a LoRA file, or a diffusers folder"
-)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What FSDP, activation checkpointing and torch.compile put into the middle of a name.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-# What trainers and other tools put before it; longer ones first, each is tried once.
-PREFIXES = ("module.", "net.", "model.diffusion_model.", "diffusion_model.", "model.")
+# First words of Wan's parameter names, in both namings; what stands before them was put there by a trainer or a tool.
+ROOTS = (
+    "blocks",
+    "patch_embedding",
+    "text_embedding",
+    "time_embedding",
+    "time_projection",
+    "head",
+    "condition_embedder",
+    "proj_out",
+    "scale_shift_table",
+)
+UNDERSCORED = re.compile(r"^lora_[a-z]+_(?=(" + "|".join(ROOTS) + r")(_|\.|$))")
 BLOCK = re.compile(r"(^|[._])blocks[._]\d+[._]")
-LORA_PARTS = re.compile(r"\.lora_(A|B|down|up)\b")
+# Networks that training keeps beside the student.
+HELPERS = ("critic", "fake_score", "real_score", "teacher", "discriminator", "optimizer")
+EMA = re.compile(r"(^|_)ema(_|$)")
+MAX_DEPTH = 6
 CAUSAL = (
     "it is causal (autoregressive): it needs a pipeline with a key-value cache that makes one group of frames after "
     "the other, and would make broken videos here; convert a bidirectional checkpoint"
 )
+IMAGE_TO_VIDEO = "it is an image-to-video model; only text to video is served: convert a T2V release"
 REFUSED = (
     (r"causal", CAUSAL),
+    (
+        r"dora_scale|lora_magnitude|hada_w|lokr_w|oft_|boft_",
+        "it is a DoRA, LoHa, LoKr or OFT update, which is no plain up @ down: merge it with the tool that made it, as "
+        "`merge_and_unload` of PEFT or ComfyUI's ModelSave do, then convert the result",
+    ),
     (
         r"(^|\.)to_gate_compress\.",
         "it was trained with VSA, a sparse attention (to_gate_compress): with full attention it is another model; "
@@ -50,96 +64,191 @@ REFUSED = (
         "convert the rCM checkpoint that it was made from",
     ),
     (
-        r"int8_weight|(^|[._])(weight_scale|scale_weight|scale_input|scales?|qweight|qzeros|absmax)$",
+        r"int8_weight|(^|[._])(weight_scale(_2)?|scale_weight|scale_input|input_scale|scales?|qweight|qzeros|absmax"
+        r"|scaled_fp8)$",
         "it is quantised: rounded weights cannot be turned back; convert the bfloat16 or float32 release",
     ),
-    (
-        r"(^|[._])(k_img|v_img|img_emb|add_k_proj|add_v_proj|image_embedder)[._]",
-        "it is an image-to-video model; only text to video is served: convert a T2V release",
-    ),
+    (r"(^|[._])(k_img|v_img|img_emb|add_k_proj|add_v_proj|image_embedder)[._]", IMAGE_TO_VIDEO),
     (
         r"vace_|motion_encoder|face_adapter|pose_patch_embedding|control_adapter",
         "it is a controlled model (VACE, Animate or the like); only text to video is served: convert a T2V release",
     ),
-    (
-        r"dora_scale|lora_magnitude|hada_w|lokr_w",
-        "it is a DoRA, LoHa or LoKr update, which diffusers' loader drops or cannot merge; merge it with the tool that "
-        "made it, then convert the result",
-    ),
 )
+# Channels that the first convolution of Wan's image-to-video networks reads: latents, a mask and the image's latents.
+IMAGE_CHANNELS = (20, 36)
+PATCH_VALUES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
     """Weights as found, on the CPU.
 
-    Args:
+    Attributes:
         family: how they are published: generator, generator_ema, rcm, original, diffusers or lora.
         naming: original, diffusers or lora.
         weights: by name, wrapper and prefix taken off; any floating dtype.
         config: config.json beside the weights; empty where there is none.
+        statements: what stands beside an update's tensors about its strength.
+        part: the container or prefix that they were under; empty for none.
+        left_out: other parts that hold tensors.
+        is_ema: they were under a name that says so.
+        says_attention: something beside the weights tells causal from bidirectional ones, and it is not causal.
     """
 
     family: str
     naming: str
     weights: dict[str, Tensor]
     config: Mapping[str, Any]
+    statements: tuple[Statement, ...] = ()
+    part: str = ""
+    left_out: tuple[str, ...] = ()
+    is_ema: bool = False
+    says_attention: bool = False
 
 
-def read_published(path: Path) -> Published:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The tensors under one container and prefix, by plain name."""
+
+    name: str
+    weights: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def naming(self) -> str | None:
+        """How the tensors are called; None for no Wan network and no update of one."""
+        lora = [match["part"] for match in map(LORA_KEY.fullmatch, self.weights) if match]
+        if any(part.startswith(("lora_A", "lora_B", "lora_d", "lora_u", "lora.", "diff")) for part in lora):
+            return "lora"
+        if "patch_embedding.weight" in self.weights:
+            if "head.modulation" in self.weights:
+                return "original"
+            if any(name.startswith("condition_embedder.") for name in self.weights):
+                return "diffusers"
+        return None
+
+    @property
+    def words(self) -> list[str]:
+        return self.name.split(".")
+
+    @property
+    def is_ema(self) -> bool:
+        return any(EMA.search(word) for word in self.words)
+
+    @property
+    def is_helper(self) -> bool:
+        return any(word.startswith(HELPERS) for word in self.words)
+
+
+def read_published(path: Path, key: str | None = None) -> Published:
     """Read a published checkpoint and tell its family from its keys.
 
     Args:
-        path: a .pt or .safetensors file under any name, a folder of safetensors, or a diffusers pipeline folder.
+        path: a .pt or .safetensors file under any name, a folder of them, or a diffusers pipeline folder.
+        key: which of several networks, by the name of its container or prefix, for example ema; None is the only
+            student, a moving average before raw weights.
 
     Raises:
-        CheckpointError: not there, truncated, holding pickled objects, of no known family, or of one that cannot be
-            served here (causal, sparse attention, quantised, image to video); the message says what to do.
+        CheckpointError: not there, truncated, holding pickled objects, of no known family, holding several students,
+            or of a family that cannot be served here (causal, sparse attention, quantised, image to video); the
+            message says what to do.
     """
-    state, config = _read_folder(path) if path.is_dir() else (_read_file(path), {})
-    _refuse_causal_settings(path, state, config)
-    container = next((name for name in ("generator_ema", "generator") if isinstance(state.get(name), dict)), None)
-    found = state if container is None else state[container]
-    tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    # Transformer Engine keeps scaling factors of its own beside the weights; they say nothing in other precisions.
-    weights = {_plain_name(key): tensor for key, tensor in tensors.items() if not key.endswith("_extra_state")}
+    stored = read_stored(path)
+    said = _refuse_settings(path, stored)
+    parts = list(_parts(stored.state))
+    chosen = _choose(path, stored.state, parts, key)
+    weights = chosen.weights
     if any(BLOCK.search(name) for name in weights):
         _refuse(path, weights)
-    naming = _naming(weights)
-    if naming is None:
-        keys = ", ".join(sorted(map(str, found))[:3]) or "nothing"
-        raise CheckpointError(f"{path} holds no Wan weights of a known family: {EXPECTED}; got {keys}")
-    return Published(family=_family(container, naming, weights), naming=naming, weights=weights, config=config)
+    naming = chosen.naming
+    assert naming is not None
+    others = tuple(sorted({part.words[0] or "other tensors" for part in parts if part is not chosen}))
+    return Published(
+        family=_family(chosen, naming),
+        naming=naming,
+        weights=weights,
+        config=stored.config,
+        statements=(*stored.statements, *_nested_statements(stored.state, str(path))) if naming == "lora" else (),
+        part=chosen.name,
+        left_out=others,
+        is_ema=chosen.is_ema,
+        says_attention=said or "_class_name" in stored.config,
+    )
 
 
-def _naming(weights: Mapping[str, Tensor]) -> str | None:
-    if any(LORA_PARTS.search(name) for name in weights):
-        return "lora"
-    if "patch_embedding.weight" in weights:
-        if "head.modulation" in weights:
-            return "original"
-        if any(name.startswith("condition_embedder.") for name in weights):
-            return "diffusers"
-    return None
+def plain_name(key: str) -> tuple[str | None, str]:
+    """Split a tensor's name into what trainers and tools put before it, and its name in the network.
 
-
-def _family(container: str | None, naming: str, weights: Mapping[str, Tensor]) -> str:
-    if naming == "lora":
-        return "lora"
-    if weights["patch_embedding.weight"].ndim == 2:
-        return "rcm"
-    return container or naming
-
-
-def _plain_name(key: str) -> str:
+    Returns:
+        The prefix, or None where no parameter of Wan has such a name, and the rest without wrappers.
+    """
     for wrapper in WRAPPERS:
         key = key.replace(wrapper, "")
-    # LoRA names keep their prefix: diffusers tells the three namings apart by it.
-    if LORA_PARTS.search(key) or key.endswith((".alpha", ".diff", ".diff_b")):
-        return key
-    for prefix in PREFIXES:
-        key = key.removeprefix(prefix)
-    return key
+    match = UNDERSCORED.match(key)
+    if match:
+        return match[0], key[match.end() :]
+    words = key.split(".")
+    start = next((index for index, word in enumerate(words) if word in ROOTS), None)
+    if start is None:
+        return None, key
+    return "".join(f"{word}." for word in words[:start]), ".".join(words[start:])
+
+
+def _parts(state: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[_Part]:
+    """Yield every group of tensors in a state, by container and prefix."""
+    flat = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    # Transformer Engine keeps scaling factors of its own beside the weights; they say nothing in other precisions.
+    split = {key: plain_name(key) for key in flat if not key.endswith("_extra_state")}
+    prefixes = {prefix for prefix, _ in split.values() if prefix is not None}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, (prefix, plain) in split.items():
+        if prefix is None:
+            # A name that is not Wan's belongs to the network under whose prefix it stands.
+            prefix = max((known for known in prefixes if plain.startswith(known)), key=len, default="")
+            plain = plain.removeprefix(prefix)
+        groups.setdefault(prefix, {})[plain] = flat[key]
+    for prefix, weights in groups.items():
+        words = re.sub(r"^lora_[a-z]+_$", "", prefix).strip(".")
+        yield _Part(".".join((*path, words)) if words else ".".join(path), weights)
+    if len(path) < MAX_DEPTH:
+        for key, value in state.items():
+            if isinstance(value, Mapping):
+                yield from _parts(value, (*path, str(key)))
+
+
+def _choose(path: Path, state: Mapping[Any, Any], parts: list[_Part], key: str | None) -> _Part:
+    found = [part for part in parts if part.naming is not None]
+    names = ", ".join(sorted(shown(part.name or "the file itself") for part in found))
+    if key is not None:
+        chosen = [part for part in found if f".{key}." in f".{part.name}."]
+        if len(chosen) != 1:
+            raise CheckpointError(
+                f"{path} holds {len(chosen)} Wan networks under --key {shown(key)}; it holds: {names or 'none'}"
+            )
+        return chosen[0]
+    if not found:
+        for part in parts:
+            if any(BLOCK.search(name) for name in part.weights):
+                _refuse(path, part.weights)
+        tensors = sorted(name for part in parts for name in part.weights)
+        keys = ", ".join(shown(name).strip("'") for name in (tensors or sorted(map(str, state)))[:3]) or "nothing"
+        raise CheckpointError(f"{path} holds no Wan weights of a known family: {EXPECTED}; got {keys}")
+    students = [part for part in found if not part.is_helper]
+    if not students:
+        raise CheckpointError(f"{path} holds no student, only {names}; --key NAME takes one of them all the same")
+    averages = [part for part in students if part.is_ema]
+    chosen = averages or students
+    if len(chosen) != 1:
+        raise CheckpointError(f"{path} holds {len(chosen)} networks: {names}; say which with --key")
+    return chosen[0]
+
+
+def _family(part: _Part, naming: str) -> str:
+    if naming == "lora":
+        return "lora"
+    if part.weights["patch_embedding.weight"].ndim == 2:
+        return "rcm"
+    container = next((word for word in part.words if word in ("generator_ema", "generator")), None)
+    return container or naming
 
 
 def _refuse(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -148,120 +257,53 @@ def _refuse(path: Path, weights: Mapping[str, Tensor]) -> None:
         if name is not None:
             raise CheckpointError(f"{path} cannot be served ({name}): {reason}")
     for name, tensor in weights.items():
-        if tensor.dtype not in FLOAT_DTYPES and not name.endswith(".alpha"):
+        match = LORA_KEY.fullmatch(name)
+        if tensor.dtype not in FLOAT_DTYPES and not (match and match["part"].endswith(("alpha", "rank"))):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            what = "it has twice the digits of any release" if dtype == "float64" else "it is quantised, or no network"
             raise CheckpointError(
-                f"{path} cannot be served ({name} is {str(tensor.dtype).removeprefix('torch.')}): it is quantised, or "
-                "no network; convert a float32, bfloat16 or float16 release"
+                f"{path} cannot be served ({name} is {dtype}): {what}; convert a float32, bfloat16 or float16 release"
             )
-
-
-def _refuse_causal_settings(path: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Causality does not show in the names of Wan's tensors, so settings that say it are looked for everywhere else."""
-    nested = [value for value in state.values() if isinstance(value, Mapping)]
-    for settings in (config, state, *nested):
-        flagged = any(settings.get(key) is True for key in ("causal", "is_causal"))
-        if flagged or "causal" in str(settings.get("_class_name", "")).lower():
-            raise CheckpointError(f"{path} cannot be served: {CAUSAL}")
-
-
-def _read_file(path: Path) -> dict[Any, Any]:
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}: {EXPECTED}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    if start[:4] == b"GGUF":
-        raise CheckpointError(f"{path} cannot be served: GGUF is quantised; convert a bfloat16 or float32 release")
-    is_zip = start[:2] == b"PK"
-    if is_zip or start[:1] == b"\x80":
-        return _read_pickle(path, is_zip)
-    if start[8:9] == b"{":
-        return _read_safetensors(path)
-    found = "an empty file" if not start else f"a file that starts with {start[:8]!r}"
-    raise CheckpointError(f"{path} is neither safetensors nor a torch file: {EXPECTED}; got {found}")
-
-
-def _read_pickle(path: Path, is_zip: bool) -> dict[Any, Any]:
-    try:
-        if is_zip and path.suffix != ".safetensors":
-            # Mapped: a training checkpoint carries a critic of the same size, which is then never read from disk.
-            state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-        else:
-            # torch believes the name where it sees one: a torch file that is called .safetensors goes in without it.
-            with path.open("rb") as file:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the pickled object {name[1]}" if name else "pickled objects, or is damaged"
+    patch = weights.get("patch_embedding.weight")
+    if patch is not None and patch.ndim > 1 and patch[0].numel() in [PATCH_VALUES * n for n in IMAGE_CHANNELS]:
+        channels = patch[0].numel() // PATCH_VALUES
         raise CheckpointError(
-            f"{path} holds {what}: only tensors are read, because unpickling runs code; ask for safetensors, or save "
-            "its tensors alone where you trust it"
-        ) from error
-    except Exception as error:  # zip, pickle and torch each raise their own kinds
-        raise CheckpointError(
-            f"{path} is truncated, damaged or no torch file ({_first_sentence(error)}); fetch it again"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds one {type(state).__name__}, no dictionary of tensors: {EXPECTED}")
-    return state
-
-
-def _read_safetensors(path: Path) -> dict[Any, Any]:
-    try:
-        tensors: dict[Any, Any] = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({_first_sentence(error)}); fetch it again") from error
-    return tensors
-
-
-def _read_folder(folder: Path) -> tuple[dict[Any, Any], Mapping[str, Any]]:
-    if (folder / "student.json").exists():
-        raise CheckpointError(f"{folder} is a student bundle already: codmd-serve serve --bundle {folder}")
-    if (folder / "transformer_2").is_dir():
-        raise CheckpointError(
-            f"{folder} cannot be served: it holds two networks, for high and low noise (Wan2.2); "
-            "convert a Wan2.1 release"
+            f"{path} cannot be served (patch_embedding.weight reads {channels} channels): {IMAGE_TO_VIDEO}"
         )
-    if (folder / "transformer").is_dir():
-        folder = folder / "transformer"
-    config_file = folder / "config.json"
-    config = _read_json(config_file) if config_file.is_file() else {}
-    state: dict[Any, Any] = {}
-    for part in _parts(folder):
-        state |= _read_safetensors(part)
-    return state, config
 
 
-def _parts(folder: Path) -> list[Path]:
-    """Return the safetensors files that make one network: those of the index, or the only one there is."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    if len(indices) == 1:
-        weight_map = _read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{indices[0]} has no weight_map: fetch it again")
-        files = [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
-    elif len(files) != 1:
-        found = f"{len(files)} of them and {len(indices)} indices"
-        raise CheckpointError(f"{folder} must hold one .safetensors, or several and their index, got {found}")
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(files)} parts, the first is {missing[0]}")
-    return files
+def _refuse_settings(path: Path, stored: Stored) -> bool:
+    """Refuse causal and image-to-video settings; return whether any setting says that the network is not causal.
+
+    Causality does not show in the names of Wan's tensors, so settings that say it are looked for everywhere else.
+    """
+    says_not = False
+    for settings in (stored.config, stored.header, *_settings(stored.state)):
+        for key in ("causal", "is_causal"):
+            value = settings.get(key)
+            if value is True or str(value).lower() in ("true", "1"):
+                raise CheckpointError(f"{path} cannot be served: {CAUSAL}")
+            says_not = says_not or (value is False or str(value).lower() in ("false", "0"))
+        if "causal" in str(settings.get("_class_name", "")).lower():
+            raise CheckpointError(f"{path} cannot be served: {CAUSAL}")
+        kind = str(settings.get("model_type", "")).lower()
+        if kind in ("i2v", "flf2v") or settings.get("image_dim") is not None:
+            raise CheckpointError(f"{path} cannot be served (its config.json says so): {IMAGE_TO_VIDEO}")
+    return says_not
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold one JSON object, got {type(data).__name__}")
-    return data
+def _settings(state: Mapping[Any, Any], depth: int = 0) -> Iterator[Mapping[Any, Any]]:
+    yield state
+    if depth < MAX_DEPTH:
+        for value in state.values():
+            if isinstance(value, Mapping):
+                yield from _settings(value, depth + 1)
 
 
-def _first_sentence(error: Exception) -> str:
-    # torch goes on for several sentences.
-    return first_line(error).split(". ")[0]
+def _nested_statements(state: Mapping[Any, Any], source: str) -> list[Statement]:
+    """Strengths that a torch file keeps beside an update's tensors, as {"lora_config": {"r": 16, "lora_alpha": 8}}."""
+    found = []
+    for settings in _settings(state):
+        if "lora_alpha" in settings and not isinstance(settings["lora_alpha"], Tensor):
+            found.append(statement_of("its own settings", settings, source))
+    return [statement for statement in found if statement is not None]

@@ -5,16 +5,14 @@ Legend: B prompts, L positions, D width of the text encoder.
 
 import contextlib
 import hashlib
-import html
 import itertools
 import logging
-import re
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,6 +22,8 @@ from codmd_serve.config import TEXT_ENCODERS
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import atomic_file
 from codmd_serve.grammar import Grammar
+from codmd_serve.prompts import clean_prompt as clean_prompt
+from codmd_serve.prompts import is_blank
 from codmd_serve.wan.attention import compact_prompt_embeds
 
 MAX_SEQUENCE_LENGTH = 512
@@ -32,13 +32,7 @@ NUM_VALUES_HASHED = 4096
 # Weights may take this share of a device; the rest is for what a video needs.
 WEIGHTS_SHARE = 0.6
 
-log = logging.getLogger(__name__)
-
-
-def clean_prompt(prompt: str) -> str:
-    """Repair mojibake, undo HTML entities, also doubly escaped ones, and collapse white space, as Wan does."""
-    repaired = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", repaired.strip()).strip()
+logger = logging.getLogger(__name__)
 
 
 def encode_prompts(
@@ -88,8 +82,8 @@ def prompt_warnings(
         grammar: of the only captions the model knows; None when it takes any text.
 
     Returns:
-        At most three sentences: the words outside the vocabulary, how the prompt differs from every caption the model
-        knows and the nearest one, and where a long prompt was cut.
+        At most four sentences: the words and symbols outside the vocabulary, how the prompt differs from every caption
+        the model knows and the nearest one, that nothing is left of it, and where a long prompt was cut.
     """
     cleaned = clean_prompt(prompt)
     warnings = []
@@ -100,17 +94,24 @@ def prompt_warnings(
             for token_id, (start, end) in zip(tokens.input_ids, tokens.offset_mapping, strict=True)
             if token_id == tokenizer.unk_token_id
         ]
-        words = list(dict.fromkeys(span for span in spans if any(char.isalnum() for char in span)))
+        words = list(dict.fromkeys(span for span in spans if _says_something(span)))
         if words:
             warnings.append(f"words outside the vocabulary of this model: {', '.join(words)}")
-        num_tokens = len(tokens.input_ids)
+        ids = tokens.input_ids
     else:
-        num_tokens = len(tokenizer(cleaned).input_ids)
+        ids = tokenizer(cleaned).input_ids
     if grammar is not None and (outside := grammar.warning(cleaned)) is not None:
         warnings.append(outside)
-    if num_tokens > max_sequence_length:
-        warnings.append(f"prompt cut to its first {max_sequence_length} of {num_tokens} tokens")
+    if not set(ids) - set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} and tokenizer.unk_token_id not in ids:
+        warnings.append("nothing of this prompt reaches the text encoder: its tokenizer drops all of it")
+    if len(ids) > max_sequence_length:
+        warnings.append(f"prompt cut to its first {max_sequence_length} of {len(ids)} tokens")
     return warnings
+
+
+def _says_something(span: str) -> bool:
+    """Whether a span is more than punctuation: letters, digits, and symbols such as emoji."""
+    return not is_blank(span) and any(not unicodedata.category(char).startswith("P") for char in span)
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -243,10 +244,10 @@ class PromptEmbedder:
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
-            log.warning("text_cache=damaged file=%s reason=%r", path.name, str(error))
+            logger.warning("text_cache=damaged file=%s reason=%r", path.name, str(error))
             return None
         if expected != _checksum(embeds_BLD):
-            log.warning("text_cache=damaged file=%s reason=checksum", path.name)
+            logger.warning("text_cache=damaged file=%s reason=checksum", path.name)
             return None
         return embeds_BLD
 
@@ -263,4 +264,4 @@ def _write(path: Path, embeds_BLD: Tensor) -> None:
         with atomic_file(path) as temporary:
             save_file({"prompt_embeds": embeds_BLD}, temporary, metadata={"blake2b": _checksum(embeds_BLD)})
     except (OSError, SafetensorError) as error:
-        log.warning("text_cache=unwritable file=%s reason=%r", path.name, str(error))
+        logger.warning("text_cache=unwritable file=%s reason=%r", path.name, str(error))

@@ -1,10 +1,10 @@
-"""The authors' iteration, said again in this project's words, to measure ours against; nothing trains with it.
+"""The authors' training iteration, reimplemented as a baseline for `bench-step`; nothing trains with it.
 
-Source: CoDMD, copula_dmd/dmd.py@6a8259b: a rollout always makes all its steps but the last without gradient, gathers
-one of the states and calls the network on it again; the guided teacher is two calls; every prompt has its padding; x0
-goes through float64 and back, and the critic's flow is recovered from it. `Rung` takes these back one by one.
+Source: CoDMD, copula_dmd/dmd.py@6a8259b. A rollout always runs all steps but the last without gradient, picks one of
+the states and calls the network on it again. The guided teacher is two calls. Every prompt keeps its padding. x0 goes
+through float64 and back, and the critic's flow is recovered from it. `Ablation` removes these one by one.
 
-Layout: B batch, C channels, F latent frames, H, W latent pixels, L prompt positions, D text width.
+Legend: B batch, C channels, F latent frames, H and W latent rows and columns, L prompt positions, D text width.
 """
 
 from dataclasses import dataclass, replace
@@ -27,8 +27,8 @@ NUM_PADDED_POSITIONS = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rung:
-    """What of the authors' iteration is kept; all True is theirs. Losses are the same on every rung."""
+class Ablation:
+    """Which parts of the authors' iteration are kept; all True is theirs. No part changes the losses."""
 
     padded_prompts: bool = True
     full_rollout: bool = True
@@ -36,7 +36,7 @@ class Rung:
 
 
 def padded_batch(batch: Batch) -> Batch:
-    """Give prompts of one batch their zeros back; `batch` must not be trimmed below its own prompts."""
+    """Pad the prompts of a batch with zeros to 512 positions."""
     num_missing = NUM_PADDED_POSITIONS - batch.prompt_embeds.shape[1]
     return replace(
         batch,
@@ -45,25 +45,25 @@ def padded_batch(batch: Batch) -> Batch:
     )
 
 
-def restated_student_step(
-    networks: Networks, batch: Batch, draws: MatchingDraws, config: DistillConfig, rung: Rung
+def authors_student_step(
+    networks: Networks, batch: Batch, draws: MatchingDraws, config: DistillConfig, ablation: Ablation
 ) -> StepResult:
-    """Compute the student's loss of codmd; equals `step.student_step` under reference_compat up to rounding.
+    """Compute the student's loss of codmd; equals `matching.student_step` under reference_compat up to rounding.
 
     Args:
         networks: the student gets the gradient.
-        batch: padded as the rung says.
+        batch: padded if the ablation keeps the padding.
         draws: with rollout_noise for every step of the grid, whatever the exit step.
         config: method codmd, frame term only.
-        rung: what is kept of the authors' way.
+        ablation: parts of the authors' iteration to keep.
     """
-    student_x0 = _sample(denoiser(networks.student, networks.precision), batch, draws, config, rung, with_grad=True)
+    student_x0 = _sample(denoiser(networks.student, networks.precision), batch, draws, config, ablation, with_grad=True)
     with torch.no_grad():
         latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
         timestep, sigma = draws.score_timestep, draws.score_sigma
         critic = denoiser(networks.critic, networks.precision)
         critic_x0 = _to_x0(latents, critic(latents, timestep, batch.prompt_embeds), sigma)
-        cond_x0, uncond_x0 = _teacher_x0(networks, batch, latents, timestep, sigma, rung)
+        cond_x0, uncond_x0 = _teacher_x0(networks, batch, latents, timestep, sigma, ablation)
         # Theirs is cond + g * (cond - uncond): g is one less than guidance_scale.
         teacher_x0 = cond_x0 + (config.guidance_scale - 1.0) * (cond_x0 - uncond_x0)
         distance = (student_x0 - teacher_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -85,11 +85,13 @@ def restated_student_step(
     return StepResult(loss=loss_dmd + copula.scale * copula.weight_frame * terms.frame, metrics={})
 
 
-def restated_critic_step(
-    networks: Networks, batch: Batch, draws: MatchingDraws, config: DistillConfig, rung: Rung
+def authors_critic_step(
+    networks: Networks, batch: Batch, draws: MatchingDraws, config: DistillConfig, ablation: Ablation
 ) -> StepResult:
-    """Compute the critic's loss; equals `step.critic_step` up to rounding. Arguments as above."""
-    student_x0 = _sample(denoiser(networks.student, networks.precision), batch, draws, config, rung, with_grad=False)
+    """Compute the critic's loss; equals `scores.critic_step` up to rounding. Arguments as above."""
+    student_x0 = _sample(
+        denoiser(networks.student, networks.precision), batch, draws, config, ablation, with_grad=False
+    )
     latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
     critic = denoiser(networks.critic, networks.precision)
     critic_x0 = _to_x0(latents, critic(latents, draws.score_timestep, batch.prompt_embeds), draws.score_sigma)
@@ -98,11 +100,11 @@ def restated_critic_step(
 
 
 def _teacher_x0(
-    networks: Networks, batch: Batch, latents: Tensor, timestep: Tensor, sigma: Tensor, rung: Rung
+    networks: Networks, batch: Batch, latents: Tensor, timestep: Tensor, sigma: Tensor, ablation: Ablation
 ) -> tuple[Tensor, Tensor]:
     teacher = denoiser(networks.teacher, networks.precision)
     both = (batch.prompt_embeds, batch.negative_prompt_embeds)
-    if rung.two_teacher_calls:
+    if ablation.two_teacher_calls:
         cond_x0, uncond_x0 = (_to_x0(latents, teacher(latents, timestep, embeds), sigma) for embeds in both)
         return cond_x0, uncond_x0
     flows = teacher(torch.cat([latents, latents]), torch.cat([timestep, timestep]), torch.cat(both)).chunk(2)
@@ -110,10 +112,10 @@ def _teacher_x0(
 
 
 def _sample(
-    denoise: Denoise, batch: Batch, draws: MatchingDraws, config: DistillConfig, rung: Rung, *, with_grad: bool
+    denoise: Denoise, batch: Batch, draws: MatchingDraws, config: DistillConfig, ablation: Ablation, *, with_grad: bool
 ) -> Tensor:
     grid = config.grid()
-    if not rung.full_rollout:
+    if not ablation.full_rollout:
         return student_sample(denoise, batch, draws, grid, "sde", with_grad=with_grad)
     states = [draws.rollout_noise[0]]
     with torch.no_grad():

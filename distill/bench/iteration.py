@@ -1,8 +1,8 @@
-"""`codmd-distill bench-step`: time of our training iteration beside the authors', with the share of each reason.
+"""`codmd-distill bench-step`: time of our training iteration beside the authors', with the share of each difference.
 
-Variants take turns within each trial, in an order that changes, so that a busy machine burdens them alike. Time is
-that of the process on its one thread, which other processes cannot add to, and of the clock. Exit steps are stratified:
-over 4 trials student and critic leave at each of the 4 steps equally often, as they do on average.
+Variants run in turn within each trial, in an order that rotates, so that load on the machine affects all alike. CPU
+time of the one thread is reported, which other processes do not add to, and wall-clock time. Exit steps are stratified:
+over 4 trials student and critic stop at each of the 4 steps equally often, as they do on average.
 """
 
 import argparse
@@ -26,20 +26,25 @@ if TYPE_CHECKING:
     from distill.networks.build import Networks
     from distill.networks.ema import Ema
 
-# The authors' iteration first; each further variant takes one more thing back, the last is what we run.
+# From the authors' iteration to ours: each variant removes one more difference.
 VARIANTS = ("authors", "prompts trimmed", "rollout stops at its exit", "one teacher call", "ours")
-TOLERANCE = 1e-3  # relative, of a loss that sums a million float32 products in another order
+TOLERANCE = 1e-3  # relative: losses sum a million float32 products in another order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """One variant with networks and optimizers of its own; `losses` is (role, step, exit step) -> loss."""
+    """One variant with networks and optimizers of its own.
+
+    Attributes:
+        losses: (role, iteration, exit step) -> loss.
+        ema: None for the authors' variants, which have no moving average.
+    """
 
     name: str
     networks: "Networks"
     losses: Callable[[str, int, int], "Tensor"]
     optimizers: dict[str, Any]
-    ema: "Ema | None"  # ours only: the authors have none
+    ema: "Ema | None"
 
 
 def add_bench_step_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +74,7 @@ def run_bench_step(args: argparse.Namespace) -> int:
 
 
 def bench_config(base: str, batch_size: int) -> "DistillConfig":
-    """Return the shapeworld recipe in the authors' conventions, so that both compute the same losses."""
+    """Return the shapeworld recipe under the authors' conventions, so that all variants compute the same losses."""
     from distill.config import with_overrides
     from distill.methods.registry import recipe_config
 
@@ -78,7 +83,7 @@ def bench_config(base: str, batch_size: int) -> "DistillConfig":
 
 
 def measure(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
-    """Check that all variants give the same losses, then time them in turns, on one thread of the CPU.
+    """Check that all variants give the same losses, then time them in turn on one CPU thread.
 
     Returns:
         cpu_s and wall_s, seconds per iteration by variant and trial; ratio, ours over the authors' of all trials and
@@ -96,7 +101,7 @@ def measure(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
         arms = build_arms(config)
         loss_error = check_losses(arms)
         for arm in arms:
-            _cycle(arm, config, 0)  # first calls allocate
+            _cycle(arm, config, 0)  # warm-up
         cpu_s: dict[str, list[float]] = {arm.name: [] for arm in arms}
         wall_s: dict[str, list[float]] = {arm.name: [] for arm in arms}
         for trial in range(num_trials):
@@ -131,12 +136,12 @@ def summary(cpu_s: dict[str, list[float]], wall_s: dict[str, list[float]]) -> di
 
 
 def build_arms(config: "DistillConfig") -> list[Arm]:
-    """Return the variants of VARIANTS, all from the same weights."""
+    """Build the variants of VARIANTS from the same weights."""
     import tempfile
 
     import torch
 
-    from distill.bench.authors import Rung
+    from distill.bench.authors import Ablation
     from distill.data.prompts import cached_prompt_data
     from distill.networks.base import open_base
     from distill.run.trainer import native_latents
@@ -145,22 +150,22 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
     with tempfile.TemporaryDirectory() as cache:
         data = cached_prompt_data(config, base, Path(cache), torch.device("cpu"))
     shape = (config.batch_size, *native_latents(config, base))
-    rungs = (
-        Rung(),
-        Rung(padded_prompts=False),
-        Rung(padded_prompts=False, full_rollout=False),
-        Rung(padded_prompts=False, full_rollout=False, two_teacher_calls=False),
+    ablations = (
+        Ablation(),
+        Ablation(padded_prompts=False),
+        Ablation(padded_prompts=False, full_rollout=False),
+        Ablation(padded_prompts=False, full_rollout=False, two_teacher_calls=False),
         None,
     )
-    return [_arm(name, config, base, data, shape, rung) for name, rung in zip(VARIANTS, rungs, strict=True)]
+    return [_arm(name, config, base, data, shape, ablation) for name, ablation in zip(VARIANTS, ablations, strict=True)]
 
 
 def _arm(
-    name: str, config: "DistillConfig", base: "Base", data: "PromptData", shape: tuple[int, ...], rung: Any
+    name: str, config: "DistillConfig", base: "Base", data: "PromptData", shape: tuple[int, ...], ablation: Any
 ) -> Arm:
     import torch
 
-    from distill.bench.authors import padded_batch, restated_critic_step, restated_student_step
+    from distill.bench.authors import authors_critic_step, authors_student_step, padded_batch
     from distill.data.prompts import batch_indices
     from distill.methods.draws import StepResult
     from distill.methods.matching import draw_sample, student_step
@@ -170,7 +175,7 @@ def _arm(
     from distill.streams import named_rng
 
     device, num_steps = torch.device("cpu"), len(config.grid().timesteps)
-    if rung is not None and rung.padded_prompts:
+    if ablation is not None and ablation.padded_prompts:
         # The stock network: ours reads trimmed prompts only.
         student, critic, teacher = (base.load_transformer(torch.float32).eval() for _ in range(3))
         networks = Networks(
@@ -179,24 +184,24 @@ def _arm(
     else:
         networks = build_networks(config, base, device)
     ours: dict[str, Callable[..., StepResult]] = {"student": student_step, "critic": critic_step}
-    theirs = {"student": restated_student_step, "critic": restated_critic_step}
+    theirs = {"student": authors_student_step, "critic": authors_critic_step}
 
-    def losses(role: str, step: int, exit_step: int) -> "Tensor":
-        batch = data.batch(batch_indices(step, data.num_prompts, config.batch_size, config.seed), device)
-        # All noise is drawn, also what an early exit does not need: then every variant gets the same numbers.
-        draws = draw_sample(config, named_rng(config.seed, role, step), shape, num_steps - 1, device)
+    def losses(role: str, iteration: int, exit_step: int) -> "Tensor":
+        batch = data.batch(batch_indices(iteration, data.num_prompts, config.batch_size, config.seed), device)
+        # Noise is drawn for all steps, whatever the exit step, so that every variant gets the same numbers.
+        draws = draw_sample(config, named_rng(config.seed, role, iteration), shape, num_steps - 1, device)
         draws = replace(draws, exit_step=exit_step)
-        if rung is None:
+        if ablation is None:
             return ours[role](networks, batch, draws, config).loss
-        given = padded_batch(batch) if rung.padded_prompts else batch
-        return theirs[role](networks, given, draws, config, rung).loss
+        given = padded_batch(batch) if ablation.padded_prompts else batch
+        return theirs[role](networks, given, draws, config, ablation).loss
 
     rates = {"student": config.optimizer.student_lr, "critic": config.optimizer.critic_lr}
     optimizers = {
         role: torch.optim.AdamW(getattr(networks, role).parameters(), lr=rate, betas=config.optimizer.betas)
         for role, rate in rates.items()
     }
-    ema = Ema(networks.student, config.ema) if rung is None else None
+    ema = Ema(networks.student, config.ema) if ablation is None else None
     return Arm(name=name, networks=networks, losses=losses, optimizers=optimizers, ema=ema)
 
 
@@ -218,11 +223,11 @@ def check_losses(arms: list[Arm]) -> float:
 
 
 def _cycle(arm: Arm, config: "DistillConfig", trial: int) -> None:
-    """Do the iterations of one trial: the student's turn in the first, the critic's in each."""
+    """Run the iterations of one trial: the student's turn in the first, the critic's in each."""
     every = config.student_every_iterations
-    for step in range(trial * every, (trial + 1) * every):
-        for role in ("student", "critic") if step % every == 0 else ("critic",):
-            _update(arm, role, arm.losses(role, step, step % 4), config.optimizer.clip_norm)
+    for iteration in range(trial * every, (trial + 1) * every):
+        for role in ("student", "critic") if iteration % every == 0 else ("critic",):
+            _update(arm, role, arm.losses(role, iteration, iteration % 4), config.optimizer.clip_norm)
 
 
 def _update(arm: Arm, role: str, loss: "Tensor", clip_norm: float | None) -> None:

@@ -3,7 +3,7 @@
 KEY.prompt.txt     the prompt
 KEY.embed.pt       its embedding (L, D), one tensor as torch.save writes it; padding rows are zero
 
-Other members, such as latents, are not read.
+Other members, such as latents, are not read, nor those whose names begin with a dot, which macOS adds.
 """
 
 import io
@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 
 from codmd_serve.errors import ConfigError
-from codmd_serve.wan.attention import prompt_lengths
+from codmd_serve.files import first_line
+from codmd_serve.textfiles import decode_text
+from codmd_serve.wan.attention import NUM_PROMPT_POSITIONS, prompt_lengths
+from distill.data.texts import check_prompt
 
 PROMPT_SUFFIX, EMBED_SUFFIX = ".prompt.txt", ".embed.pt"
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+READ_BYTES = 1 << 20
 
 
 def shard_paths(prompts: str) -> list[Path]:
     """Return the tar shards that the setting `prompts` names, a tar or a folder of them; none for anything else."""
     path = Path(prompts)
     if prompts and path.is_dir():
-        return sorted(path.glob("*.tar"))
-    return [path] if path.suffix == ".tar" else []
+        return sorted(shard for shard in path.glob("*.tar") if not shard.name.startswith("."))
+    return [path] if path.suffix.lower() == ".tar" else []
 
 
 def read_shard_prompts(paths: list[Path]) -> list[str]:
@@ -44,8 +49,9 @@ def read_shards(paths: list[Path], width: int) -> list[tuple[str, Tensor]]:
         width: of the embeddings that the teacher reads.
 
     Raises:
-        ConfigError: a shard that is missing, damaged or empty, a sample without prompt or embedding, an embedding that
-            is no plain tensor, of another shape or not finite; the message names shard and member.
+        ConfigError: a shard that is missing, damaged, cut off or empty, a sample without prompt or embedding or given
+            twice, an embedding that is no plain tensor, of another shape, longer than Wan reads, zero or not finite;
+            the message names shard and member.
     """
     return [
         (prompt, _embedding(f"{path.name}: {key}{EMBED_SUFFIX}", data, width))
@@ -60,22 +66,56 @@ def _members(path: Path) -> dict[str, tuple[str, bytes]]:
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                for suffix, found in ((PROMPT_SUFFIX, prompts), (EMBED_SUFFIX, embeds)):
-                    file = archive.extractfile(member) if member.name.endswith(suffix) else None
-                    if file is not None:
-                        found[member.name.removesuffix(suffix)] = file.read()
-    except (OSError, tarfile.TarError) as error:
-        raise ConfigError(f"prompts {path} cannot be read as a tar: {error}") from error
+                _take(archive, member, {PROMPT_SUFFIX: prompts, EMBED_SUFFIX: embeds}, path)
+            _check_end(archive, path, len(prompts))
+    except ConfigError:
+        raise
+    except Exception as error:  # tar, the compressors and the file system each raise their own kinds
+        raise ConfigError(f"prompts {path} cannot be read as a tar: {first_line(error)}") from error
     alone = sorted(prompts.keys() ^ embeds.keys())
     if alone:
         lacking = PROMPT_SUFFIX if alone[0] in embeds else EMBED_SUFFIX
         raise ConfigError(f"{path.name}: sample {alone[0]} has no {lacking}")
     if not prompts:
         raise ConfigError(f"prompts {path} holds no prompt: expected members KEY{PROMPT_SUFFIX} and KEY{EMBED_SUFFIX}")
-    try:
-        return {key: (prompts[key].decode("utf-8").strip(), embeds[key]) for key in sorted(prompts)}
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path.name}: a prompt is not UTF-8: {error}") from error
+    return {key: (_prompt(f"{path.name}: {key}{PROMPT_SUFFIX}", prompts[key]), embeds[key]) for key in sorted(prompts)}
+
+
+def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, wanted: dict[str, dict[str, bytes]], path: Path) -> None:
+    name = member.name.removeprefix("./")
+    if name.rpartition("/")[2].startswith("."):
+        return
+    for suffix, found in wanted.items():
+        file = archive.extractfile(member) if name.endswith(suffix) else None
+        if file is not None:
+            key = name.removesuffix(suffix)
+            if key in found:
+                raise ConfigError(f"{path.name}: {name} stands there twice; write the shard again")
+            found[key] = file.read()
+
+
+def _check_end(archive: tarfile.TarFile, path: Path, num_samples: int) -> None:
+    """Refuse a tar that goes on behind what was read, or ends before its end: tarfile takes both for a whole one."""
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    if len(block := file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE or block.strip(b"\0"):
+        raise ConfigError(
+            f"prompts {path} is cut off or damaged: {num_samples} samples were found, but not the end of the archive; "
+            "write it again"
+        )
+    while rest := file.read(READ_BYTES):
+        if rest.strip(b"\0"):
+            raise ConfigError(
+                f"prompts {path} goes on behind the end of its archive, after {num_samples} samples: tars are joined "
+                "with `tar --concatenate`, not with cat; or name a folder of both"
+            )
+
+
+def _prompt(where: str, data: bytes) -> str:
+    prompt = decode_text(data, where, ConfigError).strip()
+    check_prompt(prompt, where)
+    return prompt
 
 
 def _embedding(where: str, data: bytes, width: int) -> Tensor:
@@ -83,12 +123,21 @@ def _embedding(where: str, data: bytes, width: int) -> Tensor:
         embeds = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each raise their own kinds
         raise ConfigError(f"{where} is no plain tensor; nothing else in it is loaded or run") from error
-    if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
-        raise ConfigError(f"{where} must be a floating-point tensor, got {type(embeds).__name__}")
+    is_plain = isinstance(embeds, Tensor) and embeds.layout == torch.strided and not embeds.is_meta
+    if not is_plain or embeds.dtype not in FLOAT_DTYPES:
+        kind = f"{embeds.dtype} tensor" if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ConfigError(f"{where} must be a floating-point tensor, got {kind}")
     if embeds.ndim == 3 and embeds.shape[0] == 1:
         embeds = embeds[0]
     if embeds.ndim != 2 or embeds.shape[1] != width or not embeds.shape[0]:
         raise ConfigError(f"{where} must be of shape (L, {width}), got {tuple(embeds.shape)}")
+    # After the conversion: a float64 may be too large for float32.
+    embeds = embeds.detach().float()
     if not bool(embeds.isfinite().all()):
         raise ConfigError(f"{where} has values that are not finite")
-    return embeds[: max(prompt_lengths(embeds[None])[0], 1)].float().clone()
+    length = prompt_lengths(embeds[None])[0]
+    if not 0 < length <= NUM_PROMPT_POSITIONS:
+        what = f"{length} rows that are not zero, Wan reads {NUM_PROMPT_POSITIONS}" if length else "zeros only"
+        raise ConfigError(f"{where} has {what}; embed its prompt again")
+    kept: Tensor = embeds[:length].clone()
+    return kept

@@ -176,11 +176,12 @@ def _holds_samples(path: Path, shape: tuple[int, ...]) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            found = tuple(file.get_slice("x0").get_shape())
+            samples = file.get_slice("x0")
+            found, dtype = tuple(samples.get_shape()), samples.get_dtype()
     except (SafetensorError, OSError) as error:
         logger.warning("shard made anew path=%s reason=%s", path.name, error)
         return False
-    return found == shape
+    return found == shape and dtype == "F32"
 
 
 def _cache_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> str:
@@ -196,6 +197,5 @@ def _cache_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> 
         None if base.is_local else base.source,
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    if base.is_local:
-        add_module_files(digest, Path(base.source), ("transformer",))
+    add_module_files(digest, base.folder, ("transformer",))
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from distill.evaluate.stats import NUM_RESAMPLES, Interval, clustered_mean, pair
 DEPENDENCE = "dependence"
 HEADROOM_METRICS = ("imaging", "all", "diversity", "marginal", DEPENDENCE)
 HEADROOM_WANTED = 5.0
+NO_UNIT = 1e-9  # rounding of the means
 RETENTION_WANTED = 0.9
 
 
@@ -147,13 +148,13 @@ def comparisons(analysis: Analysis, students: Sequence[str]) -> list[tuple[str, 
     return [(a, b) for a, b in wanted if a in analysis.arms and b in analysis.arms]
 
 
-def headroom(analysis: Analysis) -> list[dict[str, float | str | bool]]:
+def headroom(analysis: Analysis) -> list[dict[str, float | str | bool | None]]:
     """Say how far few steps fall behind many, in units of what two samples with many steps differ by.
 
     The unit is the larger of the A/A difference and its bootstrap standard deviation, since one difference may be
-    small by luck.
+    small by luck. Where both are zero there is no unit, and `units` is None.
     """
-    rows: list[dict[str, float | str | bool]] = []
+    rows: list[dict[str, float | str | bool | None]] = []
     if not {"teacher", "teacher_again"} <= analysis.arms.keys():
         return rows
     for metric in analysis.metrics():
@@ -161,11 +162,12 @@ def headroom(analysis: Analysis) -> list[dict[str, float | str | bool]]:
             continue
         again, many = (analysis.value(metric, name).mean for name in ("teacher_again", "teacher"))
         noise = analysis.difference(metric, "teacher_again", "teacher").sd
-        unit = max(abs(metric.badness(again) - metric.badness(many)), noise, 1e-9)
+        unit = max(abs(metric.badness(again) - metric.badness(many)), noise)
         for name in ("few", "few_unguided"):
             if name in analysis.arms:
                 behind = metric.badness(analysis.value(metric, name).mean) - metric.badness(many)
-                wide = behind / unit
+                # Two samples that score alike, as on a handful of clips, are no measure of anything.
+                wide = behind / unit if unit > NO_UNIT else None
                 rows.append(
                     {
                         "metric": metric.key,
@@ -173,7 +175,7 @@ def headroom(analysis: Analysis) -> list[dict[str, float | str | bool]]:
                         "behind": behind,
                         "unit": unit,
                         "units": wide,
-                        "enough": wide >= HEADROOM_WANTED,
+                        "enough": wide is not None and wide >= HEADROOM_WANTED,
                     }
                 )
     return rows

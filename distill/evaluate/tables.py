@@ -114,14 +114,15 @@ def _headroom_lines(analysis: Analysis) -> list[str]:
             f"{row['arm']}: {row['metric']}",
             f"{row['behind']:+.3f}",
             f"{row['unit']:.3f}",
-            f"{row['units']:+.1f}",
+            "-" if row["units"] is None else f"{row['units']:+.1f}",
             "yes" if row["enough"] else "no",
         ]
         for row in rows
     ]
     text = (
         "How far few steps fall behind many, in units of what two samples with many steps differ by (the larger of "
-        f"that difference and its bootstrap standard deviation); {HEADROOM_WANTED:g} units are wanted."
+        f"that difference and its bootstrap standard deviation); {HEADROOM_WANTED:g} units are wanted; "
+        "a dash where the two samples score alike, so that there is no unit."
     )
     return ["## Headroom", text, _table(["", "behind by", "unit", "units", "enough"], cells)]
 

@@ -452,8 +452,7 @@ class ConsistencyMethod:
 
     def losses(self, turn: Turn) -> Iterator[StepResult]:
         """Yield the loss of each micro-batch of a turn."""
-        for part in range(turn.config.accumulate):
-            positions = turn.positions(part)
+        for positions in turn.micro_batches():
             draws = self.draw(turn.config, turn.role, turn.iteration, turn.shape, turn.device, positions)
             batch = turn.load(positions)
             if isinstance(draws, RcmDraws):
@@ -487,6 +486,11 @@ class ConsistencyMethod:
         """Say nothing beside what is counted."""
         del config
         return ()
+
+    def authors_samples(self, config: DistillConfig) -> int | None:
+        """Return None: no plan of the authors' layout."""
+        del config
+        return None
 
     def teacher_sampling(self, config: DistillConfig) -> TeacherSampling | None:
         """Return how the samples of the teacher are made that the consistency term is trained on."""

@@ -57,6 +57,9 @@ class Method(Protocol):
     def notes(self, config: DistillConfig) -> tuple[str, ...]:
         """Say what a plan's reader has to know about this method's numbers."""
 
+    def authors_samples(self, config: DistillConfig) -> int | None:
+        """Return how many samples a GPU of the authors' own run computes at once, None where a plan knows no layout."""
+
     def teacher_sampling(self, config: DistillConfig) -> TeacherSampling | None:
         """Return how samples of the teacher are made that it trains on, or None when it needs none."""
 

@@ -15,8 +15,12 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTran
 from codmd_serve.config import default_bundle_path
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.checkpoint import load_module, load_tokenizer, read_part_config
+from codmd_serve.wan.hub import hub_snapshot, is_hub_id
 from codmd_serve.wan.vae import vae_scales
 from distill.config import NativeConfig
+
+CONFIGURED_PARTS = ("transformer", "vae", "scheduler")
+PARTS = (*CONFIGURED_PARTS, "tokenizer", "text_encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +41,33 @@ class Base:
         return Path(self.source).name if self.is_local else self.source
 
     @cached_property
+    def folder(self) -> Path:
+        """The pipeline on disk: the source, or one snapshot of the hub id, which is downloaded unless it is cached.
+
+        Raises:
+            CheckpointError: the hub does not have it, or cannot be asked.
+        """
+        return Path(self.source) if self.is_local else hub_snapshot(self.source, PARTS, self._missing)
+
+    @cached_property
+    def config_folder(self) -> Path:
+        """As `folder`, but of a hub id the configs are enough."""
+        if self.is_local:
+            return Path(self.source)
+        return hub_snapshot(self.source, CONFIGURED_PARTS, self._missing, configs_only=True)
+
+    @property
+    def _missing(self) -> str:
+        return f"there is no folder {Path(self.source).absolute()}"
+
+    @cached_property
     def transformer_config(self) -> dict[str, Any]:
         """The architecture of the transformer.
 
         Raises:
             CheckpointError: missing or damaged.
         """
-        return read_part_config(WanTransformer3DModel, self.source, "transformer", self.is_local)
+        return read_part_config(WanTransformer3DModel, self.config_folder, "transformer")
 
     @cached_property
     def vae_scales(self) -> tuple[int, int]:
@@ -52,7 +76,7 @@ class Base:
         Raises:
             CheckpointError: the VAE's config is missing or damaged.
         """
-        return vae_scales(read_part_config(AutoencoderKLWan, self.source, "vae", self.is_local))
+        return vae_scales(read_part_config(AutoencoderKLWan, self.config_folder, "vae"))
 
     @property
     def patch_size(self) -> tuple[int, ...]:
@@ -89,7 +113,7 @@ class Base:
         Raises:
             CheckpointError: missing, truncated or of another kind; missing tensors count, which the libraries only log.
         """
-        return load_module(kind, self.source, part, self.is_local, **options)
+        return load_module(kind, self.folder, part, **options)
 
     def load_transformer(self, dtype: torch.dtype) -> WanTransformer3DModel:
         """Load the transformer; raises as `load`."""
@@ -102,7 +126,7 @@ class Base:
         Raises:
             CheckpointError: missing or damaged.
         """
-        return load_tokenizer(self.source, self.is_local)
+        return load_tokenizer(self.folder)
 
     def scheduler_shift(self) -> float:
         """Return the noise shift that the pipeline's scheduler was saved with.
@@ -110,7 +134,7 @@ class Base:
         Raises:
             CheckpointError: the scheduler is missing or damaged.
         """
-        config = read_part_config(FlowMatchEulerDiscreteScheduler, self.source, "scheduler", self.is_local)
+        config = read_part_config(FlowMatchEulerDiscreteScheduler, self.config_folder, "scheduler")
         # Published Wan folders name a multistep scheduler, whose entry for the same number is flow_shift.
         return float(config.get("shift", config.get("flow_shift", 1.0)))
 
@@ -127,8 +151,8 @@ def open_base(name: str) -> Base:
     is_bundled_name = folder.parent == Path("weights")
     if is_bundled_name and bundled.is_dir():
         return Base(source=str(bundled), is_local=True)
-    if is_bundled_name or name.count("/") != 1 or name.startswith((".", "/")) or name.endswith("/"):
-        raise CheckpointError(f"no pipeline at {name}: name a diffusers Wan folder or a hub id")
+    if is_bundled_name or not is_hub_id(name):
+        raise CheckpointError(f"no pipeline at {name[:200]}: name a diffusers Wan folder or a hub id")
     return Base(source=name, is_local=False)
 
 

@@ -1,6 +1,6 @@
-"""The Wan transformer that a plan is about: its sizes, its parameters and the tokens it sees.
+"""The Wan transformer that a plan is about: its sizes, its parameter counts and its tokens per sample.
 
-Reads configs and builds the network on the meta device; loads no weight, asks no hub, computes no cost.
+Reads configs and builds the network on the meta device; loads no weights, contacts no hub, computes no cost.
 """
 
 from collections.abc import Mapping
@@ -64,9 +64,12 @@ class Architecture:
 class ParameterCounts:
     """Numbers of parameters.
 
-    total is the whole network and block one of its blocks; cast are those that bf16 autocast copies (the linear
-    layers but those that `keep_sensitive_parts_float32` keeps); kept_fp32 stay float32 in a bf16 teacher; lora_width
-    is the sum of inputs and outputs of all linear layers in the blocks, so that LoRA of rank r has r * lora_width.
+    Attributes:
+        total: of the whole network.
+        block: of one block.
+        cast: those that bf16 autocast copies: linear layers, except those of `keep_sensitive_parts_float32`.
+        kept_fp32: those that stay float32 in a bf16 teacher.
+        lora_width: inputs plus outputs of all linear layers in the blocks; LoRA of rank r has r * lora_width.
     """
 
     total: int
@@ -78,7 +81,7 @@ class ParameterCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What is planned: settings, network and latents (C, F, H, W) of one sample."""
+    """What is planned: settings, network, and the latents (C, F, H, W) of one sample."""
 
     config: DistillConfig
     architecture: Architecture
@@ -93,10 +96,10 @@ class Subject:
 
 
 def read_subject(config: DistillConfig) -> Subject:
-    """Find out what a run is about: from the base's configs when it is local, else from the published table.
+    """Read the network of a run: from the base's configs when it is local, else from the table PUBLISHED.
 
     Raises:
-        ConfigError: a base of unknown architecture, one that is not text to video, or a size off its grid.
+        ConfigError: a base of unknown architecture, one that is not text to video, or a size that does not fit it.
         CheckpointError: a base that cannot be, or whose configs cannot be read.
     """
     base = open_base(config.base)
@@ -117,7 +120,7 @@ def read_subject(config: DistillConfig) -> Subject:
 
 
 def read_architecture(network: Mapping[str, Any]) -> Architecture:
-    """Take the sizes from a transformer's config.
+    """Read the sizes from a transformer's config.
 
     Raises:
         ConfigError: a size is missing, or the network takes an image too.

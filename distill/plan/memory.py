@@ -65,8 +65,10 @@ def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
     return {"student": parameters.total, "critic": rank * parameters.lora_width if rank else parameters.total}
 
 
-def state_bytes(subject: Subject, options: PlanOptions) -> dict[str, int]:
-    """Return what one GPU holds all the time: weights, moments, EMA."""
+def state_bytes(
+    subject: Subject, options: PlanOptions, roles: tuple[str, ...] = ("student", "critic")
+) -> dict[str, int]:
+    """Return what one GPU holds all the time: weights, moments of the roles that are updated, EMA."""
     config, parameters = subject.config, subject.parameters
     trained, master = trained_counts(subject, options), DTYPE_BYTES[options.master_dtype]
     teacher = DTYPE_BYTES[config.teacher_dtype] * parameters.total
@@ -76,7 +78,7 @@ def state_bytes(subject: Subject, options: PlanOptions) -> dict[str, int]:
         "student weights": master * trained["student"],
         "critic weights": master * trained["critic"],
         "teacher weights": teacher,
-        "optimizer": NUM_MOMENTS * master * sum(trained.values()),
+        "optimizer": NUM_MOMENTS * master * sum(trained[role] for role in roles),
         "EMA": 4 * parameters.total,
     }
     return {part: -(-size // options.gpus) for part, size in whole.items()}
@@ -97,18 +99,18 @@ def phase_bytes(subject: Subject, options: PlanOptions, load: Load, passes: Mapp
         where that of one graph ends (all gradients). An update also holds one temporary of the size of the trained
         parameters, as AdamW's default on CUDA does.
     """
+    # A role without turns, as the critic of a plain consistency model, has weights and nothing else.
+    roles = tuple(role for role in ("student", "critic") if passes[role].turns > 0)
     always = {
         **dict.fromkeys(PARTS, 0),
-        **state_bytes(subject, options),
+        **state_bytes(subject, options, roles),
         "latents and text": _data_bytes(subject, options, load, passes),
         "reserve": round(options.reserve_gib * GIB),
     }
-    graphs = {role: passes[role].graphs for role in ("student", "critic")}
-    moments: dict[str, list[dict[str, int]]] = {
-        "student scores": _score_moments(subject, options, load, passes["student"])
-    }
-    for role in ("student", "critic"):
-        moments[f"{role} backward"] = _backward_moments(subject, options, load, role, graphs[role])
+    moments: dict[str, list[dict[str, int]]] = {phase: [{}] for phase in PHASES}
+    moments["student scores"] = _score_moments(subject, options, load, passes["student"])
+    for role in roles:
+        moments[f"{role} backward"] = _backward_moments(subject, options, load, role, passes[role].graphs)
         trained = _gradient_bytes(subject, options, role)
         moments[f"{role} update"] = [{"gradients": trained, "working set": trained}]
     worst = {phase: max(moments[phase], key=lambda parts: sum(parts.values())) for phase in PHASES}

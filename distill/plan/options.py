@@ -1,4 +1,4 @@
-"""What a plan varies beside the recipe: the machine, and options that no recipe has; standard library only.
+"""The machine and the layout that a plan is made for; standard library only.
 
 Knows no network. Every field of `PlanOptions` is an option of `codmd-distill plan`.
 """
@@ -15,20 +15,29 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 class PlanOptions:
     """Machine and layout of a run.
 
+    Attributes:
+        gpus: from 2 on every network is sharded over all of them with FSDP, one group per block.
+        reserve_gib: kept free for CUDA context, NCCL, library workspaces and fragmentation.
+        activation_checkpointing: of every block.
+        lora_critic_rank: rank of a LoRA critic on the teacher's frozen weights; 0 is a full critic.
+        master_dtype: of weights, gradients and moments of student and critic.
+        prompt_tokens: 512 is Wan's padded length; training trims to the longest prompt of a batch.
+        tflops: rate of one GPU; 400 is half of what large bf16 matrix products reach on an H200.
+
     Raises:
         ConfigError: a value outside its range; the message names the option.
     """
 
-    gpus: int = 1  # from 2 on every network is sharded over all of them: FSDP, one group per block
+    gpus: int = 1
     gpu_gib: float = 80.0
-    reserve_gib: float = 4.0  # CUDA context, NCCL, workspaces of libraries, fragmentation
-    activation_checkpointing: bool = True  # of every block
-    lora_critic_rank: int = 0  # of a critic on the teacher's frozen weights; 0 is a critic of its own
-    master_dtype: str = "fp32"  # weights, gradients and moments of student and critic
+    reserve_gib: float = 4.0
+    activation_checkpointing: bool = True
+    lora_critic_rank: int = 0
+    master_dtype: str = "fp32"
     context_parallel: int = 1
     accumulate: int = 1
-    prompt_tokens: int = 512  # Wan's padded length; training trims to the longest prompt of a batch
-    tflops: float = 400.0  # a GPU's, half of what large bf16 products reach on an H200
+    prompt_tokens: int = 512
+    tflops: float = 400.0
 
     def __post_init__(self) -> None:
         for name in ("gpus", "context_parallel", "accumulate"):

@@ -1,4 +1,4 @@
-"""One plan from settings and options, and the least change of options that would make a run fit; pure arithmetic."""
+"""A plan from settings and options, and the smallest change of options that makes a run fit; pure arithmetic."""
 
 import dataclasses
 import itertools
@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def headroom_bytes(self) -> int:
-        """What the worst phase leaves of a GPU; negative when it does not fit."""
+        """Bytes that the worst phase leaves of a GPU; negative when it does not fit."""
         return round(self.options.gpu_gib * GIB) - self.totals[self.peak_phase]
 
     @property
@@ -84,7 +84,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suggestion:
-    """A plan that fits, and what has to be added to the command for it."""
+    """A plan that fits, and the arguments that the command needs for it."""
 
     plan: Plan
     changes: tuple[str, ...]
@@ -102,7 +102,7 @@ def make_plan(subject: Subject, options: PlanOptions) -> Plan:
             method cannot train in.
     """
     load = _split(subject, options)
-    # As the run would have them: methods refuse some layouts, and count others.
+    # The method sees the layout: it may refuse it, and its passes may depend on it.
     config = dataclasses.replace(
         subject.config, accumulate=options.accumulate, context_parallel=options.context_parallel
     )
@@ -122,7 +122,7 @@ def make_plan(subject: Subject, options: PlanOptions) -> Plan:
 
 
 def suggest(subject: Subject, options: PlanOptions) -> Suggestion | None:
-    """Find the least change of options that fits, on the same GPUs; None when there is none.
+    """Find the smallest change of options that fits on the same GPUs; None when there is none.
 
     A change of what is trained weighs most (LoRA critic, then a bf16 teacher), then checkpointing, then context
     parallelism, then accumulation.
@@ -138,7 +138,7 @@ def suggest(subject: Subject, options: PlanOptions) -> Suggestion | None:
 
 
 def smallest(subject: Subject, options: PlanOptions) -> Plan:
-    """Return the plan that needs least memory of all that `suggest` looks at, the requested one included."""
+    """Return the plan that needs least memory among those that `suggest` tries and the requested one."""
     plans = [make_plan(subject, options)]
     for candidate, changed in _alternatives(subject, options):
         try:

@@ -1,17 +1,16 @@
-"""The CoDMD authors' training layout on the same GPUs, part by part, and what ours does without; pure arithmetic.
+"""The CoDMD authors' training layout on the same GPUs, part by part, and what our layout saves; pure arithmetic.
 
-Sizes are worked out from their code, not measured on their machine.
+Sizes are derived from their code, not measured on their machine.
 """
 
 from dataclasses import dataclass
 
+from distill.methods.registry import METHODS
 from distill.plan.activations import block_bytes, input_bytes
 from distill.plan.architecture import Subject
 from distill.plan.flops import Sequence
 from distill.plan.options import GIB, PlanOptions, divisors
 
-# Samples of one GPU in their configs; 64 and 32 samples are split over 32 GPUs.
-SAMPLES_PER_GPU = {"wan_1_3b": 2, "wan_14b": 1}
 UMT5_XXL_PARAMETERS = 5_680_910_336
 # Their FSDP wraps modules of this size or more.
 WRAP_PARAMETERS = 50_000_000
@@ -19,7 +18,7 @@ WRAP_PARAMETERS = 50_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceLayout:
-    """Bytes of one GPU by part, and by how much each thing that ours does without would be smaller."""
+    """Bytes of one GPU by part, and what each difference of our layout would save."""
 
     parts: dict[str, int]
     savings: dict[str, int]
@@ -34,12 +33,12 @@ class ReferenceLayout:
 
     @property
     def headroom_bytes(self) -> int:
-        """What it leaves of a GPU; negative when it does not fit."""
+        """Bytes left of a GPU; negative when it does not fit."""
         return self.gpu_bytes - self.total
 
 
 def reference_layout(subject: Subject, options: PlanOptions) -> ReferenceLayout | None:
-    """Work out the authors' layout of a published recipe; None for a recipe that they have not.
+    """Compute the authors' layout of a published recipe; None for a recipe or a method that they do not have.
 
     Args:
         subject: settings and network.
@@ -49,7 +48,7 @@ def reference_layout(subject: Subject, options: PlanOptions) -> ReferenceLayout 
     in bfloat16; AdamW with both moments for student and full critic; gradients of the student kept until its next
     turn; blocks checkpointed; no context parallelism, no accumulation, no EMA.
     """
-    samples = SAMPLES_PER_GPU.get(subject.config.recipe)
+    samples = METHODS[subject.config.method].authors_samples(subject.config)
     if samples is None:
         return None
     architecture, parameters = subject.architecture, subject.parameters
@@ -60,7 +59,8 @@ def reference_layout(subject: Subject, options: PlanOptions) -> ReferenceLayout 
     # All of their residual stream and of their norms is bfloat16: half the bytes of the float32 forms.
     inputs = samples * architecture.num_layers * input_bytes(architecture, sequence) // 2
     block = samples * (block_bytes(architecture, sequence, "fp32") - input_bytes(architecture, sequence)) // 2
-    # A block of the 1.3B is below the size that they wrap, so the whole network is one group; of the 14B it is a layer.
+    # They wrap modules above a size. A block of the 1.3B is smaller, so its network is one group; a layer of the 14B is
+    # larger.
     group = architecture.dim * architecture.ffn_dim if parameters.block >= WRAP_PARAMETERS else parameters.total
     copies = (2 + 2 + 4) * group if options.gpus > 1 else 2 * parameters.total
     parts = {

@@ -1,4 +1,4 @@
-"""A plan as text and as JSON; knows what to say, computes nothing but sums."""
+"""A plan as text and as JSON; computes nothing but sums."""
 
 import dataclasses
 import textwrap
@@ -50,7 +50,7 @@ def as_text(report: Report) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Return everything the text says as plain values; sizes in bytes."""
+    """Return the content of the text as plain values, sizes in bytes."""
     data = _plan_json(report.plan)
     data["suggestion"] = None
     if report.suggestion is not None:
@@ -71,7 +71,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def plan_notes(plan: Plan) -> list[str]:
-    """Say what a reader must know to trust the numbers of this plan."""
+    """Return the notes that qualify the numbers of this plan."""
     config, options = plan.subject.config, plan.options
     notes = []
     if options.lora_critic_rank:

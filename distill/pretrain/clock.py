@@ -1,12 +1,13 @@
 """The time budget of all stages of a run, over all its sittings; knows no stage."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from codmd_serve.errors import CheckpointError
 from codmd_serve.files import write_json
+from codmd_serve.textfiles import read_json_object
 
 CLOCK_FILE = "elapsed.json"
 # Of a time budget, what a stage may take at most; the last one gets what the others leave.
@@ -35,7 +36,7 @@ class Clock:
         self.path, self.total_s = folder / CLOCK_FILE, None if minutes is None else 60 * minutes
         self.spent: dict[str, float] = {}
         if self.path.is_file():
-            self.spent = {name: float(value) for name, value in json.loads(self.path.read_text("utf-8")).items()}
+            self.spent = {name: float(value) for name, value in read_json_object(self.path, CheckpointError).items()}
         self.mark = start
 
     def budget_s(self, stage: str) -> float | None:

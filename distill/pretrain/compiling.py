@@ -19,6 +19,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from codmd_serve.errors import ConfigError
+from codmd_serve.files import first_line
 from distill.networks.build import compile_blocks
 from distill.pretrain.config import TransformerConfig
 
@@ -74,8 +75,7 @@ class BlockCompiler:
             for block in transformer.blocks:
                 block._compiled_call_impl = None
             self.state = "eager"
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning("blocks run eager: they could not be compiled: %s", reason)
+            logger.warning("blocks run eager: they could not be compiled: %s", first_line(error))
             return predict()
         self.state = "compiled"
         logger.info("blocks compiled at call=%d in=%.1f s", self.calls, time.monotonic() - start)

@@ -9,11 +9,11 @@ RUN/bundle/                        the student, once the run has ended
 RUN/pipeline/                      the same as a complete diffusers folder, where the stock pipeline can sample it
 """
 
-import json
 import logging
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ import codmd_serve
 from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import TEMPORARY_PREFIX, atomic_folder, first_line, leftovers, write_json
+from codmd_serve.textfiles import read_json_object
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
 from codmd_serve.wan.preview import preview_map_of_base
-from distill.config import RESUMABLE, DistillConfig, config_to_dict
+from distill.config import RESUMABLE, DistillConfig, config_to_dict, settings_digest
 from distill.data.prompts import caption_grammar
 from distill.methods.registry import config_from_dict
 from distill.networks.base import Base, open_base
@@ -46,22 +47,23 @@ def write_config(run_dir: Path, config: DistillConfig) -> None:
 
 
 def read_config(run_dir: Path) -> DistillConfig:
-    """Read config.json of a run.
+    """Read config.json of a run, in this format or an older one.
 
     Raises:
-        ConfigError: there is no run, or its config is damaged; the message names the file.
+        ConfigError: there is no run, its config is damaged, or a newer version wrote it; the message names the file.
     """
-    path = run_dir / CONFIG_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{run_dir} holds no run: it has no {CONFIG_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    data = _saved_settings(run_dir)
     try:
         return config_from_dict(data)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{run_dir / CONFIG_FILE}: {error}") from error
+
+
+def _saved_settings(run_dir: Path) -> Any:
+    path = run_dir / CONFIG_FILE
+    if not path.exists():
+        raise ConfigError(f"{run_dir} holds no run: it has no {CONFIG_FILE}")
+    return read_json_object(path, ConfigError)
 
 
 def check_resumable(saved: DistillConfig, wanted: DistillConfig) -> None:
@@ -132,24 +134,27 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     return state
 
 
-def write_bundle(
-    bundle_dir: Path, config: DistillConfig, base: Base, ema_weights: dict[str, Tensor], num_student_updates: int
-) -> None:
-    """Write a student bundle that codmd_serve loads.
+def student_spec(
+    bundle_dir: Path,
+    config: DistillConfig,
+    base: Base,
+    num_student_updates: int,
+    config_sha256: str | None = None,
+) -> StudentSpec:
+    """Return the student.json of a run's bundle.
 
     Args:
-        bundle_dir: its folder; one that exists is replaced.
+        bundle_dir: where the bundle goes.
         config: of the run.
         base: of the run.
-        ema_weights: float32 moving average by parameter name.
         num_student_updates: updates of the student so far.
+        config_sha256: digest of the run's config.json; None where this version wrote it.
 
     Raises:
-        CheckpointError: the base is gone, the weights do not fit it, or the bundle cannot be written.
+        ConfigError: a setting that no bundle can have; a run calls this before its first iteration.
     """
-    bundle_dir = bundle_dir.absolute()
     grid = config.grid()
-    spec = StudentSpec(
+    return StudentSpec(
         base=os.path.relpath(Path(base.source).resolve(), bundle_dir.resolve()) if base.is_local else base.source,
         sigmas=grid.sigmas,
         timesteps=grid.timesteps,
@@ -164,11 +169,36 @@ def write_bundle(
         base_model=base.name,
         step=num_student_updates,
         ema=True,
-        config_sha256=config.sha256(),
+        config_sha256=config_sha256 or config.sha256(),
         package_version=codmd_serve.__version__,
         vocabulary_note=config.vocabulary_note,
-        preview_map=preview_map_of_base(base.source, base.is_local),
     )
+
+
+def write_bundle(
+    bundle_dir: Path,
+    config: DistillConfig,
+    base: Base,
+    ema_weights: dict[str, Tensor],
+    num_student_updates: int,
+    config_sha256: str | None = None,
+) -> None:
+    """Write a student bundle that codmd_serve loads.
+
+    Args:
+        bundle_dir: its folder; one that exists is replaced.
+        config: of the run.
+        base: of the run.
+        ema_weights: float32 moving average by parameter name.
+        num_student_updates: updates of the student so far.
+        config_sha256: digest of the run's config.json; None where this version wrote it.
+
+    Raises:
+        CheckpointError: the base is gone, the weights do not fit it, or the bundle cannot be written.
+    """
+    bundle_dir = bundle_dir.absolute()
+    spec = student_spec(bundle_dir, config, base, num_student_updates, config_sha256)
+    spec = replace(spec, preview_map=preview_map_of_base(base.folder))
     try:
         with torch.device("meta"):
             transformer = WanTransformer3DModel.from_config(base.transformer_config)
@@ -205,7 +235,10 @@ def export_bundle(run_dir: Path, bundle_dir: Path, iteration: int | None = None)
     chosen = max(folders) if iteration is None else iteration
     state = load_checkpoint(folders[chosen])
     trainer = state["trainer"]
-    write_bundle(bundle_dir, config, open_base(config.base), trainer["ema"]["shadow"], trainer["updates"]["student"])
+    # Of the file as it stands: a run of an older format keeps the digest that its bundles have.
+    digest = settings_digest(_saved_settings(run_dir))
+    weights, num_updates = trainer["ema"]["shadow"], trainer["updates"]["student"]
+    write_bundle(bundle_dir, config, open_base(config.base), weights, num_updates, digest)
     return chosen
 
 

@@ -23,7 +23,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="shapeworld (default), wan_1_3b or wan_14b")
     parser.add_argument(
         "--method",
-        help="codmd, dmd, rcm, dcm or dp-dmd, with the settings published for it; default: the recipe's",
+        help="with the settings published for it (default codmd); an unknown name lists all",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the bundle goes to OUT/bundle")
     parser.add_argument("--seed", type=int, help="default: the recipe's")
@@ -119,15 +119,18 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
-    from distill.data.prompts import load_prompts
+    from distill.data.prompts import check_prompts, require_prompts
     from distill.networks.base import open_base
     from distill.run.trainer import RunOptions, native_latents, run_training
 
     device = processes.device
+    # Before the base is looked for, which may take a download.
+    require_prompts(config)
     if args.dry_run:
+        base = open_base(config.base)
         summary = {
-            "latents": native_latents(config, open_base(config.base)),
-            "prompts": len(load_prompts(config)),
+            **check_prompts(config, base),
+            "latents": native_latents(config, base),
             "device": str(device),
             "processes": processes.world_size,
         }

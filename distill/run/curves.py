@@ -56,7 +56,7 @@ def read_curves(log: Path) -> dict[str, tuple[list[int], list[float]]]:
     None stands for a value that was not finite and is left out; so are names that never had a value.
     """
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8").split("\n") if log.is_file() else []
     for line in lines:
         try:
             record = json.loads(line)

@@ -106,8 +106,9 @@ class RunLog:
         for name, value in means.items():
             self.board.add_scalar(name, value, iteration)
         self.board.add_scalar("samples_per_s", samples_per_s, iteration)
-        shown = {name: means.get(name, math.nan) for name in ("student_loss", "student_grad_norm", "critic_loss")}
-        text = " ".join(f"{name}={value:.4g}" for name, value in shown.items())
+        # A dash where nothing was due: in a window without a student update, nan would look like a run gone wrong.
+        shown = ("student_loss", "student_grad_norm", "critic_loss")
+        text = " ".join(f"{name}={means[name]:.4g}" if name in means else f"{name}=-" for name in shown)
         line = f"{text} samples/s={samples_per_s:.3g} eta={tqdm.format_interval(record['eta_s'])}"
         self.bar.set_postfix_str(line)
         logger.info("iteration=%d %s", iteration, line)
@@ -128,6 +129,6 @@ def _keep_lines_up_to(path: Path, iteration: int) -> None:
     """Drop the lines that a resumed run will write again."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")
     kept = [line for line in lines if line.endswith("}") and iteration_of(json.loads(line)) <= iteration]
     write_text(path, "".join(f"{line}\n" for line in kept))

@@ -46,6 +46,7 @@ from distill.run.checkpoint import (
     load_checkpoint,
     read_config,
     save_checkpoint,
+    student_spec,
     write_bundle,
     write_config,
     write_pipeline,
@@ -265,11 +266,15 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     processes, device = options.processes, options.device
     processes.on_rank0(lambda: _check_out(config, options.out, resume))
     base = open_base(config.base)
+    # What the bundle at the end could not say is an error now.
+    student_spec(options.out / "bundle", config, base, 0)
     shape = native_latents(config, base)
     cache_dir = options.cache_dir or options.out / "cache"
     # Rank 0 fills the cache, the others read it.
     processes.on_rank0(lambda: cached_prompt_data(config, base, cache_dir, device))
     data = processes.on_all_ranks(lambda: cached_prompt_data(config, base, cache_dir, device))
+    if processes.is_rank0:
+        logger.info("trains on %s from=%s", data.report, config.prompts or "captions")
     networks = build_networks(config, base, device, processes)
     if options.compiled:
         for network in networks.transformers():

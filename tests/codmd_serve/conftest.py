@@ -1,18 +1,15 @@
-"""Fixtures of the serving tests: reading videos back, the worker process with a fake engine, a dispatcher with it."""
+"""Fixtures of the serving tests: reading videos back, the worker process with a fake engine."""
 
-import asyncio
 import re
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from dispatching import Harness
 
 from codmd_serve import pool as pool_module
 from codmd_serve.video import find_ffmpeg
@@ -60,28 +57,3 @@ def fake_worker() -> tuple[str, ...]:
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a worker that died be replaced at once."""
     monkeypatch.setattr(pool_module, "MAX_BACKOFF_S", 0.01)
-
-
-@pytest.fixture
-def play(tmp_path: Path, fake_worker: tuple[str, ...]) -> Callable[..., None]:
-    """Run a coroutine function with a started Harness; `settings` are those of ServeConfig."""
-
-    def run(
-        story: Callable[[Harness], Awaitable[None]], command: tuple[str, ...] = fake_worker, **settings: Any
-    ) -> None:
-        @asynccontextmanager
-        async def started() -> Any:
-            harness = Harness(tmp_path, command, **settings)
-            await harness.dispatcher.start()
-            try:
-                yield harness
-            finally:
-                await harness.dispatcher.stop()
-
-        async def main() -> None:
-            async with started() as harness:
-                await story(harness)
-
-        asyncio.run(main())
-
-    return run

@@ -22,10 +22,12 @@ PROMPT = "a red circle moves right quickly on a black background"
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     for name in list(os.environ):
         if name.startswith("CODMD_"):
             monkeypatch.delenv(name)
+    # Where a user's jobs would be.
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("home")))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -218,6 +220,8 @@ def test_generate_draws_a_seed_and_tells_it(generate: Any, capsys: pytest.Captur
         (("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (("--bundle", "nowhere"), "no student bundle at nowhere: name a folder that holds student.json"),
         (("-o", "nowhere/a.mp4"), "there is no folder nowhere to write a.mp4 to"),
+        (("-o", "out.webm"), "out.webm would hold an mp4 under the suffix .webm: only mp4 is written; name it out.mp4"),
+        (("-o", "x" * 256), "has 256 bytes, and names have at most 255 there: choose a shorter one"),
         (("-o", "."), ". is a folder: name a file, for example out.mp4"),
         (("-o", "/dev/null"), "/dev/null is not a file that could be replaced"),
     ],

@@ -1,318 +1,338 @@
-"""The dispatcher with real worker processes and a fake engine: order, bounds, cancelling, and every kind of death."""
+"""The dispatcher on a real store, with a runner in this process: restarts, leases, storage, expiry, leftovers."""
 
 import asyncio
 import os
-import signal
-import subprocess
-import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from dispatching import DEADLINE_S, Harness, Play
-
-from codmd_serve.config import ENGINE_SETTINGS
-from codmd_serve.dispatcher import Job
-from codmd_serve.errors import QueueFullError
-from codmd_serve.messages import Load, Ready, decode, encode
-
-pytestmark = pytest.mark.usefixtures("no_backoff")
-
-
-def test_jobs_run_one_at_a_time_in_order(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        jobs = [harness.submit(f"wait {harness.gate()}"), harness.submit("two NEW WORDS"), harness.submit("three")]
-        await harness.until(lambda: jobs[0].stage == "denoise")
-        assert [job.status for job in jobs] == ["running", "queued", "queued"]
-        assert 0.05 < jobs[0].progress < 0.7
-        harness.gate().touch()
-        assert [await harness.result(job) for job in jobs] == ["completed"] * 3
-        assert jobs[0].finished_at <= jobs[1].started_at <= jobs[1].finished_at <= jobs[2].started_at  # type: ignore[operator]
-        assert jobs[1].warnings == ["NEW", "WORDS"] and jobs[1].progress == 1.0
-        assert list(jobs[1].timings_ms) == ["queue", "text", "denoise", "decode", "encode"]
-        assert b'"prompt": "three"' in jobs[2].path.read_bytes()
-        assert harness.ready and harness.dispatcher.is_ready and len(harness.starts) == 1
-
-    play(story)
-
-
-def test_the_worker_is_told_what_to_load(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        await harness.until(lambda: harness.ready)
-        assert (harness.folder / "starts").read_text().split()[1:] == ["cpu", "bfloat16", "0"]
-        assert harness.dispatcher.facts is harness.ready[0] and harness.ready[0].name == "fake"
-
-    play(story, device="cpu", dtype="bfloat16")
-
-
-def test_a_full_queue_refuses_and_says_when_to_come_back(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        await harness.until(lambda: harness.ready)
-        running = harness.submit(f"wait {harness.gate()}")
-        await harness.until(lambda: running.status == "running")
-        waiting = [harness.submit("b"), harness.submit("c")]
-        with pytest.raises(QueueFullError, match="2 jobs are waiting already") as caught:
-            harness.submit("d")
-        # Three jobs ahead at the 2.5 s that the engine says of itself.
-        assert caught.value.retry_after_s == 8
-        harness.gate().touch()
-        assert [await harness.result(job) for job in waiting] == ["completed"] * 2
-        assert await harness.result(harness.submit("e")) == "completed"
-
-    play(story, queue_size=2)
-
-
-def test_the_time_to_come_back_follows_what_jobs_take(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        for _ in range(12):
-            assert await harness.result(harness.submit("quick")) == "completed"
-        running = harness.submit(f"wait {harness.gate()}")
-        await harness.until(lambda: running.status == "running")
-        harness.submit("b")
-        with pytest.raises(QueueFullError) as caught:
-            harness.submit("c")
-        assert caught.value.retry_after_s == 1
-
-    play(story, queue_size=1)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "code", "message"),
-    [
-        ("oom", "out_of_memory", "out of memory at this shape"),
-        ("bug", "internal_error", "internal error; the server's"),
-    ],
-)
-def test_a_job_that_fails_costs_only_itself(play: Play, prompt: str, code: str, message: str) -> None:
-    async def story(harness: Harness) -> None:
-        failing, good = harness.submit(prompt), harness.submit("good")
-        assert [await harness.result(job) for job in (failing, good)] == ["failed", "completed"]
-        assert failing.error is not None
-        assert failing.error.code == code and str(failing.error).startswith(message)
-        assert "secret" not in str(failing.error)
-        assert len(harness.starts) == 1
-
-    play(story)
-
-
-def test_a_job_whose_worker_dies_is_tried_again(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        job, after = harness.submit(f"die-once {harness.gate()}"), harness.submit("after")
-        assert [await harness.result(each) for each in (job, after)] == ["completed", "completed"]
-        assert job.attempts == 2 and len(set(harness.starts)) == 2
-        assert harness.dispatcher.num_restarts == 1
-        assert len(harness.ready) == 1, "ready is said once"
-        # What the dead worker had begun is gone.
-        assert list(job.path.parent.iterdir()) == [job.path]
-
-    play(story)
-
-
-def test_a_job_that_kills_every_worker_fails_and_the_next_one_works(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        job, after = harness.submit("die"), harness.submit("after")
-        assert [await harness.result(each) for each in (job, after)] == ["failed", "completed"]
-        assert job.error is not None and job.error.code == "worker_died"
-        assert "the worker died 3 times on this job" in str(job.error)
-        assert list(after.path.parent.iterdir()) == [after.path] and not job.path.parent.exists()
-
-    play(story, max_attempts=3)
-
-
-def test_a_worker_killed_in_the_middle_of_a_job_is_replaced(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        job = harness.submit(f"wait {harness.gate()}")
-        await harness.until(lambda: job.stage == "denoise")
-        os.kill(harness.starts[0], signal.SIGKILL)
-        await harness.until(lambda: job.attempts == 2 and job.stage == "denoise")
-        harness.gate().touch()
-        assert await harness.result(job) == "completed"
-
-    play(story)
-
-
-def test_an_idle_worker_that_is_killed_is_replaced(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        await harness.until(lambda: harness.ready)
-        os.kill(harness.starts[0], signal.SIGKILL)
-        await harness.until(lambda: not harness.dispatcher.is_ready)
-        job = harness.submit("at once")
-        assert await harness.result(job) == "completed"
-        assert job.attempts == 1 and harness.dispatcher.is_ready
-
-    play(story)
-
-
-def test_a_worker_killed_while_it_loads_again_costs_no_job(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        await harness.until(lambda: harness.ready)
-        (harness.folder / "deaths").write_text("1")
-        job = harness.submit(f"die-once {harness.gate()}")
-        assert await harness.result(job) == "completed"
-        assert len(harness.starts) == 3
-
-    play(story)
-
-
-def test_workers_that_never_load_again_fail_what_waits_and_the_server_goes_on(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        await harness.until(lambda: harness.ready)
-        (harness.folder / "deaths").write_text("1000")
-        job = harness.submit(f"die-once {harness.gate()}")
-        assert await harness.result(job) == "failed"
-        assert job.error is not None and job.error.code == "worker_died"
-        (harness.folder / "deaths").write_text("0")
-        await harness.until(lambda: harness.dispatcher.is_ready)
-        assert await harness.result(harness.submit("after")) == "completed"
-
-    play(story)
-
-
-def test_a_bundle_that_goes_bad_fails_what_waits_with_its_reason(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        await harness.until(lambda: harness.ready)
-        (harness.folder / "fatal").touch()
-        job = harness.submit(f"die-once {harness.gate()}")
-        assert await harness.result(job) == "failed"
-        assert str(job.error) == "the worker cannot be restarted: the bundle is truncated"
-        assert not harness.fatal, "a server that has served stays up"
-
-    play(story)
-
-
-def test_a_first_worker_that_cannot_load_is_fatal(play: Play, tmp_path: Path) -> None:
-    async def story(harness: Harness) -> None:
-        await harness.until(lambda: harness.fatal)
-        assert harness.fatal == ["the bundle is truncated"]
-        assert harness.dispatcher.facts is None and not harness.dispatcher.is_ready
-
-    (tmp_path / "fatal").touch()
-    play(story)
-
-
-def test_a_first_worker_that_dies_while_loading_is_fatal(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        await harness.until(lambda: harness.fatal)
-        assert harness.fatal == ["the worker process ended while loading; its own words are above"]
-
-    play(story, (sys.executable, "-c", "raise SystemExit(3)"))
-
-
-def test_a_worker_that_cannot_be_started_is_fatal(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        await harness.until(lambda: harness.fatal)
-        assert "No such file" in harness.fatal[0]
-
-    play(story, ("/nowhere/python",))
-
-
-BABBLER = """
-import sys
-sys.path.insert(0, {folder!r})
-from codmd_serve.messages import Ready, encode
-from fake_worker import FACTS
-sys.stdin.readline()
-print(encode(Ready(FACTS)).decode(), end="", flush=True)
-sys.stdin.readline()
-print({said}, flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("said", ["'Segmentation fault'", "'x' * 2**21", "'[1]'", "'{}'"])
-def test_a_worker_that_talks_nonsense_is_replaced(play: Play, fake_worker: tuple[str, ...], said: str) -> None:
-    async def story(harness: Harness) -> None:
-        job = harness.submit("a")
-        assert await harness.result(job) == "failed"
-        assert job.error is not None and job.error.code == "worker_died"
-        assert harness.dispatcher.num_restarts >= 1
-
-    folder = str(Path(fake_worker[1]).parent)
-    play(story, (sys.executable, "-c", BABBLER.format(folder=folder, said=said)))
-
-
-def test_cancelling_a_job_that_waits_takes_it_out_at_once(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        running, waiting = harness.submit(f"wait {harness.gate()}"), harness.submit("never")
-        await harness.until(lambda: running.status == "running")
-        harness.dispatcher.cancel(waiting)
-        assert waiting.status == "cancelled" and waiting.finished.is_set()
-        harness.gate().touch()
-        assert await harness.result(running) == "completed"
-        assert not waiting.path.exists() and waiting.attempts == 0
-
-    play(story)
-
-
-def test_cancelling_a_running_job_stops_it_and_keeps_the_worker(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        running, after = harness.submit("wait /nowhere/at/all"), harness.submit("after")
-        await harness.until(lambda: running.stage == "denoise")
-        harness.dispatcher.cancel(running)
-        assert [await harness.result(job) for job in (running, after)] == ["cancelled", "completed"]
-        assert len(harness.starts) == 1 and not running.path.exists()
-
-    play(story)
-
-
-def test_a_cancelled_job_whose_worker_dies_is_not_tried_again(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        running = harness.submit("wait /nowhere/at/all")
-        await harness.until(lambda: running.stage == "denoise")
-        os.kill(harness.starts[0], signal.SIGKILL)
-        harness.dispatcher.cancel(running)
-        assert await harness.result(running) == "cancelled"
-        assert running.attempts == 1
-
-    play(story)
-
-
-def test_cancelling_a_finished_job_changes_nothing(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        job = harness.submit("a")
-        await harness.result(job)
-        harness.dispatcher.cancel(job)
-        assert job.status == "completed" and job.path.exists()
-
-    play(story)
-
-
-def test_only_recent_jobs_are_remembered_and_unfinished_ones_always(play: Play) -> None:
-    async def story(harness: Harness) -> None:
-        first = harness.submit("a")
-        await harness.result(first)
-        running = harness.submit(f"wait {harness.gate()}")
-        later = [harness.submit(name) for name in "bcd"]
-        assert harness.dispatcher.job(first.id) is None
-        assert all(harness.dispatcher.job(job.id) is job for job in [running, *later])
-        harness.gate().touch()
-        await harness.result(later[-1])
-        assert harness.dispatcher.job("never seen") is None
-
-    play(story, jobs_kept=2)
-
-
-def test_stopping_fails_what_is_not_finished_and_leaves_nothing(tmp_path: Path, fake_worker: tuple[str, ...]) -> None:
-    async def story() -> tuple[Job, Job, int]:
-        harness = Harness(tmp_path, fake_worker)
-        await harness.dispatcher.start()
-        running, waiting = harness.submit("wait /nowhere/at/all"), harness.submit("b")
-        await harness.until(lambda: running.stage == "denoise")
-        await harness.dispatcher.stop()
-        return running, waiting, harness.starts[0]
-
-    running, waiting, worker = asyncio.run(story())
-    for job in (running, waiting):
-        assert job.status == "failed" and job.error is not None and job.error.code == "shutting_down"
-    assert not running.path.parent.exists()
-    with pytest.raises(ProcessLookupError):
-        os.kill(worker, 0)
-
-
-def test_a_worker_ends_when_its_server_is_gone(tmp_path: Path, fake_worker: tuple[str, ...]) -> None:
-    with subprocess.Popen(fake_worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(encode(Load(str(tmp_path), dict.fromkeys(ENGINE_SETTINGS, "auto"))).decode())
-        process.stdin.flush()
-        assert any(isinstance(decode(line), Ready) for line in process.stdout), "heartbeats may come before it"
-        process.stdin.close()
-        assert process.wait(DEADLINE_S) == 0
+from fake_runner import FACTS, FakeRunner, video_of
+from stores import postgres as postgres
+from stores import store_address as store_address
+
+from codmd_serve import dispatcher as dispatcher_module
+from codmd_serve.api.backend import Own
+from codmd_serve.config import GenerateParams, ServeConfig
+from codmd_serve.dispatcher import Dispatcher
+from codmd_serve.errors import StoreError
+from codmd_serve.jobs.leases import Leases
+from codmd_serve.jobs.ownership import Ownership
+from codmd_serve.jobs.rows import content_key
+from codmd_serve.jobs.states import Job, NewJob
+from codmd_serve.jobs.store import JobStore, Limits
+from codmd_serve.serving import Parts, make_dispatcher
+
+PARAMS = GenerateParams(prompt="", seed=1, height=64, width=64, num_frames=17, fps=16, crf=18)
+OWN = Own("b", "fake", "e", FACTS)
+DEADLINE_S = 60.0
+
+
+class World:
+    """A store, and dispatchers that come and go."""
+
+    def __init__(self, folder: Path, store: str = "", **settings: Any) -> None:
+        self.folder = folder
+        self.config = replace(ServeConfig(bundle=str(folder), data=str(folder / "data"), store=store), **settings)
+        self.parts = Parts.open(self.config)
+        self.store = JobStore(self.parts.database)
+
+    def dispatcher(self) -> Dispatcher:
+        return make_dispatcher(self.config, self.parts, OWN, FakeRunner())
+
+    def submit(self, prompt: str, seed: int = 1) -> Job:
+        params = replace(PARAMS, prompt=prompt, seed=seed)
+        new = NewJob(params=params, bundle="b", content_key=content_key("b", "e", params))
+        return self.store.submit(new, Limits(1000), may_reuse=False)[0]
+
+    def job(self, job: Job) -> Job:
+        found = self.store.get(job.id)
+        assert found is not None
+        return found
+
+    async def until(self, is_true: Callable[[], Any]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not is_true():
+                await asyncio.sleep(0.01)
+
+    async def status_is(self, job: Job, status: str) -> Job:
+        await self.until(lambda: self.job(job).status == status)
+        return self.job(job)
+
+    def video(self, job: Job) -> bytes:
+        result = self.job(job).result
+        assert result is not None
+        return b"".join(self.parts.results.read(result.name, 0, result.num_bytes))
+
+    def files(self) -> list[str]:
+        """Everything but the store, relative to the data folder."""
+        data = self.folder / "data"
+        paths = [path for path in data.rglob("*") if path.is_file() and not path.name.startswith("jobs.sqlite3")]
+        return sorted(str(path.relative_to(data)) for path in paths)
+
+
+def play(world: World, story: Callable[[], Awaitable[None]]) -> None:
+    try:
+        asyncio.run(story())  # type: ignore[arg-type]
+    finally:
+        world.parts.database.close()
+
+
+def killed_dispatcher(world: World) -> Leases:
+    """What a killed dispatcher leaves: its name, a lock that nobody holds, half a video, and jobs that it claims."""
+    ownership = Ownership(Path(world.config.data))
+    (ownership.folder() / ".x.mp4.1.partial").write_bytes(b"half")
+    os.close(ownership._lock)
+    return Leases(world.parts.database, ownership.owner, "b", "fake", "e")
+
+
+def test_jobs_run_in_order_and_their_results_are_kept(tmp_path: Path, store_address: str) -> None:
+    world = World(tmp_path, store_address)
+
+    async def story() -> None:
+        jobs = [world.submit(prompt) for prompt in ("one", "two NEW", "three")]
+        dispatcher = world.dispatcher()
+        await dispatcher.start()
+        done = [await world.status_is(job, "completed") for job in jobs]
+        assert dispatcher.runner.ran == ["one", "two NEW", "three"]  # type: ignore[attr-defined]
+        assert [world.video(job) for job in jobs] == [video_of(job.params) for job in jobs]
+        assert done[1].warnings == ["NEW"] and done[1].peak_memory_mb == 12.5 and done[1].attempts == 1
+        assert list(done[1].timings_ms) == ["queue", "text", "denoise", "decode", "encode"]
+        await dispatcher.stop()
+        assert not [name for name in world.files() if not name.startswith("results/")]
+
+    play(world, story)
+
+
+def test_a_killed_server_loses_nothing_and_pays_no_attempt(tmp_path: Path, store_address: str) -> None:
+    world = World(tmp_path, store_address)
+
+    async def story() -> None:
+        jobs = [world.submit(str(number)) for number in range(4)]
+        for _ in range(3):  # killed three times in a row, with max_attempts 2
+            killed = killed_dispatcher(world)
+            assert killed.claim() is not None and killed.claim() is not None
+            await asyncio.to_thread(world.dispatcher()._release_dead)
+        dispatcher = world.dispatcher()
+        await dispatcher.start()
+        done = [await world.status_is(job, "completed") for job in jobs]
+        assert [job.attempts for job in done] == [1, 1, 1, 1]
+        assert [world.video(job) for job in jobs] == [video_of(job.params) for job in jobs]
+        await dispatcher.stop()
+        assert not [name for name in world.files() if name.startswith("spool/")], "leftovers are swept"
+
+    play(world, story)
+
+
+def test_jobs_of_a_live_dispatcher_are_left_to_it(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def story() -> None:
+        gate = tmp_path / "gate"
+        first, second = world.dispatcher(), world.dispatcher()
+        job = world.submit(f"wait {gate}")
+        await first.start()
+        await world.status_is(job, "running")
+        await second.start()
+        other = world.submit("b")
+        await world.status_is(other, "completed")
+        assert second.runner.ran == ["b"]  # type: ignore[attr-defined]
+        assert world.job(job).lease_owner == first.leases.owner
+        gate.touch()
+        await world.status_is(job, "completed")
+        for dispatcher in (first, second):
+            await dispatcher.stop()
+
+    play(world, story)
+
+
+def test_the_outcome_of_a_lost_lease_is_dropped_with_its_file(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def story() -> None:
+        gate = tmp_path / "gate"
+        dispatcher = world.dispatcher()
+        await dispatcher.start()
+        job = world.submit(f"deaf {gate}")
+        await world.status_is(job, "running")
+        with world.parts.database.write() as connection:
+            from codmd_serve.jobs.schema import jobs_table
+
+            connection.execute(jobs_table.update().values(lease_owner="another", lease_until=4e9))
+        gate.touch()
+        await world.until(lambda: not dispatcher._concluding)
+        assert world.job(job).status == "running" and world.job(job).lease_owner == "another"
+        assert not [name for name in world.files() if name.endswith(".mp4")]
+        await dispatcher.stop()
+
+    play(world, story)
+
+
+def test_a_cancellation_written_by_another_process_is_obeyed(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def story() -> None:
+        dispatcher = world.dispatcher()
+        await dispatcher.start()
+        job = world.submit("wait /dev/null/never")
+        await world.status_is(job, "running")
+        world.store.cancel(job.id)
+        await world.status_is(job, "cancelled")
+        await dispatcher.stop()
+
+    play(world, story)
+
+
+@pytest.mark.parametrize(("prompt", "code", "attempts"), [("oom", "out_of_memory", 1), ("die", "worker_died", 2)])
+def test_a_failure_is_written_with_its_code(tmp_path: Path, prompt: str, code: str, attempts: int) -> None:
+    world = World(tmp_path)
+
+    async def story() -> None:
+        dispatcher = world.dispatcher()
+        await dispatcher.start()
+        job = await world.status_is(world.submit(prompt), "failed")
+        assert job.error_code == code and job.attempts == attempts and job.error_message
+        await world.status_is(world.submit("good"), "completed")
+        assert not list(dispatcher.ownership.spool.iterdir())
+        await dispatcher.stop()
+
+    play(world, story)
+
+
+def test_a_job_that_others_always_take_down_ends_some_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "MAX_UNCHARGED", 3)
+    world = World(tmp_path)
+
+    async def story() -> None:
+        from codmd_serve.worker_slot import JobFailed
+
+        dispatcher = world.dispatcher()
+
+        async def lost(*_: Any) -> Any:
+            return JobFailed("worker_died", "the worker was lost to another job", True, counts_attempt=False)
+
+        dispatcher.runner._make = lost  # type: ignore[attr-defined]
+        await dispatcher.start()
+        job = await world.status_is(world.submit("a"), "failed")
+        assert job.error_code == "worker_died"
+        await dispatcher.stop()
+
+    play(world, story)
+
+
+def test_a_place_that_cannot_be_written_keeps_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The video is made, cannot be kept, and is made again when it can: no attempt counts."""
+    monkeypatch.setattr(dispatcher_module, "PROBE_S", 0.01)
+    world = World(tmp_path)
+
+    async def story() -> None:
+        dispatcher = world.dispatcher()
+        await dispatcher.start()
+        put = world.parts.results.put
+        check = world.parts.results.check
+
+        def broken(*_: Any) -> Any:
+            raise StoreError("the results place cannot be used: Input/output error")
+
+        monkeypatch.setattr(world.parts.results, "put", broken)
+        monkeypatch.setattr(world.parts.results, "check", broken)
+        job = world.submit("a")
+        await world.until(lambda: dispatcher.blocked)
+        await world.status_is(job, "queued")
+        assert not dispatcher.is_ready and "Input/output" in dispatcher.reason
+        monkeypatch.setattr(world.parts.results, "put", put)
+        monkeypatch.setattr(world.parts.results, "check", check)
+        done = await world.status_is(job, "completed")
+        assert done.attempts == 1 and dispatcher.is_ready
+        await dispatcher.stop()
+
+    play(world, story)
+
+
+def test_a_spool_that_vanished_is_made_again(tmp_path: Path) -> None:
+    """S9: cleaners of temporary files do that."""
+    world = World(tmp_path)
+
+    async def story() -> None:
+        import shutil
+
+        dispatcher = world.dispatcher()
+        await dispatcher.start()
+        await world.status_is(world.submit("a"), "completed")
+        shutil.rmtree(tmp_path / "data" / "spool")
+        await world.status_is(world.submit("b"), "completed")
+        await dispatcher.stop()
+
+    play(world, story)
+
+
+def test_an_outcome_waits_for_a_store_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "RETRY_S", 0.01)
+    world = World(tmp_path)
+
+    async def story() -> None:
+        dispatcher = world.dispatcher()
+        finish, calls = dispatcher.leases.finish, []
+
+        def away(*arguments: Any) -> bool:
+            calls.append(arguments)
+            if len(calls) < 4:
+                raise StoreError("the job store is away")
+            return finish(*arguments)
+
+        monkeypatch.setattr(dispatcher.leases, "finish", away)
+        await dispatcher.start()
+        await world.status_is(world.submit("a"), "completed")
+        assert len(calls) == 4
+        await dispatcher.stop()
+
+    play(world, story)
+
+
+def test_stopping_queues_what_runs_again_without_an_attempt(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def story() -> None:
+        dispatcher = world.dispatcher()
+        await dispatcher.start()
+        job, waiting = world.submit("wait /dev/null/never"), world.submit("b")
+        await world.status_is(job, "running")
+        await dispatcher.stop()
+        for each in (job, waiting):
+            assert (world.job(each).status, world.job(each).attempts) == ("queued", 0)
+        (model,) = world.store.models()
+        assert not model.is_ready and model.capacity == 0
+
+    play(world, story)
+
+
+def test_old_results_and_files_of_no_job_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, result_max_mib=1)
+
+    async def story() -> None:
+        dispatcher = world.dispatcher()
+        orphan = tmp_path / "data" / "results" / "ab" / "orphan.mp4"
+        orphan.parent.mkdir(parents=True)
+        orphan.write_bytes(b"x")
+        os.utime(orphan, (1.0, 1.0))
+        await dispatcher.start()
+        await world.until(lambda: not orphan.exists())
+        first = world.submit("first")
+        await world.status_is(first, "completed")
+        with world.parts.database.write() as connection:
+            from codmd_serve.jobs.schema import results_table
+
+            connection.execute(results_table.update().values(num_bytes=2**21))
+        await asyncio.to_thread(dispatcher._expire)
+        assert world.job(first).status == "expired"
+        assert not [name for name in world.files() if name.endswith(".mp4")]
+        await dispatcher.stop()
+
+    play(world, story)
+
+
+def test_a_data_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    with pytest.raises(StoreError, match=r"data folder .* cannot be written to: (Not a directory|File exists)"):
+        Ownership(tmp_path / "data")

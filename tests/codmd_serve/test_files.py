@@ -1,11 +1,15 @@
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from codmd_serve import files
-from codmd_serve.errors import CheckpointError
+from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.video import check_video_name
 
 
 def names(folder: Path) -> list[str]:
@@ -146,3 +150,35 @@ def test_atomic_folder_refuses_to_replace_a_file(tmp_path: Path) -> None:
 )
 def test_first_line_says_type_and_first_line(error: Exception, line: str) -> None:
     assert files.first_line(error) == line
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "ü" * 128])
+def test_a_name_of_too_many_bytes_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"\.\.\. has 256 bytes, and names have at most 255 there"):
+        files.check_name(tmp_path / name)
+
+
+def test_names_that_can_be_are_taken(tmp_path: Path) -> None:
+    for path in (tmp_path / ("x" * 255), tmp_path, tmp_path / "nowhere" / "a"):
+        files.check_name(path)
+
+
+def test_paths_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "a\0b", tmp_path.joinpath(*["d" * 200] * 25)):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            files.check_name(path)
+
+
+def test_first_line_keeps_the_line_ends_of_quoted_text() -> None:
+    assert files.first_line(ConfigError("got 'a\u2028b'\nmore")) == "got 'a\u2028b'"
+
+
+@given(name=st.text(max_size=300) | st.text(st.sampled_from("ab/.\0\n\u2028\ud800ü"), max_size=600))
+def test_any_name_is_taken_or_refused_in_one_sentence(name: str) -> None:
+    path = Path(tempfile.gettempdir()) / "nowhere" / name
+    try:
+        files.check_name(path)
+        check_video_name(path)
+    except ConfigError:
+        return
+    assert len(os.fsencode(path.name)) <= 255 and path.suffix.lower() in ("", ".mp4", ".m4v")

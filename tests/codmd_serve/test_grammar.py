@@ -124,6 +124,9 @@ def test_a_bundle_without_a_grammar_has_none(tmp_path: Path) -> None:
         lambda data: data.update(forms={}),
         lambda data: data.update(examples=["a dog"]),
         lambda data: data.update(about_=""),
+        lambda data: data["forms"].update(one="{colour1:>9999999999}"),
+        lambda data: data["forms"].update(two="{0}"),
+        lambda data: data.update(examples=["[" * 10_000]),
     ],
 )
 def test_a_damaged_grammar_is_refused(tmp_path: Path, change) -> None:
@@ -134,5 +137,5 @@ def test_a_damaged_grammar_is_refused(tmp_path: Path, change) -> None:
     with pytest.raises(CheckpointError, match="is not a grammar"):
         Grammar.load(tmp_path)
     (tmp_path / GRAMMAR_FILE).write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="is not a grammar"):
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         Grammar.load(tmp_path)

@@ -37,7 +37,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("changes", [{"height": 40}, {"width": 2**15}, {"num_frames": 10}, {"num_frames": 5001}])
+@pytest.mark.parametrize("changes", [{"height": 40}, {"num_frames": 10}, {"num_frames": 5001}])
 def test_load_engine_refuses_a_native_shape_that_the_network_cannot_make(
     bundle: Path, tiny_pipeline: WanPipeline, tiny_spec: StudentSpec, changes: dict[str, int]
 ) -> None:

@@ -14,6 +14,7 @@ from codmd_serve import pool as pool_module
 from codmd_serve import worker_slot
 from codmd_serve.messages import Progress, Started
 from codmd_serve.pool import JobCancelled, JobDone, JobFailed
+from codmd_serve.worker_process import WorkerProcess
 
 pytestmark = pytest.mark.usefixtures("no_backoff")
 Run = Callable[..., None]
@@ -320,6 +321,36 @@ def test_a_spare_that_died_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch
         assert not harness.pool.restarts
 
     run(story, spare_worker=True)
+
+
+def test_a_caller_whose_callback_fails_harms_nobody(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(harness: PoolHarness) -> None:
+        def fails(_: object) -> None:
+            raise RuntimeError("of the caller")
+
+        request = harness.submit("a").job
+        failing = pool_module.JobRequest(id="f", params=request.params, path=request.path)
+        assert isinstance(await harness.pool.run(failing, fails), JobDone)
+        assert "of the caller" in caplog.text and not harness.pool.restarts
+
+    run(story)
+
+
+def test_a_process_that_does_not_die_does_not_keep_its_jobs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver can keep a killed process alive; here nobody kills it."""
+    monkeypatch.setattr(worker_slot, "MAX_DYING_S", 0.5)
+
+    async def story(harness: PoolHarness) -> None:
+        job = harness.submit(f"deaf {harness.gate()}")
+        await harness.until(lambda: job.stage == "text")
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkerProcess, "kill", lambda _: None)
+            harness.pool.cancel(job.job.id)
+            assert await job.outcome() == JobCancelled()
+            assert not harness.pool.is_ready or not harness.pool.capacity
+        harness.gate().touch()
+
+    run(story, cancel_timeout_s=1)
 
 
 def test_draining_lets_jobs_in_flight_end_and_takes_no_more(run: Run) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from codmd_serve import video
 from codmd_serve.errors import CancelledError, ConfigError, GenerationError
-from codmd_serve.video import find_ffmpeg, write_video
+from codmd_serve.video import check_encoder, check_video_name, find_ffmpeg, write_video
 
 ReadVideo = Callable[[Path], Any]
 HEIGHT, WIDTH, FRAMES, FPS = 32, 48, 9, 16
@@ -253,3 +253,62 @@ def test_find_ffmpeg_says_so_when_there_is_none(monkeypatch: pytest.MonkeyPatch)
 def test_find_ffmpeg_gives_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
     assert os.access(find_ffmpeg(), os.X_OK)
+
+
+def encoder_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, failure: str = "") -> None:
+    """An ffmpeg that lists these encoders and cannot use others, as one that was built without libx264."""
+    listed = "".join(f"echo ' V....D {name}   codec {name}'; " for name in names.split())
+    encode = f"cat > /dev/null; printf '{failure}' >&2; exit 1"
+    fake_ffmpeg(tmp_path, monkeypatch, f'case "$*" in *-encoders*) {listed};; *) {encode};; esac')
+
+
+def test_an_ffmpeg_without_libx264_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder_list(tmp_path, monkeypatch, "mpeg4 libx265")
+    with pytest.raises(ConfigError, match=r"this ffmpeg has no libx264 \(.*ffmpeg\): unset IMAGEIO_FFMPEG_EXE"):
+        check_encoder(find_ffmpeg())
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
+    check_encoder(find_ffmpeg())
+
+
+def test_an_ffmpeg_that_does_not_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ffmpeg(tmp_path, monkeypatch, "echo 'libavcodec.so.60: cannot open shared object file' >&2; exit 127")
+    with pytest.raises(ConfigError, match=r"no libx264: libavcodec.so.60: cannot open shared object file"):
+        check_encoder(find_ffmpeg())
+
+
+NO_ENCODER = "[vost#0:0 @ 0x55a] Unknown encoder 'libx264'\nError opening output file a.mp4.\nEncoder not found\n"
+BROKEN = "[mp4 @ 0x5] deprecated pixel format\n[out#0 @ 0x5] Error writing: out of luck\nConversion failed!\n"
+FAILURES = {
+    NO_ENCODER: ("encoder_missing", "the server's ffmpeg has no libx264"),
+    BROKEN: ("encode_failed", "ffmpeg failed: Error writing: out of luck$"),
+    "first\nsecond\n": ("encode_failed", "ffmpeg failed: first$"),
+}
+
+
+@pytest.mark.parametrize("said", FAILURES)
+def test_the_line_that_names_the_cause_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    code, message = FAILURES[said]
+    encoder_list(tmp_path, monkeypatch, "mpeg4", said.replace("\n", "\\n").replace("'", "'\"'\"'"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(GenerationError, match=message) as caught:
+        encode(tmp_path / "out" / "a.mp4")
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.MP4", "a.m4v", "a", ".mp4", "a.b.mp4"])
+def test_names_of_an_mp4_are_taken(name: str) -> None:
+    check_video_name(Path(name))
+
+
+@pytest.mark.parametrize("name", ["out.webm", "out.gif", "out.MKV", "out.mp4.png"])
+def test_a_suffix_of_another_format_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} would hold an mp4 under the suffix .*; name it out.*mp4"):
+        check_video_name(Path(name))
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".mp4", "ü" * 125 + "x.mp4"])
+def test_the_longest_legal_name_is_written(tmp_path: Path, name: str, read_video: Callable[[Path], Any]) -> None:
+    assert len(name.encode()) == 255
+    encode(tmp_path / name)
+    assert read_video(tmp_path / name).frames.shape[0] > 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -1,5 +1,6 @@
 """The worker's loop without a process: one message per outcome, and a loop that no job can end."""
 
+import base64
 import io
 import threading
 from concurrent.futures import Future
@@ -131,3 +132,53 @@ def test_a_bundle_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch)
     sent: list[FromWorker] = []
     worker.serve(Load("/nowhere", dict.fromkeys(ENGINE_SETTINGS, "auto")), io.StringIO(), sent.append)
     assert sent == [Fatal("the bundle is truncated")]
+
+
+class AskingEngine(FakeEngine):
+    """Asks again and again whether to go on, as while an encoder is waited for, and shows two previews."""
+
+    def begin(self, params: Any, path: Path, on_progress: Any, on_preview: Any) -> Any:
+        for step in (1, 2):
+            if on_preview is not None:
+                on_preview(b"picture %d" % step)
+            on_progress("denoise", step, 4)
+        for _ in range(5):
+            on_progress("encode", 9, 9)
+        return super().begin(params, path, on_progress, on_preview)
+
+
+def ran(is_previewed: bool) -> list[FromWorker]:
+    sent = list[FromWorker]()
+    engine = AskingEngine(SimpleNamespace(timings_ms={}, warnings=[], peak_memory_mb=3.5))
+    worker.run_job(engine, Generate("j1", "/nowhere/a.mp4", PARAMS, is_previewed), set(), sent.append)  # type: ignore[arg-type]
+    return sent
+
+
+def test_progress_that_is_none_is_not_sent_again() -> None:
+    sent = ran(is_previewed=False)
+    assert [(each.stage, each.done) for each in sent if isinstance(each, Progress)] == [
+        ("denoise", 1),
+        ("denoise", 2),
+        ("encode", 9),
+        ("denoise", 1),
+    ]
+    assert not any(each.preview for each in sent if isinstance(each, Progress))
+
+
+def test_a_preview_goes_with_the_progress_of_its_step_only() -> None:
+    previews = [each.preview for each in ran(is_previewed=True) if isinstance(each, Progress)]
+    assert [base64.b64decode(preview.partition(",")[2]) for preview in previews] == [
+        b"picture 1",
+        b"picture 2",
+        b"",
+        b"",
+    ]
+    assert previews[0].startswith("data:image/webp;base64,")
+
+
+def test_s9_the_folder_of_the_video_is_made(tmp_path: Path) -> None:
+    sent = list[FromWorker]()
+    path = tmp_path / "spool" / "j1" / "a.mp4"
+    engine = FakeEngine(SimpleNamespace(timings_ms={}, warnings=[], peak_memory_mb=3.5))
+    worker.run_job(engine, Generate("j1", str(path), PARAMS), set(), sent.append)  # type: ignore[arg-type]
+    assert path.parent.is_dir() and isinstance(sent[-1], Done)

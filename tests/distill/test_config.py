@@ -88,6 +88,11 @@ def test_a_config_of_this_format_holds_no_settings_of_other_methods() -> None:
         config_from_dict(data | {"method_settings": {}})
 
 
+def test_settings_that_are_no_object_are_refused() -> None:
+    with pytest.raises(ConfigError, match="one JSON object"):
+        config_from_dict([])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("method", [None, 3, "gan"])
 def test_a_config_without_a_known_method_is_refused(method: object) -> None:
     data = config_to_dict(recipe_config()) | {"method": method}

@@ -1,10 +1,7 @@
-"""POST /generate and GET /jobs/{id} over HTTP: the video and its headers, every refusal, and clients that leave."""
+"""POST /generate over HTTP: the video and its headers, waiting or not, every refusal, and clients that leave."""
 
 import asyncio
 import json
-import os
-import signal
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -13,29 +10,17 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from http_tests import DEADLINE_S, begin, job_of, post, refusal, status_is, until
 
-from codmd_serve.api.app import create_app
-from codmd_serve.config import ServeConfig
-from codmd_serve.dispatcher import Dispatcher, Job
+from codmd_serve.api.backend import Own
+from codmd_serve.api.generate import parse_prefer
 
 Serve = Callable[..., AbstractContextManager[TestClient]]
-DEADLINE_S = 120.0
 
 
-def post(client: TestClient, prompt: str, **body: Any) -> Any:
-    return client.post("/generate", json={"prompt": prompt, **body})
-
-
-def jobs_of(client: TestClient) -> list[Job]:
-    dispatcher: Dispatcher = client.app.state.dispatcher  # type: ignore[attr-defined]
-    return list(dispatcher._jobs.values())
-
-
-def until(is_true: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not is_true():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.002)
+def jobs_of(client: Any) -> list[Any]:
+    found: list[Any] = client.get("/jobs", params={"limit": 100}).json()["jobs"]
+    return found
 
 
 def test_generate_answers_the_video_and_says_how_it_was_made(client: TestClient) -> None:
@@ -43,26 +28,21 @@ def test_generate_answers_the_video_and_says_how_it_was_made(client: TestClient)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "video/mp4"
     made = json.loads(answer.content.removeprefix(b"mp4 "))
-    assert made == {
-        "prompt": "a red circle",
-        "seed": 7,
-        "height": 64,
-        "width": 64,
-        "num_frames": 5,
-        "fps": 16,
-        "crf": 18,
-    }
+    wanted = {"prompt": "a red circle", "seed": 7, "height": 64, "width": 64, "num_frames": 5, "fps": 16, "crf": 18}
+    assert made.items() >= wanted.items()
+    assert answer.headers["content-length"] == str(len(answer.content))
     assert answer.headers["x-seed"] == "7"
     assert answer.headers["content-disposition"] == 'inline; filename="codmd-7.mp4"'
     queue, *stages = answer.headers["server-timing"].split(", ")
     assert queue.startswith("queue;dur=") and float(queue.partition("=")[2]) >= 0
     assert stages == ["text;dur=1.0", "denoise;dur=20.2", "decode;dur=3.0", "encode;dur=4.0"]
-    assert "warnings" not in answer.headers
+    assert "warnings" not in answer.headers and answer.headers["cache-control"] == "no-store"
 
 
-def test_the_video_leaves_no_file_behind(client: TestClient) -> None:
+def test_the_spool_is_empty_after_a_video(client: Any) -> None:
     post(client, "a")
-    assert not list(jobs_of(client)[0].path.parent.iterdir())
+    spool = client.backend.dispatcher.ownership.spool
+    until(lambda: not list(spool.iterdir()))
 
 
 def test_a_seed_that_was_drawn_is_told_and_makes_the_same_video_again(client: TestClient) -> None:
@@ -78,13 +58,10 @@ def test_content_location_leads_to_the_job(client: TestClient) -> None:
     assert job["status"] == "completed" and job["progress"] == 1.0 and job["seed"] == 3
     assert job["params"]["prompt"] == "a NEW word" and job["warnings"] == ["NEW"]
     assert set(job["timings_ms"]) == {"queue", "text", "denoise", "decode", "encode"}
-    assert job["created_at"] <= job["started_at"] <= job["finished_at"]
-    assert job["error"] is None and "path" not in job
-
-
-def test_a_job_never_seen_is_not_found(client: TestClient) -> None:
-    answer = client.get("/jobs/nowhere")
-    assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
+    assert job["created_at"] <= job["started_at"] <= job["finished_at"] < job["expires_at"]
+    assert job["finished_at"].endswith("Z") and job["attempts"] == 1 and job["model"] == "fake"
+    assert job["inference_time_s"] == pytest.approx(0.02825, abs=1e-4) and job["peak_memory_mb"] == 12.5
+    assert job["error"] is None and "path" not in str(job) and "result" not in job
 
 
 def test_warnings_are_a_header_that_no_prompt_can_break_out_of(client: TestClient) -> None:
@@ -93,13 +70,86 @@ def test_warnings_are_a_header_that_no_prompt_can_break_out_of(client: TestClien
     assert len(post(client, "WORD" * 900).headers["warnings"]) == 1000
 
 
-def refusal(answer: Any, status: int, code: str) -> str:
-    assert answer.status_code == status
-    error = answer.json()["error"]
-    assert set(answer.json()) == {"error"} and error["code"] == code
-    message: str = error["message"]
-    assert "\n" not in message and len(message) < 300
-    return message
+# reuse
+
+
+def test_an_equal_request_is_answered_from_the_store(client: Any) -> None:
+    first, again = post(client, "a", seed=1), post(client, "a", seed=1)
+    assert again.content == first.content and client.runner.ran == ["a"]
+    assert again.headers["server-timing"].startswith("queue;dur=0.0, text;dur=0.0")
+    fresh = post(client, "a", {"Cache-Control": "no-cache"}, seed=1)
+    assert fresh.content == first.content and client.runner.ran == ["a", "a"]
+    assert post(client, "a", seed=1, crf=30).status_code == 200 and client.runner.ran == ["a"] * 3
+
+
+# waiting or not
+
+
+def test_respond_async_answers_the_job_at_once(client: TestClient, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    answer = post(client, f"wait {gate}", {"Prefer": "respond-async"})
+    assert answer.status_code == 202 and answer.headers["preference-applied"] == "respond-async"
+    job = answer.json()
+    assert answer.headers["location"] == f"/jobs/{job['id']}" and job["status"] in ("queued", "running")
+    gate.touch()
+    assert status_is(client, job["id"], "completed")["progress"] == 1.0
+
+
+def test_wait_answers_the_job_when_the_time_is_over_and_the_video_before(client: TestClient, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    answer = post(client, f"wait {gate}", {"Prefer": "wait=0"})
+    assert answer.status_code == 202
+    late = post(client, "b", {"Prefer": "wait=1, handling=lenient"})
+    assert late.status_code == 202 and late.headers["preference-applied"] == "wait=1.0"
+    gate.touch()
+    for each in (answer, late):
+        status_is(client, each.json()["id"], "completed")
+    assert post(client, "c", {"Prefer": "wait=100"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", (False, None)),
+        ("respond-async", (True, None)),
+        ("Respond-Async, wait=10", (False, 10.0)),
+        ("respond-async, wait=0", (True, None)),
+        ("wait = 5", (False, 5.0)),
+        ('wait="5"', (False, 5.0)),
+        ("wait=999999999", (False, 86_400.0)),
+        ("wait=-1, wait=x, waiter=3", (False, None)),
+    ],
+)
+def test_prefer_is_read_as_in_its_rfc(text: str, wanted: tuple[bool, float | None]) -> None:
+    assert parse_prefer({"prefer": text}) == wanted
+
+
+# idempotency
+
+
+def test_the_same_key_and_body_is_the_same_job(client: Any) -> None:
+    key = {"Idempotency-Key": "k1"}
+    first, again = post(client, "a", key), post(client, "a", key)
+    assert again.status_code == 200 and again.content == first.content
+    assert again.headers["content-location"] == first.headers["content-location"]
+    assert again.headers["x-seed"] == first.headers["x-seed"], "the seed that was drawn first"
+    assert client.runner.ran == ["a"]
+    refusal(post(client, "b", key), 409, "idempotency_conflict")
+    refusal(post(client, "a", {"Idempotency-Key": "a key"}), 422, "invalid_request")
+
+
+def test_a_replay_waits_for_the_running_job(client: Any, tmp_path: Path) -> None:
+    gate, key = tmp_path / "gate", {"Idempotency-Key": "k"}
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(post, client, f"wait {gate}", key) for _ in range(2)]
+        until(lambda: len(client.runner.ran) == 1 and jobs_of(client)[0]["status"] == "running")
+        gate.touch()
+        answers = [each.result(DEADLINE_S) for each in both]
+    assert [answer.status_code for answer in answers] == [200, 200] and len(client.runner.ran) == 1
+    assert answers[0].headers["content-location"] == answers[1].headers["content-location"]
+
+
+# refusals
 
 
 @pytest.mark.parametrize(
@@ -107,8 +157,9 @@ def refusal(answer: Any, status: int, code: str) -> str:
     [
         ({}, "prompt: Field required"),
         ({"prompt": "   "}, "prompt: must not be blank"),
+        ({"prompt": "&nbsp;&amp;nbsp;"}, "prompt: must not be blank"),
         ({"prompt": "x" * 5000}, "prompt: String should have at most 4000 characters"),
-        ({"prompt": "a", "num_frames": 10**9}, "num_frames must be 4k + 1, and at 64x64 up to 68, got 1000000000; 65"),
+        ({"prompt": "a", "num_frames": 10**9}, "num_frames must be 4k + 1, and at 64x64 up to 65, got 1000000000; 65"),
         ({"prompt": "a", "height": 60}, "height must be a multiple of 16 up to 1024, got 60; 64 would be accepted"),
         ({"prompt": "a", "sed": 7}, "unknown field 'sed'; the fields are in /docs"),
         ({"prompt": "a", "y" * 500: 7}, "unknown field 'yyy"),
@@ -116,6 +167,9 @@ def refusal(answer: Any, status: int, code: str) -> str:
         ({"prompt": "a", "seed": "7"}, "seed: Input should be a valid integer"),
         ({"prompt": "a", "guidance_scale": "much"}, "guidance_scale: Input should be a valid"),
         ({"prompt": "a", "guidance_scale": 5}, "this is a distilled student, which has the teacher's guidance"),
+        ({"prompt": "a", "model": "sora-2"}, "model must be one of fake, got 'sora-2'"),
+        ({"prompt": "a", "webhook_url": "https://h.example/"}, "this server calls no webhooks"),
+        ({"prompt": "a", "preview": 1}, "preview: Input should be a valid boolean"),
         ([], "send a JSON object with at least a prompt, and the header content-type: application/json"),
         ("a red circle", "send a JSON object with at least a prompt"),
         (None, "send a JSON object with at least a prompt"),
@@ -160,97 +214,104 @@ def test_a_body_past_the_bound_is_not_read(serve: Serve) -> None:
         assert post(client, "a").status_code == 200
 
 
-@pytest.mark.parametrize(("prompt", "code"), [("oom", "out_of_memory"), ("bug", "internal_error")])
-def test_a_failure_is_a_500_with_its_code_and_the_server_goes_on(client: TestClient, prompt: str, code: str) -> None:
-    answer = post(client, prompt)
-    assert "secret" not in refusal(answer, 500, code)
+@pytest.mark.parametrize(
+    ("prompt", "status", "code"),
+    [("oom", 500, "out_of_memory"), ("bug", 500, "internal_error"), ("die", 500, "worker_died")],
+)
+def test_a_failure_has_its_code_and_the_server_goes_on(client: TestClient, prompt: str, status: int, code: str) -> None:
+    assert "secret" not in refusal(post(client, prompt), status, code)
     job = jobs_of(client)[0]
-    assert client.get(f"/jobs/{job.id}").json()["error"]["code"] == code
+    assert job["status"] == "failed" and job["error"]["code"] == code
+    assert job["attempts"] == (2 if prompt == "die" else 1)
     assert post(client, "good").status_code == 200
 
 
-def test_a_full_queue_answers_429_with_retry_after(serve: Serve, tmp_path: Path) -> None:
+def test_a_full_queue_answers_429_with_the_time_until_a_place_frees(serve: Serve, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    with serve(queue_size=1) as client, ThreadPoolExecutor() as pool:
-        running = pool.submit(post, client, f"wait {gate}")
-        until(lambda: [job.status for job in jobs_of(client)] == ["running"])
-        waiting = pool.submit(post, client, "b")
-        until(lambda: len(jobs_of(client)) == 2)
+    with serve(queue_size=1) as client:
+        running = begin(client, f"wait {gate}")
+        status_is(client, running, "running")
+        waiting = begin(client, "b")
         refused = post(client, "c")
         assert "1 jobs are waiting" in refusal(refused, 429, "queue_full")
-        assert refused.headers["retry-after"] == "5", "two jobs of 2.5 seconds"
+        assert refused.headers["retry-after"] == "3", "one job of 2.5 seconds, not all of them"
         gate.touch()
-        assert running.result(DEADLINE_S).status_code == waiting.result(DEADLINE_S).status_code == 200
-        assert float(waiting.result().headers["server-timing"].split(";dur=")[1].split(",")[0]) > 0
+        assert status_is(client, waiting, "completed")["timings_ms"]["queue"] > 0
 
 
-def test_a_killed_worker_costs_a_try_and_not_the_request(client: TestClient, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    with ThreadPoolExecutor() as pool:
-        running = pool.submit(post, client, f"wait {gate}", seed=5)
-        until(lambda: jobs_of(client) and jobs_of(client)[0].stage == "denoise")
-        first_worker = int((tmp_path / "starts").read_text().split()[0])
-        os.kill(first_worker, signal.SIGKILL)
-        until(lambda: jobs_of(client)[0].attempts == 2)
-        gate.touch()
-        answer = running.result(DEADLINE_S)
+def test_a_worker_that_dies_costs_a_try_and_not_the_request(client: TestClient, tmp_path: Path) -> None:
+    answer = post(client, f"die-once {tmp_path / 'died'}", seed=5)
     assert answer.status_code == 200 and answer.headers["x-seed"] == "5"
-    assert client.get("/health").json()["num_worker_restarts"] == 1
+    assert client.get(answer.headers["content-location"]).json()["attempts"] == 2
 
 
-def test_a_request_that_kills_its_worker_every_time_fails_and_the_server_goes_on(client: TestClient) -> None:
-    assert "the worker died 2 times on this job" in refusal(post(client, "die"), 500, "worker_died")
-    assert post(client, "good").status_code == 200
-
-
-def test_requests_wait_for_the_next_worker(client: TestClient, tmp_path: Path) -> None:
-    os.kill(int((tmp_path / "starts").read_text().split()[0]), signal.SIGKILL)
-    until(lambda: client.get("/ready").status_code == 503)
-    assert post(client, "a").status_code == 200
-
-
-def test_before_the_model_is_loaded_requests_are_refused(serve: Serve, tmp_path: Path) -> None:
-    (tmp_path / "fatal").touch()
+def test_jobs_are_taken_while_the_model_loads(serve: Serve) -> None:
     with serve(is_ready=False) as client:
+        assert client.get("/ready").status_code == 503
+        job = job_of(client, begin(client, "a"))
+        assert job["status"] in ("queued", "running", "completed")
+
+
+def test_before_anything_is_known_of_the_model_requests_are_refused(serve: Serve) -> None:
+    with serve(is_ready=False, own=Own("b" * 64, "fake", "e" * 64, None)) as client:
         answer = post(client, "a")
-        assert refusal(answer, 503, "not_ready") == "the model is not loaded yet"
-        assert answer.headers["retry-after"] == "5"
-        assert client.get("/health").status_code == 200
+        assert "not loaded yet" in refusal(answer, 503, "not_ready") and answer.headers["retry-after"] == "5"
 
 
-def test_a_client_that_leaves_cancels_its_job(tmp_path: Path, fake_worker: tuple[str, ...]) -> None:
-    """Straight to the application: what a connection that closes looks like to it."""
-    dispatcher = Dispatcher(ServeConfig(bundle=str(tmp_path)), fake_worker)
-    app = create_app(dispatcher)
-    headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": headers}
+# clients that leave
 
-    async def story() -> tuple[Job, list[Any]]:
+
+def leave(client: Any, body: dict[str, Any], when: Callable[[], bool], headers: list[Any] | None = None) -> list[Any]:
+    """Send a request and go away when `when` says so; what the server sent."""
+    app = client.app
+    said = [(b"content-type", b"application/json"), (b"host", b"localhost"), *(headers or [])]
+    scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": said, "app": app}
+
+    async def story() -> list[Any]:
         sent: list[Any] = []
-        left = asyncio.Event()
-        body = iter([{"type": "http.request", "body": b'{"prompt": "wait /nowhere/at/all"}'}])
+        parts = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
 
         async def receive() -> Any:
-            if (message := next(body, None)) is not None:
+            if (message := next(parts, None)) is not None:
                 return message
-            await left.wait()
+            async with asyncio.timeout(DEADLINE_S):
+                while not await asyncio.to_thread(when):
+                    await asyncio.sleep(0.01)
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
             sent.append(message)
 
-        async with app.router.lifespan_context(app), asyncio.timeout(DEADLINE_S):
-            while not dispatcher.is_ready:
-                await asyncio.sleep(0.002)
-            request = asyncio.create_task(app(scope, receive, send))
-            while not (dispatcher.running and dispatcher.running.stage == "denoise"):
-                await asyncio.sleep(0.002)
-            job = dispatcher.running
-            left.set()
-            await request
-            await job.finished.wait()
-        return job, sent
+        await app(scope, receive, send)
+        return sent
 
-    job, sent = asyncio.run(story())
-    assert job.status == "cancelled" and job.attempts == 1
+    found: list[Any] = client.portal.call(story)
+    return found
+
+
+def test_a_client_that_leaves_cancels_its_job(client: Any) -> None:
+    sent = leave(client, {"prompt": "wait /dev/null/never"}, lambda: bool(client.runner.ran))
     assert sent[0]["status"] == 499, "and not 500, which would be logged as a bug"
+    (job,) = jobs_of(client)
+    assert status_is(client, job["id"], "cancelled")["error"]["code"] == "cancelled"
+    assert post(client, "next").status_code == 200
+
+
+def test_a_client_that_leaves_does_not_cancel_what_another_waits_for(client: Any, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    key = [(b"idempotency-key", b"k")]
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(post, client, f"wait {gate}", {"Idempotency-Key": "k"})
+        until(lambda: client.runner.ran)
+        leave(client, {"prompt": f"wait {gate}"}, lambda: True, key)
+        gate.touch()
+        assert other.result(DEADLINE_S).status_code == 200
+
+
+def test_a_client_that_leaves_does_not_cancel_an_accepted_job(client: Any, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    job_id = begin(client, f"wait {gate}", {"Idempotency-Key": "k"})
+    # The same key with another preference is still the same job.
+    leave(client, {"prompt": f"wait {gate}"}, lambda: True, [(b"idempotency-key", b"k")])
+    gate.touch()
+    status_is(client, job_id, "completed")

@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import WanPipeline
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from codmd_serve.config import default_bundle_path
@@ -135,7 +137,7 @@ def test_a_tokenizer_that_knows_more_words_than_the_text_encoder_is_refused(copy
     [
         ({"sigmas": [1.0, 0.0]}, "one entry more"),
         ({"sigmas": [1.0, "x", 0.5, 0.2, 0.0]}, "expected a number"),
-        ({"timesteps": 4}, "not iterable"),
+        ({"timesteps": 4}, "timesteps must be a list, got 4"),
         ({"sampler": "euler"}, "sampler must be one of"),
         ({"native": {"height": 64}}, "missing 3 required"),
         ({"native": {"height": 64, "width": 64, "num_frames": 17, "fps": 0}}, "native.fps must be a positive"),
@@ -171,10 +173,9 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
         read_spec(tmp_path / "nowhere")
 
 
-def test_resolve_base_tells_folders_from_hub_ids(copy: Path) -> None:
-    assert resolve_base(copy, "../tiny") == (str(copy.parent / "tiny"), True)
-    assert resolve_base(copy, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", False)
-    with pytest.raises(CheckpointError, match=r"expected a folder at .*weights/gone$"):
+def test_resolve_base_finds_folders_beside_the_bundle(copy: Path) -> None:
+    assert resolve_base(copy, "../tiny") == copy.parent / "tiny"
+    with pytest.raises(CheckpointError, match=r"base pipeline of .* is missing: there is no folder .*gone: name a"):
         resolve_base(copy, "../gone")
 
 
@@ -229,3 +230,96 @@ def test_native_shape_refuses_what_is_no_count() -> None:
 
 def test_default_bundle_is_the_embedded_one() -> None:
     assert default_bundle_path().name == "shapeworld-codmd"
+
+
+# student.json of strangers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timesteps": [10**400, 3, 2, 1]}, "expected a number, got 1000"),
+        ({"sigmas": [10**400, 0.5, 0.2, 0.1, 0.0]}, "expected a number, got 1000"),
+        ({"timesteps": [-1.0, -2.0, -3.0, -4.0]}, r"timesteps must be descending numbers in \(0, 1000\], got \[-1"),
+        ({"timesteps": [1e9, 900.0, 800.0, 700.0]}, "timesteps must be descending numbers"),
+        ({"timesteps": [500.0, 900.0, 800.0, 700.0]}, "timesteps must be descending numbers"),
+        ({"timesteps": [float("nan"), 900.0, 800.0, 700.0]}, "timesteps must be finite"),
+        ({"base": "x" * 100_000}, r"base must be at most 4096 characters, got 'xxx.*\(100002 characters\)"),
+        ({"base": "x" * 300}, "the base pipeline of .* is missing: there is no folder"),
+        ({"base": "../a\0b"}, "base must be one line of text"),
+        ({"method": "a\x1b[31m"}, "method must be one line of text"),
+        ({"method": "m" * 257}, "method must be at most 256 characters"),
+        ({"assumed": [3]}, "assumed must be text, got 3"),
+        ({"assumed": "all"}, "assumed must be a list, got 'all'"),
+        ({"native": [1, 2]}, r"native must be an object, got \[1, 2\]"),
+        ({"native": {"height": 64, "width": 64, "num_frames": 17, "fps": 10**9}}, "native.fps must be at most 120"),
+        (
+            {"native": {"height": 10**400, "width": 64, "num_frames": 17, "fps": 8}},
+            "native.height must be at most 16384",
+        ),
+        ({"step": 10**400}, "step must be a count"),
+        (
+            {"sigmas": [1 - i / 2000 for i in range(2000)] + [0.0], "timesteps": [1000 - i / 2 for i in range(2000)]},
+            "at m",
+        ),
+        ({"x" * 100_000: 1}, "unknown fields: xxx"),
+    ],
+)
+def test_extremes_of_student_json_are_one_short_sentence(copy: Path, changes: dict[str, Any], message: str) -> None:
+    edit_spec(copy, **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_bundle(copy)
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+def test_a_student_json_of_brackets_is_refused(copy: Path) -> None:
+    for text in ("[" * 100_000, '{"a":' * 100_000, "1" * 5000):
+        (copy / "student.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"student\.json cannot be read as JSON"):
+            read_spec(copy)
+
+
+def test_a_student_json_of_another_system_is_read(copy: Path) -> None:
+    text = (copy / "student.json").read_text()
+    (copy / "student.json").write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert read_spec(copy).method == "codmd"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@given(changes=st.dictionaries(st.sampled_from([entry.name for entry in fields(StudentSpec)]), VALUES, max_size=3))
+def test_any_fields_of_student_json_are_a_spec_or_one_sentence(
+    tiny_bundle: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    data = {**json.loads((tiny_bundle / "student.json").read_text()), **changes}
+    (tmp_path / "student.json").write_text(json.dumps(data))
+    try:
+        spec = read_spec(tmp_path)
+    except CheckpointError:
+        return
+    assert 0 < spec.timesteps[-1] <= spec.timesteps[0] <= 1000 and spec.sigmas[-1] == 0 and spec.base
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@given(data=st.binary(max_size=200))
+def test_any_bytes_of_student_json_are_refused_in_one_sentence(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "student.json").write_bytes(data)
+    with pytest.raises(CheckpointError):
+        read_spec(tmp_path)
+
+
+def test_a_tokenizer_that_brings_code_is_refused_and_not_run(copy: Path, tmp_path: Path) -> None:
+    folder = copy.parent / "tiny" / "tokenizer"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(CheckpointError, match=r"tokenizer of .* cannot be loaded: .*"):
+        load_bundle(copy)
+    assert not (tmp_path / "ran").exists()

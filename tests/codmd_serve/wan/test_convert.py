@@ -18,6 +18,8 @@ from codmd_serve.grid import causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import NativeShape, load_bundle, read_spec
 from codmd_serve.wan.convert import CONTRACTS, FAMILIES, ConvertOptions, convert
+from codmd_serve.wan.names import original_name
+from codmd_serve.wan.pipeline import save_pipeline
 
 Write = Callable[..., Path]
 # Sums of 96 products in another order than in the authors' code; the recorded values go up to 2.
@@ -39,7 +41,7 @@ def flow_of(bundle: Path, io: dict[str, Tensor]) -> Tensor:
 def test_convert_gives_the_output_that_the_authors_code_gave(
     write: Write, golden_base: Path, golden_io: dict[str, Tensor], tmp_path: Path, style: str
 ) -> None:
-    done = converted(write(style), golden_base, tmp_path / "bundle")
+    done = converted(write(style), golden_base, tmp_path / "bundle", bidirectional=style == "generator_ema")
     assert (flow_of(tmp_path / "bundle", golden_io) - golden_io["flow_pred_BCFHW"]).abs().max() < TOLERANCE
     assert read_spec(tmp_path / "bundle") == done.spec
     assert done.looks == FAMILIES[style].looks
@@ -54,9 +56,14 @@ def test_convert_keeps_the_dtype_of_the_weights(write: Write, golden_base: Path,
 
 
 def test_convert_reads_the_folder_of_a_diffusers_pipeline(golden_base: Path, tmp_path: Path) -> None:
-    done = converted(golden_base, golden_base, tmp_path / "bundle")
     weights = "transformer/diffusion_pytorch_model.safetensors"
-    stored, given = load_file(tmp_path / "bundle" / weights), load_file(golden_base / weights)
+    shutil.copytree(golden_base, tmp_path / "student")
+    save_file(
+        {name: 0.5 * tensor for name, tensor in load_file(golden_base / weights).items()},
+        tmp_path / "student" / weights,
+    )
+    done = converted(tmp_path / "student", golden_base, tmp_path / "bundle")
+    stored, given = load_file(tmp_path / "bundle" / weights), load_file(tmp_path / "student" / weights)
     assert stored.keys() == given.keys() and all(torch.equal(stored[name], given[name]) for name in given)
     assert done.spec.method == "fastwan" and "attention" not in done.spec.assumed
 
@@ -107,14 +114,15 @@ def test_sampling_is_guessed_from_the_family_and_recorded_as_assumed(
     timesteps: tuple[float, ...],
     ema: bool,
 ) -> None:
-    converted(write(style), golden_base, tmp_path / "bundle")
+    converted(write(style), golden_base, tmp_path / "bundle", bidirectional=style == "generator_ema")
     spec = read_spec(tmp_path / "bundle")
     assert (spec.method, spec.sampler, spec.timesteps, spec.ema) == (method, sampler, timesteps, ema)
     assert spec.native == NativeShape(height=480, width=832, num_frames=81, fps=16)
     assert (spec.base_model, spec.package_version, spec.step) == ("golden-base", "1.2.3", 0)
     assert (tmp_path / "bundle" / spec.base).resolve() == golden_base.resolve()
     guessed = {"sigmas", "timesteps", "sampler", "native", "method", "step", "ema", "attention"}
-    assert set(spec.assumed) == guessed - ({"ema"} if style.startswith("generator") else set())
+    told = {"generator": {"ema"}, "generator_ema": {"ema", "attention"}}
+    assert set(spec.assumed) == guessed - told.get(style, set())
 
 
 def test_what_the_user_says_is_not_assumed(write: Write, golden_base: Path, tmp_path: Path) -> None:
@@ -225,3 +233,154 @@ def test_a_base_that_is_no_text_to_video_wan_is_refused(
 def test_no_base_is_refused(write: Write, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no folder .*gone: expected the diffusers folder"):
         converted(write("rcm"), tmp_path / "gone", tmp_path / "bundle")
+
+
+# what stands beside the weights
+
+
+def halved(folder: Path, target: Path) -> Path:
+    """A copy of a pipeline folder whose transformer has other weights."""
+    shutil.copytree(folder, target)
+    weights = target / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: 0.5 * tensor for name, tensor in load_file(weights).items()}, weights)
+    return target
+
+
+def test_steps_that_a_folder_states_are_taken_and_not_assumed(golden_base: Path, tmp_path: Path) -> None:
+    student = halved(golden_base, tmp_path / "student")
+    index = json.loads((student / "model_index.json").read_text())
+    block = {"num_inference_steps": 2, "denoising_timesteps": [999, 624], "solver": "ode", "guidance_scale": 1.0}
+    (student / "model_index.json").write_text(json.dumps({**index, "dmd2_config": block}))
+    done = converted(student, golden_base, tmp_path / "bundle")
+    assert (done.spec.timesteps, done.spec.sigmas, done.spec.sampler) == ((999.0, 624.0), (0.999, 0.624, 0.0), "ode")
+    assert not {"timesteps", "sigmas", "sampler"} & set(done.spec.assumed)
+    assert "sampled as dmd2_config of model_index.json says" in done.notes
+    said = converted(student, golden_base, tmp_path / "said", timesteps=(1000.0, 500.0), sampler="sde")
+    assert (said.spec.timesteps, said.spec.sampler) == ((1000.0, 500.0), "sde")
+
+
+def test_an_exported_pipeline_converts_back_to_the_same_steps(
+    tiny_bundle: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(tiny_bundle, student)
+    weights = student / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: 0.5 * tensor for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    spec = json.loads((student / "student.json").read_text())
+    spec |= {"base": str(tiny_base), "sigmas": [1.0, 0.9, 0.8, 0.6, 0.0]}
+    (student / "student.json").write_text(json.dumps(spec))
+    save_pipeline(student, tmp_path / "pipeline")
+    assert json.loads((tmp_path / "pipeline/model_index.json").read_text())["dmd2_config"] == {
+        "num_inference_steps": 4,
+        "denoising_timesteps": [1000, 937.5, 833.3, 625],
+        "solver": "sde",
+        "guidance_scale": 1.0,
+    }
+    done = converted(tmp_path / "pipeline", tiny_base, tmp_path / "bundle")
+    assert done.spec.sigmas == (1.0, 0.9, 0.8, 0.6, 0.0) and done.spec.timesteps == (1000.0, 937.5, 833.3, 625.0)
+    assert done.spec.sampler == "sde" and "sigmas" not in done.spec.assumed
+
+
+def lora_file(path: Path, metadata: dict[str, str] | None = None, up: float = 1.0) -> Path:
+    prefix = "transformer.blocks.1.attn1.to_q"
+    pair = {f"{prefix}.lora_A.weight": torch.randn(4, 96), f"{prefix}.lora_B.weight": up * torch.randn(96, 4)}
+    save_file(pair, path, metadata=metadata)
+    return path
+
+
+def test_a_strength_that_nobody_states_is_assumed_until_it_is_said(golden_base: Path, tmp_path: Path) -> None:
+    silent = lora_file(tmp_path / "silent")
+    done = converted(silent, golden_base, tmp_path / "a")
+    assert "lora_scale" in done.spec.assumed and "update of 1 modules at scale 1 (assumed)" in done.notes
+    said = converted(silent, golden_base, tmp_path / "b", lora_scale=0.5)
+    assert "lora_scale" not in said.spec.assumed and "update of 1 modules at scale 0.5 (--lora-scale)" in said.notes
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
+    stated = converted(lora_file(tmp_path / "stated", header), golden_base, tmp_path / "c")
+    assert "lora_scale" not in stated.spec.assumed
+    assert "update of 1 modules at scale 0.5 (lora_adapter_metadata of its header)" in stated.notes
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    name, pair = "blocks.1.attn1.to_q.weight", load_file(tmp_path / "stated")
+    down, up = (
+        pair["transformer.blocks.1.attn1.to_q.lora_A.weight"],
+        pair["transformer.blocks.1.attn1.to_q.lora_B.weight"],
+    )
+    change = load_file(tmp_path / "c" / weights)[name] - load_file(golden_base / weights)[name]
+    torch.testing.assert_close(change, 0.5 * up @ down, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("style", ["original", "diffusers"])
+def test_the_undistilled_base_is_refused(golden_base: Path, tmp_path: Path, dtype: torch.dtype, style: str) -> None:
+    given = load_file(golden_base / "transformer/diffusion_pytorch_model.safetensors")
+    renamed = {original_name(name) if style == "original" else name: tensor.to(dtype) for name, tensor in given.items()}
+    save_file(renamed, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="is the undistilled base itself: all of its weights equal the base's"):
+        converted(tmp_path / "a.safetensors", golden_base, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_one_weight_that_differs_makes_a_student(golden_base: Path, tmp_path: Path) -> None:
+    given = load_file(golden_base / "transformer/diffusion_pytorch_model.safetensors")
+    given["proj_out.bias"][3] += 1e-3
+    save_file(given, tmp_path / "a.safetensors")
+    assert converted(tmp_path / "a.safetensors", golden_base, tmp_path / "bundle").num_tensors == len(given)
+
+
+def test_an_update_of_nothing_is_the_base(golden_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is the undistilled base itself: its updates are zero"):
+        converted(lora_file(tmp_path / "a", up=0.0), golden_base, tmp_path / "bundle")
+
+
+def test_weights_that_are_mostly_causal_need_the_users_word(write: Write, golden_base: Path, tmp_path: Path) -> None:
+    for options in ({}, {"method": "self-forcing"}, {"method": "rcm"}):
+        with pytest.raises(
+            CheckpointError, match=r"most of them are causal .*; say --bidirectional if this one is not"
+        ):
+            converted(write("generator_ema"), golden_base, tmp_path / "bundle", **options)
+    with pytest.raises(CheckpointError, match="say --bidirectional"):
+        converted(write("generator"), golden_base, tmp_path / "bundle", method="self-forcing")
+    done = converted(write("generator_ema"), golden_base, tmp_path / "bundle", bidirectional=True)
+    assert "attention" not in done.spec.assumed
+
+
+def test_a_file_that_says_causal_is_refused_whatever_the_user_says(
+    write: Write, golden_base: Path, tmp_path: Path
+) -> None:
+    path = write("generator_ema", lambda state: {**state, "config": {"model": {"causal": True}}})
+    with pytest.raises(CheckpointError, match="it is causal"):
+        converted(path, golden_base, tmp_path / "bundle", bidirectional=True)
+
+
+def test_a_network_is_named_by_key(
+    golden_weights: dict[str, Tensor], golden_base: Path, golden_io: dict[str, Tensor], tmp_path: Path
+) -> None:
+    other = {name: 0.5 * tensor for name, tensor in golden_weights.items()}
+    torch.save({"model": golden_weights, "ema": other}, tmp_path / "a.pt")
+    done = converted(tmp_path / "a.pt", golden_base, tmp_path / "bundle", key="model")
+    assert (flow_of(tmp_path / "bundle", golden_io) - golden_io["flow_pred_BCFHW"]).abs().max() < TOLERANCE
+    assert done.notes == ("taken from 'model' of the file (--key)", "left out: 'ema'") and not done.spec.ema
+    average = converted(tmp_path / "a.pt", golden_base, tmp_path / "average")
+    assert average.spec.ema and "ema" not in average.spec.assumed
+
+
+@pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf"), 1e6])
+def test_a_senseless_strength_is_refused(scale: float) -> None:
+    with pytest.raises(ConfigError, match="lora_scale must be a number other than 0, at most 100"):
+        ConvertOptions(lora_scale=scale)
+
+
+def test_a_strength_for_a_whole_network_is_refused(write: Write, golden_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--lora-scale is for LoRA files"):
+        converted(write("rcm"), golden_base, tmp_path / "bundle", lora_scale=0.5)
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "ä" * 128, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused_before_anything_is_read(golden_base: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"has 256 bytes, and names have at most 255 there|cannot be written"):
+        converted(Path("nowhere.pt"), golden_base, Path(name))
+
+
+def test_an_output_of_the_longest_name_is_written(write: Write, golden_base: Path, tmp_path: Path) -> None:
+    output = tmp_path / ("x" * 255)
+    converted(write("rcm"), golden_base, output)
+    assert load_bundle(output).spec.method == "rcm"

@@ -1,6 +1,5 @@
-"""Names: the table is diffusers' own conversion, nothing is lost or made up, and updates add what they say."""
+"""Names: the table is diffusers' own conversion, and nothing is lost or made up."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,12 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from codmd_serve.errors import CheckpointError
-from codmd_serve.wan.names import check_config, merge_lora, original_name, to_diffusers
+from codmd_serve.wan.names import check_config, original_name, to_diffusers
 from codmd_serve.wan.published import Published, read_published
-
-RANK = 4
 
 
 def original(weights: Mapping[str, Tensor]) -> Published:
     return Published(family="original", naming="original", weights=dict(weights), config={})
-
-
-def lora(weights: Mapping[str, Tensor]) -> Published:
-    return Published(family="lora", naming="lora", weights=dict(weights), config={})
 
 
 @pytest.fixture(scope="module")
@@ -81,114 +74,3 @@ def test_a_config_of_other_heads_is_refused(config: dict[str, Any]) -> None:
         check_config(config, base, "FILE")
     check_config({"num_heads": 2, "eps": 1e-6}, base, "FILE")
     check_config({}, base, "FILE")
-
-
-def updates(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Random factors for every matrix of the blocks, by diffusers module."""
-    rng = torch.Generator().manual_seed(2)
-    return {
-        name.removesuffix(".weight"): (
-            torch.randn(RANK, shape[1], generator=rng),
-            torch.randn(shape[0], RANK, generator=rng),
-        )
-        for name, shape in shapes.items()
-        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
-    }
-
-
-def stored(factors: Mapping[str, tuple[Tensor, Tensor]], style: str, alpha: float | None) -> dict[str, Tensor]:
-    """Name factors as LightX2V (prefixed or not), musubi or diffusers do."""
-    state = {}
-    for module, (down, up) in factors.items():
-        name = original_name(f"{module}.weight").removesuffix(".weight")
-        if style == "diffusers":
-            state |= {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}
-            continue
-        prefixed = {
-            "lightx2v": f"diffusion_model.{name}",
-            "bare": name,
-            "musubi": "lora_unet_" + name.replace(".", "_"),
-        }[style]
-        state |= {f"{prefixed}.lora_down.weight": down, f"{prefixed}.lora_up.weight": up}
-        if alpha is not None:
-            state[f"{prefixed}.alpha"] = torch.tensor(alpha)
-    return state
-
-
-@pytest.mark.parametrize(
-    ("style", "alpha"), [("lightx2v", None), ("lightx2v", 2.0), ("bare", 8.0), ("musubi", 8.0), ("diffusers", None)]
-)
-def test_low_rank_updates_are_added(base: dict[str, Tensor], style: str, alpha: float | None) -> None:
-    factors = updates({name: tensor.shape for name, tensor in base.items()})
-    merged = merge_lora(lora(stored(factors, style, alpha)), base, "FILE")
-    assert merged.keys() == base.keys()
-    scale = 1.0 if alpha is None else alpha / RANK
-    for name, tensor in base.items():
-        down, up = factors.get(name.removesuffix(".weight"), (None, None)) if name.endswith(".weight") else (None, None)
-        wanted = tensor if down is None or up is None else tensor + scale * (up @ down)
-        # alpha goes into the factors before they are multiplied: float32 rounding of sums of RANK products
-        torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-5, msg=name)
-
-
-def test_whole_differences_are_added_where_diffusers_drops_them(base: dict[str, Tensor]) -> None:
-    state = stored(updates({name: tensor.shape for name, tensor in base.items()}), "lightx2v", None)
-    before = merge_lora(lora(state), base, "FILE")
-    differences = {
-        "blocks.0.self_attn.norm_q.diff": "blocks.0.attn1.norm_q.weight",
-        "blocks.1.norm3.diff_b": "blocks.1.norm2.bias",
-        "blocks.2.cross_attn.q.diff_b": "blocks.2.attn2.to_q.bias",
-        "blocks.2.modulation.diff": "blocks.2.scale_shift_table",
-        "patch_embedding.diff": "patch_embedding.weight",
-        "head.head.diff": "proj_out.weight",
-        "time_projection.1.diff_b": "condition_embedder.time_proj.bias",
-    }
-    for key, name in differences.items():
-        state[f"diffusion_model.{key}"] = torch.full_like(base[name], 0.5)
-    after = merge_lora(lora(state), base, "FILE")
-    changed = {name for name in base if not torch.equal(before[name], after[name])}
-    assert changed == set(differences.values())
-    for name in changed:
-        torch.testing.assert_close(after[name], before[name] + 0.5)
-
-
-def test_merged_weights_keep_the_dtype_of_the_base(base: dict[str, Tensor]) -> None:
-    half = {name: tensor.bfloat16() for name, tensor in base.items()}
-    factors = updates({name: tensor.shape for name, tensor in base.items()})
-    merged = merge_lora(lora(stored(factors, "diffusers", None)), half, "FILE")
-    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"diffusion_model.blocks.0.self_attn.q.lora_up.weight": None}, "low-rank tensors of which|half of an update"),
-        ({"diffusion_model.blocks.0.self_attn.gate.lora_up.weight": torch.zeros(96, RANK)}, "no Wan LoRA|of which"),
-        (
-            {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": torch.zeros(RANK, 40)},
-            r"attn1\.to_q\.weight is \(96, 96\), its update \(96, 40\); name the diffusers folder",
-        ),
-        (
-            {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": torch.zeros(RANK + 1, 96)},
-            r"halves of blocks\.0\.attn1\.to_q that do not fit each other: \(5, 96\) and \(96, 4\)",
-        ),
-        ({"diffusion_model.blocks.0.self_attn.norm_q.diff": torch.zeros(7)}, r"norm_q\.weight is \(96,\), its update"),
-        (
-            {"diffusion_model.blocks.9.norm3.diff": torch.zeros(96)},
-            r"blocks\.9\.norm3\.weight, which the base does not",
-        ),
-    ],
-)
-def test_updates_that_do_not_fit_are_refused(
-    base: dict[str, Tensor], change: dict[str, Tensor | None], message: str
-) -> None:
-    factors = updates({name: tensor.shape for name, tensor in base.items()})
-    state = {**stored(factors, "lightx2v", None), **change}
-    with pytest.raises(CheckpointError, match=message):
-        merge_lora(lora({name: tensor for name, tensor in state.items() if tensor is not None}), base, "FILE")
-
-
-def test_updates_of_a_deeper_network_are_refused(base: dict[str, Tensor]) -> None:
-    factors = updates({name: tensor.shape for name, tensor in base.items()})
-    deeper = {re.sub(r"blocks\.2\.", "blocks.3.", module): pair for module, pair in factors.items()}
-    with pytest.raises(CheckpointError, match=r"blocks\.3\..*, which the base does not have"):
-        merge_lora(lora(stored(deeper, "lightx2v", None)), base, "FILE")

@@ -56,6 +56,6 @@ def test_a_preview_has_the_latents_frames_rows_and_columns() -> None:
 def test_a_base_without_a_usable_vae_has_no_map(
     tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert len(preview_map_of_base(tiny_base, is_local=True)) == C + 1
-    assert preview_map_of_base(tmp_path, is_local=True) == ()
+    assert len(preview_map_of_base(tiny_base)) == C + 1
+    assert preview_map_of_base(tmp_path) == ()
     assert "preview_map=none reason=" in caplog.text and "has no vae/ folder" in caplog.text

@@ -57,6 +57,17 @@ def test_prompt_warnings_names_each_unknown_word_once_and_no_punctuation(tiny_pi
     assert warnings == ["words outside the vocabulary of this model: Dragon, dragon, in, castle"]
 
 
+def test_prompt_warnings_names_symbols_too(tiny_pipeline: WanPipeline) -> None:
+    for prompt, unknown in (("🔴🚀🎉", "🔴🚀🎉"), ("a red ❤ circle, 1+1!", "❤, 1, +"), ("色", "色")):
+        warnings = prompt_warnings(tiny_pipeline.tokenizer, prompt)
+        assert warnings == [f"words outside the vocabulary of this model: {unknown}"]
+
+
+def test_prompt_warnings_says_when_nothing_is_left(tiny_pipeline: WanPipeline) -> None:
+    warnings = prompt_warnings(tiny_pipeline.tokenizer, " ")
+    assert warnings == ["nothing of this prompt reaches the text encoder: its tokenizer drops all of it"]
+
+
 def test_prompt_warnings_are_none_for_known_words(tiny_pipeline: WanPipeline) -> None:
     assert prompt_warnings(tiny_pipeline.tokenizer, "a Red circle, moves right.") == []
 

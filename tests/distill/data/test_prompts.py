@@ -1,18 +1,24 @@
 """Prompts, their embeddings, the cache and the order of batches."""
 
+import io
 import json
+import tarfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.text import encode_prompts
+from distill import cli
 from distill.config import DistillConfig, with_overrides
 from distill.data import prompts as data
-from distill.data.prompts import batch_indices, cached_prompt_data, encode_prompt_data, load_prompts
+from distill.data.prompts import batch_indices, cached_prompt_data, check_prompts, encode_prompt_data, load_prompts
 from distill.networks.base import open_base
 from distill.worlds.shapeworld.captions import parse_caption
 
@@ -56,7 +62,7 @@ def test_txt_and_jsonl_give_the_same_prompts(tiny_config: DistillConfig, tmp_pat
     [
         ("p.txt", b"\n \n", "no prompt"),
         ("p.csv", b"a\n", "jsonl or .tar"),
-        ("p.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("p.txt", b"\xff\xfe\x00", "p.txt is not UTF-16-LE text: line 1"),
         ("p.jsonl", b'{"prompt":"a"}\n{"x":1}\n', "p.jsonl line 2"),
         ("p.jsonl", b'{"prompt":"a"}\n\nnot json\n', "p.jsonl line 3"),
         ("p.jsonl", b'{"prompt":3}\n', "p.jsonl line 1"),
@@ -119,3 +125,64 @@ def test_missing_text_encoder_is_a_checkpoint_error(tiny_config: DistillConfig, 
     config = with_overrides(tiny_config, [f"base={tmp_path / 'base'}"])
     with pytest.raises(CheckpointError, match="tokenizer"):
         cached_prompt_data(config, open_base(config.base), tmp_path / "cache", CPU)
+
+
+@pytest.mark.parametrize("recipe", ["wan_1_3b", "wan_14b"])
+def test_recipes_of_real_models_need_prompts(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for words in (["--dry-run"], []):
+        assert cli.main(["train", "--recipe", recipe, "--out", str(tmp_path / "run"), "--device", "cpu", *words]) == 2
+        said = capsys.readouterr()
+        (line,) = said.err.strip().split("\n")
+        assert line.startswith(f"codmd-distill: prompts is not set: recipe {recipe} needs a .txt, .jsonl or .tar file")
+        assert said.out == "" and not (tmp_path / "run").exists()
+
+
+def test_what_was_read_is_told_in_one_line(tiny_config: DistillConfig, tmp_path: Path) -> None:
+    long = "red " * 600
+    (tmp_path / "p.txt").write_text(f"a red ring\n\na red ring\n{long}\n")
+    config = with_overrides(tiny_config, [f"prompts={tmp_path / 'p.txt'}"])
+    for _ in range(2):  # encoded, then from the cache
+        read = cached_prompt_data(config, open_base(config.base), tmp_path / "cache", CPU)
+        assert read.report == "prompts=3 distinct=2 dropped=1 cut=1 longest=512"
+    assert check_prompts(config, open_base(config.base)) == {"prompts": 3, "duplicates": 1, "dropped": 1}
+
+
+def test_a_dry_run_checks_embeddings_of_shards(tiny_config: DistillConfig, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        buffer = io.BytesIO()
+        torch.save(torch.ones(3, 7), buffer)
+        for name, content in (("0.prompt.txt", b"a"), ("0.embed.pt", buffer.getvalue())):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    config = with_overrides(tiny_config, [f"prompts={tmp_path / 'a.tar'}"])
+    with pytest.raises(ConfigError, match=r"a\.tar: 0\.embed\.pt must be of shape \(L, 16\), got \(3, 7\)"):
+        check_prompts(config, open_base(config.base))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda packed, offsets: (packed[:-1], offsets), "its offsets are not those"),
+        (lambda packed, offsets: (packed, offsets[:-1]), "offsets for 6 prompts"),
+        (lambda packed, offsets: (packed, offsets.flip(0)), "its offsets are not those"),
+        (lambda packed, offsets: (packed, offsets.int()), "offsets for 6 prompts"),
+        (lambda packed, offsets: (packed * torch.nan, offsets), "not finite"),
+        (lambda packed, offsets: (packed.long(), offsets), "not finite"),
+    ],
+)
+def test_a_cache_of_the_right_key_and_other_tensors_is_made_anew(
+    tiny_config: DistillConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    reason: str,
+) -> None:
+    first = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU)
+    (path,) = tmp_path.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    packed, offsets = change(first.packed, first.offsets)
+    save_file({"packed": packed.contiguous(), "offsets": offsets.contiguous()}, path, metadata=metadata)
+    second = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU)
+    assert torch.equal(second.packed, first.packed) and reason in caplog.text

@@ -1,6 +1,7 @@
 """Numbers, tables and verdicts from arms whose quality is known by construction."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,3 +113,17 @@ def test_report_without_depth_leaves_the_joint_table_out() -> None:
     text = as_markdown(analysis, [], {})
     assert "Caption following" in text and "Kendall" not in text and "Headroom" not in text
     json.dumps(as_json(analysis, [], {}), allow_nan=False)
+
+
+def test_headroom_without_a_unit_is_a_dash_and_not_a_large_number(suite: Suite, analysis: Analysis) -> None:
+    """The teacher's second sample scores exactly as its first: nothing can be counted in their difference."""
+    arms = [
+        arm if name != "teacher_again" else replace(analysis.arms["teacher"], name=name)
+        for name, arm in analysis.arms.items()
+    ]
+    alike = Analysis(arms, suite, analysis.reference, seed=0)
+    rows = headroom(alike)
+    assert rows and all(row["units"] is None and not row["enough"] for row in rows)
+    text = as_markdown(alike, [], {})
+    assert "few: imaging" in text and "000000" not in text
+    json.dumps(as_json(alike, [], {}), allow_nan=False)

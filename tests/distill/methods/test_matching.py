@@ -13,16 +13,20 @@ from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
 from distill.losses.dmd import dmd_direction
-from distill.methods.draws import draw_exit_step, draw_score_level, reference_sigma, score_window
+from distill.methods.draws import Turn, draw_exit_step, draw_score_level, reference_sigma, score_window
 from distill.methods.matching import (
     MatchingDraws,
+    MatchingMethod,
     copula_settings,
     draw_sample,
+    resumed_student_step,
+    scored_sample,
     student_step,
 )
 from distill.methods.registry import recipe_config
 from distill.methods.scores import critic_step
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
+from distill.parallel.processes import SINGLE_PROCESS
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 3, 4, 4)
@@ -143,6 +147,61 @@ def test_dmd_is_codmd_without_the_relational_weights(
     torch.testing.assert_close(codmd.loss.detach(), dmd.loss.detach() + extra)
     assert float(extra) > 0
     assert "loss_frame" not in dmd.metrics
+
+
+def turn_of(config: DistillConfig, networks: Networks, batch: Batch) -> Turn:
+    def load(own: range) -> Batch:
+        places = slice(own.start, own.stop)
+        return Batch(
+            prompt_embeds=batch.prompt_embeds[places], negative_prompt_embeds=batch.negative_prompt_embeds[places]
+        )
+
+    return Turn(
+        role="student",
+        iteration=1,
+        config=config,
+        networks=networks,
+        processes=SINGLE_PROCESS,
+        shape=SHAPE,
+        device=CPU,
+        load=load,
+    )
+
+
+def test_related_micro_batches_are_scored_once(
+    tiny_networks: Networks, tiny_config: DistillConfig, batch: Batch
+) -> None:
+    """Of the two passes over three micro-batches, the second is one student forward each."""
+    config = with_overrides(tiny_config, ["accumulate=3"])
+    exit_step = MatchingMethod("codmd").draw(config, "student", 1, SHAPE, CPU).exit_step
+    with counted(tiny_networks) as calls:
+        results = list(MatchingMethod("codmd").losses(turn_of(config, tiny_networks, batch)))
+    assert len(results) == 3
+    assert calls == {"student": [1] * 3 * (exit_step + 2), "critic": [1] * 3, "teacher": [2] * 3}
+    plain = with_overrides(config, ["copula.weight_batch=0"])
+    with counted(tiny_networks) as calls:
+        list(MatchingMethod("codmd").losses(turn_of(plain, tiny_networks, batch)))
+    assert calls == {"student": [1] * 3 * (exit_step + 1), "critic": [1] * 3, "teacher": [2] * 3}
+
+
+@pytest.mark.parametrize("exit_step", [0, 2])
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_a_resumed_step_is_the_step_bit_for_bit(
+    tiny_networks: Networks, tiny_config: DistillConfig, batch: Batch, exit_step: int, sampler: str
+) -> None:
+    part_ways(tiny_networks)
+    config = with_overrides(tiny_config, [f"sampler={sampler}", "copula.permute=true"])
+    draws = drawn(config, exit_step)
+    want = student_step(tiny_networks, batch, draws, config)
+    sample, features = scored_sample(tiny_networks, batch, draws, config)
+    assert features.shape == (3, 3, 4) and not features.requires_grad
+    got = resumed_student_step(tiny_networks, batch, sample, config, lambda own: own)
+    parameters = list(tiny_networks.student.parameters())
+    assert torch.equal(got.loss, want.loss)
+    for a, b in zip(*(torch.autograd.grad(one.loss, parameters) for one in (got, want)), strict=True):
+        assert torch.equal(a, b)
+    assert got.metrics.keys() == want.metrics.keys()
+    assert all(torch.equal(value, want.metrics[name]) for name, value in got.metrics.items())
 
 
 def test_nothing_moves_when_critic_agrees_with_an_unguided_teacher(

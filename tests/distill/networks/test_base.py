@@ -96,9 +96,9 @@ def test_run_opens_the_base_and_reads_its_configs_once(
     opened, read = [], []
     read_part_config = base_module.read_part_config
 
-    def counted(kind: object, folder: str, part: str, is_local: bool) -> dict[str, object]:
+    def counted(kind: object, folder: Path, part: str) -> dict[str, object]:
         read.append(part)
-        return read_part_config(kind, folder, part, is_local)
+        return read_part_config(kind, folder, part)
 
     def opened_once(name: str) -> Base:
         opened.append(name)

@@ -155,6 +155,16 @@ def test_peak_of_an_iteration_is_within_15_percent(
     assert parts["activations"] + parts["working set"] > 0.5 * plan.totals[plan.peak_phase]
 
 
+def test_a_critic_without_turns_costs_its_weights(tiny_config: DistillConfig, prompts: PromptData) -> None:
+    config = with_overrides(with_method(tiny_config, "dcm"), ["rcm.dmd_weight=0"])
+    trainer = new_trainer(config, prompts)
+    trainer.iterate()
+    memory = planned(config).memory
+    assert memory["student update"]["optimizer"] == optimizer_bytes(trainer)
+    assert memory["critic backward"]["activations"] == memory["critic update"]["gradients"] == 0
+    assert memory["critic update"]["critic weights"] == size(trainer.networks.critic.parameters())
+
+
 def test_micro_batches_that_are_related_keep_their_scores_in_memory(
     long_config: DistillConfig, prompts: PromptData, live_bytes: Callable
 ) -> None:

@@ -93,6 +93,7 @@ def test_authors_layout_does_not_fit_8_and_fits_32(subject_14b: Subject, authors
 
 def test_a_recipe_of_ours_has_no_authors_layout() -> None:
     assert reference_layout(read_subject(recipe_config()), PlanOptions()) is None
+    assert reference_layout(read_subject(recipe_config("wan_1_3b", "rcm")), PlanOptions()) is None
 
 
 def test_time_follows_rate_gpus_and_work(subject_14b: Subject) -> None:

@@ -23,6 +23,7 @@ from distill.run.checkpoint import (
     write_bundle,
     write_config,
 )
+from distill.run.trainer import RunOptions, run_training
 from distill.worlds.shapeworld.captions import grammar
 
 
@@ -173,3 +174,23 @@ def test_weights_of_another_network_make_no_bundle(
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_bundle(tmp_path / "student", tiny_config, open_base(tiny_config.base), weights, 1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("native.fps=500", "native.fps must be at most 120, got 500"),
+        ('vocabulary_note="two\\nlines"', "vocabulary_note must be one line of text"),
+    ],
+)
+def test_what_the_bundle_could_not_say_is_refused_before_anything_is_computed(
+    tiny_config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, message: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the run went on")
+
+    monkeypatch.setattr("distill.run.trainer.cached_prompt_data", refuse)
+    options = RunOptions(out=tmp_path / "run", device=torch.device("cpu"), preview_every_iterations=0)
+    with pytest.raises(ConfigError, match=message):
+        run_training(with_overrides(tiny_config, [setting]), options, resume=False)
+    assert not (tmp_path / "run").exists()

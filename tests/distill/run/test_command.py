@@ -81,6 +81,24 @@ def test_resuming_with_the_method_named_keeps_the_runs_settings(
     assert "another method" in capsys.readouterr().err
 
 
+def test_a_run_of_a_newer_version_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"format": 99, "method": "unheard of"}))
+    assert train("--out", str(tmp_path), "--resume") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a newer version wrote them, so update this one" in error
+
+
+def test_max_steps_is_still_taken_for_max_iterations(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--set", "student_every_steps=7", *(one for one in settings if not one.startswith("student_every"))]
+    assert train("--out", str(tmp_path / "run"), "--dry-run", "--max-steps", "9", *given) == 0
+    shown = json.loads(capsys.readouterr().out)["config"]
+    assert (shown["max_iterations"], shown["student_every_iterations"]) == (9, 7)
+
+
 def test_dry_run_prints_the_settings_and_writes_nothing(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -165,7 +165,7 @@ def test_folder_that_cannot_be_written_is_logged_and_training_goes_on(
     (tmp_path / "previews").write_text("in the way")
     with caplog.at_level(logging.WARNING):
         assert previews.write(7, tiny_networks.student, shifted(tiny_networks)) is None
-    assert "no preview step=7" in caplog.text
+    assert "no preview iteration=7" in caplog.text
 
 
 def test_filmstrips_show_first_and_last_frame_row_by_row() -> None:

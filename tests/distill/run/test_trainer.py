@@ -13,15 +13,15 @@ import torch
 from runs import with_method
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
-from codmd_serve.wan.checkpoint import load_bundle
-from distill.config import DistillConfig, with_overrides
+from codmd_serve.wan.checkpoint import load_bundle, read_spec
+from distill.config import RENAMED, DistillConfig, settings_digest, with_overrides
 from distill.data.prompts import cached_prompt_data
 from distill.methods.draws import StepResult, Turn
 from distill.methods.matching import MatchingMethod
 from distill.methods.registry import recipe_config
 from distill.networks.base import open_base
 from distill.networks.build import build_networks
-from distill.run.checkpoint import list_checkpoints, load_checkpoint
+from distill.run.checkpoint import export_bundle, list_checkpoints, load_checkpoint, read_config
 from distill.run.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, stop_signal
 from distill.streams import named_rng
 
@@ -416,6 +416,44 @@ def test_bad_input_leaves_no_folder_behind(
     with pytest.raises(ConfigError, match="cannot be written"):
         run(tiny_config, tmp_path / "file" / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_folder_of_format_1_is_resumed_exactly_and_exported_with_its_own_digest(
+    tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome]
+) -> None:
+    run(tiny_config, tmp_path / "whole")
+    run(with_overrides(tiny_config, ["max_iterations=2"]), tmp_path / "old")
+    as_format_1(tmp_path / "old")
+    assert read_config(tmp_path / "old") == with_overrides(tiny_config, ["max_iterations=2"])
+    digest = settings_digest(json.loads((tmp_path / "old" / "config.json").read_text()))
+    export_bundle(tmp_path / "old", tmp_path / "student")
+    assert read_spec(tmp_path / "student").config_sha256 == digest
+    outcome = run(tiny_config, tmp_path / "old", resume=True)
+    assert outcome.iteration == 6
+    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "old"))
+    assert read_config(tmp_path / "old") == tiny_config
+    assert read_spec(tmp_path / "old" / "bundle").config_sha256 == tiny_config.sha256()
+
+
+def as_format_1(out: Path) -> None:
+    """Give the files of a run the names that they had in format 1."""
+    path = out / "config.json"
+    data = json.loads(path.read_text())
+    del data["format"]
+    for before, after in RENAMED.items():
+        *group, leaf = after.split(".")
+        source = data if not group else data.get(group[0], {})
+        if leaf not in source:
+            continue
+        *group, name = before.split(".")
+        (data[group[0]] if group else data)[name] = source.pop(leaf)
+    path.write_text(json.dumps(data | {"rcm": {"warmup_steps": 0, "data_steps": 50}, "dp_dmd": {"weight": 0.05}}))
+    state = out / "checkpoints" / "step-00000002" / "state.pt"
+    saved = torch.load(state, weights_only=True)
+    saved["trainer"]["step"] = saved["trainer"].pop("iteration")
+    torch.save(saved, state)
+    log = out / "log.jsonl"
+    log.write_text(log.read_text().replace('"iteration"', '"step"'))
 
 
 def test_checkpoint_of_another_base_is_refused(

@@ -1,0 +1,157 @@
+"""GET, DELETE and events of jobs; what another API key sent is not found."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from starlette.responses import StreamingResponse
+
+from codmd_serve.api.backend import Backend
+from codmd_serve.api.content import video_response
+from codmd_serve.api.errors import refusals
+from codmd_serve.api.schemas import JobBody, JobList, error_of, job_body
+from codmd_serve.api.security import owner_of
+from codmd_serve.errors import InvalidRequestError, StoreError
+from codmd_serve.jobs.states import Job
+
+KEEP_ALIVE_S = 15.0
+POLL_S = 1.0
+KIND_OF_STATUS = {"completed": "done", "expired": "done"}
+
+router = APIRouter()
+
+
+async def find_job(backend: Backend, job_id: str, request: Request) -> Job:
+    """A job of the caller.
+
+    Raises:
+        HTTPException: 404.
+    """
+    job = await backend.get(job_id, owner_of(request)) if job_id.isalnum() and len(job_id) <= 40 else None
+    if job is None:
+        raise HTTPException(404, "no such job, or it was so long ago that it is forgotten")
+    return job
+
+
+async def describe(backend: Backend, job: Job) -> JobBody:
+    """The public view of a job at this moment."""
+    position, eta_s = await backend.position(job)
+    return job_body(job, backend.hub.known(job.id), position, eta_s)
+
+
+@router.get("/jobs", responses=refusals(401, 422), summary="Your jobs, newest first")
+async def list_jobs(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[str | None, Query(max_length=40, description="`next` of the page before")] = None,
+    status: Literal["queued", "running", "completed", "failed", "cancelled", "expired"] | None = None,
+) -> JobList:
+    """A page of jobs."""
+    backend: Backend = request.app.state.backend
+    last = None
+    if after is not None:
+        known = await backend.get(after, owner_of(request)) if after.isalnum() else None
+        if known is None:
+            raise InvalidRequestError("after must be `next` of a page", "after")
+        last = known.number
+    owner = owner_of(request)
+    jobs = await asyncio.to_thread(
+        backend.store.list_jobs, owner, limit=limit + 1, after=last, status=status, is_ascending=False
+    )
+    bodies = [await describe(backend, job) for job in jobs[:limit]]
+    return JobList(jobs=bodies, next=jobs[limit - 1].id if len(jobs) > limit else None)
+
+
+@router.get("/jobs/{job_id}", responses=refusals(401, 404), summary="What became of a request")
+async def get_job(job_id: str, request: Request) -> JobBody:
+    """Look up a request by the id in its Location or Content-Location."""
+    backend: Backend = request.app.state.backend
+    return await describe(backend, await find_job(backend, job_id, request))
+
+
+@router.delete("/jobs/{job_id}", responses=refusals(401, 404), summary="Cancel a job")
+async def cancel_job(job_id: str, request: Request) -> JobBody:
+    """Cancel: at once while it waits, within one step or decoded chunk while it runs. The answer is the final state."""
+    backend: Backend = request.app.state.backend
+    job = await find_job(backend, job_id, request)
+    return await describe(backend, job if job.is_final else await backend.cancel(job))
+
+
+@router.get(
+    "/jobs/{job_id}/video",
+    response_class=Response,
+    responses={
+        200: {"content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}},
+        206: {"description": "the part that Range asked for"},
+        304: {"description": "the ETag of If-None-Match still holds"},
+        **refusals(401, 404, 409, 410, 416),
+    },
+    summary="The video of a finished job",
+)
+async def get_video(job_id: str, request: Request) -> Response:
+    """The bytes; Range, ETag and If-None-Match are obeyed."""
+    backend: Backend = request.app.state.backend
+    job = await find_job(backend, job_id, request)
+    return await video_response(backend, job, request.headers, {"X-Seed": str(job.params.seed)})
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_class=Response,
+    responses={
+        200: {"description": "Server-Sent Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        **refusals(401, 404),
+    },
+    summary="Follow a job",
+)
+async def get_events(job_id: str, request: Request) -> Response:
+    """queued (position, eta_s), started, text, step (of num_steps, preview), decoding (frames), and how it ended.
+
+    A client that reconnects with `Last-Event-ID` gets what it missed, as far as that is kept.
+    """
+    backend: Backend = request.app.state.backend
+    job = await find_job(backend, job_id, request)
+    last = request.headers.get("last-event-id", "")
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(event_stream(backend, job, last), 200, headers, "text/event-stream")
+
+
+async def event_stream(backend: Backend, job: Job, last_event_id: str = "") -> AsyncIterator[str]:
+    """Lines of an event stream, to the end of the job or of the server."""
+    epoch, _, seen = last_event_id.rpartition("-")
+    last = int(seen) if epoch == backend.hub.epoch and seen.isdecimal() and len(seen) < 12 else 0
+    loop = asyncio.get_running_loop()
+    with backend.hub.listening(job.id) as channel:
+        spoke_s = loop.time()
+        yield "retry: 1000\n\n"
+        while True:
+            data: dict[str, Any] = {"status": job.status}
+            if job.status == "queued":
+                position, eta_s = await backend.position(job)
+                channel.add("queued", {"position": position, "eta_s": eta_s, "attempt": job.attempts})
+            elif job.status == "running" and not any(event.kind == "started" for event in channel.events):
+                channel.add("started", {"attempt": job.attempts})
+            elif job.is_final:
+                error = error_of(job)
+                if error is not None and job.status == "failed":
+                    data["error"] = {"code": error.code, "message": error.message}
+                channel.add(KIND_OF_STATUS.get(job.status, job.status), data)
+            for event in [event for event in channel.events if event.number > last]:
+                last, spoke_s = event.number, loop.time()
+                yield f"id: {backend.hub.epoch}-{last}\nevent: {event.kind}\ndata: {json.dumps(event.data)}\n\n"
+            if job.is_final or backend.is_stopped:
+                return
+            await channel.changed(min(POLL_S, KEEP_ALIVE_S))
+            if loop.time() - spoke_s >= KEEP_ALIVE_S:
+                spoke_s = loop.time()
+                yield ": keep-alive\n\n"
+            try:
+                found = await backend.get(job.id, None)
+            except StoreError:
+                continue  # it may come back; the job is safe there
+            if found is None:  # deleted
+                yield f"event: cancelled\ndata: {json.dumps({'status': 'cancelled'})}\n\n"
+                return
+            job = found

@@ -1,0 +1,132 @@
+"""The published families of few-step Wan students: what their files look like and how they are sampled.
+
+The one table behind `convert`, its --help and docs/how-to/import.md. Imports nothing heavy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from codmd_serve.grid import StepGrid, causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
+
+WIDTH_1_3B, WIDTH_14B = 1536, 5120
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contract:
+    """How the students of a published method are sampled; `grid` takes the width of the network."""
+
+    sampler: str
+    grid: Callable[[int], StepGrid]
+
+
+# Sampler and steps by method. LightX2V steps along the flow, all others re-noise.
+CONTRACTS = {
+    "codmd": Contract(sampler="sde", grid=lambda width: wan_14b_grid() if width >= WIDTH_14B else wan_1_3b_grid()),
+    "causvid": Contract(sampler="sde", grid=lambda _: causvid_grid()),
+    "self-forcing": Contract(sampler="sde", grid=lambda _: wan_14b_grid()),
+    "rcm": Contract(sampler="sde", grid=lambda _: rcm_grid()),
+    "fastwan": Contract(sampler="sde", grid=lambda _: causvid_grid()),
+    "lightx2v": Contract(sampler="ode", grid=lambda _: wan_14b_grid()),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """A kind of file.
+
+    Attributes:
+        looks: what it is, in words.
+        files: published files of this kind.
+        keys: what its tensors are called, which is how it is recognised.
+        method: who most likely made it.
+        ema: whether the weights are most likely a moving average.
+        needs: what has to be said on the command line; empty for nothing.
+    """
+
+    looks: str
+    files: str
+    keys: str
+    method: str
+    ema: bool
+    needs: str = ""
+
+
+FAMILIES = {
+    "generator": Family(
+        looks="a training checkpoint of CoDMD or CausVid (generator)",
+        files="CoDMD .pt, CausVid bidirectional .pt",
+        keys="generator: model.blocks.*",
+        method="codmd",
+        ema=False,
+    ),
+    "generator_ema": Family(
+        looks="a training checkpoint of Self-Forcing (generator_ema)",
+        files="Self-Forcing-Plus .pt",
+        keys="generator_ema: model.blocks.*",
+        method="self-forcing",
+        ema=True,
+        needs="--bidirectional",
+    ),
+    "rcm": Family(
+        looks="rCM weights (linear patch embedding)",
+        files="rCM .pt",
+        keys="net.blocks.*, patch_embedding as a matrix",
+        method="rcm",
+        ema=True,
+    ),
+    "original": Family(
+        looks="weights in Wan's own names, as LightX2V publishes",
+        files="LightX2V .safetensors, ComfyUI .safetensors",
+        keys="blocks.*.self_attn.q, head.modulation",
+        method="lightx2v",
+        ema=False,
+    ),
+    "diffusers": Family(
+        looks="weights in diffusers' names, as FastWan publishes",
+        files="FastWan FullAttn folder, FastGen folder with dmd2_config, codmd-distill export --format pipeline",
+        keys="blocks.*.attn1.to_q, condition_embedder.*",
+        method="fastwan",
+        ema=False,
+    ),
+    "lora": Family(
+        looks="a LoRA, merged into the base",
+        files="LightX2V LoRA, musubi, PEFT and diffusers adapters",
+        keys="*.lora_A, *.lora_down, *.diff, lora_unet_*",
+        method="lightx2v",
+        ema=False,
+    ),
+}
+
+
+def table_rows() -> list[tuple[str, ...]]:
+    """Return the table of `convert --help` and docs/how-to/import.md, its heading first."""
+    rows: list[tuple[str, ...]] = [
+        ("published files", "recognised by", "taken as", "sampler", "steps", "has to be said")
+    ]
+    for family in FAMILIES.values():
+        contract = CONTRACTS[family.method]
+        grids = {_steps(contract.grid(width)): size for width, size in ((WIDTH_1_3B, "1.3B"), (WIDTH_14B, "14B"))}
+        steps = "; ".join(f"{size}: {grid}" for grid, size in grids.items()) if len(grids) > 1 else next(iter(grids))
+        rows.append((family.files, family.keys, family.method, contract.sampler, steps, family.needs))
+    return rows
+
+
+def markdown_table() -> str:
+    """Return `table_rows` in Markdown."""
+    heading, *rows = table_rows()
+    lines = [heading, ("---",) * len(heading), *(tuple(cell.replace("*", r"\*") for cell in row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def plain_table() -> str:
+    """Return `table_rows` for a terminal: a paragraph for each kind of file."""
+    heading, *rows = table_rows()
+    paragraphs = []
+    for files, keys, method, sampler, steps, needs in rows:
+        said = f"; needs {needs}" if needs else ""
+        paragraphs.append(f"  {files}\n      {keys}\n      {method}, {sampler}, timesteps {steps}{said}")
+    return f"{heading[0]}, {heading[1]}, {heading[2]}:\n" + "\n".join(paragraphs)
+
+
+def _steps(grid: StepGrid) -> str:
+    return " ".join(f"{timestep:.4g}" for timestep in grid.timesteps)
