@@ -101,16 +101,6 @@ def test_load_engine_refuses_fp8_on_a_cpu_before_it_loads() -> None:
         load_engine(Path("/nowhere"), "cpu", quantization="fp8")
 
 
-def test_the_largest_video_follows_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, native_px = torch.device("cuda"), 32 * 48 * 9
-    assert loading_module._affordable_px(PARAMS, torch.device("cpu"), 1000) == 0  # nobody counted
-    assert loading_module._affordable_px(PARAMS, cuda, 0) == 0
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
-    for free_bytes, times in ((10_000, 9), (1_500, 1.35), (500, 1)):  # what was made once fits, whatever is free now
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free_bytes: (free, 10**6))
-        assert loading_module._affordable_px(PARAMS, cuda, 1000) == int(times * native_px)
-
-
 def test_load_engine_refuses_an_unknown_attention_before_it_loads() -> None:
     with pytest.raises(ConfigError, match="attention 'flashy' is unknown for cpu; known: auto, native"):
         load_engine(Path("/nowhere"), "cpu", attention="flashy")
