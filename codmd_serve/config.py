@@ -10,7 +10,18 @@ MAX_PROMPT_CHARS = 4000
 DEFAULT_CRF = 18
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 # Fields of ServeConfig that the engine is loaded with; a worker is told them by these names.
-ENGINE_SETTINGS = ("device", "dtype", "attention", "quantization", "execution", "text_encoder", "text_cache", "threads")
+ENGINE_SETTINGS = (
+    "device",
+    "dtype",
+    "attention",
+    "quantization",
+    "execution",
+    "text_encoder",
+    "text_cache",
+    "vae_dtype",
+    "cache",
+    "threads",
+)
 QUANTIZATIONS = ("none", "fp8")
 TEXT_ENCODERS = ("auto", "gpu", "cpu", "offload")
 EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
@@ -42,11 +53,13 @@ class ServeConfig:
     port: int = 8000
     device: str = "auto"
     dtype: str = "auto"
+    vae_dtype: str = "auto"
     attention: str = "auto"
     quantization: str = "none"
     execution: str = "auto"
     text_encoder: str = "auto"
     text_cache: str = ""
+    cache: str = ""
     threads: int = 0
     workers: str = "auto"
     spare_worker: bool = True
@@ -103,6 +116,7 @@ class ServeConfig:
                 raise ConfigError(f"{name} must be in {low}..{high}, got {getattr(self, name)}")
         choices = {
             "dtype": DTYPE_CHOICES,
+            "vae_dtype": DTYPE_CHOICES,
             "quantization": QUANTIZATIONS,
             "overlap": OVERLAPS,
             "execution": EXECUTIONS,
@@ -164,7 +178,8 @@ class ModelFacts:
         frame_multiple: num_frames is a multiple of it, plus one.
         service_s: seconds that the native video took, warm.
         load_s: seconds from start to warm.
-        fallback: why execution is not what was asked for; empty when it is.
+        fallback: why something does not run as it was asked for, or as it would be fastest; empty when all does.
+        vae_dtype: of the VAE's weights and activations; its sums and norms are float32.
         max_video_px: height * width * num_frames that the memory of the device has room for; 0 is unknown.
         num_devices: GPUs that the worker sees; 1 on a CPU.
         lossy: what makes another picture than the weights ask for, as `fp8+sage`; empty when nothing does.
@@ -187,6 +202,7 @@ class ModelFacts:
     service_s: float
     load_s: float
     fallback: str = ""
+    vae_dtype: str = "float32"
     max_video_px: int = 0
     num_devices: int = 1
     lossy: str = ""

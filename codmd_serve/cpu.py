@@ -50,7 +50,7 @@ def prepare_threads(environment: MutableMapping[str, str], threads: int = 0) -> 
 def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
     """Cores of each control group that limits this process: its own and those above it."""
     try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
+        lines = membership.read_text(encoding="utf-8").split("\n")
     except OSError:
         return
     for line in lines:

@@ -1,15 +1,18 @@
 """The four steps of one student on one device: eager, with compiled blocks, or as one CUDA graph per shape.
 
-Knows neither text nor pixels. Which of them pays is measured at load: a graph saves what the device waits for the
-host, which is nothing on large videos and most of the time on small ones.
+Knows neither text nor pixels. Which of them pays is measured at load, on one step: a graph saves what the device waits
+for the host, which is nothing on large videos and most of the time on small ones. Compiled blocks are raced only where
+our own kernels do not fuse the elementwise parts already: without Triton, and in 8 bits.
 
 Legend: S steps, B batch, C channels, F latent frames, H and W latent rows and columns, L prompt positions.
 """
 
+import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +20,8 @@ from torch import Tensor
 from codmd_serve.config import EXECUTIONS
 from codmd_serve.cuda_graph import MAX_SHAPES_TOLD, CudaRecorder, Graphs, Key, Record
 from codmd_serve.errors import ConfigError
-from codmd_serve.files import first_line
 from codmd_serve.sampler import OnStep, rollout
+from codmd_serve.verdicts import Verdicts
 from codmd_serve.wan.checkpoint import StudentSpec
 from codmd_serve.wan.text import fingerprint
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
@@ -29,7 +32,7 @@ PROMPT_SIZES = (32, 128, 512)
 WORTH_IT = 0.98  # of the time without; below, a graph or a compiled block pays for its memory
 NUM_TIMED = 3
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def choose_execution(name: str, device: torch.device) -> str:
@@ -52,6 +55,7 @@ class DenoiseLoop:
         spec: how to sample it.
         execution: eager, graph, compiled, compiled+graph, or auto for what is fastest.
         record: records graphs; tests have one of their own.
+        verdicts: of earlier loads, for auto; None remembers nothing.
 
     Attributes `execution` and `fallback` say, after `warm`, what the warmed shapes run and why it is not what was
     asked for; both are fit for /health.
@@ -64,12 +68,15 @@ class DenoiseLoop:
         *,
         execution: str = "eager",
         record: Record | None = None,
+        verdicts: Verdicts | None = None,
     ) -> None:
         self.transformer, self.spec = transformer, spec
         self.execution, self.fallback = "eager", ""
         self._asked = execution
         identity = "" if execution == "eager" else fingerprint(transformer)
-        self._graphs = Graphs(record or CudaRecorder(transformer.device), identity=identity)
+        self._verdicts = verdicts or Verdicts(None)
+        self._record = record or CudaRecorder(transformer.device)
+        self._graphs = Graphs(self._record, identity=identity)
         self._compiled: set[Key] = set()
         self._told: set[Key] = set()
 
@@ -107,7 +114,7 @@ class DenoiseLoop:
         # Graphs, where there are some, have said it already.
         if not is_compiled and not len(self._graphs) and key not in self._told and len(self._told) < MAX_SHAPES_TOLD:
             self._told.add(key)
-            log.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, noise.shape)))
+            logger.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, noise.shape)))
         return is_compiled
 
     def _run(self, noise: Tensor, prompt: PromptCache, on_step: OnStep | None, is_compiled: bool) -> Tensor:
@@ -139,31 +146,73 @@ class DenoiseLoop:
         """
         # The longest first: in the pool of its graph the shorter ones find room.
         ordered = sorted(prompts, key=lambda prompt: prompt.keys_values[0][0].shape[1], reverse=True)
-        least_s = self._timed(lambda: self._run(noise, ordered[0], None, False)) if self._asked == "auto" else 0.0
-        if self._asked in ("auto", "compiled", "compiled+graph"):
-            least_s = self._warm_compiled(noise, ordered, least_s)
-        if self._asked in ("auto", "graph", "compiled+graph"):
-            self._warm_graphs(noise, ordered, least_s)
+        plan = self._asked if self._asked != "auto" else self._known_plan() or self._race(noise, ordered[0])
+        if plan.startswith("compiled"):
+            self._warm_compiled(noise, ordered)
+        if plan.endswith("graph"):
+            self._warm_graphs(noise, ordered)
         names = ("compiled" if self._compiled else "", "graph" if len(self._graphs) else "")
         self.execution = "+".join(filter(None, names)) or "eager"
-        log.info("execution=%s asked=%s fallback=%r", self.execution, self._asked, self.fallback)
+        if self._asked == "auto" and not self.fallback:
+            self._verdicts.put("execution", self.execution)
+        logger.info("execution=%s asked=%s fallback=%r", self.execution, self._asked, self.fallback)
 
-    def _warm_compiled(self, noise: Tensor, prompts: Sequence[PromptCache], least_s: float) -> float:
+    def _known_plan(self) -> str | None:
+        return self._verdicts.get("execution", EXECUTIONS[1:])
+
+    def _race(self, noise: Tensor, prompt: PromptCache) -> str:
+        """Time one step, not the loop: eager, compiled where inductor fuses what our kernels do not, and as a graph."""
+        latents, transformer = noise[0], self.transformer
+        least_s = self._timed(lambda: transformer(latents, 0, prompt, False))
+        names = []
+        if not transformer.rows.is_fused or transformer.prefers_compiled:
+            compiled_s = self._compiled_step_s(latents, prompt)
+            if compiled_s <= WORTH_IT * least_s:
+                names.append("compiled")
+                least_s = compiled_s
+        graphs = Graphs(self._record)
+        keeps = transformer.rotary_table(noise.shape[1:])
+        is_compiled = bool(names)
+
+        def one_step(latents: Tensor, *tensors: Tensor) -> Tensor:
+            flow_pred: Tensor = transformer(latents, 0, _prompt(tensors), is_compiled)
+            return flow_pred
+
+        tensors = _tensors(prompt)
+        if graphs.record(one_step, latents, *tensors, keeps=keeps):
+            if self._timed(lambda: graphs.replay(latents, *tensors)) <= WORTH_IT * least_s:
+                names.append("graph")
+        else:
+            self.fallback = graphs.failure
+        return "+".join(names) or "eager"
+
+    def _compiled_step_s(self, latents: Tensor, prompt: PromptCache) -> float:
+        """Seconds of a compiled step; infinite, with the reason in `fallback`, where there is no compiler for it."""
         try:
-            self.transformer.compile_blocks()
-            for prompt in prompts:
-                self._run(noise, prompt, None, True)
-            compiled_s = self._timed(lambda: self._run(noise, prompts[0], None, True))
+            with _compiler_notices():
+                self.transformer.compile_blocks()
+                return self._timed(lambda: self.transformer(latents, 0, prompt, True))
         except Exception as error:  # without a compiler, or where it does not know an operator, eager execution is left
-            self.fallback = first_line(error)
-            log.warning("execution=eager reason=%r", self.fallback)
-            return least_s
-        if self._asked == "auto" and compiled_s > WORTH_IT * least_s:
-            return least_s
-        self._compiled |= {self._graphs.key(noise, *_tensors(prompt)) for prompt in prompts}
-        return compiled_s
+            self._refuse_compiled(error)
+            return float("inf")
 
-    def _warm_graphs(self, noise: Tensor, prompts: Sequence[PromptCache], least_s: float) -> None:
+    def _refuse_compiled(self, error: Exception) -> None:
+        self.fallback = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        logger.warning("execution=eager reason=%r", self.fallback)
+
+    def _warm_compiled(self, noise: Tensor, prompts: Sequence[PromptCache]) -> None:
+        try:
+            with _compiler_notices():
+                self.transformer.compile_blocks()
+                for prompt in prompts:
+                    # Modulations are tensors: what one step compiles, all steps run.
+                    self.transformer(noise[0], 0, prompt, True)
+        except Exception as error:
+            self._refuse_compiled(error)
+            return
+        self._compiled |= {self._graphs.key(noise, *_tensors(prompt)) for prompt in prompts}
+
+    def _warm_graphs(self, noise: Tensor, prompts: Sequence[PromptCache]) -> None:
         is_compiled = bool(self._compiled)
 
         def loop(noise: Tensor, *tensors: Tensor) -> Tensor:
@@ -174,10 +223,6 @@ class DenoiseLoop:
             if not self._graphs.record(loop, noise, *_tensors(prompt), keeps=keeps):
                 self.fallback = self._graphs.failure
                 return
-        if self._asked == "auto":
-            tensors = _tensors(prompts[0])
-            if self._timed(lambda: self._graphs.replay(noise, *tensors)) > WORTH_IT * least_s:
-                self._graphs.clear()
 
     def _timed(self, run: Callable[[], object]) -> float:
         """Median seconds of a run, after one that is not counted."""
@@ -190,6 +235,14 @@ class DenoiseLoop:
                 torch.cuda.synchronize(self.transformer.device)
             times_s.append(time.perf_counter() - start_s)
         return statistics.median(times_s[1:])
+
+
+@contextlib.contextmanager
+def _compiler_notices() -> Iterator[None]:
+    """Let inductor say that float32 products could be TF32: they are float32 on purpose, and it is no failure."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        yield
 
 
 def _tensors(prompt: PromptCache) -> tuple[Tensor, ...]:

@@ -2,28 +2,29 @@
 
 import logging
 import math
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from codmd_serve.config import DEFAULT_CRF, GenerateParams, ModelFacts
+from codmd_serve import __version__
+from codmd_serve.config import ModelFacts
 from codmd_serve.denoise import choose_execution
 from codmd_serve.device import choose_device, choose_dtype
 from codmd_serve.engine import Engine
 from codmd_serve.errors import CheckpointError, CodmdError, GenerationError
 from codmd_serve.files import first_line
+from codmd_serve.verdicts import Verdicts
 from codmd_serve.video import find_ffmpeg
 from codmd_serve.wan.checkpoint import Bundle, load_bundle, native_attention_shape
 from codmd_serve.wan.fp8 import check_quantization, quantize_blocks
-from codmd_serve.wan.kernels import LOSSY, check_attention_name, choose_attention
+from codmd_serve.wan.kernels import LOSSY, AttentionShape, check_attention_name, choose_attention, installed_kernels
+from codmd_serve.wan.precision import choose_vae_dtype
 from codmd_serve.wan.preview import fit_preview
-from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder
+from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder, fingerprint
 from codmd_serve.wan.transformer import FewStepTransformer
-
-MEMORY_SHARE = 0.9  # of what is free; the rest is for fragments, workspaces and the driver
+from codmd_serve.warm import warm_engine
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ def load_engine(
     execution: str = "auto",
     text_encoder: str = "auto",
     text_cache: str = "",
+    vae_dtype: str = "auto",
+    cache: str = "",
     threads: int = 0,
 ) -> Engine:
     """Load a bundle and make its native video once, so that the first request finds everything warm.
@@ -51,6 +54,8 @@ def load_engine(
         execution: auto (what is fastest; eager on a CPU), eager, graph, compiled or compiled+graph.
         text_encoder: auto (gpu where its weights leave room, else offload), gpu, cpu or offload.
         text_cache: folder for embeddings; empty is memory only.
+        vae_dtype: auto (float16 on cuda where the activations fit, else float32), float32, bfloat16 or float16.
+        cache: folder that keeps what was measured for the next load; empty measures every time.
         threads: CPU threads of torch; 0 leaves them as they are.
 
     Raises:
@@ -65,6 +70,7 @@ def load_engine(
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     chosen_execution = choose_execution(execution, chosen_device)
+    chosen_vae_dtype = choose_vae_dtype(vae_dtype, chosen_device)
     check_attention_name(attention, chosen_device)
     check_quantization(quantization, chosen_device, chosen_dtype)
     choose_text_encoder(text_encoder, chosen_device, 0, 0, 0)  # a wrong name shall not cost a load
@@ -73,44 +79,41 @@ def load_engine(
     embedder = _embedder(bundle, chosen_device, text_encoder, text_cache, free_bytes)
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
-    chosen = choose_attention(
-        attention,
-        native_attention_shape(bundle.transformer.config, bundle.vae.config, bundle.spec.native),
-        chosen_device,
-        chosen_dtype,
-    )
+    shape = native_attention_shape(bundle.transformer.config, bundle.vae.config, bundle.spec.native)
+    verdicts = _verdicts(cache, bundle, facts, shape, (attention, quantization, execution))
+    chosen = choose_attention(attention, shape, chosen_device, chosen_dtype, verdicts)
     lossy = [name for name in (quantization, attention) if name == "fp8" or name in LOSSY]
     facts = replace(facts, attention=chosen.name, lossy="+".join(lossy))
     transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
     if quantization == "fp8":
         quantize_blocks(transformer)
-    engine = Engine(bundle, transformer, facts, execution=chosen_execution, embedder=embedder)
-    _warm_up(engine, path)
+    engine = Engine(bundle, transformer, facts, execution=chosen_execution, verdicts=verdicts, embedder=embedder)
+    _warm_up(engine, path, chosen_vae_dtype)
     engine.facts = replace(engine.facts, load_s=time.perf_counter() - start_s)
     return engine
 
 
-def _warm_up(engine: Engine, path: Path) -> None:
+def _warm_up(engine: Engine, path: Path, vae_dtype: torch.dtype) -> None:
     """Make the first videos, and note in the facts what they showed."""
     try:
         if not engine.preview_map:  # a bundle of before there were previews
             engine.preview_map = fit_preview(engine.decoder)
-        warm_s, max_video_px = _make_native_videos(engine)
+        warm_engine(engine, vae_dtype)
     except CodmdError:
         raise
     except Exception as error:  # parts that load but do not work together fail anywhere, with any exception
         raise GenerationError(
             f"{path} loads but cannot make its own native video: {first_line(error)}", "warm_up"
         ) from error
-    device = engine.transformer.device
-    engine.facts = replace(
-        engine.facts,
-        execution=engine.loop.execution,
-        fallback=engine.loop.fallback,
-        max_video_px=max_video_px,
-        num_devices=torch.cuda.device_count() if device.type == "cuda" else 1,
-        service_s=warm_s,
-    )
+
+
+def _verdicts(cache: str, bundle: Bundle, facts: ModelFacts, shape: AttentionShape, asked: tuple[str, ...]) -> Verdicts:
+    """What earlier loads measured of this bundle on this device with these versions."""
+    if not cache:
+        return Verdicts(None)
+    versions = (__version__, torch.__version__, torch.version.cuda, installed_kernels(torch.device("cuda")))
+    what = (facts.name, facts.device, facts.dtype, shape, bundle.spec, fingerprint(bundle.transformer))
+    return Verdicts(Path(cache), versions, what, asked)
 
 
 def _embedder(bundle: Bundle, device: torch.device, place: str, cache: str, free_bytes: int) -> PromptEmbedder:
@@ -127,56 +130,6 @@ def _embedder(bundle: Bundle, device: torch.device, place: str, cache: str, free
         lend_to=device if chosen == "offload" else None,
         folder=Path(cache) if cache else None,
     )
-
-
-def _make_native_videos(engine: Engine) -> tuple[float, int]:
-    """Make the native video twice; returns the seconds of the second time, and the pixels that memory has room for."""
-    facts, device = engine.facts, engine.transformer.device
-    params = GenerateParams(
-        prompt="warm up",
-        seed=0,
-        height=facts.height,
-        width=facts.width,
-        num_frames=facts.num_frames,
-        fps=facts.fps,
-        crf=DEFAULT_CRF,
-    )
-    with tempfile.TemporaryDirectory(prefix="codmd-warm-") as folder:
-        engine.embed(params.prompt)  # first, or an encoder that is lent to the device would be taken for activations
-        resident_bytes = _allocated_bytes(device)
-        # Eager, and before anything is recorded: libraries choose their kernels, and activations take what they take.
-        engine.generate(params, Path(folder) / "warm.mp4")
-        needed_bytes = _peak_bytes(device) - resident_bytes
-        engine.warm_loop(params)
-        max_video_px = _affordable_px(params, device, needed_bytes)
-        warm_s = time.perf_counter()
-        engine.generate(params, Path(folder) / "warm.mp4")
-    return time.perf_counter() - warm_s, max_video_px
-
-
-def _allocated_bytes(device: torch.device) -> int:
-    """Memory that is allocated now, where `_peak_bytes` counts from; 0 on a CPU, where nobody counts."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _affordable_px(params: GenerateParams, device: torch.device, needed_bytes: int) -> int:
-    """Pixels of the largest video that fits, when `params` needs `needed_bytes`; 0 is unknown.
-
-    Activations grow with the number of tokens, and no other memory grows faster.
-    """
-    native_px = params.height * params.width * params.num_frames
-    if device.type != "cuda" or needed_bytes <= 0:
-        return 0
-    torch.cuda.empty_cache()
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return max(native_px, int(MEMORY_SHARE * native_px * free_bytes / needed_bytes))
 
 
 def _check_native(path: Path, facts: ModelFacts) -> None:

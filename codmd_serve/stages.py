@@ -22,7 +22,7 @@ STAGES = ("text", "denoise", "decode", "encode")
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """When a stage of a request was at work, in seconds of time.perf_counter."""
+    """Start and end of a stage of a request, in seconds of time.perf_counter."""
 
     stage: str
     start_s: float
@@ -30,7 +30,7 @@ class Span:
 
 
 class StageClock:
-    """Adds the time since the last stop to a stage, and keeps when the stages of the device were at work."""
+    """Add up the time of each stage, and record the spans in which the device was busy with it."""
 
     def __init__(self, device: torch.device) -> None:
         self.milliseconds = dict.fromkeys(STAGES, 0.0)
@@ -39,7 +39,7 @@ class StageClock:
         self._last_s = time.perf_counter()
 
     def stop(self, stage: str) -> None:
-        """End a stage of the device; waits for it first, or the time would be the next one's."""
+        """End a stage of the device. Synchronises the stream first, or the next stage would be charged for it."""
         if self._device.type == "cuda":
             # Not for the whole device: frames are copied beside this stream.
             torch.cuda.current_stream(self._device).synchronize()
@@ -48,18 +48,18 @@ class StageClock:
         self.spans.append(Span(stage, start_s, self._last_s))
 
     def wait(self, stage: str) -> None:
-        """End a time in which nothing but `stage` was waited for."""
+        """Charge the time since the last call to `stage`, which was waited for."""
         now_s = time.perf_counter()
         self.milliseconds[stage] += 1000 * (now_s - self._last_s)
         self._last_s = now_s
 
 
 class Download:
-    """Frames on their way to the host: from a CUDA device into pinned memory, beside the decoding of the next ones.
+    """Host copy of frames: from a CUDA device into a pinned buffer, while the next chunk decodes.
 
     Args:
-        frames_THWC: uint8, not written to any more.
-        stream: that copies, in place of the one that decodes; None on a CPU, where there is nothing to copy.
+        frames_THWC: uint8; nobody writes to it afterwards.
+        stream: copy stream beside the one that decodes; None on a CPU, where nothing is copied.
     """
 
     def __init__(self, frames_THWC: Tensor, stream: torch.cuda.Stream | None) -> None:
@@ -74,7 +74,7 @@ class Download:
             frames_THWC.record_stream(stream)
 
     def bytes(self) -> memoryview:
-        """The frames as bytes; waits for the copy, and for nothing else that the device does."""
+        """Return the frames as bytes; waits for this copy only."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._host.contiguous().numpy().data.cast("B")

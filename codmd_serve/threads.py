@@ -1,4 +1,4 @@
-"""What the threads of one engine share: a bounded hand-over to a consumer, and a memory of slow results.
+"""What the threads of one engine share: a bounded queue to a consumer thread, and an LRU cache.
 
 Knows nothing of tensors, videos or processes.
 """
@@ -14,20 +14,19 @@ Result = TypeVar("Result")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
-# One that is being consumed, one ready behind it: more would only cost memory.
+# Double buffering: one item is being consumed, one is ready behind it. More would only cost memory.
 NUM_HANDED_OVER = 2
 
 
 class HandOver(Generic[Item, Result]):
-    """A consumer in a thread of its own, fed with items; a failure of either side ends the other.
+    """A bounded queue to a consumer thread; a failure of either side ends the other.
 
     Args:
-        consume: iterates the hand-over that it is given, to its end, and returns what `result` is to hold. Its thread
-            starts at once.
-        size: items that may wait for it; the producer waits while there are as many.
+        consume: iterates this queue to its end and returns the value of `result`. Its thread starts at once.
+        size: capacity of the queue; `put` blocks while it is full.
 
     Attributes:
-        result: what `consume` returned or raised; its callbacks run in the consumer's thread.
+        result: what `consume` returned or raised; its callbacks run in the consumer thread.
     """
 
     def __init__(self, consume: Callable[["HandOver[Item, Result]"], Result], *, size: int = NUM_HANDED_OVER) -> None:
@@ -43,7 +42,7 @@ class HandOver(Generic[Item, Result]):
         self._thread.start()
 
     def put(self, item: Item) -> None:
-        """Hand an item over, as soon as there is room. One that the consumer does not want any more is dropped.
+        """Append an item, as soon as there is room. Items after the end of the consumer are dropped.
 
         Raises:
             BaseException: what the consumer raised, if it did.
@@ -58,13 +57,13 @@ class HandOver(Generic[Item, Result]):
         self.result.result()
 
     def complete(self) -> None:
-        """Say that nothing more will come; returns at once."""
+        """Close the queue to further items; return at once."""
         with self._changed:
             self._is_complete = True
             self._changed.notify_all()
 
     def abandon(self, reason: BaseException) -> None:
-        """End the consumer, which gets `reason` in place of its next item, and wait until it has ended."""
+        """Raise `reason` in the consumer in place of its next item, and wait until it has ended."""
         with self._changed:
             self._reason = reason
             self._changed.notify_all()
@@ -79,12 +78,12 @@ class HandOver(Generic[Item, Result]):
         return self._is_complete
 
     def on_abandon(self, interrupt: Callable[[], object]) -> None:
-        """For the consumer: what ends it while it waits for something else than items. Called in another thread."""
+        """Register what unblocks the consumer when it waits for something else than items; any thread may call it."""
         with self._changed:
             self._interrupt = interrupt
 
     def join(self) -> None:
-        """Wait until the consumer has ended, and the callbacks of `result` with it."""
+        """Wait until the consumer and the callbacks of `result` have ended."""
         self._thread.join()
 
     def __iter__(self) -> Iterator[Item]:
@@ -117,11 +116,11 @@ class HandOver(Generic[Item, Result]):
 
 
 class Memory(Generic[Key, Value]):
-    """The last results of a slow function, for any thread. One is computed at a time; a known one waits for nothing.
+    """A thread-safe LRU cache of a slow function. Misses run one at a time; a hit never waits for a miss.
 
     Args:
-        compute: the function. What it raises goes to who asked, and is not remembered.
-        size: results that are kept; the one asked for longest ago goes.
+        compute: the function. Its exceptions go to the caller and are not cached.
+        size: number of results that are kept.
     """
 
     def __init__(self, compute: Callable[[Key], Value], *, size: int) -> None:
@@ -130,7 +129,7 @@ class Memory(Generic[Key, Value]):
         self._looking, self._computing = threading.Lock(), threading.Lock()
 
     def __call__(self, key: Key) -> Value:
-        """The result for `key`."""
+        """Return the result for `key`."""
         known = self._look_up(key)
         if known is None:
             with self._computing:

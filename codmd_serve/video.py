@@ -25,6 +25,10 @@ from codmd_serve.errors import ConfigError, GenerationError
 from codmd_serve.files import atomic_file, first_line
 
 NUM_ENCODER_THREADS = 4
+# At equal SSIM 12 % more bytes than medium for 30 % less processor time; and x264 holds back 10 frames instead of 40,
+# which is what is left to do when the last frame has come. veryfast takes half the time, but 22 % more bytes.
+PRESET = "faster"
+NUM_LOOKAHEAD_FRAMES = 10
 CHECK_TIMEOUT_S = 10.0
 VIDEO_SUFFIXES = (".mp4", ".m4v")
 _FAILURE = re.compile(
@@ -325,7 +329,8 @@ def _command(
         "-vf": "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
         "setparams=color_primaries=bt709:color_trc=bt709",
         "-c:v": "libx264",
-        "-preset": "medium",
+        "-preset": PRESET,
+        "-rc-lookahead": str(NUM_LOOKAHEAD_FRAMES),
         "-crf": str(crf),
         "-threads": str(NUM_ENCODER_THREADS),
         "-pix_fmt": "yuv420p",

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from codmd_serve.api.errors import error_response
 from codmd_serve.config import LOOPBACK_HOSTS, ServeConfig
 from codmd_serve.errors import ConfigError, QueueFullError
+from codmd_serve.textfiles import read_text, split_lines
 
 KEY_LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+(?P<digest>[0-9a-f]{64})")
 # Probes of an orchestrator have no key, and these tell nothing of anybody's job.
@@ -43,10 +44,9 @@ def read_keys(path: str) -> dict[str, str]:
     if not path:
         return {}
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        detail = getattr(error, "strerror", None) or "not text"
-        raise ConfigError(f"the file of API keys {path} cannot be read: {detail}") from None
+        lines = split_lines(read_text(Path(path).expanduser(), ConfigError))
+    except ConfigError as error:
+        raise ConfigError(f"the file of API keys {error}") from None
     keys: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         content = line.partition("#")[0].strip()

@@ -11,29 +11,21 @@ import os
 import platform
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from codmd_serve import __version__
-from codmd_serve.bench import lossy
+from codmd_serve.bench.against import Measured, Run, against
 from codmd_serve.bench.cold import measure_cold_start
 from codmd_serve.bench.contestants import (
     STAGES,
-    TEACHER_GUIDANCE,
-    TEACHER_STEPS,
-    Contestant,
-    Diffusers,
     Ours,
-    student_scheduler,
-    teacher_scheduler,
 )
 from codmd_serve.bench.floor import Ceilings, Work, measure_ceilings, text_work, transformer_work, vae_work
 from codmd_serve.bench.options import BenchConfig
@@ -43,12 +35,7 @@ from codmd_serve.bench.serving import measure_serving
 from codmd_serve.bench.trials import (
     Pair,
     Spread,
-    Trial,
-    count_operators,
-    requests,
-    run_pairs,
     spread_of,
-    timed,
 )
 from codmd_serve.bench.weights import PROMPTS, random_bundle
 from codmd_serve.config import DEFAULT_CRF, GenerateParams
@@ -58,32 +45,11 @@ from codmd_serve.errors import CodmdError, ConfigError
 from codmd_serve.files import first_line, write_json, write_text
 from codmd_serve.loading import load_engine
 from codmd_serve.textfiles import read_json_object
-from codmd_serve.wan.checkpoint import load_bundle, read_spec, resolve_base
+from codmd_serve.wan.checkpoint import read_spec, resolve_base
 from codmd_serve.wan.vae import latent_shape
 
-# The teacher comes last and is the slowest: this share of the time is for what comes before it.
-SHARE_BEFORE_TEACHER = 0.6
 # A machine whose run queue is this much longer than its cores is doing something else.
 BUSY_LOAD = 0.5
-
-
-@dataclass(slots=True)
-class _Run:
-    """What one measurement carries from step to step."""
-
-    config: BenchConfig
-    device: torch.device
-    dtype: torch.dtype
-    folder: Path
-    start_s: float = field(default_factory=time.perf_counter)
-    left_out: list[str] = field(default_factory=list)
-    loads: list[float] = field(default_factory=lambda: [os.getloadavg()[0]])
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start_s
-
-    def look_at_load(self) -> None:
-        self.loads.append(os.getloadavg()[0])
 
 
 def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
@@ -95,7 +61,8 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
         command: as it is to be published.
 
     Raises:
-        CodmdError: what cannot be measured here; nothing is written then.
+        CodmdError: what cannot be measured here; no row is written then. What had been found until then stands in
+            `numbers-ROW.jsonl`, line by line, as it does when the process is killed.
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
@@ -110,7 +77,9 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
     if config.resume and _is_current(file, device):
         return _text(shown(read_json_object(file, ConfigError)))
     with tempfile.TemporaryDirectory(prefix="codmd-bench-") as temporary:
-        run = _Run(config, device, dtype, Path(temporary))
+        numbers = folder / f"numbers-{row_name}.jsonl"
+        numbers.unlink(missing_ok=True)
+        run = Run(config, device, dtype, Path(temporary), numbers)
         with _bundle(run) as bundle:
             row = _served(run, bundle, folder / config.timeline) if config.serving else _measured(run, bundle)
     row |= {"row": row_name, "name": name, "command": command}
@@ -118,6 +87,7 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
         row["picture"] = file.with_suffix(".png").name
         _draw(folder / row["picture"], row)
     write_json(file, row, indent=None if config.serving else 1)
+    numbers.unlink(missing_ok=True)  # the row has them all
     rows, serving = (
         [read_json_object(other, ConfigError) for other in sorted(folder.glob(f"{kind}-*.json"))]
         for kind in ("performance", "serving")
@@ -130,7 +100,7 @@ def _text(shown: str | list[str]) -> str:
     return shown if isinstance(shown, str) else "\n".join(shown)
 
 
-def _served(run: _Run, bundle: Path, timeline: Path) -> Row:
+def _served(run: Run, bundle: Path, timeline: Path) -> Row:
     """A row of `serving-ROW.json`."""
     date = datetime.now(UTC)
     engine = load_engine(bundle, str(run.device), str(run.dtype).removeprefix("torch."))
@@ -156,7 +126,7 @@ def _is_current(file: Path, device: torch.device) -> bool:
 
 
 @contextmanager
-def _bundle(run: _Run) -> Iterator[Path]:
+def _bundle(run: Run) -> Iterator[Path]:
     if not run.config.random_weights:
         yield Path(run.config.bundle)
         return
@@ -166,7 +136,7 @@ def _bundle(run: _Run) -> Iterator[Path]:
         yield bundle
 
 
-def _measured(run: _Run, bundle: Path) -> Row:
+def _measured(run: Run, bundle: Path) -> Row:
     spec, versions = read_spec(bundle), _versions()
     date = datetime.now(UTC)
     cold = None
@@ -174,15 +144,22 @@ def _measured(run: _Run, bundle: Path) -> Row:
         base = resolve_base(bundle, spec.base)
         parts = [base / "text_encoder", base / "vae"]
         timeout_s = max(60.0, float(run.config.limit_s))
-        cold = measure_cold_start(bundle, [bundle / "transformer", *parts], run.device, run.dtype, timeout_s)
+        try:
+            cold = measure_cold_start(bundle, [bundle / "transformer", *parts], run.device, run.dtype, timeout_s)
+            run.tell("cold_start", **asdict(cold))
+        except (CodmdError, OSError) as error:  # of a machine without the server's packages, too
+            run.left_out.append(f"the cold start: {first_line(error)}")
     held = _held_bytes(run.device)
     engine = load_engine(bundle, str(run.device), str(run.dtype).removeprefix("torch."))
     held = None if held is None else (_held_bytes(run.device) or 0) - held
-    params = _params(run.config, engine)
+    params, facts = _params(run.config, engine), engine.facts
+    run.tell("load", load_s=facts.load_s, execution=facts.execution, attention=facts.attention, vae=facts.vae_dtype)
     ours = Ours(engine)
     ceilings = measure_ceilings(run.device, run.dtype)
+    run.tell("ceilings", **asdict(ceilings))
     work = _work(engine, params, run.dtype)
-    measured = _against(run, bundle, ours, params)
+    del engine  # or it could not make room for an opponent
+    measured = against(run, bundle, ours, params)
     ceilings = ceilings.best(measure_ceilings(run.device, run.dtype))
     run.look_at_load()
     load = {"before": run.loads[0], "highest": max(run.loads)}
@@ -195,13 +172,15 @@ def _measured(run: _Run, bundle: Path) -> Row:
             **{name: getattr(params, name) for name in ("height", "width", "num_frames", "fps", "crf")},
             "dtype": str(run.dtype).removeprefix("torch."),
             "num_steps": ours.num_forwards,
-            "execution": engine.facts.execution,
-            "attention": engine.facts.attention,
+            "execution": facts.execution,
+            "attention": facts.attention,
+            "vae_dtype": facts.vae_dtype,
+            "fallback": facts.fallback,
             "text": f"{size}, {ours.num_forwards} steps, {str(run.dtype).removeprefix('torch.')}, text to mp4",
         },
         "load_average": load,
         "cold_start": None if cold is None else asdict(cold),
-        "load_s": engine.facts.load_s,
+        "load_s": facts.load_s,
         "ceilings": asdict(ceilings),
         "work": {stage: {**asdict(entry), "floor_ms": 1000 * ceilings.floor_s(entry)} for stage, entry in work.items()},
         **_summed_up(measured, held),
@@ -210,117 +189,7 @@ def _measured(run: _Run, bundle: Path) -> Row:
     }
 
 
-@dataclass(slots=True)
-class _Measured:
-    """Trials by contestant, pairs by opponent, operators by contestant."""
-
-    contestants: dict[str, Contestant]
-    trials: dict[str, list[Trial]]
-    pairs: dict[str, list[Pair]] = field(default_factory=dict)
-    operators: dict[str, Any] = field(default_factory=dict)
-    lossy: dict[str, Row] = field(default_factory=dict)
-
-
-def _against(run: _Run, bundle: Path, ours: Ours, params: GenerateParams) -> _Measured:
-    asked = requests(params, PROMPTS)
-    video = run.folder / "bench.mp4"
-    found = _Measured(contestants={"ours": ours}, trials={})
-
-    def time_by(name: str) -> Any:
-        return lambda given: timed(found.contestants[name], given, video, run.device)
-
-    before_teacher_s = run.config.limit_s * SHARE_BEFORE_TEACHER
-    ours.run(next(asked), video)
-    if run.config.against == "lossy":
-        _against_lossy(run, bundle, ours.engine, found, params, time_by)
-    if run.config.against in ("lossy", "none"):
-        trials = [time_by("ours")(next(asked))]
-        while len(trials) < run.config.pairs and run.seconds() < run.config.limit_s:
-            trials.append(time_by("ours")(next(asked)))
-        found.trials = {"ours": trials, **found.trials}
-        found.operators["ours"] = count_operators(ours, next(asked), video)
-        return found
-    stock = load_bundle(bundle, run.dtype, run.device)
-    found.contestants["diffusers"] = Diffusers(stock, student_scheduler(stock.spec), ours.num_forwards, 1.0)
-    found.contestants["diffusers"].run(next(asked), video)
-    pairs = run_pairs(
-        time_by("ours"),
-        time_by("diffusers"),
-        asked,
-        most=run.config.pairs,
-        may_go_on=lambda: run.seconds() < before_teacher_s,
-    )
-    if len(pairs) < run.config.pairs:
-        run.left_out.append(f"{run.config.pairs - len(pairs)} of {run.config.pairs} pairs, for want of time")
-    run.look_at_load()
-    found.pairs["diffusers"] = pairs
-    found.trials = {"ours": [pair.ours for pair in pairs], "diffusers": [pair.other for pair in pairs]}
-    for name in ("ours", "diffusers"):
-        found.operators[name] = count_operators(found.contestants[name], next(asked), video)
-    if run.config.teacher_pairs:
-        # The student's weights: what they say does not change what a step costs, and a third copy would not fit.
-        teacher = Diffusers(stock, teacher_scheduler(), TEACHER_STEPS, TEACHER_GUIDANCE)
-        _against_teacher(run, found, teacher, asked, time_by)
-    return found
-
-
-def _against_lossy(run: _Run, bundle: Path, engine: Engine, found: _Measured, params: GenerateParams, by: Any) -> None:
-    """Load one variant after the other, take its error, and time it in turns with the engine."""
-    problems = lossy.unsupported(run.device, run.dtype)
-    same, asked = lossy.some(params, PROMPTS), requests(params, PROMPTS)
-    wanted = [lossy.outputs(engine, given) for given in same] if len(problems) < len(lossy.VARIANTS) else []
-    for name in (name for name in lossy.VARIANTS if name not in problems):
-        if run.seconds() > run.config.limit_s:
-            problems[name] = "no time was left"
-            continue
-        try:
-            variant = lossy.load_variant(name, bundle, engine)
-            error = lossy.error_of(variant, wanted, same)
-        except (CodmdError, torch.OutOfMemoryError) as failure:
-            problems[name] = first_line(failure)
-            continue
-        label = f"lossy {name}"
-        found.contestants[label] = Ours(variant)
-        found.pairs[label] = run_pairs(
-            by("ours"),
-            by(label),
-            asked,
-            most=run.config.pairs,
-            may_go_on=lambda: run.seconds() < run.config.limit_s,
-        )
-        found.trials[label] = [pair.other for pair in found.pairs[label]]
-        facts = variant.facts
-        found.lossy[label] = {**asdict(error), "execution": facts.execution, "attention": facts.attention}
-        # As many forward passes, which is all that is asked for from here on: the next variant needs the memory.
-        found.contestants[label] = found.contestants["ours"]
-        del variant
-        lossy.release(run.device)
-        run.look_at_load()
-    run.left_out += lossy.left_out(problems)
-
-
-def _against_teacher(run: _Run, found: _Measured, teacher: Diffusers, asked: Iterator[GenerateParams], by: Any) -> None:
-    per_forward_s = spread_of([trial.stages_ms["denoise"] for trial in found.trials["diffusers"]]).median / 1000
-    per_forward_s /= found.contestants["diffusers"].num_forwards
-    expected_s = per_forward_s * teacher.num_forwards
-    if run.seconds() + expected_s > run.config.limit_s:
-        run.left_out.append(
-            f"the 50-step teacher, which would have taken about {expected_s:.0f} s more than there were"
-        )
-        return
-    found.contestants["teacher"] = teacher
-    found.pairs["teacher"] = run_pairs(
-        by("ours"),
-        by("teacher"),
-        asked,
-        most=run.config.teacher_pairs,
-        may_go_on=lambda: run.seconds() + expected_s < run.config.limit_s,
-    )
-    found.trials["teacher"] = [pair.other for pair in found.pairs["teacher"]]
-    run.look_at_load()
-
-
-def _summed_up(found: _Measured, held_bytes: int | None) -> Row:
+def _summed_up(found: Measured, held_bytes: int | None) -> Row:
     contestants = {}
     for name, trials in found.trials.items():
         device_ms = [trial.device_ms for trial in trials if trial.device_ms is not None]
@@ -378,7 +247,7 @@ def _work(engine: Engine, params: GenerateParams, dtype: torch.dtype) -> dict[st
     return {
         "text": text_work(text_encoder.config, dtype),
         "denoise": one.times(len(engine.bundle.spec.timesteps)),
-        "decode": vae_work(vae.config, latents, vae.dtype),
+        "decode": vae_work(vae.config, latents, engine.decoder.dtype),
     }
 
 
@@ -390,7 +259,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _machine(run: _Run, load: float) -> Row:
+def _machine(run: Run, load: float) -> Row:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").split("\n") if information.is_file() else []

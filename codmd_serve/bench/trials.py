@@ -169,7 +169,8 @@ def count_operators(contestant: Contestant, params: GenerateParams, path: Path) 
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    # torch 2.11 warns that it forgets events between cycles unless it is told to keep them.
+    with profile(activities=activities, acc_events=True) as profiler:
         contestant.run(params, path)
     seen = [event for event in profiler.key_averages() if event.key.startswith("aten::")]
     # A CPU contestant on a CUDA machine leaves nothing on the device.

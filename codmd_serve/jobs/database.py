@@ -208,7 +208,7 @@ def _migrate(database: Database) -> None:
 def _explain(name: str, error: SQLAlchemyError) -> StoreError | StorageFullError:
     """One sentence for what a driver reports."""
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    said = str(cause).strip().split("\n")[0] or type(cause).__name__
     if "is full" in said or "No space left" in said or getattr(cause, "sqlstate", None) == "53100":
         return StorageFullError(f"the disk of the job store {name} is full")
     if "locked" in said:

@@ -98,16 +98,27 @@ class Float8Linear(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(..., I) to (..., O), bfloat16 in and out; sums are kept in the device's fast accumulator."""
         rows, scale = quantize_rows(features.reshape(-1, features.shape[-1]))
-        out = torch._scaled_mm(
-            rows,
-            self.weight.t(),
-            scale_a=scale,
-            scale_b=self.scale,
-            bias=self.bias,
-            out_dtype=features.dtype,
-            use_fast_accum=True,
-        )
+        out = scaled_product(rows, scale, self.weight, self.scale, self.bias)
         return out.reshape(*features.shape[:-1], -1)
+
+
+def scaled_product(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+    """(N, I) times (O, I) transposed, both e4m3 with a scale per row, plus the bias, in its dtype.
+
+    On a CPU the rounded factors are multiplied in float32: torch 2.11 has no kernel with a scale per row there.
+    """
+    if rows.device.type == "cpu":
+        product = rows.float() @ weight.float().t()
+        return (product * scale * weight_scale + bias.float()).to(bias.dtype)
+    return torch._scaled_mm(
+        rows,
+        weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale,
+        bias=bias,
+        out_dtype=bias.dtype,
+        use_fast_accum=True,
+    )
 
 
 @torch.no_grad()
@@ -121,3 +132,4 @@ def quantize_blocks(transformer: FewStepTransformer) -> None:
         for name in LAYERS:
             source: Any = getattr(block, name)
             setattr(block, name, Float8Linear(source))
+    transformer.prefers_compiled = True

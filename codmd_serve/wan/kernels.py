@@ -7,12 +7,15 @@ Names are those of diffusers' attention dispatcher. Knows shapes, but neither pr
 Legend: B batch (1 here), N tokens, L prompt positions, G heads, E width of a head.
 """
 
+import functools
+import importlib
 import importlib.util
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -21,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import first_line
+from codmd_serve.verdicts import Verdicts
 from codmd_serve.wan.attention import NUM_PROMPT_POSITIONS, pad_logit_bias
 from codmd_serve.wan.transformer import Attend, sdpa
 
@@ -33,11 +37,39 @@ TORCH_KERNELS = {
     "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
     MATH: SDPBackend.MATH,
 }
-PACKAGES = {"_flash_3": "flash_attn_interface", "flash": "flash_attn", "xformers": "xformers", "sage": "sageattention"}
+PACKAGES = {
+    "flash_4": "flash_attn.cute",
+    "_flash_3": "flash_attn_interface",
+    "flash_4_hub": "kernels",
+    "_flash_3_hub": "kernels",
+    "flash": "flash_attn.flash_attn_interface",
+    "xformers": "xformers",
+    "sage": "sageattention",
+}
+# FlashAttention-3 and -4, called as they are, in our layout: module and function, or repository on the hub and version.
+# The hub's are built by its trusted publisher and fetched at the first load, where the package `kernels` is installed.
+FLASH_PACKAGES = {"flash_4": "flash_attn.cute", "_flash_3": "flash_attn_interface"}
+FLASH_ON_HUB = {
+    "flash_4_hub": ("kernels-community/flash-attn4", 0),
+    "_flash_3_hub": ("kernels-community/flash-attn3", 1),
+}
 # 8-bit on purpose: never chosen, only taken by name.
 LOSSY = ("sage",)
 # Of two that are equally fast the first is taken, so that two starts choose the same one and give the same video.
-KNOWN = ("native", "_native_cudnn", "_flash_3", "flash", "_native_flash", "xformers", "_native_efficient", MATH, *LOSSY)
+KNOWN = (
+    "native",
+    "_native_cudnn",
+    "flash_4",
+    "_flash_3",
+    "flash_4_hub",
+    "_flash_3_hub",
+    "flash",
+    "_native_flash",
+    "xformers",
+    "_native_efficient",
+    MATH,
+    *LOSSY,
+)
 EQUALLY_FAST = 1.05
 ON_CPU = ("native", "_native_flash", MATH)
 NUM_ROWS_CHECKED = 64
@@ -90,7 +122,14 @@ def installed_kernels(device: torch.device) -> tuple[str, ...]:
     """Names of the kernels that this machine could try on `device`, in order of preference."""
     if device.type == "cpu":
         return ON_CPU
-    return tuple(name for name in KNOWN if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name]))
+    return tuple(name for name in KNOWN if name not in PACKAGES or _has_package(PACKAGES[name]))
+
+
+def _has_package(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except Exception:  # a parent package that is missing, or built for another torch
+        return False
 
 
 def kernel(name: str) -> Attend:
@@ -103,6 +142,10 @@ def kernel(name: str) -> Attend:
         # Its kernels cannot be traced: compiled blocks are left for them and entered again.
         attend_sage: Attend = torch.compiler.disable(_sage)  # type: ignore[no-untyped-call]
         return attend_sage
+    if name in FLASH_PACKAGES or name in FLASH_ON_HUB:
+        # Compiled by CuTe or bound from C++: left out of what is traced, as above.
+        attend_flash: Attend = torch.compiler.disable(_flash(name))  # type: ignore[no-untyped-call]
+        return attend_flash
     backend = AttentionBackendName(name)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
@@ -118,6 +161,30 @@ def _torch_kernel(backend: SDPBackend) -> Attend:
             return sdpa(query, key, value, logit_bias)
 
     return attend
+
+
+def _flash(name: str) -> Attend:
+    """FlashAttention-3 or -4: (B, N, G, E) in and out, any strides but of the last dimension, no bias."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
+        if logit_bias is not None:
+            raise ConfigError(f"{name} takes no logit bias")
+        out = _flash_function(name)(query, key, value)
+        first: Tensor = out[0] if isinstance(out, tuple) else out  # some versions give the log-sum-exp as well
+        return first
+
+    return attend
+
+
+@functools.cache
+def _flash_function(name: str) -> Callable[..., Any]:
+    if name in FLASH_PACKAGES:
+        module: Any = importlib.import_module(FLASH_PACKAGES[name])
+    else:
+        repository, version = FLASH_ON_HUB[name]
+        module = importlib.import_module("kernels").get_kernel(repository, version=version)
+    function: Callable[..., Any] = module.flash_attn_func
+    return function
 
 
 def _sage(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
@@ -145,7 +212,13 @@ def check_attention_name(name: str, device: torch.device) -> None:
         )
 
 
-def choose_attention(name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> ChosenAttention:
+def choose_attention(
+    name: str,
+    shape: AttentionShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    verdicts: Verdicts | None = None,
+) -> ChosenAttention:
     """Take the fastest kernel that gives right numbers on the shape that will be served.
 
     Args:
@@ -153,6 +226,7 @@ def choose_attention(name: str, shape: AttentionShape, device: torch.device, dty
             to be the same bytes after every start, and two kernels that are nearly as fast would win in turn.
         shape: of the video that is served most.
         device, dtype: of the network.
+        verdicts: of earlier loads; with one, auto checks that kernel alone. None remembers nothing.
 
     Returns:
         A function that uses one kernel for self-attention and one for attention with a logit bias, which not all take.
@@ -161,6 +235,9 @@ def choose_attention(name: str, shape: AttentionShape, device: torch.device, dty
         ConfigError: an unknown kernel, or one that does not work here or gives wrong numbers.
     """
     check_attention_name(name, device)
+    remembered = _remembered(name, shape, device, dtype, verdicts)
+    if remembered is not None:
+        return remembered
     named = ("native",) if name == AUTO and device.type == "cpu" else (name,)
     may_choose = tuple(n for n in installed_kernels(device) if n != MATH and n not in LOSSY)
     candidates = may_choose if named == (AUTO,) else named
@@ -178,7 +255,24 @@ def choose_attention(name: str, shape: AttentionShape, device: torch.device, dty
         prompt = _fastest(more, [entry.prompt_ms for entry in more])
     if prompt is None:
         raise ConfigError(f"no attention kernel takes the logit bias of prompts in {dtype} on {device.type}")
+    if name == AUTO and verdicts is not None:
+        verdicts.put("attention", own)
     return ChosenAttention(attend=_joined(own, prompt), name=own if own == prompt else f"{own}+{prompt}", table=table)
+
+
+def _remembered(
+    name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype, verdicts: Verdicts | None
+) -> ChosenAttention | None:
+    """The kernel that an earlier load found to be the fastest, checked again; None where there is none."""
+    if name != AUTO or verdicts is None:
+        return None
+    known = verdicts.get("attention", tuple(n for n in installed_kernels(device) if n not in LOSSY))
+    if known is None:
+        return None
+    try:
+        return choose_attention(known, shape, device, dtype)
+    except ConfigError:  # worked once, and does not any more: raced anew
+        return None
 
 
 def _joined(own: str, prompt: str) -> Attend:

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.wan.attention import NUM_PROMPT_POSITIONS, pad_logit_bias
+from codmd_serve.wan.rows import PLAIN, RowOps, choose_rows, rms_norm, split_last
 
 NUM_SHAPES_CACHED = 8
 
@@ -38,6 +39,15 @@ class PromptCache:
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     logit_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """hidden + gate * update, not added up yet: (B, N, D), an update of that shape or None, (D,) or None."""
+
+    hidden: Tensor
+    update: Tensor | None = None
+    gate: Tensor | None = None
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
@@ -59,6 +69,11 @@ class FewStepTransformer(nn.Module):
         timesteps: S numbers, as the student was trained to be fed.
         num_positions: prompt positions the network was trained to attend to.
         attend: the attention kernel.
+
+    Attributes:
+        rows: norms and what goes with them, fused where Triton runs.
+        problem: why they are not fused on a CUDA device, one sentence; else empty.
+        prefers_compiled: whether layers were put in whose elementwise parts only a compiler fuses.
 
     Raises:
         ConfigError: an image-to-video network, or no timesteps.
@@ -90,6 +105,8 @@ class FewStepTransformer(nn.Module):
         self._tables: dict[tuple[int, int, int], Tensor] = {}
         with torch.no_grad():
             self._take(source, timesteps)
+        self.rows, self.problem = choose_rows(self.device, self.dtype)
+        self.prefers_compiled = False
         self.requires_grad_(False).eval()
 
     @property
@@ -144,11 +161,16 @@ class FewStepTransformer(nn.Module):
         tokens_BND = self._patches(latents_BCFHW)
         hidden = functional.linear(tokens_BND, self.patch_weight, self.patch_bias)
         table = self.rotary_table(latents_BCFHW.shape)
+        scale, shift, eps = self.out_scale[step_index], self.out_shift[step_index], self.config.eps
+        pending = Pending(hidden)
         for block, (key, value) in zip(self.blocks, prompt.keys_values, strict=True):
-            run = block if is_compiled else block.forward
-            hidden = run(hidden, block.modulation(step_index), table, key, value, prompt.logit_bias)
-        hidden = _layer_norm(hidden, self.out_scale[step_index], self.out_shift[step_index], self.config.eps)
-        return self._unpatch(self.proj_out(hidden), latents_BCFHW.shape)
+            modulation = block.modulation(step_index)
+            if is_compiled:
+                pending = Pending(block(pending.hidden, modulation, table, key, value, prompt.logit_bias))
+            else:
+                pending = block.run(self.rows, pending, modulation, table, key, value, prompt.logit_bias)
+        _, normed = self.rows.add_norm(pending.hidden, pending.update, pending.gate, scale, shift, eps)
+        return self._unpatch(self.proj_out(normed), latents_BCFHW.shape)
 
     def _patches(self, latents: Tensor) -> Tensor:
         batch, channels, frames, height, width = latents.shape
@@ -210,7 +232,7 @@ class _Block(nn.Module):
 
     def prompt_keys_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
         key, value = self.cross_kv(text_BLD).chunk(2, dim=-1)
-        return self._heads(_rms_norm(key, self.cross_k_weight, self.qk_eps)), self._heads(value).contiguous()
+        return self._heads(rms_norm(key, self.cross_k_weight, self.qk_eps)), self._heads(value).contiguous()
 
     def modulation(self, step: int) -> tuple[Tensor, ...]:
         """Six vectors (D,) of a step. As tensors, or compiled code would be compiled anew for every step."""
@@ -226,29 +248,41 @@ class _Block(nn.Module):
         value: Tensor,
         logit_bias: Tensor | None,
     ) -> Tensor:
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        normed = _layer_norm(hidden, scale, shift, self.eps)
-        attended = self.attn_out(self._self_attention(normed, table))
-        hidden = _gated(hidden, attended, gate)
-        normed = hidden
-        if self.cross_norm is not None:
-            normed = _layer_norm(hidden, self.cross_norm.weight, self.cross_norm.bias, self.cross_norm.eps)
-        query = self._heads(_rms_norm(self.cross_q(normed), self.cross_q_weight, self.qk_eps))
-        hidden = hidden + self.cross_out(self.attend(query, key, value, logit_bias).flatten(2))
-        normed = _layer_norm(hidden, ffn_scale, ffn_shift, self.eps)
-        widened = functional.gelu(self.ffn_in(normed), approximate="tanh")
-        return _gated(hidden, self.ffn_out(widened), ffn_gate)
+        """The whole block by plain operations, as the compiler takes it: inductor does the fusing then."""
+        left = self.run(PLAIN, Pending(hidden), modulation, table, key, value, logit_bias)
+        return PLAIN.add_norm(left.hidden, left.update, left.gate, None, None, self.eps)[0]
 
-    def _self_attention(self, normed: Tensor, table: Tensor) -> Tensor:
-        qkv = _split_last(self.qkv(normed), 3, -1)
+    def run(
+        self,
+        rows: RowOps,
+        entered: Pending,
+        modulation: tuple[Tensor, ...],
+        table: Tensor,
+        key: Tensor,
+        value: Tensor,
+        logit_bias: Tensor | None,
+    ) -> Pending:
+        """The block, but for the addition of its last update, which the next norm does on its way."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        hidden, normed = rows.add_norm(entered.hidden, entered.update, entered.gate, scale, shift, self.eps)
+        attended = self.attn_out(self._self_attention(rows, normed, table))
+        affine, eps = self.cross_norm, self.eps
+        weight, bias = (None, None) if affine is None else (affine.weight, affine.bias)
+        hidden, normed = rows.add_norm(hidden, attended, gate, weight, bias, eps if affine is None else affine.eps)
+        query = self.cross_q(normed)[:, :, None]
+        query = rows.norm_rotate(query, self.cross_q_weight[None], self.qk_eps, self.num_heads, None)[:, :, 0]
+        update = self.cross_out(self.attend(query, key, value, logit_bias).flatten(2))
+        hidden, normed = rows.add_norm(hidden, update, None, ffn_scale, ffn_shift, self.eps)
+        return Pending(hidden, self.ffn_out(rows.linear_gelu(self.ffn_in, normed)), ffn_gate)
+
+    def _self_attention(self, rows: RowOps, normed: Tensor, table: Tensor) -> Tensor:
+        qkv = split_last(self.qkv(normed), 3, -1)
         # Queries and keys together: normalised over all heads, then rotated in float32.
-        query_key = _rms_norm(qkv[:, :, :2], self.qk_weight, self.qk_eps, keep_float32=True)
-        pairs = _split_last(query_key, self.num_heads, -1, 2)
-        turned = _rotated(pairs, table[:, :, None]).flatten(-2).to(normed.dtype)
+        turned = rows.norm_rotate(qkv[:, :, :2], self.qk_weight, self.qk_eps, self.num_heads, table)
         return self.attend(turned[:, :, 0], turned[:, :, 1], self._heads(qkv[:, :, 2]), None).flatten(2)
 
     def _heads(self, features: Tensor) -> Tensor:
-        return _split_last(features, self.num_heads, -1)
+        return split_last(features, self.num_heads, -1)
 
 
 def _time_modulation(embedder: Any, timesteps: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -258,12 +292,7 @@ def _time_modulation(embedder: Any, timesteps: Sequence[float], device: torch.de
     first, second = embedder.time_embedder.linear_1, embedder.time_embedder.linear_2
     temb_SD = _float_linear(functional.silu(_float_linear(frequencies, first)), second)
     modulation = _float_linear(functional.silu(temb_SD), embedder.time_proj)
-    return temb_SD, _split_last(modulation, 6, -1)
-
-
-def _split_last(features: Tensor, *sizes: int) -> Tensor:
-    """Split the last dimension into several."""
-    return features.reshape(*features.shape[:-1], *sizes)
+    return temb_SD, split_last(modulation, 6, -1)
 
 
 def _float_linear(features: Tensor, layer: nn.Linear) -> Tensor:
@@ -288,34 +317,3 @@ def _return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # glibc has it
         trim(0)
-
-
-def _layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm in float32, returned in the dtype of `hidden`; weight and bias are float32."""
-    normed = functional.layer_norm(hidden.float(), weight.shape, weight.float(), bias.float(), eps)
-    return normed.to(hidden.dtype)
-
-
-def _rms_norm(features: Tensor, weight: Tensor, eps: float, keep_float32: bool = False) -> Tensor:
-    """RMSNorm in float32 over the last dimension: torch's own is six operators on a CPU, this one is three."""
-    wide = features.float()
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = (length.square_() * (1.0 / wide.shape[-1])).add_(eps).rsqrt_()
-    normed: Tensor = (wide * scale).mul_(weight)
-    return normed if keep_float32 else normed.to(features.dtype)
-
-
-def _rotated(pairs: Tensor, table: Tensor) -> Tensor:
-    """Turn (..., 2) pairs of channels by the angles whose cosine and sine are in (..., 2) `table`."""
-    if torch.compiler.is_compiling():
-        # The compiler has no complex numbers: it would leave the fusion around every one of them.
-        (first, second), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        return torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-
-
-def _gated(hidden: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """hidden + gate * update, in float32, returned in the dtype of `hidden`."""
-    if hidden.dtype == torch.float32:
-        return torch.addcmul(hidden, update, gate)
-    return torch.addcmul(hidden.float(), update.float(), gate).to(hidden.dtype)

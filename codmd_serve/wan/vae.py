@@ -4,24 +4,35 @@ Both layouts of diffusers: Wan 2.1's, and the residual one with patches of Wan 2
 
 - `same math`: 3D convolutions run on channels_last_3d and, on a CPU, in oneDNN at any size. torch takes its slow kernel
   for a batch of one there, which is 4 to 12 times slower at the sizes of the embedded VAE.
-- `same math`: RMSNorm multiplies by one weight, gamma * sqrt(C), and runs with SiLU in place.
+- `same math`: RMSNorm multiplies by one weight, gamma * sqrt(C). On CUDA one Triton kernel adds the bias of the
+  convolution before it and the residual, norms, applies SiLU and writes where the next convolution reads (`fused`).
+- `same math`: nearest upsampling and its convolution are one transposed convolution: 16 products instead of 36.
+- `same math`: float16 storage with float32 sums and norms, where the activations fit (`set_dtype`).
 - `exact`: several latent frames per call; an activation is written straight behind the two frames that its causal
-  convolution keeps, in place of a copy, a concatenation and a padding; no float32 round trip in the upsampling.
+  convolution keeps, in place of a copy, a concatenation and a padding.
+- `exact`: on CUDA 96 output channels are padded to 128 and the 3 of the last convolution to 8: cuDNN has no fast kernel
+  for the others. What is padded is never read.
 
 Legend: B batch, C channels, F latent frames, T frames, H and W rows and columns.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from codmd_serve.wan.fused import NORM_EPS, AddNormSilu, Sum, choose_add_norm_silu
+
 FIRST_CHUNK = 5  # latent frames; a chunk costs launches and history, a long one memory
 CHUNK = 4
 HISTORY = 2  # frames that a causal convolution of 3 looks back
-NORM_EPS = 1e-12
+# Output channels that cuDNN has slower kernels for, and how many it is given instead. Measured on an H200 with cuDNN
+# 9.19 in float16, 16 frames of 480 x 832: 96 outputs 11.4 ms by its heuristics, 7.8 the best it has, 128 outputs 7.2;
+# 3 outputs 4.3 ms, 8 outputs 4.0. The transposed convolution after which 96 channels are left is best at 96.
+CUDNN_OUTPUTS = {96: 128, 3: 8, 12: 16}
+MAX_ELEMENTS = 2**31 - 1  # of one tensor: kernels of cuDNN and ATen index with 32 bits
 
 
 def latent_shape(vae: Any, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
@@ -47,6 +58,11 @@ class StreamingDecoder(nn.Module):
     Args:
         vae: either layout. Its weights are used where they are, its convolutions' are brought into channels_last_3d in
             place, which changes no value. Its tiling and slicing switches are not consulted.
+
+    Attributes:
+        dtype: of weights and activations; `set_dtype` changes it.
+        problem: why norms are not fused on a CUDA device, one sentence; empty when they are, and on a CPU.
+        max_chunk: latent frames per call, fewer where a tensor would pass 2^31 elements.
     """
 
     latents_mean: Tensor
@@ -55,15 +71,28 @@ class StreamingDecoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         decoder = vae.decoder
+        self.dtype: torch.dtype = vae.dtype
         self.patch_size: int = vae.config.patch_size or 1
+        self.max_chunk = CHUNK
         self.post_quant, self.conv_in = _Conv(vae.post_quant_conv), _Conv(decoder.conv_in)
         first, second = decoder.mid_block.resnets
         self.mid = nn.ModuleList([_Residual(first), _Attention(decoder.mid_block.attentions[0]), _Residual(second)])
         self.up = nn.ModuleList(_UpBlock(block) for block in decoder.up_blocks)
-        self.norm_out, self.conv_out = _NormSilu(decoder.norm_out), _Conv(decoder.conv_out)
+        self.norm_out, self.conv_out = _norm_weight(decoder.norm_out), _Conv(decoder.conv_out)
         for name in ("latents_mean", "latents_std"):
-            values = torch.tensor(vae.config[name], dtype=vae.dtype, device=vae.device)
+            values = torch.tensor(vae.config[name], dtype=torch.float32, device=vae.device)
             self.register_buffer(name, values.reshape(1, -1, 1, 1, 1), persistent=False)
+        self.run_norm, self.problem = choose_add_norm_silu(vae.device, self.dtype)
+        self._has_overflowed: Tensor | None = None
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Convert the weights of convolutions and attention; norms and biases that are added apart stay float32."""
+        for module in self.modules():
+            if isinstance(module, _Conv | _Upsample | nn.Conv2d):
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, converted(parameter, dtype))
+        self.dtype = dtype
+        self.run_norm, self.problem = choose_add_norm_silu(self.latents_mean.device, dtype)
 
     def frames(self, latents_BCFHW: Tensor) -> Iterator[Tensor]:
         """Decode normalised latents to uint8 frames; memory does not grow with their number.
@@ -79,29 +108,83 @@ class StreamingDecoder(nn.Module):
         decode leaves nothing behind.
         """
         history: History = {}
+        self._has_overflowed = None
         num_frames, start = latents_BCFHW.shape[2], 0
+        chunk_size = self.chunk_size(latents_BCFHW.shape)
         while start < num_frames:
-            size = CHUNK if start else FIRST_CHUNK
+            size = chunk_size if start else min(FIRST_CHUNK, chunk_size + 1)
             # Not around the yield: the caller's code would run with gradients switched off.
             with torch.no_grad():
                 chunk = self._decode(latents_BCFHW[:, :, start : start + size], history, is_first=start == 0)
             yield chunk
             start += size
 
+    def chunk_size(self, shape: Sequence[int]) -> int:
+        """Latent frames per call, so that no tensor of latents (B, C, F, H, W) passes 2^31 elements; at least one."""
+        batch, _, _, height, width = shape
+        size = min(self.max_chunk, CHUNK)
+        while size > 1 and any(
+            batch * height * width * channels * space**2 * (size * time + HISTORY) > MAX_ELEMENTS
+            for channels, space, time in self._scales()
+        ):
+            size -= 1
+        return size
+
+    def _scales(self) -> Iterator[tuple[int, int, int]]:
+        """Channels of the widest activations, with how much larger than a latent they are in space and in time."""
+        space = time = 1
+        blocks: list[Any] = list(self.up)
+        for block in blocks:
+            widths = [max(conv.weight.shape[:2]) for conv in block.resnets.modules() if isinstance(conv, _Conv)]
+            yield max(widths), space, time
+            if block.upsample is not None:
+                space *= 2
+                time *= 2 if block.upsample.time is not None else 1
+                yield block.upsample.weight.shape[1], space, time
+
+    def has_overflowed(self) -> bool:
+        """Whether a frame of the last decode was not finite; waits for the device. Only float16 is looked at."""
+        return self._has_overflowed is not None and bool(self._has_overflowed)
+
+    def largest_activation(self, latents_BCFHW: Tensor) -> tuple[float, Tensor]:
+        """Largest number that a convolution of the first chunk gives, alone or with the residual; and its frames."""
+        largest: list[Tensor] = []
+        run = self.run_norm
+
+        def watched(given: Sum, weight: Tensor | None, out: Tensor | None, keep_total: bool) -> Tensor | None:
+            largest.append(given.value.abs().amax().float())
+            total = run(given, weight, out, True)
+            assert total is not None
+            largest.append(total.abs().amax().float())
+            return total if keep_total else None
+
+        self.run_norm = watched
+        try:
+            frames_BTHWC = next(self.frames(latents_BCFHW))
+        finally:
+            self.run_norm = run
+        return float(torch.stack(largest).max()), frames_BTHWC
+
     def _decode(self, latents: Tensor, history: "History", is_first: bool) -> Tensor:
-        mean, std = self.latents_mean, self.latents_std
-        raw = (latents.to(mean.device, mean.dtype) * std + mean).contiguous(memory_format=torch.channels_last_3d)
-        hidden = self.conv_in(self.post_quant(raw, history), history)
+        raw = latents.to(self.latents_mean.device, torch.float32) * self.latents_std + self.latents_mean
+        raw = raw.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
+        run = self.run_norm
+        hidden = self.conv_in.summed(self.post_quant(raw, history), history)
         for block in self.mid:
-            hidden = block(hidden, history)
+            hidden = block(hidden, history, run)
         for block in self.up:
-            hidden = block(hidden, history, is_first)
-        activated = self.conv_out.buffer(hidden, history)
-        self.norm_out(hidden, out=activated[:, :, HISTORY:])
-        pixels = to_uint8(self.conv_out.run(activated, history))
-        batch, _channels, frames, height, width = pixels.shape
+            hidden = block(hidden, history, is_first, run)
+        activated = self.conv_out.buffer(hidden.value, history)
+        run(hidden, self.norm_out, activated[:, :, HISTORY:], False)
+        pixels = self.conv_out.run(activated, history)
+        if self.dtype == torch.float16:
+            # Infinity becomes NaN in the next norm and reaches the pixels; asked for once per video, not per chunk.
+            overflow = ~pixels.isfinite().all()
+            self._has_overflowed = overflow if self._has_overflowed is None else self._has_overflowed | overflow
+        frames_BTHWC = to_uint8(pixels.permute(0, 2, 3, 4, 1))
+        batch, frames, height, width, _channels = frames_BTHWC.shape
         patch = self.patch_size
-        split = pixels.permute(0, 2, 3, 4, 1).reshape(batch, frames, height, width, -1, patch, patch)
+        split = frames_BTHWC.reshape(batch, frames, height, width, -1, patch, patch)
         # Of the two inner axes the last one is the row, as diffusers' unpatchify has it.
         return split.permute(0, 1, 2, 6, 3, 5, 4).reshape(batch, frames, height * patch, width * patch, -1)
 
@@ -116,9 +199,10 @@ class _Conv(nn.Module):
     def __init__(self, source: Any) -> None:
         super().__init__()
         source.weight.data = source.weight.data.contiguous(memory_format=torch.channels_last_3d)
-        self.weight, self.bias = source.weight, source.bias
+        self.weight, self.bias, self.num_out = padded_outputs(source.weight, source.bias)
         self.space = [0, source._padding[2], source._padding[0]]
         self.is_causal = source.kernel_size[0] > 1
+        self.float_bias = source.bias.detach().float()
 
     def buffer(self, like: Tensor, history: History) -> Tensor:
         """Room for the remembered frames, already filled in, and for an input of the shape of `like` after them."""
@@ -135,47 +219,86 @@ class _Conv(nn.Module):
     def run(self, room: Tensor, history: History) -> Tensor:
         """Convolve a filled buffer and remember its last frames."""
         history[self] = room[:, :, -HISTORY:].clone(memory_format=torch.channels_last_3d)
-        return convolve(room, self.weight, self.bias, self.space)
+        return convolve(room, self.weight, self.bias, self.space)[:, : self.num_out]
+
+    def run_summed(self, room: Tensor, history: History) -> Sum:
+        """`run`, whose bias is left to the next pass where the convolution would make a pass of its own for it."""
+        if not adds_bias_apart(room):
+            return Sum(self.run(room, history))
+        history[self] = room[:, :, -HISTORY:].clone(memory_format=torch.channels_last_3d)
+        return Sum(convolve(room, self.weight, None, self.space)[:, : self.num_out], self.float_bias)
+
+    def summed(self, hidden: Tensor, history: History) -> Sum:
+        """`forward` as a sum."""
+        return self.run_summed(self._filled(hidden, history), history)
+
+    def _filled(self, hidden: Tensor, history: History) -> Tensor:
+        room = self.buffer(hidden, history)
+        room[:, :, HISTORY:] = hidden
+        return room
 
     def forward(self, hidden: Tensor, history: History) -> Tensor:
         if not self.is_causal:
-            return convolve(hidden, self.weight, self.bias, self.space)
-        room = self.buffer(hidden, history)
-        room[:, :, HISTORY:] = hidden
-        return self.run(room, history)
+            return convolve(hidden, self.weight, self.bias, self.space)[:, : self.num_out]
+        return self.run(self._filled(hidden, history), history)
 
 
-class _NormSilu(nn.Module):
-    """WanRMS_norm over channels, then SiLU, written to `out`."""
+def converted(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """The parameter itself with its values in `dtype`; one that was made in inference mode is replaced.
 
-    def __init__(self, source: Any) -> None:
-        super().__init__()
-        weight = (source.gamma.float() * source.scale).reshape(1, -1, 1, 1, 1)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+    Whoever shares the parameter sees the change. A parameter of inference mode cannot take over other values: it would
+    be half of each kind, and a convolution refuses it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        if not parameter.is_inference():
+            parameter.data = parameter.data.to(dtype)
+            return parameter
+        values = torch.empty_strided(parameter.shape, parameter.stride(), dtype=dtype, device=parameter.device)
+    values.copy_(parameter)
+    with torch.inference_mode(False):
+        return nn.Parameter(values, requires_grad=False)
 
-    def forward(self, hidden: Tensor, out: Tensor) -> None:
-        if hidden.dtype != torch.float32:
-            out.copy_(functional.silu(_rms_norm(hidden.float(), self.weight, dim=1)))
-            return
-        length = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).clamp_min_(NORM_EPS)
-        torch.div(hidden, length, out=out)
-        functional.silu(out.mul_(self.weight), inplace=True)
+
+def adds_bias_apart(hidden: Tensor) -> bool:
+    """Whether a convolution of `hidden` adds its bias in a pass of its own: cuDNN's does, oneDNN's does not."""
+    return hidden.device.type == "cuda"
+
+
+def padded_outputs(weight: nn.Parameter, bias: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter, int]:
+    """Weight (O, I, ...) and bias (O,) with zero rows up to a number that cuDNN has fast kernels for, and O."""
+    num_out = weight.shape[0]
+    missing = CUDNN_OUTPUTS.get(num_out, num_out) - num_out
+    if weight.device.type != "cuda" or not missing:
+        return weight, bias, num_out
+    wide = functional.pad(weight.detach(), (*[0, 0] * (weight.dim() - 1), 0, missing))
+    layout = torch.channels_last_3d if weight.dim() == 5 else torch.channels_last
+    wide_bias = functional.pad(bias.detach(), (0, missing))
+    parameters = [nn.Parameter(t, requires_grad=False) for t in (wide.contiguous(memory_format=layout), wide_bias)]
+    return parameters[0], parameters[1], num_out
+
+
+def _norm_weight(source: Any) -> nn.Parameter:
+    """gamma * sqrt(C) of a WanRMS_norm, (C,) float32."""
+    return nn.Parameter((source.gamma.detach().float() * source.scale).flatten(), requires_grad=False)
 
 
 class _Residual(nn.Module):
     def __init__(self, source: Any) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _NormSilu(source.norm1), _Conv(source.conv1)
-        self.norm2, self.conv2 = _NormSilu(source.norm2), _Conv(source.conv2)
+        self.norm1, self.conv1 = _norm_weight(source.norm1), _Conv(source.conv1)
+        self.norm2, self.conv2 = _norm_weight(source.norm2), _Conv(source.conv2)
         self.shortcut = None if isinstance(source.conv_shortcut, nn.Identity) else _Conv(source.conv_shortcut)
 
-    def forward(self, hidden: Tensor, history: History) -> Tensor:
+    def forward(self, entered: Sum, history: History, run: AddNormSilu) -> Sum:
+        room = self.conv1.buffer(entered.value, history)
+        hidden = run(entered, self.norm1, room[:, :, HISTORY:], True)
+        assert hidden is not None
         passed = hidden if self.shortcut is None else self.shortcut(hidden, history)
-        for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
-            room = conv.buffer(hidden, history)
-            norm(hidden, out=room[:, :, HISTORY:])
-            hidden = conv.run(room, history)
-        return hidden.add_(passed)
+        between = self.conv1.run_summed(room, history)
+        room = self.conv2.buffer(between.value, history)
+        run(between, self.norm2, room[:, :, HISTORY:], False)
+        added = self.conv2.run_summed(room, history)
+        return Sum(added.value, added.bias, passed)
 
 
 class _Attention(nn.Module):
@@ -186,14 +309,16 @@ class _Attention(nn.Module):
         self.norm_weight = nn.Parameter((source.norm.gamma.float() * source.norm.scale).flatten(), requires_grad=False)
         self.qkv, self.proj = source.to_qkv, source.proj
 
-    def forward(self, hidden: Tensor, _history: History) -> Tensor:
+    def forward(self, entered: Sum, _history: History, run: AddNormSilu) -> Sum:
+        hidden = run(entered, None, None, True)
+        assert hidden is not None
         batch, channels, frames, height, width = hidden.shape
         rows = hidden.permute(0, 2, 3, 4, 1).reshape(batch * frames, height * width, channels)
         normed = _rms_norm(rows.float(), self.norm_weight, dim=-1).to(rows.dtype)
         query, key, value = _pointwise(normed, self.qkv)[:, None].chunk(3, dim=-1)
         attended = functional.scaled_dot_product_attention(query, key, value)[:, 0]
         rows = rows + _pointwise(attended, self.proj)
-        return rows.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+        return Sum(rows.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3))
 
 
 class _UpBlock(nn.Module):
@@ -209,35 +334,46 @@ class _UpBlock(nn.Module):
         shortcut = getattr(source, "avg_shortcut", None)
         self.shortcut = None if shortcut is None else _Shortcut(shortcut)
 
-    def forward(self, hidden: Tensor, history: History, is_first: bool) -> Tensor:
-        entered = hidden
+    def forward(self, entered: Sum, history: History, is_first: bool, run: AddNormSilu) -> Sum:
+        passed, hidden = None, entered
+        if self.shortcut is not None:
+            total = run(entered, None, None, True)
+            assert total is not None
+            hidden, passed = Sum(total), self.shortcut(total, is_first)
         for block in self.resnets:
-            hidden = block(hidden, history)
+            hidden = block(hidden, history, run)
         if self.upsample is not None:
-            hidden = self.upsample(hidden, history, is_first)
-        return hidden if self.shortcut is None else hidden.add_(self.shortcut(entered, is_first))
+            total = run(hidden, None, None, True)
+            assert total is not None
+            hidden = self.upsample(total, history, is_first)
+        if passed is None:
+            return hidden
+        return Sum(hidden.value, hidden.bias, passed if hidden.residual is None else passed.add_(hidden.residual))
 
 
 class _Upsample(nn.Module):
+    """Twice the frames where the source has a time convolution, then twice the rows and columns."""
+
     def __init__(self, source: Any) -> None:
         super().__init__()
         self.time = _Conv(source.time_conv) if source.mode == "upsample3d" else None
         conv = source.resample[1]
-        conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
-        # A 2D convolution is a 3D one whose kernel is one frame long.
-        self.weight, self.bias = conv.weight, conv.bias
+        folded = upsampling_weight(conv.weight.detach()).contiguous(memory_format=torch.channels_last)
+        self.weight, self.bias = nn.Parameter(folded, requires_grad=False), conv.bias
+        self.float_bias = conv.bias.detach().float()
 
-    def forward(self, hidden: Tensor, history: History, is_first: bool) -> Tensor:
+    def forward(self, hidden: Tensor, history: History, is_first: bool) -> Sum:
         if self.time is not None:
             # The first frame of a video stands for itself alone, and no later one looks back at it.
             rest = self._double_time(hidden[:, :, 1:] if is_first else hidden, history)
             hidden = torch.cat([hidden[:, :, :1], rest], dim=2) if is_first else rest
         batch, channels, frames, height, width = hidden.shape
-        rows = hidden.permute(0, 2, 3, 4, 1)[:, :, :, None, :, None]
-        wide = rows.expand(batch, frames, height, 2, width, 2, channels).reshape(
-            batch, frames, 2 * height, 2 * width, -1
-        )
-        return convolve(wide.permute(0, 4, 1, 2, 3), self.weight[:, :, None], self.bias, [0, 1, 1])
+        flat = hidden.transpose(1, 2).reshape(batch * frames, channels, height, width)
+        is_apart = adds_bias_apart(hidden)
+        bias = None if is_apart else self.bias
+        wide = functional.conv_transpose2d(flat, self.weight, bias, stride=2, padding=1)
+        wide = wide.reshape(batch, frames, -1, 2 * height, 2 * width).transpose(1, 2)
+        return Sum(wide, self.float_bias if is_apart else None)
 
     def _double_time(self, hidden: Tensor, history: History) -> Tensor:
         batch, channels, frames, height, width = hidden.shape
@@ -246,6 +382,20 @@ class _Upsample(nn.Module):
         rows: Tensor = self.time(hidden, history).permute(0, 2, 3, 4, 1)
         pairs = rows.reshape(batch, frames, height, width, 2, channels).permute(0, 1, 4, 2, 3, 5)
         return pairs.reshape(batch, 2 * frames, height, width, channels).permute(0, 4, 1, 2, 3)
+
+
+def upsampling_weight(weight: Tensor) -> Tensor:
+    """(I, O, 4, 4) of the transposed convolution of stride 2 that a (O, I, 3, 3) one after nearest upsampling is.
+
+    Output o sees input i through the taps k of the convolution whose row o + k - 1 was copied from i. With
+    d = o - 2 i + 1 these are 2 - d and 3 - d.
+    """
+    taps = weight.new_zeros(4, 3, dtype=torch.float32)
+    for d in range(4):
+        for k in (2 - d, 3 - d):
+            if 0 <= k < 3:
+                taps[d, k] = 1.0
+    return torch.einsum("dk,el,oikl->iode", taps, taps, weight.float()).to(weight.dtype)
 
 
 class _Shortcut(nn.Module):

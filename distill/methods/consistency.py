@@ -452,8 +452,7 @@ class ConsistencyMethod:
 
     def losses(self, turn: Turn) -> Iterator[StepResult]:
         """Yield the loss of each micro-batch of a turn."""
-        for part in range(turn.config.accumulate):
-            positions = turn.positions(part)
+        for positions in turn.micro_batches():
             draws = self.draw(turn.config, turn.role, turn.iteration, turn.shape, turn.device, positions)
             batch = turn.load(positions)
             if isinstance(draws, RcmDraws):

@@ -49,9 +49,10 @@ class Turn:
     device: torch.device
     load: Callable[[range], Batch]
 
-    def positions(self, part: int) -> range:
-        """Return the places of the whole batch that this rank computes in one micro-batch."""
-        return self.processes.positions(self.config.batch_size, self.config.accumulate, part)
+    def micro_batches(self) -> list[range]:
+        """Return the places of the whole batch that this rank computes in each of its micro-batches."""
+        batch_size, count = self.config.batch_size, self.config.accumulate
+        return [self.processes.positions(batch_size, count, index) for index in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -352,7 +352,6 @@ class MatchingMethod:
     def losses(self, turn: Turn) -> Iterator[StepResult]:
         """Yield the loss of each micro-batch of a turn."""
         config = turn.config
-        parts = [turn.positions(part) for part in range(config.accumulate)]
         relations = None
         if (
             turn.role == "student"
@@ -363,27 +362,27 @@ class MatchingMethod:
                 config.accumulate, turn.processes, is_divided=copula_settings(config).reference_compat
             )
         if relations is not None and config.accumulate > 1:
-            yield from self._related_losses(turn, parts, relations)
+            yield from self._related_losses(turn, relations)
             return
-        for positions in parts:
+        for positions in turn.micro_batches():
             batch = turn.load(positions)
             draws = self.draw(config, turn.role, turn.iteration, turn.shape, turn.device, positions)
             if turn.role == "critic":
                 yield critic_step(turn.networks, batch, draws, config)
             else:
-                relate = None if relations is None else relations.of_part(0)
+                relate = None if relations is None else relations.of_micro_batch(0)
                 yield student_step(turn.networks, batch, draws, config, relate)
 
-    def _related_losses(self, turn: Turn, parts: list[range], relations: BatchRelations) -> Iterator[StepResult]:
+    def _related_losses(self, turn: Turn, relations: BatchRelations) -> Iterator[StepResult]:
         # Two passes: the gradient of each micro-batch depends on the features of all others.
         config, samples = turn.config, []
-        for positions in parts:
+        for positions in turn.micro_batches():
             draws = self.draw(config, turn.role, turn.iteration, turn.shape, turn.device, positions)
             sample, features_bVD = scored_sample(turn.networks, turn.load(positions), draws, config)
             samples.append(sample)
             relations.collect(features_bVD)
-        for part, (positions, sample) in enumerate(zip(parts, samples, strict=True)):
-            relate = relations.of_part(part)
+        for index, (positions, sample) in enumerate(zip(turn.micro_batches(), samples, strict=True)):
+            relate = relations.of_micro_batch(index)
             yield resumed_student_step(turn.networks, turn.load(positions), sample, config, relate)
 
     def passes(self, config: DistillConfig) -> dict[str, Passes]:

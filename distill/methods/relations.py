@@ -20,22 +20,22 @@ class BatchRelations:
     each takes all others as constants; the sum of the gradients over micro-batches is the gradient of the loss.
 
     Args:
-        num_parts: micro-batches of each rank.
+        num_micro_batches: of each rank.
         processes: this rank among the others.
         is_divided: divide the gradient by the number of data-parallel ranks, as the authors' trainer does.
     """
 
-    def __init__(self, num_parts: int, processes: Processes, *, is_divided: bool = False) -> None:
+    def __init__(self, num_micro_batches: int, processes: Processes, *, is_divided: bool = False) -> None:
         self.processes = processes
         # Gradients are averaged over micro-batches and ranks, where a sum is wanted.
-        self.gradient_scale = num_parts * (1 if is_divided else processes.data_parallel)
+        self.gradient_scale = num_micro_batches * (1 if is_divided else processes.data_parallel)
         self.gathered: list[Tensor] = []
 
     def collect(self, own_bVD: Tensor) -> None:
         """Gather the features of the next micro-batch from all ranks; only needed where there are several."""
         self.gathered.append(self.processes.gather_samples(own_bVD))
 
-    def of_part(self, part: int) -> Callable[[Tensor], Tensor]:
+    def of_micro_batch(self, index: int) -> Callable[[Tensor], Tensor]:
         """Return `relate` of `copula_terms` for one micro-batch: (b, V, D) with gradient -> (B, V, D).
 
         Where there are several, `collect` must have seen all of them.
@@ -48,7 +48,7 @@ class BatchRelations:
             constant = own_bVD.detach()
             # The value of the features, gradient_scale times their gradient.
             scaled = constant + self.gradient_scale * (own_bVD - constant)
-            block = torch.cat([blocks[part][:first], scaled, blocks[part][first + num_own :]])
-            return torch.cat([*blocks[:part], block, *blocks[part + 1 :]])
+            block = torch.cat([blocks[index][:first], scaled, blocks[index][first + num_own :]])
+            return torch.cat([*blocks[:index], block, *blocks[index + 1 :]])
 
         return relate

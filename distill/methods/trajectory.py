@@ -198,8 +198,7 @@ class TrajectoryMethod:
     def losses(self, turn: Turn) -> Iterator[StepResult]:
         """Yield the loss of each micro-batch of a turn."""
         step = dp_dmd_student_step if turn.role == "student" else critic_step
-        for part in range(turn.config.accumulate):
-            positions = turn.positions(part)
+        for positions in turn.micro_batches():
             draws = self.draw(turn.config, turn.role, turn.iteration, turn.shape, turn.device, positions)
             yield step(turn.networks, turn.load(positions), draws, turn.config)
 

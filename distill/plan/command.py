@@ -24,7 +24,9 @@ HELP = {
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill plan`: recipe, method and settings as for train, and those of PlanOptions."""
     parser.add_argument("--recipe", help="shapeworld (default), wan_1_3b or wan_14b")
-    parser.add_argument("--method", help="codmd (default), dmd, rcm, dcm or dp-dmd, with the settings published for it")
+    parser.add_argument(
+        "--method", help="with the settings published for it (default codmd); an unknown name lists all"
+    )
     parser.add_argument(
         "--set",
         dest="settings",

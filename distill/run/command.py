@@ -23,7 +23,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="shapeworld (default), wan_1_3b or wan_14b")
     parser.add_argument(
         "--method",
-        help="codmd, dmd, rcm, dcm or dp-dmd, with the settings published for it; default: the recipe's",
+        help="with the settings published for it (default codmd); an unknown name lists all",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the bundle goes to OUT/bundle")
     parser.add_argument("--seed", type=int, help="default: the recipe's")

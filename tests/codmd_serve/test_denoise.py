@@ -1,7 +1,10 @@
 """The loop gives the same latents however it runs, warms in order, and falls back with a reason."""
 
 import copy
+import dataclasses
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from codmd_serve import denoise as denoise_module
 from codmd_serve.config import EXECUTIONS
 from codmd_serve.denoise import PROMPT_SIZES, DenoiseLoop, choose_execution
 from codmd_serve.errors import ConfigError
+from codmd_serve.verdicts import Verdicts
 from codmd_serve.wan.attention import compact_prompt_embeds, pad_prompt_embeds
 from codmd_serve.wan.checkpoint import StudentSpec
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
@@ -125,16 +129,20 @@ def test_a_shape_that_was_not_compiled_runs_eager_and_is_logged(
     assert caplog.text.count("execution=eager reason=not_warmed shape=4x1x4x3x4x4") == 1
 
 
-def test_warm_up_runs_eager_then_compiles_then_records_the_longest_first(
+def test_auto_races_one_step_then_records_the_longest_first(
     transformer: FewStepTransformer, tiny_spec: StudentSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[tuple[str, int]] = []
     loop = DenoiseLoop(transformer, tiny_spec, execution="auto", record=PassThrough())
-    run, record = loop._run, loop._graphs.record
+    forward, run, record = transformer.forward, loop._run, loop._graphs.record
 
-    def running(noise: Tensor, prompt: PromptCache, on_step: Any, is_compiled: bool) -> Tensor:
+    def step(latents: Tensor, index: int, prompt: PromptCache, is_compiled: bool = False) -> Tensor:
         order.append(("compiled" if is_compiled else "eager", lengths(prompt)))
-        return run(noise, prompt, on_step, is_compiled=False)
+        return forward(latents, index, prompt)
+
+    def whole_loop(noise: Tensor, prompt: PromptCache, on_step: Any, is_compiled: bool) -> Tensor:
+        order.append(("loop", lengths(prompt)))
+        return run(noise, prompt, on_step, is_compiled)
 
     def recording(function: Any, *inputs: Tensor, keeps: Any) -> bool:
         order.append(("record", inputs[1].shape[1]))
@@ -142,16 +150,63 @@ def test_warm_up_runs_eager_then_compiles_then_records_the_longest_first(
         return record(function, *inputs, keeps=keeps)
 
     monkeypatch.setattr(transformer, "compile_blocks", lambda: None)
-    monkeypatch.setattr(loop, "_run", running)
+    monkeypatch.setattr(transformer, "forward", step)
+    monkeypatch.setattr(loop, "_run", whole_loop)
     monkeypatch.setattr(loop._graphs, "record", recording)
     monkeypatch.setattr(denoise_module, "WORTH_IT", 1e9)  # everything pays
     loop.warm(noise_of(0), [prompt_of(transformer, 0, (size,)) for size in (32, 512, 128)])
     assert loop.execution == "compiled+graph"
     # What is recorded runs too; only firsts tell the order.
-    firsts = list(dict.fromkeys(order))
-    assert firsts == [("eager", 512)] + [("compiled", n) for n in (512, 128, 32)] + [
-        ("record", n) for n in (512, 128, 32)
+    assert list(dict.fromkeys(order)) == [
+        ("eager", 512),
+        *(("compiled", n) for n in (512, 128, 32)),
+        *((word, n) for n in (512, 128, 32) for word in ("record", "loop")),
     ]
+    # No loop is timed: each runs as often as a recording runs it.
+    assert order.count(("loop", 512)) == 1
+
+
+def test_auto_leaves_the_compiler_alone_where_kernels_are_fused(
+    transformer: FewStepTransformer, tiny_spec: StudentSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformer, "compile_blocks", lambda: pytest.fail("compiled"))
+    transformer.rows = dataclasses.replace(transformer.rows, is_fused=True)
+    monkeypatch.setattr(denoise_module, "WORTH_IT", 1e9)
+    loop = DenoiseLoop(transformer, tiny_spec, execution="auto", record=PassThrough())
+    loop.warm(noise_of(0), [prompt_of(transformer, 0)])
+    assert loop.execution == "graph"
+
+
+def test_a_verdict_spares_the_race(
+    transformer: FewStepTransformer, tiny_spec: StudentSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(transformer, "compile_blocks", lambda: None)
+    monkeypatch.setattr(denoise_module, "WORTH_IT", 1e9)
+    races, race = list[str](), DenoiseLoop._race
+    monkeypatch.setattr(DenoiseLoop, "_race", lambda *given: (races.append("race"), race(*given))[1])
+
+    def warmed(*parts: object) -> str:
+        verdicts = Verdicts(tmp_path / "cache", *parts)
+        loop = DenoiseLoop(transformer, tiny_spec, execution="auto", record=PassThrough(), verdicts=verdicts)
+        loop.warm(noise_of(0), [prompt_of(transformer, 0)])
+        return loop.execution
+
+    assert [warmed("torch 1"), warmed("torch 1"), warmed("torch 2")] == ["compiled+graph"] * 3
+    assert len(races) == 2  # the second load knew, the one with another torch did not
+    (tmp_path / "cache" / "verdicts.json").write_text("{")
+    assert warmed("torch 1") == "compiled+graph" and len(races) == 3
+
+
+def test_the_notice_of_tf32_is_no_failed_compilation(
+    transformer: FewStepTransformer, tiny_spec: StudentSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def notice() -> None:
+        warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available", stacklevel=1)
+
+    monkeypatch.setattr(transformer, "compile_blocks", notice)
+    loop = DenoiseLoop(transformer, tiny_spec, execution="compiled")
+    loop.warm(noise_of(0), [prompt_of(transformer, 0)])
+    assert (loop.execution, loop.fallback) == ("compiled", "")
 
 
 def test_auto_keeps_only_what_pays(

@@ -37,7 +37,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("changes", [{"height": 40}, {"width": 2**15}, {"num_frames": 10}, {"num_frames": 5001}])
+@pytest.mark.parametrize("changes", [{"height": 40}, {"num_frames": 10}, {"num_frames": 5001}])
 def test_load_engine_refuses_a_native_shape_that_the_network_cannot_make(
     bundle: Path, tiny_pipeline: WanPipeline, tiny_spec: StudentSpec, changes: dict[str, int]
 ) -> None:
@@ -99,16 +99,6 @@ def test_an_engine_says_what_is_lossy_in_it(tiny_bundle: Path, tmp_path: Path, m
 def test_load_engine_refuses_fp8_on_a_cpu_before_it_loads() -> None:
     with pytest.raises(ConfigError, match=r"fp8 needs a CUDA device of compute capability 8\.9 or higher, got cpu"):
         load_engine(Path("/nowhere"), "cpu", quantization="fp8")
-
-
-def test_the_largest_video_follows_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, native_px = torch.device("cuda"), 32 * 48 * 9
-    assert loading_module._affordable_px(PARAMS, torch.device("cpu"), 1000) == 0  # nobody counted
-    assert loading_module._affordable_px(PARAMS, cuda, 0) == 0
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
-    for free_bytes, times in ((10_000, 9), (1_500, 1.35), (500, 1)):  # what was made once fits, whatever is free now
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free_bytes: (free, 10**6))
-        assert loading_module._affordable_px(PARAMS, cuda, 1000) == int(times * native_px)
 
 
 def test_load_engine_refuses_an_unknown_attention_before_it_loads() -> None:

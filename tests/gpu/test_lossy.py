@@ -1,5 +1,6 @@
 """8-bit kernels on a device: what they give is what the arithmetic says, and engines with them make videos."""
 
+import gc
 import importlib.util
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def test_a_variant_that_is_not_refused_serves(name: str, tmp_path: Path) -> None
 
 
 def test_fusing_takes_one_block_of_device_memory(tiny_spec: StudentSpec) -> None:
+    gc.collect()
+    others = torch.cuda.memory_allocated()  # of engines that other tests keep
     source = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=4,
@@ -84,10 +87,10 @@ def test_fusing_takes_one_block_of_device_memory(tiny_spec: StudentSpec) -> None
         ffn_dim=2048,
         num_layers=20,
     ).to("cuda", torch.bfloat16)
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated() - others
     torch.cuda.reset_peak_memory_stats()
     transformer = FewStepTransformer(source, tiny_spec.timesteps)
     quantize_blocks(transformer)
     # A block is a twentieth, what is fused of it a third of that; the rest is what allocations are rounded up by.
-    assert torch.cuda.max_memory_allocated() - before < 0.1 * before
-    assert torch.cuda.memory_allocated() < 0.7 * before
+    assert torch.cuda.max_memory_allocated() - others - before < 0.1 * before
+    assert torch.cuda.memory_allocated() - others < 0.7 * before

@@ -146,7 +146,7 @@ def test_a_file_of_keys_is_read(tmp_path: Path) -> None:
         (f"al ice {'a' * 64}", "line 1 of"),
         (f"alice {'A' * 64}", "line 1 of"),
         (None, "cannot be read: No such file"),
-        (b"\xff\xfe", "cannot be read: not text"),
+        (b"a\n\xff", "is not UTF-8 text: line 2 holds the byte 0xff"),
     ],
 )
 def test_a_file_that_holds_no_keys_is_refused(tmp_path: Path, content: str | bytes | None, message: str) -> None:

@@ -19,6 +19,9 @@ def test_random_bundle_loads_and_is_kept(tmp_path: Path) -> None:
         bundle = load_bundle(path, torch.bfloat16)
     assert bundle.spec.method == "random" and bundle.spec.sigmas == wan_14b_grid().sigmas
     assert bundle.transformer.dtype == torch.bfloat16 and bundle.vae.dtype == torch.float32
+    # A video of noise would measure x264: these pixels are a tenth as far from grey.
+    scales = [float(conv.weight.std()) for conv in (bundle.vae.decoder.conv_out, bundle.vae.encoder.conv_out)]
+    assert scales[0] < 0.3 * scales[1]
     files = sorted(tmp_path.rglob("*.safetensors"))
     before = [file.stat().st_mtime_ns for file in files]
     assert len(files) == 3

@@ -148,7 +148,7 @@ def test_a_tokenizer_that_knows_more_words_than_the_text_encoder_is_refused(copy
         ({"shift": 8}, "unknown fields: shift"),
         ({"preview_map": [[1.0, 2.0]]}, "preview_map must be rows of three finite numbers"),
         ({"preview_map": [["a", 2.0, 3.0]]}, "expected a number, got 'a'"),
-        ({"preview_map": 3}, "not iterable"),
+        ({"preview_map": 3}, "preview_map must be a list, got 3"),
     ],
 )
 def test_a_senseless_student_json_is_refused(copy: Path, changes: dict[str, Any], message: str) -> None:

@@ -21,7 +21,6 @@ from codmd_serve.wan.hub import find_pipeline, is_hub_id, lacking_file
 
 REPOSITORY = "Some-Org/Wan-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SECONDS = 60  # of importing torch on a busy machine, beside the seconds that the hub is given
 
 
 @pytest.fixture
@@ -112,11 +111,10 @@ def test_a_cache_that_lacks_a_file_is_named_with_what_to_do(cache: Path, bundle:
 
 def test_a_name_that_is_no_folder_says_so_before_the_hub_is_asked(cache: Path, bundle: Path, tmp_path: Path) -> None:
     shutil.rmtree(cache)
-    start_s = time.monotonic()
     done = run(["codmd_serve.cli", "generate", "a red circle", "--bundle", str(bundle)], cache, tmp_path, offline=False)
     first, last = done.stderr.strip().split("\n")
     folder = bundle / REPOSITORY
-    assert done.returncode == 2 and time.monotonic() - start_s < SECONDS
+    assert done.returncode == 2
     assert f"there is no folder {folder}; asking the hub for {REPOSITORY}" in first
     assert f"there is no folder {folder}, and the hub does not give {REPOSITORY}: " in last
     assert "Traceback" not in done.stderr

@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from codmd_serve.errors import ConfigError
+from codmd_serve.verdicts import Verdicts
 from codmd_serve.wan import kernels
 from codmd_serve.wan.attention import pad_logit_bias
 from codmd_serve.wan.kernels import AttentionShape, choose_attention, installed_kernels, kernel, measure_kernels
@@ -162,7 +165,8 @@ def test_unknown_and_missing_kernels_are_refused_with_the_list() -> None:
     with pytest.raises(ConfigError) as caught:
         choose_attention("flashy", SHAPE, CPU, torch.float32)
     assert str(caught.value) == (
-        "attention 'flashy' is unknown for cpu; known: auto, native, _native_cudnn, _flash_3, flash, _native_flash, "
+        "attention 'flashy' is unknown for cpu; known: auto, native, _native_cudnn, flash_4, _flash_3, flash_4_hub, "
+        "_flash_3_hub, flash, _native_flash, "
         "xformers, _native_efficient, _native_math, sage; installed: native, _native_flash, _native_math"
     )
     with pytest.raises(ConfigError, match="attention 'xformers' is not installed for cpu"):
@@ -278,3 +282,63 @@ def test_sage_is_called_with_our_layout(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_package_that_is_absent_fails_like_any_other() -> None:
     (entry,) = measure_kernels(["xformers"], SHAPE, CPU, torch.float32)
     assert entry.self_ms is None and entry.problem
+
+
+@pytest.mark.parametrize("gives_tuple", [False, True])
+@pytest.mark.parametrize("name", ["flash_4", "_flash_3", "flash_4_hub", "_flash_3_hub"])
+def test_flash_packages_are_called_with_our_layout_and_without_a_bias(
+    monkeypatch: pytest.MonkeyPatch, name: str, gives_tuple: bool
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def flash_attn_func(query: Tensor, key: Tensor, value: Tensor) -> object:
+        seen.append(tuple(query.shape))
+        out = sdpa(query, key, value, None)
+        return (out, None) if gives_tuple else out
+
+    module = SimpleNamespace(flash_attn_func=flash_attn_func)
+    asked: list[tuple[str, int]] = []
+    hub = SimpleNamespace(get_kernel=lambda repository, version: (asked.append((repository, version)), module)[1])
+    for wanted, found in (("flash_attn", module), ("flash_attn.cute", module), ("flash_attn_interface", module)):
+        monkeypatch.setitem(sys.modules, wanted, found)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "kernels", hub)  # type: ignore[arg-type]
+    kernels._flash_function.cache_clear()
+    (entry,) = measure_kernels([name], SHAPE, CPU, torch.float32)
+    kernels._flash_function.cache_clear()
+    assert entry.self_ms is not None and entry.prompt_ms is None
+    assert entry.problem == f"not for prompts: {name} takes no logit bias"
+    assert set(seen) == {(1, 70, 2, 16)}
+    assert asked == ([kernels.FLASH_ON_HUB[name]] if name.endswith("hub") else [])
+
+
+def test_a_package_that_cannot_be_looked_at_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> object:
+        raise OSError("built for another torch")
+
+    monkeypatch.setattr("importlib.util.find_spec", broken)
+    assert installed_kernels(torch.device("cuda"))[:3] == ("native", "_native_cudnn", "_native_flash")
+
+
+def test_a_remembered_kernel_is_checked_alone_and_raced_anew_when_it_fails(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    raced: list[tuple[str, ...]] = []
+    measure = kernels.measure_kernels
+
+    def measured(names: Any, shape: AttentionShape, _device: torch.device, dtype: torch.dtype) -> Any:
+        raced.append(tuple(names))
+        return measure(names, shape, CPU, dtype)
+
+    monkeypatch.setattr(kernels, "measure_kernels", measured)
+    verdicts = Verdicts(tmp_path)
+
+    def chosen_name() -> str:
+        return choose_attention("auto", SHAPE, RacingDevice(), torch.float32, verdicts).name  # type: ignore[arg-type]
+
+    install(slow, sdpa)
+    assert [chosen_name(), chosen_name()] == ["sdpa", "sdpa"]
+    assert raced == [("slow", "sdpa"), ("sdpa",)]
+    fakes: dict[str, Attend] = {"slow": slow, "sdpa": not_a_number}
+    monkeypatch.setattr(kernels, "kernel", lambda name: fakes.get(name) or kernel(name))
+    assert chosen_name() == "slow"
+    assert raced[2:] == [("sdpa",), ("slow", "sdpa")]

@@ -24,7 +24,7 @@ def test_gradients_of_parts_add_up_to_that_of_the_whole() -> None:
     for part in parts:
         relations.collect(part)
     for index, part in enumerate(parts):
-        loss = loss_of(relations.of_part(index)(part))
+        loss = loss_of(relations.of_micro_batch(index)(part))
         torch.testing.assert_close(loss, want)
         # The trainer averages over parts.
         (loss / 3).backward()

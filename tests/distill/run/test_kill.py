@@ -87,7 +87,7 @@ def test_killed_run_goes_on_bit_for_bit(
     assert done.returncode == -signal.SIGKILL, done.stderr
     newest = list_checkpoints(tmp_path / "run")[-1]
     assert newest.name == f"step-{left_step:08d}"
-    assert load_checkpoint(newest)["trainer"]["step"] == left_step
+    assert load_checkpoint(newest)["trainer"]["iteration"] == left_step
     assert_resumes_to(whole, tmp_path / "run", config, cache_dir)
 
 

@@ -124,7 +124,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(folder: Path) -> 
     """With the exit code and the checkpoint that one process alone leaves."""
     first, last = said(folder, "signalled")
     assert first["code"] == last["code"] == 128 + signal.SIGTERM
-    assert "interrupted after 3 steps" in first["error"]
+    assert "interrupted after 3 iterations" in first["error"]
     assert "interrupted" not in last["error"]
     assert steps_of(folder / "signalled") == ["step-00000002", "step-00000003"]
     assert not (folder / "signalled" / "bundle").exists()
@@ -165,7 +165,8 @@ def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
     text = (tmp_path / "said").read_text()
     assert text.count("interrupted after") == 1, text[-4000:]
     (only,) = list_checkpoints(out)
-    step = load_checkpoint(only)["trainer"]["step"]
-    assert only.name == f"step-{step:08d}"
+    iteration = load_checkpoint(only)["trainer"]["iteration"]
+    assert only.name == f"step-{iteration:08d}"
     options = RunOptions(out=out, device=torch.device("cpu"), preview_every_iterations=0)
-    assert run_training(with_overrides(read_config(out), [f"max_iterations={step + 1}"]), options, resume=True).bundle
+    longer = with_overrides(read_config(out), [f"max_iterations={iteration + 1}"])
+    assert run_training(longer, options, resume=True).bundle

@@ -1,0 +1,389 @@
+"""Everything worth knowing of a CUDA device in a few minutes: `python -m codmd_serve.bench.gpu_report`.
+
+For a machine that is lent for minutes and has torch, diffusers and transformers, but none of the server's packages. No
+network, no disk space: weights are random. Every number is written when it is found; a part that fails is a line with
+its error, and the next one runs. The table in the docs is made of the JSON elsewhere.
+
+    {"versions": {...}, "device": name, "numbers": [{"at_s": seconds, "name": name, ...}, ...]}
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import platform
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from codmd_serve import __version__
+from codmd_serve.bench.floor import measure_ceilings, transformer_work, vae_work
+from codmd_serve.bench.weights import PROMPTS, Preset, built, preset, random_tokenizer
+from codmd_serve.config import GenerateParams, ModelFacts
+from codmd_serve.denoise import DenoiseLoop
+from codmd_serve.engine import Engine
+from codmd_serve.files import first_line, write_json
+from codmd_serve.wan import rows
+from codmd_serve.wan.checkpoint import Bundle, StudentSpec
+from codmd_serve.wan.fp8 import quantize_blocks
+from codmd_serve.wan.kernels import MATH, AttentionShape, choose_attention, installed_kernels, measure_kernels
+from codmd_serve.wan.precision import psnr
+from codmd_serve.wan.transformer import FewStepTransformer
+from codmd_serve.wan.vae import StreamingDecoder, latent_shape
+from codmd_serve.warm import measured_convolutions
+
+LIMIT_S = 420.0
+NUM_PROMPT_POSITIONS = 128  # of the prompts that are timed
+
+
+class Report:
+    """Numbers in the order in which they were found, on disk after every one.
+
+    Args:
+        path: of the JSON.
+        device: that is measured.
+        limit_s: no part is begun that is expected to end later.
+    """
+
+    def __init__(self, path: Path, device: torch.device, limit_s: float) -> None:
+        self.device = device
+        self._path, self._limit_s, self._start_s = path, limit_s, time.monotonic()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        versions = {
+            "codmd-serve": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "CUDA": torch.version.cuda or "",
+        }
+        self._content: dict[str, Any] = {"versions": versions, "device": name, "numbers": []}
+
+    def tell(self, name: str, **values: Any) -> None:
+        """Keep what was just found."""
+        entry = {"at_s": round(time.monotonic() - self._start_s, 1), "name": name, **values}
+        print(json.dumps(entry), flush=True)
+        self._content["numbers"].append(entry)
+        write_json(self._path, self._content)
+
+    @contextlib.contextmanager
+    def part(self, name: str, expected_s: float) -> Iterator[bool]:
+        """Yield whether there is time for a part; what it raises becomes a line."""
+        left_s = self._limit_s - (time.monotonic() - self._start_s)
+        if left_s < expected_s:
+            self.tell(name, skipped=f"{left_s:.0f} s left, {expected_s:.0f} s expected")
+            yield False
+            return
+        try:
+            yield True
+        except Exception as error:  # a part that fails must not take the next ones along
+            traceback.print_exc()
+            self.tell(name, error=first_line(error))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def milliseconds(self, run: Callable[[], object], num_runs: int = 3, num_warm: int = 1) -> float:
+        """Median time of a function on the device, after some runs that are not counted."""
+        for _ in range(num_warm):
+            run()
+        times_ms = []
+        for _ in range(num_runs):
+            self.synchronize()
+            start_s = time.perf_counter()
+            run()
+            self.synchronize()
+            times_ms.append(1000 * (time.perf_counter() - start_s))
+        return statistics.median(times_ms)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclasses.dataclass(slots=True)
+class Models:
+    """What later parts take over from earlier ones; None where a part did not run."""
+
+    plan: Preset
+    latents: Tensor
+    transformer: FewStepTransformer | None = None
+    vae: Any = None
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure; return 0."""
+    parser = argparse.ArgumentParser(prog="python -m codmd_serve.bench.gpu_report", description=__doc__)
+    parser.add_argument("--out", default="gpu-report.json", help="the JSON")
+    parser.add_argument("--preset", default="wan-1.3b", help="wan-1.3b, wan-14b or tiny")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="seconds for everything")
+    options = parser.parse_args(words)
+    measure(Path(options.out), options.preset, torch.device(options.device), options.limit_s)
+    return 0
+
+
+@torch.no_grad()
+def measure(path: Path, name: str, device: torch.device, limit_s: float = LIMIT_S) -> None:
+    """Measure everything that there is time for.
+
+    Args:
+        path: of the JSON; its folder exists.
+        name: of a preset of random weights.
+        device: CUDA; a CPU for the tests.
+        limit_s: no part is begun that is expected to end later.
+    """
+    report, plan = Report(path, device, limit_s), preset(name)
+    torch.manual_seed(0)
+    native = plan.native
+    with torch.device("meta"):
+        shape = latent_shape(AutoencoderKLWan(**plan.vae), native.height, native.width, native.num_frames)
+    models = Models(plan, torch.randn(1, *shape, device=device))
+    for expected_s, part in (
+        (25.0, _vae),
+        (25.0, _transformer),
+        (15.0, _end_to_end),
+        (5.0, _ceilings),
+        (15.0, _attention),
+        (20.0, _diffusers),
+        (10.0, _fp8),
+    ):
+        with report.part(part.__name__.strip("_"), expected_s) as goes:
+            if goes:
+                part(report, models)
+    report.tell("end")
+
+
+def _vae(report: Report, models: Models) -> None:
+    """Decode in half precision, then in float32: milliseconds, memory, decibels between them."""
+    device, plan = report.device, models.plan
+    models.vae = built(AutoencoderKLWan, plan.vae, device, torch.float32).eval().requires_grad_(False)
+    models.vae.decoder.conv_out.weight.mul_(0.1)
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    work = vae_work(models.vae.config, tuple(models.latents.shape[1:]), half)
+    frames = {}
+    for dtype in (half, torch.float32):
+        decoder = StreamingDecoder(copy.deepcopy(models.vae))
+        decoder.set_dtype(dtype)
+
+        def decode(decoder: StreamingDecoder = decoder) -> Tensor:
+            return torch.cat(list(decoder.frames(models.latents)), dim=1)
+
+        start_s = time.perf_counter()
+        with measured_convolutions():
+            frames[dtype] = decode()
+        first_s = time.perf_counter() - start_s
+        _reset_peak(device)
+        took_ms = report.milliseconds(decode, 2, 0)
+        report.tell(
+            "decode",
+            dtype=str(dtype),
+            ms=took_ms,
+            first_s=first_s,
+            tflops=work.flop / took_ms / 1e9,
+            peak_gib=_peak_gib(device),
+            problem=decoder.problem,
+        )
+    report.tell("decode-psnr", db=psnr(frames[half], frames[torch.float32]))
+
+
+def _transformer(report: Report, models: Models) -> None:
+    """One step and the loop, fused and plain, and how far they are from each other."""
+    device, plan = report.device, models.plan
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    start_s = time.perf_counter()
+    network = FewStepTransformer(built(WanTransformer3DModel, plan.transformer, device, dtype), plan.grid.timesteps)
+    models.transformer = network
+    report.synchronize()
+    report.tell("build", s=time.perf_counter() - start_s, is_fused=network.rows.is_fused, problem=network.problem)
+    shape = _attention_shape(models)
+    network_attention = choose_attention("auto", shape, device, dtype)
+    report.tell("attention-chosen", kernel=network_attention.name)
+    for block in network.blocks:
+        block.attend = network_attention.attend
+    prompt = network.encode_prompt(torch.randn(1, NUM_PROMPT_POSITIONS, network.config.text_dim))
+    work = transformer_work(network.config, tuple(models.latents.shape[1:]), dtype)
+    took_ms = report.milliseconds(lambda: network(models.latents, 1, prompt))
+    report.tell("step", ms=took_ms, tflops=work.flop / took_ms / 1e9)
+    got, chosen = network(models.latents, 1, prompt), network.rows
+    network.rows = rows.PLAIN
+    want = network(models.latents, 1, prompt)
+    plain_ms = report.milliseconds(lambda: network(models.latents, 1, prompt), 2, 0)
+    error = float((got.float() - want.float()).norm() / want.float().norm())
+    report.tell("step-plain", ms=plain_ms, relative_difference=error)
+    network.rows = chosen
+    loop = DenoiseLoop(network, _spec(plan))
+    noise = torch.randn(len(plan.grid.timesteps), *models.latents.shape, device=device)
+    loop_ms = report.milliseconds(lambda: loop(noise, prompt), 2, 0)
+    report.tell("loop", ms=loop_ms, tflops=len(noise) * work.flop / loop_ms / 1e9)
+
+
+def _end_to_end(report: Report, models: Models) -> None:
+    """Text to mp4 through the engine, prompt by prompt."""
+    if models.transformer is None or models.vae is None:
+        raise RuntimeError("needs the parts before it")
+    device, plan = report.device, models.plan
+    native, dtype = plan.native, models.transformer.dtype
+    encoder = built(UMT5EncoderModel, {"config": UMT5Config(**plan.text_encoder)}, device, dtype)
+    bundle = Bundle(
+        path=Path("random"),
+        spec=_spec(plan),
+        tokenizer=random_tokenizer(),
+        text_encoder=encoder.eval().requires_grad_(False),
+        transformer=None,
+        vae=models.vae,
+    )
+    engine = Engine(bundle, models.transformer, _facts(report, models))
+    if device.type == "cuda":
+        engine.decoder.set_dtype(torch.float16)
+    with tempfile.TemporaryDirectory(prefix="codmd-report-") as folder, measured_convolutions():
+        for seed, prompt in enumerate(PROMPTS[:4]):
+            video = Path(folder) / "report.mp4"
+            params = GenerateParams(
+                prompt=prompt,
+                seed=seed,
+                height=native.height,
+                width=native.width,
+                num_frames=native.num_frames,
+                fps=native.fps,
+                crf=18,
+            )
+            start_s = time.perf_counter()
+            result = engine.generate(params, video)
+            total_ms = 1000 * (time.perf_counter() - start_s)
+            # The first one of a shape lets cuDNN measure its kernels.
+            report.tell(
+                "text-to-mp4",
+                run=seed,
+                ms=total_ms,
+                stages_ms=result.timings_ms,
+                mp4_bytes=video.stat().st_size,
+                peak_memory_mb=result.peak_memory_mb,
+            )
+
+
+def _ceilings(report: Report, _models: Models) -> None:
+    """What a large matrix product and a large copy reach here."""
+    for dtype in (torch.bfloat16, torch.float32):
+        ceilings = measure_ceilings(report.device, dtype)
+        report.tell(
+            "ceilings", dtype=str(dtype), tflops=ceilings.flop_per_s / 1e12, gb_per_s=ceilings.bytes_per_s / 1e9
+        )
+
+
+def _attention(report: Report, models: Models) -> None:
+    """Every installed kernel on the shape of the network."""
+    shape = _attention_shape(models)
+    dtype = torch.bfloat16 if report.device.type == "cuda" else torch.float32
+    flop = 4 * shape.num_tokens**2 * shape.num_heads * shape.head_width
+    for name in (name for name in installed_kernels(report.device) if name != MATH):
+        (entry,) = measure_kernels([name], shape, report.device, dtype)
+        tflops = flop / entry.self_ms / 1e9 if entry.self_ms else None
+        report.tell(
+            "attention",
+            kernel=entry.name,
+            self_ms=entry.self_ms,
+            prompt_ms=entry.prompt_ms,
+            problem=entry.problem,
+            tflops=tflops,
+        )
+
+
+def _diffusers(report: Report, models: Models) -> None:
+    """One forward pass and one decode of the stock modules."""
+    device, plan = report.device, models.plan
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    stock = built(WanTransformer3DModel, plan.transformer, device, dtype).eval()
+    latents = models.latents.to(dtype)
+    embeds = torch.randn(1, 512, plan.transformer["text_dim"], device=device, dtype=dtype)
+    timestep = torch.tensor([900.0], device=device)
+
+    def step() -> object:
+        return stock(latents, timestep, embeds, return_dict=False)
+
+    report.tell("diffusers-step", ms=report.milliseconds(step, 2))
+    vae = built(AutoencoderKLWan, plan.vae, device, torch.float32).eval()
+    report.tell("diffusers-decode", ms=report.milliseconds(lambda: vae.decode(models.latents, return_dict=False), 1))
+
+
+def _fp8(report: Report, models: Models) -> None:
+    """One step with 8-bit matrix products, `lossy`, and its error; the last part, for it changes the network."""
+    network = models.transformer
+    if network is None or report.device.type != "cuda":
+        raise RuntimeError("needs a CUDA device and the transformer")
+    prompt = network.encode_prompt(torch.randn(1, NUM_PROMPT_POSITIONS, network.config.text_dim))
+    want = network(models.latents, 1, prompt).float()
+    quantize_blocks(network)
+    got = network(models.latents, 1, prompt).float()
+    took_ms = report.milliseconds(lambda: network(models.latents, 1, prompt), 2, 0)
+    report.tell("step-fp8", ms=took_ms, relative_difference=float((got - want).norm() / want.norm()))
+
+
+def _attention_shape(models: Models) -> AttentionShape:
+    config = models.plan.transformer
+    _, _, frames, height, width = models.latents.shape
+    patch = config.get("patch_size", (1, 2, 2))
+    return AttentionShape(
+        num_tokens=(frames // patch[0]) * (height // patch[1]) * (width // patch[2]),
+        num_heads=config["num_attention_heads"],
+        head_width=config["attention_head_dim"],
+    )
+
+
+def _spec(plan: Preset) -> StudentSpec:
+    return StudentSpec(
+        base="random",
+        sigmas=plan.grid.sigmas,
+        timesteps=plan.grid.timesteps,
+        sampler="sde",
+        native=plan.native,
+        method="random",
+        base_model="random",
+        step=0,
+        ema=False,
+        config_sha256="",
+        package_version=__version__,
+    )
+
+
+def _facts(report: Report, models: Models) -> ModelFacts:
+    native = models.plan.native
+    return ModelFacts(
+        name="random",
+        device=report.device.type,
+        dtype="",
+        attention="",
+        execution="eager",
+        num_steps=len(models.plan.grid.timesteps),
+        height=native.height,
+        width=native.width,
+        num_frames=native.num_frames,
+        fps=native.fps,
+        size_multiple=16,
+        max_side_px=2**14,
+        frame_multiple=4,
+        max_num_frames=2**12 + 1,
+        service_s=0.0,
+        load_s=0.0,
+    )
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_gib(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

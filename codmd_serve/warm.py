@@ -1,0 +1,135 @@
+"""Makes an engine warm: precision of the VAE, kernels and graphs of the native shape, what memory has room for.
+
+Knows neither bundles nor jobs.
+"""
+
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codmd_serve.config import DEFAULT_CRF, GenerateParams
+from codmd_serve.engine import Engine
+from codmd_serve.errors import GenerationError
+from codmd_serve.wan.precision import fit_dtype
+
+MEMORY_SHARE = 0.9  # of what is free; the rest is for fragments, workspaces and the driver
+
+logger = logging.getLogger(__name__)
+
+
+def warm_engine(engine: Engine, vae_dtype: torch.dtype) -> None:
+    """Make the native video, so that the first request finds everything warm, and put what was learned into the facts.
+
+    Args:
+        engine: just made.
+        vae_dtype: of the VAE, where its activations fit; the engine's decoder says in `problem` where they do not.
+    """
+    device = engine.transformer.device
+    params = _native_params(engine)
+    engine.embed(params.prompt)  # first, or an encoder that is lent to the device would be taken for activations
+    resident_bytes = _allocated_bytes(device)
+    x0_pred = engine.denoised(params)
+    fit_dtype(engine.decoder, vae_dtype, x0_pred)
+    _warm_decoder(engine, x0_pred)
+    del x0_pred
+    # Before anything is recorded: libraries have chosen their kernels, and activations took what they take.
+    needed_bytes = _peak_bytes(device) - resident_bytes
+    engine.warm_loop(params)
+    max_video_px = _affordable_px(params, device, needed_bytes)
+    start_s = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="codmd-warm-") as folder:
+        engine.generate(params, Path(folder) / "warm.mp4")
+    engine.facts = replace(
+        engine.facts,
+        execution=engine.loop.execution,
+        vae_dtype=str(engine.decoder.dtype).removeprefix("torch."),
+        fallback="; ".join(filter(None, (engine.loop.fallback, engine.transformer.problem, engine.decoder.problem))),
+        max_video_px=max_video_px,
+        num_devices=torch.cuda.device_count() if device.type == "cuda" else 1,
+        service_s=time.perf_counter() - start_s,
+    )
+
+
+def _native_params(engine: Engine) -> GenerateParams:
+    facts = engine.facts
+    return GenerateParams(
+        prompt="warm up",
+        seed=0,
+        height=facts.height,
+        width=facts.width,
+        num_frames=facts.num_frames,
+        fps=facts.fps,
+        crf=DEFAULT_CRF,
+    )
+
+
+@torch.inference_mode()
+def _warm_decoder(engine: Engine, x0_pred: Tensor) -> None:
+    """Decode once, so that cuDNN measures its kernels; in smaller chunks where the memory is too small for these.
+
+    Raises:
+        GenerationError: not even one latent frame at a time fits.
+    """
+    decoder = engine.decoder
+    while True:
+        try:
+            with measured_convolutions():
+                for _ in decoder.frames(x0_pred):
+                    pass
+        except torch.OutOfMemoryError as error:
+            if decoder.max_chunk == 1:
+                raise GenerationError(
+                    "out of memory: the VAE cannot decode one latent frame", "out_of_memory"
+                ) from error
+        else:
+            return
+        decoder.max_chunk = max(1, decoder.max_chunk // 2)
+        decoder.problem = f"the VAE decodes {decoder.max_chunk} latent frame(s) at a time for want of memory"
+        logger.warning("vae_chunk=%d reason=out_of_memory", decoder.max_chunk)
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def measured_convolutions() -> Iterator[None]:
+    """Let cuDNN time its kernels for every shape that is new to this thread, and keep the fastest.
+
+    Only here: a request of another shape would pay seconds for it. A shape that ran before keeps the kernel it has.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _allocated_bytes(device: torch.device) -> int:
+    """Memory that is allocated now, where `_peak_bytes` counts from; 0 on a CPU, where nobody counts."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _affordable_px(params: GenerateParams, device: torch.device, needed_bytes: int) -> int:
+    """Pixels of the largest video that fits, when `params` needs `needed_bytes`; 0 is unknown.
+
+    Activations grow with the number of tokens, and no other memory grows faster.
+    """
+    native_px = params.height * params.width * params.num_frames
+    if device.type != "cuda" or needed_bytes <= 0:
+        return 0
+    torch.cuda.empty_cache()
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return max(native_px, int(MEMORY_SHARE * native_px * free_bytes / needed_bytes))
