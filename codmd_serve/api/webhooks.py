@@ -60,7 +60,7 @@ def judge_url(url: str, allowed: str) -> str:
         name, port = parts.hostname, parts.port
     except ValueError:
         return "must be an https:// address"
-    if parts.scheme != "https" or not name or not url.isascii() or any(char.isspace() for char in url):
+    if parts.scheme != "https" or not name or not url.isascii() or not url.isprintable() or " " in url:
         return "must be an https:// address"
     if parts.username is not None or parts.password is not None or port not in (None, 443):
         return "must have no user name and no port but 443"

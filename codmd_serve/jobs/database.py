@@ -156,13 +156,24 @@ def _check_file(path: Path) -> None:
 
 
 def _check_owner(path: Path) -> None:
-    """Refuse another program's database before a pragma changes it."""
+    """Refuse another program's database, and one of a newer version, before a pragma changes the file."""
     if not path.exists():
         return
     with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=0)) as probe:
         names = {name for (name,) in probe.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if names and schema_table.name not in names:
             raise StoreError(f"{path} is the database of another program; it was left as it is")
+        if names:
+            (found,) = probe.execute(f"SELECT version FROM {schema_table.name}").fetchone() or (0,)
+            _check_version(str(path), found)
+
+
+def _check_version(name: str, found: int) -> None:
+    if found > VERSION:
+        raise StoreError(
+            f"the job store {name} is of version {found}, and this codmd-serve knows up to {VERSION}: "
+            "upgrade codmd-serve, or name another store; it was left as it is"
+        )
 
 
 def _on_sqlite_connect(connection: Any, _record: object) -> None:
@@ -189,11 +200,7 @@ def _migrate(database: Database) -> None:
         found = 0
         if schema_table.name in tables:
             found = connection.execute(select(schema_table.c.version)).scalar_one_or_none() or 0
-        if found > VERSION:
-            raise StoreError(
-                f"the job store {database.name} is of version {found}, and this codmd-serve knows up to {VERSION}: "
-                "upgrade codmd-serve, or name another store; it was left as it is"
-            )
+        _check_version(database.name, found)
         if found < VERSION:
             migrate(connection, found)
 

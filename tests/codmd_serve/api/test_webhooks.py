@@ -168,6 +168,7 @@ def test_only_addresses_of_the_open_internet_are_public(address: str, wanted: bo
         ("https://[", "*", False),
         ("https://hook.example/ x", "*", False),
         ("https://h\u00f6ok.example/", "*", False),
+        ("https://hook.example/\0", "*", False),
     ],
 )
 def test_urls_are_judged_before_anything_is_looked_up(url: str, hosts: str, is_good: bool) -> None:
