@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from codmd_serve.errors import ConfigError
+from distill.config import DistillConfig
 from distill.data.prompts import load_prompts
 from distill.methods.draws import Passes
 from distill.methods.registry import METHODS
@@ -121,6 +122,15 @@ def make_plan(subject: Subject, options: PlanOptions) -> Plan:
     )
 
 
+def num_prompts(config: DistillConfig) -> int:
+    """Return the number of training prompts; num_captions while no prompts are named.
+
+    Raises:
+        ConfigError: the prompts cannot be read.
+    """
+    return len(load_prompts(config)) if config.prompts else config.num_captions
+
+
 def suggest(subject: Subject, options: PlanOptions) -> Suggestion | None:
     """Find the smallest change of options that fits on the same GPUs; None when there is none.
 
@@ -195,7 +205,7 @@ def _sampling_flops(subject: Subject, load: Load) -> float:
     if sampling is None:
         return 0.0
     forward = network_flops(subject.architecture, load.sequence).forward
-    return len(load_prompts(subject.config)) * sampling.num_steps * (2 if _is_guided(subject) else 1) * forward
+    return num_prompts(subject.config) * sampling.num_steps * (2 if _is_guided(subject) else 1) * forward
 
 
 def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str, Passes]) -> float:

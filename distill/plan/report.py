@@ -7,7 +7,7 @@ from typing import Any
 from distill.methods.registry import METHODS
 from distill.plan.memory import PARTS, PHASES
 from distill.plan.options import GIB
-from distill.plan.planner import Plan, Suggestion
+from distill.plan.planner import Plan, Suggestion, num_prompts
 from distill.plan.reference import ReferenceLayout
 
 LABEL_WIDTH = 20
@@ -143,7 +143,7 @@ def _verdict(report: Report) -> str:
 
 
 def _operations(plan: Plan) -> str:
-    options, total = plan.options, sum(plan.flops.values())
+    config, options, total = plan.subject.config, plan.options, sum(plan.flops.values())
     unit, size = next(
         ((unit, size) for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12)) if total >= size), ("GFLOP", 1e9)
     )
@@ -161,7 +161,7 @@ def _operations(plan: Plan) -> str:
     ]
     if plan.sampling_flops:
         lines.append(
-            "before the first iteration every GPU samples the teacher for all prompts: "
+            f"before the first iteration every GPU samples the teacher for all {num_prompts(config):,} prompts: "
             f"{plan.sampling_flops / 1e15:,.3g} PFLOP, {plan.sampling_hours:.3g} h"
         )
     if plan.gathered_bytes:

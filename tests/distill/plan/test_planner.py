@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -172,7 +173,15 @@ def test_every_method_of_every_recipe_is_planned(recipe: str, method: str) -> No
     assert (plan.sampling_flops > 0) == (method in ("rcm", "dcm"))
     text = as_text(Report(plan=plan, suggestion=None, smallest=None, reference=None, command="x"))
     assert f"plan of {recipe} by {method} on 8 x" in text
-    assert ("samples the teacher for all prompts" in text) == (method in ("rcm", "dcm"))
+    assert ("samples the teacher for all 4,096 prompts" in text) == (method in ("rcm", "dcm"))
+
+
+def test_samples_of_the_teacher_are_counted_for_the_prompts_that_are_named(tmp_path: Path) -> None:
+    (tmp_path / "two.txt").write_text("a cat\na dog\n")
+    config = recipe_config("wan_1_3b", "rcm")
+    named = with_overrides(config, [f"prompts={tmp_path / 'two.txt'}"])
+    plans = [make_plan(read_subject(one), PlanOptions(gpu_gib=1e5)) for one in (config, named)]
+    assert plans[0].sampling_flops == pytest.approx(2048 * plans[1].sampling_flops)
 
 
 def test_a_layout_that_a_method_cannot_train_in_is_refused() -> None:
