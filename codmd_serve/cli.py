@@ -27,7 +27,7 @@ from codmd_serve.cpu import prepare_threads
 from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
 from codmd_serve.files import check_name
 from codmd_serve.textfiles import shown
-from codmd_serve.video import check_encoder, check_video_name, find_ffmpeg
+from codmd_serve.video import check_encoder, find_ffmpeg, format_of
 
 PROGRAM = "codmd-serve"
 COMMANDS = ("serve", "work", "generate", "bench", "convert", "doctor")
@@ -109,7 +109,7 @@ SERVE_FLAGS = (
     _serve_flag("allow_remote_without_auth", "listen on other than loopback although anybody could use it then"),
 )
 GENERATE_FLAGS = (
-    Flag("output", "file to write", str, "out.mp4", ("-o",)),
+    Flag("output", "file to write; its suffix is the format: .mp4, .gif or .webp", str, "out.mp4", ("-o",)),
     *MODEL_FLAGS,
     Flag("seed", "0..2^63-1; drawn and printed when absent", int),
     Flag("height", "pixels; what the bundle was trained at when absent", int),
@@ -325,7 +325,9 @@ def generate(options: argparse.Namespace) -> int:
 
     output = _checked_output(options.output)
     names = ("seed", "height", "width", "num_frames", "fps", "crf")
-    asked = {name: getattr(options, name) for name in names}
+    asked = {"format": format_of(output), **{name: getattr(options, name) for name in names}}
+    if asked["format"] == "gif" and asked["crf"] == DEFAULT_CRF:  # not said; a gif has none
+        asked["crf"] = None
     try:
         body = GenerateBody(prompt=options.prompt, **asked)
     except ValidationError as error:
@@ -386,7 +388,7 @@ def _checked_output(name: str) -> Path:
     """Refuse an output that cannot be written before minutes are spent on making it."""
     output = Path(name)
     check_name(output)
-    check_video_name(output)
+    format_of(output)
     if output.is_dir():
         raise ConfigError(f"{output} is a folder: name a file, for example {output / 'out.mp4'}")
     if output.exists() and not output.is_file():

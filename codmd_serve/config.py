@@ -1,13 +1,15 @@
 """Every default of serving, as frozen dataclasses and presets; reads no environment and imports nothing heavy."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from codmd_serve.errors import ConfigError
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_CHARS = 4000
 DEFAULT_CRF = 18
+FORMATS = ("mp4", "gif", "webp")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 # Fields of ServeConfig that the engine is loaded with; a worker is told them by these names.
 ENGINE_SETTINGS = (
@@ -153,6 +155,7 @@ class GenerateParams:
         num_frames: frames, 4k + 1.
         fps: frames per second of playback.
         crf: H.264 constant rate factor, 1 (best) to 51.
+        format: one of FORMATS.
     """
 
     prompt: str
@@ -162,6 +165,14 @@ class GenerateParams:
     num_frames: int
     fps: int
     crf: int
+    format: str = "mp4"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields by name. mp4 goes without saying: content keys and mp4 files of before there was `format` hold."""
+        fields = asdict(self)
+        if self.format == "mp4":
+            del fields["format"]
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

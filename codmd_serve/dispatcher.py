@@ -49,6 +49,9 @@ class Runner(Protocol):
     @property
     def num_workers(self) -> int: ...
 
+    @property
+    def num_hanging(self) -> int: ...
+
     async def start(self) -> None: ...
 
     async def stop(self, drain_s: float = 0.0) -> None: ...
@@ -148,8 +151,8 @@ class Dispatcher:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a job that came now would be begun as soon as a worker is free."""
-        return self.runner.is_ready and not self.blocked and not self._is_stopping
+        """Whether a job that came now would be begun as soon as a worker is free, and none hangs."""
+        return not self.reason
 
     @property
     def reason(self) -> str:
@@ -158,6 +161,8 @@ class Dispatcher:
             return "the server is shutting down"
         if self.blocked:
             return self.blocked
+        if self.runner.num_hanging:
+            return "a worker hangs and is about to be replaced"
         if self.runner.is_ready:
             return ""
         return self.runner.load_error or ("no worker is alive" if self.runner.facts else "the model is loading")
@@ -212,7 +217,7 @@ class Dispatcher:
                 await self._wake.wait()
 
     def _begin(self, job: Job) -> None:
-        path = self.ownership.folder() / f"{job.id}.mp4"
+        path = self.ownership.folder() / f"{job.id}.{job.params.format}"
         queue_ms = 1000 * max(0.0, (job.started_at or job.created_at) - job.created_at)
         claimed_s = time.monotonic()
         waited_ms: list[float] = [queue_ms]

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -126,7 +126,7 @@ class Engine:
 
         Args:
             params: validated; sizes that fit the grid of the bundle.
-            path: of the mp4, which appears whole or not at all.
+            path: of the file, which appears whole or not at all.
             on_progress: called after the text, after each denoising step, after each decoded chunk, and while the
                 encoder is waited for.
 
@@ -245,7 +245,8 @@ class Engine:
                 width=params.width,
                 fps=params.fps,
                 crf=params.crf,
-                comment=json.dumps({"bundle": self.facts.name, **asdict(params)}),
+                comment=json.dumps({"bundle": self.facts.name, **params.to_dict()}),
+                format=params.format,
                 on_start=frames.on_abandon,
                 on_wait=lambda: report("encode", num_frames, num_frames),
             )

@@ -38,7 +38,7 @@ class Generate:
 
     Attributes:
         id: of the job.
-        path: where the mp4 goes; the worker makes the folder when it is missing.
+        path: where the file goes; the worker makes the folder when it is missing.
         params: what to make.
         is_previewed: whether each `Progress` of a denoising step carries a preview.
     """
@@ -102,7 +102,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The mp4 is at its path.
+    """The video is at its path.
 
     Attributes:
         id: of the job.

@@ -1,4 +1,4 @@
-"""uint8 frames to an H.264 mp4, streamed through ffmpeg; knows nothing of tensors or models.
+"""uint8 frames to an H.264 mp4, a gif or an animated WebP, streamed through ffmpeg; knows nothing of tensors or models.
 
 The same frames and settings give the same bytes with the same ffmpeg: no dates, no random identifiers, and a thread
 count of our own, because what x264 decides depends on it.
@@ -8,12 +8,14 @@ import contextlib
 import errno
 import functools
 import logging
+import math
 import os
 import re
 import select
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +32,7 @@ NUM_ENCODER_THREADS = 4
 PRESET = "faster"
 NUM_LOOKAHEAD_FRAMES = 10
 CHECK_TIMEOUT_S = 10.0
-VIDEO_SUFFIXES = (".mp4", ".m4v")
+FORMAT_OF_SUFFIX = {"": "mp4", ".mp4": "mp4", ".m4v": "mp4", ".gif": "gif", ".webp": "webp"}
 _FAILURE = re.compile(
     r"error|fail|unknown|unrecogni|invalid|denied|cannot|could not|unable|no such|no space|not ", re.I
 )
@@ -38,7 +40,14 @@ _NOTICE = re.compile(r"deprecated|^warning|^last message repeated|^conversion fa
 # ffmpeg is killed when it takes longer than this for what it was given: x264 on one busy core is ten times as fast.
 MIN_ENCODER_WAIT_S = 30.0
 MIN_ENCODED_PX_PER_S = 250_000.0
+MIN_ANIMATED_PX_PER_S = 25_000.0  # the palette of a gif
 LOOKAHEAD_FRAMES = 64  # frames that x264 may hold back until its input ends
+# One palette for all frames, of every n-th pixel of large ones: counting colours is most of the work. Where nothing
+# moves nothing is dithered anew, so it does not flicker.
+GIF_FILTERS = (
+    "split[a][b];[a]scale=w=min(iw\\,416):h=-1:flags=neighbor,palettegen[p];"
+    "[b][p]paletteuse=dither=sierra2_4a:diff_mode=rectangle"
+)
 POLL_S = 0.2
 FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 UNWRITABLE_ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EIO)
@@ -72,11 +81,7 @@ def check_encoder(program: str) -> None:
     Raises:
         ConfigError: it has no libx264, or cannot be run at all.
     """
-    command = [program, "-hide_banner", "-loglevel", "error", "-encoders"]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=CHECK_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"ffmpeg {program} cannot be run: {first_line(error)}") from None
+    done = _list_encoders(program)
     if re.search(rb"(?m)^ V\S* +libx264 ", done.stdout) is None:
         said = cause_of(done.stderr.decode(errors="replace"))
         reason = f": {said}" if said else ""
@@ -84,6 +89,24 @@ def check_encoder(program: str) -> None:
             f"this ffmpeg has no libx264{reason} ({program}): unset IMAGEIO_FFMPEG_EXE to use the one that comes with "
             "imageio-ffmpeg, or let it name an ffmpeg that was built with --enable-libx264"
         )
+
+
+@functools.cache
+def has_webp_encoder(program: str) -> bool:
+    """Whether an ffmpeg writes animated WebP.
+
+    Raises:
+        ConfigError: it cannot be run.
+    """
+    return re.search(rb"(?m)^ V\S* +libwebp_anim ", _list_encoders(program).stdout) is not None
+
+
+def _list_encoders(program: str) -> "subprocess.CompletedProcess[bytes]":
+    command = [program, "-hide_banner", "-loglevel", "error", "-encoders"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=CHECK_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"ffmpeg {program} cannot be run: {first_line(error)}") from None
 
 
 def cause_of(said: str) -> str:
@@ -96,17 +119,19 @@ def cause_of(said: str) -> str:
     return (telling or lines or [""])[0]
 
 
-def check_video_name(path: Path) -> None:
-    """Refuse a name whose suffix promises another format than the mp4 that is written.
+def format_of(path: Path) -> str:
+    """The format that the suffix of a name promises; mp4 without a suffix.
 
     Raises:
-        ConfigError: a suffix other than .mp4 and .m4v; none at all is fine.
+        ConfigError: a suffix of no format that is written.
     """
-    if path.suffix.lower() not in ("", *VIDEO_SUFFIXES):
+    try:
+        return FORMAT_OF_SUFFIX[path.suffix.lower()]
+    except KeyError:
         raise ConfigError(
-            f"{path.name} would hold an mp4 under the suffix {path.suffix}: only mp4 is written; name it "
+            f"{path.name} has the suffix {path.suffix}: only mp4, gif and webp are written; name it "
             f"{path.with_suffix('.mp4').name}, and turn it into another format with ffmpeg"
-        )
+        ) from None
 
 
 def write_video(
@@ -118,10 +143,11 @@ def write_video(
     fps: int,
     crf: int,
     comment: str = "",
+    format: str = "mp4",
     on_start: Callable[[Callable[[], None]], None] | None = None,
     on_wait: Callable[[], None] | None = None,
 ) -> None:
-    """Encode frames to an mp4 (H.264, yuv420p, BT.709) that appears at `path` whole or not at all.
+    """Encode frames to a file that appears at `path` whole or not at all.
 
     ffmpeg dies with this process, and is killed when it makes no progress.
 
@@ -131,8 +157,10 @@ def write_video(
         path: where the file goes; one that exists is replaced. A missing folder is made.
         height, width: pixels, even.
         fps: frames per second.
-        crf: constant rate factor, 1 (best) to 51.
-        comment: stored in the file, printable ASCII.
+        crf: constant rate factor, 1 (best) to 51. WebP takes a quality of 118 - 2 crf, a gif takes none.
+        comment: stored in an mp4, printable ASCII.
+        format: mp4 (H.264, yuv420p, BT.709), gif (one palette of 256 colours) or webp
+            (lossy, animated). The last two play for ever.
         on_start: is given a function that ends ffmpeg at once, from any thread and at any time; encode_failed follows.
         on_wait: called several times a second after the last frame, and once when the file is about to appear; what it
             raises ends ffmpeg.
@@ -152,8 +180,12 @@ def write_video(
     with _storage_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
     with _storage_errors(), atomic_file(path) as partial:
-        command = _command(program, partial, height=height, width=width, fps=fps, crf=crf, comment=comment)
-        encoder = _Encoder(command, height * width)
+        command = _command(
+            program, partial, height=height, width=width, fps=fps, crf=crf, comment=comment, format=format
+        )
+        # What is no mp4 is written when the last frame has come.
+        px = height * width
+        encoder = _Encoder(command, px * LOOKAHEAD_FRAMES) if format == "mp4" else _Encoder(command)
         try:
             if on_start is not None:
                 on_start(encoder.kill)
@@ -176,14 +208,14 @@ class _Encoder:
 
     Args:
         command: of ffmpeg, which reads frames from its input.
-        frame_px: pixels of a frame; bounds how long it may take.
+        max_px_left: pixels that it may hold back until its input ends, where it is x264. Bounds how long it may take.
 
     Raises:
         GenerationError: code encoder_missing.
     """
 
-    def __init__(self, command: list[str | Path], frame_px: int) -> None:
-        self._frame_px = frame_px
+    def __init__(self, command: list[str | Path], max_px_left: float = math.inf) -> None:
+        self._max_px_left = max_px_left
         self._num_bytes = 0
         self._is_hung = False
         self._log = b""
@@ -224,7 +256,7 @@ class _Encoder:
         assert self._process.stdin is not None and self._process.stderr is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        end_s = time.monotonic() + self._limit_s(min(self._num_bytes, 3 * self._frame_px * LOOKAHEAD_FRAMES))
+        end_s = time.monotonic() + self._limit_s(min(self._num_bytes, 3 * self._max_px_left))
         while self._process.poll() is None:
             # Its end closes the log, so nothing is waited for in vain; one that left children is polled.
             if select.select([self._process.stderr], [], [], POLL_S)[0] and not self._read_log():
@@ -281,8 +313,9 @@ class _Encoder:
         self._log = (self._log + said)[-MAX_LOG_BYTES:]
         return said
 
-    def _limit_s(self, num_bytes: int) -> float:
-        return MIN_ENCODER_WAIT_S + num_bytes / 3 / MIN_ENCODED_PX_PER_S
+    def _limit_s(self, num_bytes: float) -> float:
+        px_per_s = MIN_ANIMATED_PX_PER_S if self._max_px_left == math.inf else MIN_ENCODED_PX_PER_S
+        return MIN_ENCODER_WAIT_S + num_bytes / 3 / px_per_s
 
     def _kill_hung(self) -> None:
         self._is_hung = True
@@ -323,9 +356,25 @@ def _storage_errors() -> Iterator[None]:
 
 
 def _command(
-    program: str, target: Path, *, height: int, width: int, fps: int, crf: int, comment: str
+    program: str, target: Path, *, height: int, width: int, fps: int, crf: int, comment: str, format: str
 ) -> list[str | Path]:
-    options = {
+    webp_quality = min(100, 118 - 2 * crf)
+    if format == "webp" and not has_webp_encoder(program):
+        numbers = [str(number) for number in (width, height, fps, webp_quality)]
+        return [sys.executable, "-m", "codmd_serve.webp", *numbers, target]
+    if format == "gif":
+        options = {"-filter_complex": GIF_FILTERS, "-loop": "0", "-f": "gif"}
+    elif format == "webp":
+        options = {"-c:v": "libwebp_anim", "-quality": str(webp_quality), "-loop": "0", "-f": "webp"}
+    else:
+        options = _h264_options(crf, comment)
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
+    chosen = [word for pair in options.items() for word in pair]
+    return [program, "-hide_banner", "-loglevel", "error", "-nostdin", "-y", *source, *chosen, target]
+
+
+def _h264_options(crf: int, comment: str) -> dict[str, str]:
+    return {
         "-vf": "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
         "setparams=color_primaries=bt709:color_trc=bt709",
         "-c:v": "libx264",
@@ -343,6 +392,3 @@ def _command(
         "-movflags": "+faststart",
         "-f": "mp4",
     }
-    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"]
-    chosen = [word for pair in options.items() for word in pair]
-    return [program, "-hide_banner", "-loglevel", "error", "-nostdin", "-y", *source, *chosen, target]

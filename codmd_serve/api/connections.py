@@ -1,7 +1,8 @@
-"""Connections before there is a request: a deadline for headers, and a bound on how many are open.
+"""Connections around a request: deadlines for headers and for reading the answer, and a bound on how many are open.
 
 A client that connects and says nothing, or sends its headers a byte at a time, holds a descriptor. uvicorn waits for
 ever; here it gets `header_timeout_s`, and when all places are taken the one that was silent for longest makes room.
+A client that does not read its answer is cut off: closing would wait for it to read what is left.
 """
 
 import asyncio
@@ -33,10 +34,11 @@ def connection_limit(asked: int) -> int:
 
 
 class GuardedProtocol(H11Protocol):
-    """One connection, with a header deadline and a bound on how many there are.
+    """One connection, with deadlines and a bound on how many there are.
 
     Attributes:
         max_connections, header_timeout_s: the limits; of the class.
+        send_timeout_s: for the client to take what has been written, a chunk of a video at most; of the class.
         warned_s: when the log last said that there is no room; of the class.
         waits_since_s: when it last had nothing to answer.
     """
@@ -44,18 +46,31 @@ class GuardedProtocol(H11Protocol):
     max_connections: ClassVar[int] = 4096
     header_timeout_s: ClassVar[float] = 10.0
     warned_s: ClassVar[float] = -WARN_EVERY_S
+    send_timeout_s: ClassVar[float] = 60.0
     waits_since_s: float = 0.0
     _header_timer: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # The least that the system does not take at once starts the deadline of what is read.
+        transport.set_write_buffer_limits(high=0)
         self._await_headers()
         if len(self.connections) > self.max_connections:
             self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_send_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._send_timer = self.loop.call_later(self.send_timeout_s, self._on_send_timeout)
+
+    def resume_writing(self) -> None:
+        self._stop_send_timer()
+        super().resume_writing()
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -81,6 +96,16 @@ class GuardedProtocol(H11Protocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+
+    def _on_send_timeout(self) -> None:
+        self._send_timer = None
+        logger.info("a client read nothing for %g s and was cut off", self.send_timeout_s)
+        self.transport.abort()
 
     def _on_header_timeout(self) -> None:
         self._header_timer = None

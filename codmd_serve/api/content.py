@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fastapi import HTTPException, Response
 from starlette.responses import StreamingResponse
@@ -12,6 +13,8 @@ from codmd_serve.errors import ConflictError, GoneError
 from codmd_serve.jobs.states import Job, Result
 
 SUFFIXES = {"video/mp4": "mp4", "image/gif": "gif", "image/webp": "webp"}
+# What OpenAPI says of an answer that is a video.
+CONTENT: dict[str, Any] = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in SUFFIXES}
 
 
 async def video_response(backend: Backend, job: Job, asked: Mapping[str, str], headers: Mapping[str, str]) -> Response:

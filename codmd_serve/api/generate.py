@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from codmd_serve.api.backend import Backend, facts_of, failure
-from codmd_serve.api.content import video_response
+from codmd_serve.api.content import CONTENT, video_response
 from codmd_serve.api.errors import refusals
 from codmd_serve.api.jobs import describe
 from codmd_serve.api.schemas import GenerateBody, JobBody, to_params
@@ -27,7 +27,7 @@ IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 VIDEO: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the video",
-        "content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}},
+        "content": CONTENT,
         "headers": {
             name: {"description": description, "schema": {"type": "string"}}
             for name, description in {
@@ -63,7 +63,7 @@ router = APIRouter()
     openapi_extra=OPENAPI_EXTRA,
 )
 async def generate(body: GenerateBody, request: Request) -> Response:
-    """Make one video from a prompt. The answer is the mp4 itself, or with `Prefer: respond-async` the job."""
+    """Make one video from a prompt. The answer is the file itself, or with `Prefer: respond-async` the job."""
     backend: Backend = request.app.state.backend
     is_async, wait_s = parse_prefer(request.headers)
     job, _ = await submit(backend, body, request, is_detached=is_async)

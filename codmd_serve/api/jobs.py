@@ -9,7 +9,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from codmd_serve.api.backend import Backend
-from codmd_serve.api.content import video_response
+from codmd_serve.api.content import CONTENT, video_response
 from codmd_serve.api.errors import refusals
 from codmd_serve.api.schemas import JobBody, JobList, error_of, job_body
 from codmd_serve.api.security import owner_of
@@ -83,7 +83,7 @@ async def cancel_job(job_id: str, request: Request) -> JobBody:
     "/jobs/{job_id}/video",
     response_class=Response,
     responses={
-        200: {"content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}},
+        200: {"content": CONTENT},
         206: {"description": "the part that Range asked for"},
         304: {"description": "the ETag of If-None-Match still holds"},
         **refusals(401, 404, 409, 410, 416),

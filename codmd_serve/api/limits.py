@@ -1,11 +1,9 @@
-"""What a client may take of time and room: sizes and deadlines of bodies, and answers that nobody reads."""
+"""What the body of a request may take of time and room. Deadlines of headers and answers are in connections.py."""
 
 import asyncio
 
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-SEND_STALL_S = 60.0
 
 
 class Limits:
@@ -15,16 +13,12 @@ class Limits:
         app: the application.
         max_body_bytes: of a request.
         body_timeout_s: for the whole of it.
-        send_stall_s: for the client to take some of an answer.
     """
 
-    def __init__(
-        self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float, send_stall_s: float = SEND_STALL_S
-    ) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.body_timeout_s = body_timeout_s
-        self.send_stall_s = send_stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,8 +52,6 @@ class Limits:
                 if is_answered:
                     return
                 message, is_answered = {"type": "http.response.body", "body": b"", "more_body": False}, True
-            # A client that reads nothing would hold the answer, its task and its connection for ever.
-            async with asyncio.timeout(self.send_stall_s):
-                await send(message)
+            await send(message)
 
         await self.app(scope, limited_receive, limited_send)

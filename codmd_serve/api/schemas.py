@@ -14,6 +14,7 @@ from codmd_serve.prompts import is_blank
 
 # Twice in each direction, or four times as long: past that a student shows nothing that it was trained to show.
 DEFAULT_BUDGET_FACTOR = 4
+MAX_GIF_FPS = 50  # a delay counts in hundredths of a second, and browsers slow the shortest one down to a tenth
 QUALITY_CRF = {"low": 28, "medium": 23, "high": DEFAULT_CRF}
 EXAMPLES: list[JsonValue] = [
     {"prompt": "a red circle moves right quickly on a black background", "seed": 7},
@@ -41,7 +42,7 @@ class GenerateBody(BaseModel):
         None, description=f"H.264 rate factor: 1 best, 51 smallest, {DEFAULT_CRF} unless said"
     )
     quality: Literal["low", "medium", "high"] | None = Field(None, description="instead of crf")
-    format: Literal["mp4"] = "mp4"
+    format: Literal["mp4", "gif", "webp"] = Field("mp4", description="H.264, or an animated picture")
     preview: StrictBool = Field(False, description="a picture of the video to come with each step of /jobs/{id}/events")
     webhook_url: Annotated[str, Field(max_length=2000)] | None = Field(
         None, description="https address to call when the job is finished; off unless the operator allows its host"
@@ -193,7 +194,10 @@ def to_params(body: GenerateBody, facts: ModelFacts, max_pixels: int = 0) -> Gen
         num_frames=body.num_frames or facts.num_frames,
         fps=body.fps or facts.fps,
         crf=body.crf or QUALITY_CRF[body.quality or "high"],
+        format=body.format,
     )
+    if params.format == "gif":
+        _check_gif(body, params)
     budget_px = max_pixels or DEFAULT_BUDGET_FACTOR * facts.height * facts.width * facts.num_frames
     _check_shape(params, facts, min(budget_px, facts.max_video_px or budget_px))
     return params
@@ -215,6 +219,16 @@ def _refuse_guidance(body: GenerateBody, facts: ModelFacts) -> None:
             f"this is a distilled student, which was trained for exactly {facts.num_steps} steps: "
             f"leave num_inference_steps out or say {facts.num_steps}",
             "num_inference_steps",
+        )
+
+
+def _check_gif(body: GenerateBody, params: GenerateParams) -> None:
+    for name in ("crf", "quality"):
+        if getattr(body, name) is not None:
+            raise InvalidRequestError(f"a gif has 256 colours and no rate factor: leave {name} out", name)
+    if params.fps > MAX_GIF_FPS:
+        raise InvalidRequestError(
+            f"fps of a gif must be 1..{MAX_GIF_FPS}, which is what browsers play, got {params.fps}", "fps"
         )
 
 

@@ -15,12 +15,13 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from codmd_serve.api.backend import Backend, facts_of
-from codmd_serve.api.content import video_response
+from codmd_serve.api.content import CONTENT, video_response
 from codmd_serve.api.errors import describe_problem, refusals
 from codmd_serve.api.generate import answer_video, server_timing, submit, wait_for_client
 from codmd_serve.api.jobs import find_job
 from codmd_serve.api.schemas import GenerateBody, error_of
 from codmd_serve.api.security import owner_of
+from codmd_serve.config import FORMATS
 from codmd_serve.errors import InvalidRequestError
 from codmd_serve.jobs.states import Job
 
@@ -39,6 +40,7 @@ BODY_SCHEMA = {
         "model": {"type": "string", "description": "a name of /v1/models"},
         "size": {"type": "string", "description": "WIDTHxHEIGHT", "examples": ["64x64"]},
         "seconds": {"type": "string", "description": "length; rounded to what the model can make"},
+        "format": {"type": "string", "enum": list(FORMATS)},
         **{name: {"type": "integer"} for name in ("seed", "height", "width", "num_frames", "fps", "crf")},
     },
 }
@@ -89,14 +91,14 @@ async def create_video(request: Request) -> dict[str, Any]:
     "/videos/sync",
     response_class=Response,
     responses={
-        200: {"content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}},
+        200: {"content": CONTENT},
         **refusals(401, 409, 413, 422, 429, 500, 503, 507),
     },
     summary="Make a video and wait (vLLM-Omni and FastVideo)",
     openapi_extra=OPENAPI_BODY,
 )
 async def create_video_sync(request: Request) -> Response:
-    """The mp4 itself."""
+    """The file itself."""
     backend: Backend = request.app.state.backend
     job, _ = await submit(backend, await _body(request), request, is_detached=False)
     finished = await wait_for_client(backend, job, request, None)
@@ -141,7 +143,7 @@ async def get_video(job_id: str, request: Request) -> dict[str, Any]:
     "/videos/{job_id}/content",
     response_class=Response,
     responses={
-        200: {"content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}},
+        200: {"content": CONTENT},
         **refusals(401, 404, 409, 410, 416, 422),
     },
     summary="The bytes of a video (OpenAI-style)",

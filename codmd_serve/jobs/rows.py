@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, select
@@ -55,7 +54,7 @@ def content_key(bundle: str, engine_key: str, params: GenerateParams) -> str:
 
 
 def encode_params(params: GenerateParams) -> str:
-    return json.dumps(asdict(params), sort_keys=True)
+    return json.dumps(params.to_dict(), sort_keys=True)
 
 
 def change(

@@ -220,7 +220,7 @@ def test_generate_draws_a_seed_and_tells_it(generate: Any, capsys: pytest.Captur
         (("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (("--bundle", "nowhere"), "no student bundle at nowhere: name a folder that holds student.json"),
         (("-o", "nowhere/a.mp4"), "there is no folder nowhere to write a.mp4 to"),
-        (("-o", "out.webm"), "out.webm would hold an mp4 under the suffix .webm: only mp4 is written; name it out.mp4"),
+        (("-o", "out.webm"), "out.webm has the suffix .webm: only mp4, gif and webp are written; name it"),
         (("-o", "x" * 256), "has 256 bytes, and names have at most 255 there: choose a shorter one"),
         (("-o", "."), ". is a folder: name a file, for example out.mp4"),
         (("-o", "/dev/null"), "/dev/null is not a file that could be replaced"),
@@ -231,6 +231,14 @@ def test_generate_refuses_what_cannot_work(
 ) -> None:
     assert message in refusal(capsys, *generate(*more))
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "magic"), [("x.gif", b"GIF89a"), ("x.WEBP", b"RIFF"), ("x.m4v", b"\0\0\0 ftyp"), ("x", b"\0\0\0 ftyp")]
+)
+def test_generate_writes_what_the_suffix_says(generate: Any, name: str, magic: bytes) -> None:
+    assert cli.main(generate("-o", name)) == 0
+    assert Path(name).read_bytes().startswith(magic)
 
 
 @pytest.mark.parametrize(("prompt", "message"), [("  ", "must not be blank"), ("x" * 5000, "at most 4000 characters")])

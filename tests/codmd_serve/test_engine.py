@@ -99,6 +99,18 @@ def test_the_video_says_how_to_make_it_again(engine: Engine, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize(("format", "begin"), [("gif", b"GIF89a"), ("webp", b"RIFF")])
+def test_other_formats_hold_the_same_frames(engine: Engine, tmp_path: Path, format: str, begin: bytes) -> None:
+    data = video_of(engine, tmp_path / "a", format=format)
+    assert data.startswith(begin)
+    with Image.open(io.BytesIO(data)) as picture:
+        assert (picture.size, picture.n_frames) == ((48, 32), 9)  # type: ignore[attr-defined]
+
+
+def test_an_mp4_says_nothing_of_its_format_as_before_there_were_others(engine: Engine, tmp_path: Path) -> None:
+    assert b'"crf": 18}' in video_of(engine, tmp_path / "a.mp4")
+
+
 def decode_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one latent frame, so that there is a time between two of them in a short video."""
     monkeypatch.setattr(vae_module, "FIRST_CHUNK", 1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from codmd_serve import files
 from codmd_serve.errors import CheckpointError, ConfigError
-from codmd_serve.video import check_video_name
+from codmd_serve.video import FORMAT_OF_SUFFIX, format_of
 
 
 def names(folder: Path) -> list[str]:
@@ -178,7 +178,7 @@ def test_any_name_is_taken_or_refused_in_one_sentence(name: str) -> None:
     path = Path(tempfile.gettempdir()) / "nowhere" / name
     try:
         files.check_name(path)
-        check_video_name(path)
+        format_of(path)
     except ConfigError:
         return
-    assert len(os.fsencode(path.name)) <= 255 and path.suffix.lower() in ("", ".mp4", ".m4v")
+    assert len(os.fsencode(path.name)) <= 255 and path.suffix.lower() in FORMAT_OF_SUFFIX

@@ -1,4 +1,4 @@
-"""Frames to mp4: what comes back out, the same bytes every time, and nothing on disk after a failure."""
+"""Frames to mp4, gif and WebP: what comes back out, the same bytes every time, and nothing on disk after a failure."""
 
 import json
 import os
@@ -14,10 +14,11 @@ import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 from codmd_serve import video
 from codmd_serve.errors import CancelledError, ConfigError, GenerationError
-from codmd_serve.video import check_encoder, check_video_name, find_ffmpeg, write_video
+from codmd_serve.video import check_encoder, find_ffmpeg, format_of, has_webp_encoder, write_video
 
 ReadVideo = Callable[[Path], Any]
 HEIGHT, WIDTH, FRAMES, FPS = 32, 48, 9, 16
@@ -37,9 +38,12 @@ def encode(
     crf: int = 10,
     comment: str = "",
     on_wait: Callable[[], None] | None = None,
+    format: str = "mp4",
+    fps: int = FPS,
 ) -> Path:
     chunks = [clip().tobytes()] if frames is None else frames
-    write_video(chunks, path, height=HEIGHT, width=WIDTH, fps=FPS, crf=crf, comment=comment, on_wait=on_wait)
+    settings = {"height": HEIGHT, "width": WIDTH, "fps": fps, "crf": crf, "comment": comment, "format": format}
+    write_video(chunks, path, on_wait=on_wait, **settings)  # type: ignore[arg-type]
     return path
 
 
@@ -297,13 +301,74 @@ def test_the_line_that_names_the_cause_is_told(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.MP4", "a.m4v", "a", ".mp4", "a.b.mp4"])
 def test_names_of_an_mp4_are_taken(name: str) -> None:
-    check_video_name(Path(name))
+    assert format_of(Path(name)) == "mp4"
 
 
-@pytest.mark.parametrize("name", ["out.webm", "out.gif", "out.MKV", "out.mp4.png"])
+@pytest.mark.parametrize("name", ["out.webm", "out.png", "out.MKV", "out.mp4.png"])
 def test_a_suffix_of_another_format_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} would hold an mp4 under the suffix .*; name it out.*mp4"):
-        check_video_name(Path(name))
+    with pytest.raises(ConfigError, match=f"{name} has the suffix .*: only mp4, gif and webp .*; name it out.*mp4"):
+        format_of(Path(name))
+
+
+def animation(path: Path) -> tuple[list[npt.NDArray[np.uint8]], int, int]:
+    """Frames of an animated picture, milliseconds in all, and how often it plays (0 is for ever)."""
+    frames, total_ms = [], 0
+    with Image.open(path) as picture:
+        for number in range(picture.n_frames):  # type: ignore[attr-defined]
+            picture.seek(number)
+            picture.load()
+            total_ms += picture.info["duration"]
+            frames.append(np.asarray(picture.convert("RGB")))
+        return frames, total_ms, picture.info["loop"]
+
+
+@pytest.mark.parametrize(
+    ("format", "begin", "inside"), [("gif", b"GIF89a", b"NETSCAPE2.0"), ("webp", b"RIFF", b"WEBPVP8X")]
+)
+@pytest.mark.parametrize("fps", [FPS, 30])
+def test_animated_pictures_keep_frames_time_and_colours(
+    tmp_path: Path, format: str, begin: bytes, inside: bytes, fps: int
+) -> None:
+    path = encode(tmp_path / "a", format=format, fps=fps)
+    data = path.read_bytes()
+    assert data.startswith(begin) and inside in data[:1000]
+    frames, total_ms, num_plays = animation(path)
+    assert len(frames) == FRAMES and num_plays == 0
+    assert total_ms == pytest.approx(1000 * FRAMES / fps, abs=6), "a gif counts in hundredths of a second"
+    for columns in (slice(4, 20), slice(28, 44)):
+        difference = np.stack(frames)[:, :, columns].astype(int) - clip()[:, :, columns]
+        assert abs(difference).max() <= 8
+    again = encode(tmp_path / "b", [frame.tobytes() for frame in clip()], format=format, fps=fps)
+    assert again.read_bytes() == data
+
+
+def test_webp_spends_fewer_bytes_at_a_higher_crf(tmp_path: Path) -> None:
+    noise = [np.random.default_rng(0).integers(0, 255, clip().shape, np.uint8).tobytes()]
+    sizes = [encode(tmp_path / "a", noise, crf, format="webp").stat().st_size for crf in (1, 18, 51)]
+    assert sizes[0] > 1.2 * sizes[1] > 1.2**2 * sizes[2]
+
+
+def test_webp_is_written_by_pillow_where_ffmpeg_has_no_libwebp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = find_ffmpeg()
+    assert has_webp_encoder(program)
+    fake_ffmpeg(tmp_path, monkeypatch, f'for w; do [ "$w" = -encoders ] && exec "{program}" -version; done; exit 9')
+    assert not has_webp_encoder(find_ffmpeg())
+    frames, total_ms, num_plays = animation(encode(tmp_path / "a.webp", format="webp"))
+    assert (len(frames), num_plays) == (FRAMES, 0) and abs(total_ms - 1000 * FRAMES / FPS) < 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.webp", "ffmpeg"]
+
+
+def test_mp4_has_the_bytes_that_it_had_before_there_were_other_formats(tmp_path: Path) -> None:
+    """The command line of ffmpeg is what decides them; they differ between versions of ffmpeg."""
+    command = video._command("ffmpeg", Path("a"), height=32, width=48, fps=16, crf=18, comment="c", format="mp4")
+    said = " ".join(map(str, command))
+    assert said == (
+        "ffmpeg -hide_banner -loglevel error -nostdin -y -f rawvideo -pix_fmt rgb24 -s 48x32 -r 16 -i pipe:0 "
+        "-vf scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
+        "setparams=color_primaries=bt709:color_trc=bt709 -c:v libx264 -preset faster -rc-lookahead 10 -crf 18 "
+        "-threads 4 -pix_fmt yuv420p -colorspace bt709 -color_range tv -flags:v +bitexact -fflags +bitexact "
+        "-map_metadata -1 -metadata comment=c -movflags +faststart -f mp4 a"
+    )
 
 
 @pytest.mark.parametrize("name", ["x" * 251 + ".mp4", "ü" * 125 + "x.mp4"])

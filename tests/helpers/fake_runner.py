@@ -56,6 +56,7 @@ class FakeRunner:
         self.facts: ModelFacts | None = FACTS
         self.load_error = ""
         self.is_ready = True
+        self.num_hanging = 0
         self.restarts: Counter[str] = Counter()
         self.ran: list[str] = []
         self.capacity = 1

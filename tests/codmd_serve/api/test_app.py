@@ -41,6 +41,15 @@ def test_ready_says_why_while_no_worker_is_alive(client: Any) -> None:
     assert client.get("/ready").json()["reason"] == "the worker cannot be restarted: no memory"
 
 
+def test_ready_is_503_while_one_worker_hangs_and_another_is_well(client: Any) -> None:
+    client.runner.num_hanging = 1
+    ready = client.get("/ready")
+    assert ready.status_code == 503 and ready.json()["reason"] == "a worker hangs and is about to be replaced"
+    assert client.get("/health").status_code == 200 and post(client, "a").status_code == 200
+    client.runner.num_hanging = 0
+    assert client.get("/ready").status_code == 200
+
+
 def test_results_that_cannot_be_kept_close_ready_and_keep_the_queue(serve: Serve, tmp_path: Path) -> None:
     place = tmp_path / "results"
     place.touch()
@@ -69,7 +78,7 @@ def test_docs_describe_the_body_with_examples_and_every_refusal(client: TestClie
     wanted = {"200", "202", "401", "409", "413", "422", "429", "500", "503", "507"}
     assert set(operation["responses"]) == wanted
     assert set(operation["responses"]["200"]["headers"]) == {"Content-Location", "X-Seed", "Server-Timing", "Warnings"}
-    assert list(operation["responses"]["200"]["content"]) == ["video/mp4"]
+    assert list(operation["responses"]["200"]["content"]) == ["video/mp4", "image/gif", "image/webp"]
     assert operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
     assert {each["name"] for each in operation["parameters"]} == {"Prefer", "Idempotency-Key", "Cache-Control"}
     body = schema["components"]["schemas"]["GenerateBody"]

@@ -12,13 +12,14 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import fake_runner
 import pytest
 from fake_runner import FACTS, FakeRunner
 from http_tests import until
 
 from codmd_serve.api.app import create_app
 from codmd_serve.api.backend import Backend, Own
-from codmd_serve.api.connections import SPARE_DESCRIPTORS, connection_limit
+from codmd_serve.api.connections import SPARE_DESCRIPTORS, GuardedProtocol, connection_limit
 from codmd_serve.config import ServeConfig
 from codmd_serve.serving import Parts, make_dispatcher, make_server
 
@@ -175,6 +176,54 @@ def test_the_longest_silent_connection_makes_room(
             client.close()
     lines = [each for each in caplog.records if "idle ones are closed" in each.getMessage()]
     assert len(lines) <= 1, "said once, not for each"
+
+
+def big_videos(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let videos have more bytes than the system buffers; returns how many."""
+    num_bytes = 32 * 2**20
+    monkeypatch.setattr(fake_runner, "video_of", lambda params: bytes(num_bytes))
+    return num_bytes
+
+
+def ask_for_video(server: Running) -> socket.socket:
+    """A client that has asked for a video, and reads nothing yet."""
+    body = json.dumps({"prompt": "a"})
+    head = "POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return server.connect(f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+
+
+def test_a_client_that_reads_nothing_is_cut_off(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_bytes = big_videos(monkeypatch)
+    monkeypatch.setattr(GuardedProtocol, "send_timeout_s", 1.0)
+    server = running()
+    with ask_for_video(server) as client:
+        until(lambda: server.server.server_state.connections)
+        until(lambda: not server.server.server_state.connections)
+        until(lambda: not server.server.server_state.tasks)
+        got = 0
+        with suppress(ConnectionResetError):
+            while part := client.recv(2**20):
+                got += len(part)
+        assert got < num_bytes
+    assert server.ask()[0] == 200
+    assert not [each for each in caplog.records if each.levelname in ("ERROR", "CRITICAL")], "no traceback"
+
+
+def test_a_client_that_pauses_for_less_gets_it_all(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_bytes = big_videos(monkeypatch)
+    monkeypatch.setattr(GuardedProtocol, "send_timeout_s", 20.0)
+    server = running()
+    paused: list[Any] = []
+    pause = GuardedProtocol.pause_writing
+    monkeypatch.setattr(GuardedProtocol, "pause_writing", lambda self: (paused.append(self), pause(self))[1])
+    with ask_for_video(server) as client:
+        until(lambda: paused)
+        answer = everything(client)
+    assert answer.startswith(b"HTTP/1.1 200 ") and len(answer.partition(b"\r\n\r\n")[2]) == num_bytes
 
 
 def test_what_is_no_http_is_told_so(running: Callable[..., Running]) -> None:

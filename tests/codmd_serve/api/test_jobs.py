@@ -152,6 +152,23 @@ def test_a_range_is_read_or_ignored(text: str, wanted: tuple[int, int] | None) -
     assert parse_range(text, 10) == wanted
 
 
+@pytest.mark.parametrize(("format", "media_type"), [("mp4", "video/mp4"), ("gif", "image/gif"), ("webp", "image/webp")])
+def test_a_video_has_the_type_and_the_name_of_its_format(client: TestClient, format: str, media_type: str) -> None:
+    answer = post(client, "a", seed=5, format=format)
+    video = client.get(answer.headers["content-location"] + "/video")
+    content = client.get(answer.headers["content-location"].replace("/jobs", "/v1/videos") + "/content")
+    for each in (answer, video, content):
+        assert each.status_code == 200 and each.headers["content-type"] == media_type
+        assert each.headers["content-disposition"] == f'inline; filename="codmd-5.{format}"'
+    assert client.get(answer.headers["content-location"]).json()["params"]["format"] == format
+    again = post(client, "a", seed=5, format=format)
+    assert again.headers["etag"] == answer.headers["etag"], "answered from the store"
+    others = {"mp4": "gif", "gif": "webp", "webp": "mp4"}
+    other = post(client, "a", seed=5, format=others[format])
+    assert other.headers["etag"] != answer.headers["etag"] and other.headers["content-type"] != media_type
+    assert len(client.runner.ran) == 2  # type: ignore[attr-defined]
+
+
 def test_a_video_that_is_not_ready_is_a_conflict(client: TestClient, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     job_id = begin(client, f"wait {gate}")

@@ -44,6 +44,7 @@ def test_what_is_left_out_is_what_the_model_was_trained_at() -> None:
         "num_frames": 17,
         "fps": 16,
         "crf": 18,
+        "format": "mp4",
     }
 
 
@@ -91,7 +92,7 @@ def test_the_examples_of_the_documentation_are_accepted(body: dict[str, Any]) ->
         ({"crf": 0}, "greater than or equal to 1"),
         ({"crf": 52}, "less than or equal to 51"),
         ({"quality": "best"}, "'low', 'medium' or 'high'"),
-        ({"format": "gif"}, "'mp4'"),
+        ({"format": "avi"}, "'mp4', 'gif' or 'webp'"),
         ({"sed": 1}, "Extra inputs are not permitted"),
         ({"path": "/etc/passwd"}, "Extra inputs are not permitted"),
     ],
@@ -104,6 +105,9 @@ def test_a_body_that_is_not_well_formed_is_refused(body: dict[str, Any], message
 @pytest.mark.parametrize(
     ("body", "field", "message"),
     [
+        ({"format": "gif", "crf": 18}, "crf", "no rate factor: leave crf out"),
+        ({"format": "gif", "quality": "low"}, "quality", "no rate factor: leave quality out"),
+        ({"format": "gif", "fps": 60}, "fps", "fps of a gif must be 1..50, which is what browsers play, got 60"),
         ({"height": 65}, "height", "multiple of 16 up to 1024, got 65; 64 would be accepted"),
         ({"width": 8}, "width", "got 8; 16 would be accepted"),
         ({"width": 1040}, "width", "got 1040; 1024 would be accepted"),
