@@ -24,7 +24,7 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 # (identity of the weights, (shape, dtype) of every input)
 Key = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class CudaRecorder:
@@ -114,7 +114,7 @@ class Graphs:
         except Exception as error:  # whatever a driver, a library or the network raises, eager execution is left
             self.failure = first_line(error)
             self._graphs.clear()
-            log.warning("execution=eager reason=%r", self.failure)
+            logger.warning("execution=eager reason=%r", self.failure)
             return False
         self._graphs[key] = _Graph(static, replay, output, keeps)
         return True
@@ -131,7 +131,7 @@ class Graphs:
         if graph is None:
             if not self.failure and key not in self._told and len(self._told) < MAX_SHAPES_TOLD:
                 self._told.add(key)
-                log.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, inputs[0].shape)))
+                logger.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, inputs[0].shape)))
             return None
         self._graphs.move_to_end(key)
         for buffer, given in zip(graph.inputs, inputs, strict=True):
