@@ -11,7 +11,7 @@ from codmd_serve.config import ModelFacts
 
 # What decides a video; a log or a README beside it does not.
 BUNDLE_PARTS = ("student.json", "world.json", "transformer")
-BASE_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "vae")
+SHARED_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "vae")
 SAMPLED_FROM_BYTES = 64 * 2**20
 NUM_SAMPLES, SAMPLE_BYTES = 64, 2**16
 # Wan's, for a VAE that does not say.
@@ -34,7 +34,7 @@ def bundle_hash(bundle: Path) -> str:
     if isinstance(base, str) and 0 < len(base) < 1000:
         folder = _base_folder(bundle, base)
         if folder.is_dir():
-            parts += [folder / name for name in BASE_PARTS]
+            parts += [folder / name for name in SHARED_PARTS]
         else:
             digest.update(base.encode(errors="replace"))
     for part in parts:

@@ -17,12 +17,12 @@ from codmd_serve.files import first_line
 
 MAX_GRAPHS = 6
 NUM_WARM_RUNS = 2
-MAX_SHAPES_TOLD = 256
+MAX_WARNED_SHAPES = 256
 
 # Runs a function once or more to record it; returns what repeats it, and the tensor it then writes to.
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 # (identity of the weights, (shape, dtype) of every input)
-Key = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
+GraphKey = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +78,13 @@ class Graphs:
     def __init__(self, record: Record, *, identity: str = "", max_graphs: int = MAX_GRAPHS) -> None:
         self.failure = ""
         self._record, self._identity, self._max_graphs = record, identity, max_graphs
-        self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
-        self._told: set[Key] = set()
+        self._graphs: OrderedDict[GraphKey, _Graph] = OrderedDict()
+        self._warned: set[GraphKey] = set()
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def key(self, *inputs: Tensor) -> Key:
+    def key(self, *inputs: Tensor) -> GraphKey:
         """What a recorded call is found by."""
         return self._identity, tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
 
@@ -129,8 +129,8 @@ class Graphs:
         key = self.key(*inputs)
         graph = self._graphs.get(key)
         if graph is None:
-            if not self.failure and key not in self._told and len(self._told) < MAX_SHAPES_TOLD:
-                self._told.add(key)
+            if not self.failure and key not in self._warned and len(self._warned) < MAX_WARNED_SHAPES:
+                self._warned.add(key)
                 logger.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, inputs[0].shape)))
             return None
         self._graphs.move_to_end(key)

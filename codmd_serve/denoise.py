@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from codmd_serve.config import EXECUTIONS
-from codmd_serve.cuda_graph import MAX_SHAPES_TOLD, CudaRecorder, Graphs, Key, Record
+from codmd_serve.cuda_graph import MAX_WARNED_SHAPES, CudaRecorder, GraphKey, Graphs, Record
 from codmd_serve.errors import ConfigError
 from codmd_serve.sampler import OnStep, rollout
 from codmd_serve.verdicts import Verdicts
@@ -29,7 +29,7 @@ from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 # Prompts are padded up to one of these, so that three graphs serve every prompt. Longer ones cost next to nothing:
 # a video has 32,760 tokens.
 PROMPT_SIZES = (32, 128, 512)
-WORTH_IT = 0.98  # of the time without; below, a graph or a compiled block pays for its memory
+MAX_TIME_RATIO = 0.98  # of the time without it; a graph or compiled block slower than this is not worth its memory
 NUM_TIMED = 3
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,8 @@ class DenoiseLoop:
         self._verdicts = verdicts or Verdicts(None)
         self._record = record or CudaRecorder(transformer.device)
         self._graphs = Graphs(self._record, identity=identity)
-        self._compiled: set[Key] = set()
-        self._told: set[Key] = set()
+        self._compiled: set[GraphKey] = set()
+        self._warned: set[GraphKey] = set()
 
     @property
     def prompt_sizes(self) -> tuple[int, ...]:
@@ -112,8 +112,13 @@ class DenoiseLoop:
         key = self._graphs.key(noise, *tensors)
         is_compiled = key in self._compiled
         # Graphs, where there are some, have said it already.
-        if not is_compiled and not len(self._graphs) and key not in self._told and len(self._told) < MAX_SHAPES_TOLD:
-            self._told.add(key)
+        if (
+            not is_compiled
+            and not len(self._graphs)
+            and key not in self._warned
+            and len(self._warned) < MAX_WARNED_SHAPES
+        ):
+            self._warned.add(key)
             logger.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, noise.shape)))
         return is_compiled
 
@@ -167,7 +172,7 @@ class DenoiseLoop:
         names = []
         if not transformer.rows.is_fused or transformer.prefers_compiled:
             compiled_s = self._compiled_step_s(latents, prompt)
-            if compiled_s <= WORTH_IT * least_s:
+            if compiled_s <= MAX_TIME_RATIO * least_s:
                 names.append("compiled")
                 least_s = compiled_s
         graphs = Graphs(self._record)
@@ -175,12 +180,12 @@ class DenoiseLoop:
         is_compiled = bool(names)
 
         def one_step(latents: Tensor, *tensors: Tensor) -> Tensor:
-            flow_pred: Tensor = transformer(latents, 0, _prompt(tensors), is_compiled)
+            flow_pred: Tensor = transformer(latents, 0, _prompt_cache(tensors), is_compiled)
             return flow_pred
 
         tensors = _tensors(prompt)
         if graphs.record(one_step, latents, *tensors, keeps=keeps):
-            if self._timed(lambda: graphs.replay(latents, *tensors)) <= WORTH_IT * least_s:
+            if self._timed(lambda: graphs.replay(latents, *tensors)) <= MAX_TIME_RATIO * least_s:
                 names.append("graph")
         else:
             self.fallback = graphs.failure
@@ -216,7 +221,7 @@ class DenoiseLoop:
         is_compiled = bool(self._compiled)
 
         def loop(noise: Tensor, *tensors: Tensor) -> Tensor:
-            return self._run(noise, _prompt(tensors), None, is_compiled)
+            return self._run(noise, _prompt_cache(tensors), None, is_compiled)
 
         keeps = self.transformer.rotary_table(noise.shape[1:])
         for prompt in prompts:
@@ -251,7 +256,7 @@ def _tensors(prompt: PromptCache) -> tuple[Tensor, ...]:
     return flat if prompt.logit_bias is None else (*flat, prompt.logit_bias)
 
 
-def _prompt(tensors: Sequence[Tensor]) -> PromptCache:
+def _prompt_cache(tensors: Sequence[Tensor]) -> PromptCache:
     """The inverse of `_tensors`: keys and values come in pairs, so a tensor too many is the bias."""
     num_paired = len(tensors) // 2 * 2
     pairs = tuple(zip(tensors[:num_paired:2], tensors[1:num_paired:2], strict=True))

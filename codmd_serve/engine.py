@@ -18,8 +18,8 @@ from torch import Tensor
 from codmd_serve.config import GenerateParams, ModelFacts
 from codmd_serve.denoise import DenoiseLoop
 from codmd_serve.errors import GenerationError
-from codmd_serve.stages import Download, Span, StageClock, begin_memory_peak, device_errors, peak_memory_mb
-from codmd_serve.threads import HandOver, Memory
+from codmd_serve.stages import HostCopy, Span, StageClock, begin_memory_peak, device_errors, peak_memory_mb
+from codmd_serve.threads import BoundedQueue, LruCache
 from codmd_serve.verdicts import Verdicts
 from codmd_serve.video import write_video
 from codmd_serve.wan.attention import pad_prompt_embeds
@@ -96,12 +96,12 @@ class Engine:
         self.preview_map = bundle.spec.preview_map
         self.embedder = embedder or PromptEmbedder(bundle.tokenizer, bundle.text_encoder)
         # Embedding and warnings together: a fast tokenizer keeps its padding in itself, so it is for one thread.
-        self.embed = Memory(self._embed_uncached, size=NUM_PROMPTS_READY)
-        self._tail: HandOver[Download, GenerateResult] | None = None
+        self.embed = LruCache(self._embed_uncached, size=NUM_PROMPTS_READY)
+        self._tail: BoundedQueue[HostCopy, GenerateResult] | None = None
         # Noise is drawn beside the text encoder: 26 to 44 ms on a CPU for 480 x 832 x 81.
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codmd-noise")
         device = transformer.device
-        self._downloads = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def _embed_uncached(self, prompt: str) -> _Text:
@@ -196,15 +196,15 @@ class Engine:
         clock: StageClock,
         report: OnProgress,
         warnings: list[str],
-    ) -> HandOver[Download, GenerateResult]:
+    ) -> BoundedQueue[HostCopy, GenerateResult]:
         """Decode into a new tail, which is left waiting for its end."""
-        tail: HandOver[Download, GenerateResult] = HandOver(
+        tail: BoundedQueue[HostCopy, GenerateResult] = BoundedQueue(
             lambda frames: self._encoded(params, path, frames, clock, warnings, report)
         )
         self._tail = tail
         try:
-            for download in self._decoded(params, x0_pred, clock, report):
-                tail.put(download)
+            for host_copy in self._decoded(params, x0_pred, clock, report):
+                tail.put(host_copy)
                 clock.wait("encode")
         except BaseException as error:
             tail.abandon(error)
@@ -222,7 +222,7 @@ class Engine:
         self,
         params: GenerateParams,
         path: Path,
-        frames: "HandOver[Download, GenerateResult]",
+        frames: "BoundedQueue[HostCopy, GenerateResult]",
         clock: StageClock,
         warnings: list[str],
         report: OnProgress,
@@ -232,10 +232,10 @@ class Engine:
         num_frames = params.num_frames
 
         def fed() -> Iterator[memoryview]:
-            for num_chunks, download in enumerate(frames):
+            for num_chunks, host_copy in enumerate(frames):
                 if frames.is_complete:  # before, decoding is what is reported
                     report("encode", num_frames * num_chunks // (num_chunks + 1), num_frames)
-                yield download.bytes()
+                yield host_copy.bytes()
 
         with device_errors(params):
             write_video(
@@ -305,18 +305,18 @@ class Engine:
 
     def _decoded(
         self, params: GenerateParams, x0_pred: Tensor, clock: StageClock, report: OnProgress
-    ) -> Iterator[Download]:
+    ) -> Iterator[HostCopy]:
         num_done = 0
         for frames_BTHWC in self.decoder.frames(x0_pred):
             frames_THWC = frames_BTHWC[0]
             if frames_THWC.shape[1:] != (params.height, params.width, 3):
                 made = "x".join(map(str, frames_THWC.shape[1:]))
                 raise GenerationError(f"the VAE made frames of {made}, its config promises another size", "wrong_vae")
-            download = Download(frames_THWC, self._downloads)
+            host_copy = HostCopy(frames_THWC, self._copy_stream)
             num_done += len(frames_THWC)
             clock.stop("decode")
             report("decode", num_done, params.num_frames)
-            yield download
+            yield host_copy
 
     def _shape_warnings(self, params: GenerateParams) -> list[str]:
         native = self.bundle.spec.native

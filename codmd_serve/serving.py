@@ -165,7 +165,7 @@ async def run_worker(config: ServeConfig, on_ready: OnReady, command: Sequence[s
     try:
         pool = WorkerPool(config, command, on_ready, on_fatal)
         dispatcher = make_dispatcher(config, parts, describe_bundle(config), pool)
-        listener = Listener(parts.database, parts.hub, _follow(dispatcher))
+        listener = Listener(parts.database, parts.hub, _on_notification(dispatcher))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         listener.start()
@@ -180,7 +180,7 @@ async def run_worker(config: ServeConfig, on_ready: OnReady, command: Sequence[s
         raise ConfigError(fatal[0])
 
 
-def _follow(dispatcher: Dispatcher) -> Callable[[str, str], None]:
+def _on_notification(dispatcher: Dispatcher) -> Callable[[str, str], None]:
     def on_change(job_id: str, status: str) -> None:
         if status == "cancel":
             dispatcher.cancel(job_id)

@@ -54,7 +54,7 @@ class StageClock:
         self._last_s = now_s
 
 
-class Download:
+class HostCopy:
     """Host copy of frames: from a CUDA device into a pinned buffer, while the next chunk decodes.
 
     Args:

@@ -41,7 +41,7 @@ MEMORY_FOR_A_REQUEST = 12 * 2**30
 
 
 @dataclass(slots=True)
-class Run:
+class BenchRun:
     """What one measurement carries from step to step."""
 
     config: BenchConfig
@@ -67,7 +67,7 @@ class Run:
 
 
 @dataclass(slots=True)
-class Measured:
+class Measurements:
     """Trials by contestant, pairs by opponent, operators by contestant."""
 
     contestants: dict[str, Contestant]
@@ -77,7 +77,7 @@ class Measured:
     lossy: dict[str, Row] = field(default_factory=dict)
 
 
-def against(run: Run, bundle: Path, ours: Ours, params: GenerateParams) -> Measured:
+def against(run: BenchRun, bundle: Path, ours: Ours, params: GenerateParams) -> Measurements:
     """Time the engine, alone or against what the settings name.
 
     Args:
@@ -88,7 +88,7 @@ def against(run: Run, bundle: Path, ours: Ours, params: GenerateParams) -> Measu
     """
     asked = requests(params, PROMPTS)
     video = run.folder / "bench.mp4"
-    found = Measured(contestants={"ours": ours}, trials={})
+    found = Measurements(contestants={"ours": ours}, trials={})
 
     def time_by(name: str) -> Any:
         return lambda given: run_and_tell(name, given)
@@ -120,7 +120,7 @@ def against(run: Run, bundle: Path, ours: Ours, params: GenerateParams) -> Measu
 
 
 def _against_stock(
-    run: Run, bundle: Path, found: Measured, ours: Ours, asked: Iterator[GenerateParams], by: Any
+    run: BenchRun, bundle: Path, found: Measurements, ours: Ours, asked: Iterator[GenerateParams], by: Any
 ) -> None:
     """The stock pipeline with as many forward passes, then as teacher; in turns where both fit into the memory."""
     given = [next(asked) for _ in range(run.config.pairs)]
@@ -154,7 +154,7 @@ def _against_stock(
         _against_teacher(run, found, teacher, asked, by)
 
 
-def _ours_alone(run: Run, found: Measured, ours: Ours, given: list[GenerateParams], by: Any) -> list[Trial]:
+def _ours_alone(run: BenchRun, found: Measurements, ours: Ours, given: list[GenerateParams], by: Any) -> list[Trial]:
     """All requests to the engine, which then makes room for the opponent: both do not fit into the memory."""
     trials: list[Trial] = []
     for params in given:
@@ -179,18 +179,20 @@ def _both_fit(device: torch.device, engine: Engine) -> bool:
     return bool(weights + MEMORY_FOR_A_REQUEST <= torch.cuda.mem_get_info(device)[0])
 
 
-def _against_lossy(run: Run, bundle: Path, engine: Engine, found: Measured, params: GenerateParams, by: Any) -> None:
+def _against_lossy(
+    run: BenchRun, bundle: Path, engine: Engine, found: Measurements, params: GenerateParams, by: Any
+) -> None:
     """Load one variant after the other, take its error, and time it in turns with the engine."""
     problems = lossy.unsupported(run.device, run.dtype)
     same, asked = lossy.some(params, PROMPTS), requests(params, PROMPTS)
-    wanted = [lossy.outputs(engine, given) for given in same] if len(problems) < len(lossy.VARIANTS) else []
-    for name in (name for name in lossy.VARIANTS if name not in problems):
+    wanted = [lossy.outputs(engine, given) for given in same] if len(problems) < len(lossy.LOSSY_SETTINGS) else []
+    for name in (name for name in lossy.LOSSY_SETTINGS if name not in problems):
         if run.seconds() > run.config.limit_s:
             problems[name] = "no time was left"
             continue
         try:
             variant = lossy.load_variant(name, bundle, engine)
-            error = lossy.error_of(variant, wanted, same)
+            error = lossy.compare_outputs(variant, wanted, same)
         except (CodmdError, torch.OutOfMemoryError) as failure:
             problems[name] = first_line(failure)
             continue
@@ -214,7 +216,9 @@ def _against_lossy(run: Run, bundle: Path, engine: Engine, found: Measured, para
     run.left_out += lossy.left_out(problems)
 
 
-def _against_teacher(run: Run, found: Measured, teacher: Diffusers, asked: Iterator[GenerateParams], by: Any) -> None:
+def _against_teacher(
+    run: BenchRun, found: Measurements, teacher: Diffusers, asked: Iterator[GenerateParams], by: Any
+) -> None:
     per_forward_s = spread_of([trial.stages_ms["denoise"] for trial in found.trials["diffusers"]]).median / 1000
     per_forward_s /= found.contestants["diffusers"].num_forwards
     expected_s = per_forward_s * teacher.num_forwards

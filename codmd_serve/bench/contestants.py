@@ -10,11 +10,11 @@ from torch import Tensor
 
 from codmd_serve.config import GenerateParams
 from codmd_serve.engine import Engine
+from codmd_serve.stages import STAGES
 from codmd_serve.video import write_video
 from codmd_serve.wan.checkpoint import Bundle, StudentSpec
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH
 
-STAGES = ("text", "denoise", "decode", "encode")
 TEACHER_STEPS = 50
 TEACHER_GUIDANCE = 5.0
 # What the published pipelines of Wan2.1 sample 480p with.

@@ -43,10 +43,10 @@ from codmd_serve.wan.vae import StreamingDecoder, latent_shape
 from codmd_serve.warm import measured_convolutions
 
 LIMIT_S = 420.0
-NUM_PROMPT_POSITIONS = 128  # of the prompts that are timed
+NUM_TIMED_POSITIONS = 128  # of the prompts that are timed
 
 
-class Report:
+class GpuReport:
     """Numbers in the order in which they were found, on disk after every one.
 
     Args:
@@ -127,12 +127,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="seconds for everything")
     options = parser.parse_args(words)
-    measure(Path(options.out), options.preset, torch.device(options.device), options.limit_s)
+    measure_device(Path(options.out), options.preset, torch.device(options.device), options.limit_s)
     return 0
 
 
 @torch.no_grad()
-def measure(path: Path, name: str, device: torch.device, limit_s: float = LIMIT_S) -> None:
+def measure_device(path: Path, name: str, device: torch.device, limit_s: float = LIMIT_S) -> None:
     """Measure everything that there is time for.
 
     Args:
@@ -141,7 +141,7 @@ def measure(path: Path, name: str, device: torch.device, limit_s: float = LIMIT_
         device: CUDA; a CPU for the tests.
         limit_s: no part is begun that is expected to end later.
     """
-    report, plan = Report(path, device, limit_s), preset(name)
+    report, plan = GpuReport(path, device, limit_s), preset(name)
     torch.manual_seed(0)
     native = plan.native
     with torch.device("meta"):
@@ -162,7 +162,7 @@ def measure(path: Path, name: str, device: torch.device, limit_s: float = LIMIT_
     report.tell("end")
 
 
-def _vae(report: Report, models: Models) -> None:
+def _vae(report: GpuReport, models: Models) -> None:
     """Decode in half precision, then in float32: milliseconds, memory, decibels between them."""
     device, plan = report.device, models.plan
     models.vae = built(AutoencoderKLWan, plan.vae, device, torch.float32).eval().requires_grad_(False)
@@ -195,7 +195,7 @@ def _vae(report: Report, models: Models) -> None:
     report.tell("decode-psnr", db=psnr(frames[half], frames[torch.float32]))
 
 
-def _transformer(report: Report, models: Models) -> None:
+def _transformer(report: GpuReport, models: Models) -> None:
     """One step and the loop, fused and plain, and how far they are from each other."""
     device, plan = report.device, models.plan
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -209,7 +209,7 @@ def _transformer(report: Report, models: Models) -> None:
     report.tell("attention-chosen", kernel=network_attention.name)
     for block in network.blocks:
         block.attend = network_attention.attend
-    prompt = network.encode_prompt(torch.randn(1, NUM_PROMPT_POSITIONS, network.config.text_dim))
+    prompt = network.encode_prompt(torch.randn(1, NUM_TIMED_POSITIONS, network.config.text_dim))
     work = transformer_work(network.config, tuple(models.latents.shape[1:]), dtype)
     took_ms = report.milliseconds(lambda: network(models.latents, 1, prompt))
     report.tell("step", ms=took_ms, tflops=work.flop / took_ms / 1e9)
@@ -220,13 +220,13 @@ def _transformer(report: Report, models: Models) -> None:
     error = float((got.float() - want.float()).norm() / want.float().norm())
     report.tell("step-plain", ms=plain_ms, relative_difference=error)
     network.rows = chosen
-    loop = DenoiseLoop(network, _spec(plan))
+    loop = DenoiseLoop(network, _random_spec(plan))
     noise = torch.randn(len(plan.grid.timesteps), *models.latents.shape, device=device)
     loop_ms = report.milliseconds(lambda: loop(noise, prompt), 2, 0)
     report.tell("loop", ms=loop_ms, tflops=len(noise) * work.flop / loop_ms / 1e9)
 
 
-def _end_to_end(report: Report, models: Models) -> None:
+def _end_to_end(report: GpuReport, models: Models) -> None:
     """Text to mp4 through the engine, prompt by prompt."""
     if models.transformer is None or models.vae is None:
         raise RuntimeError("needs the parts before it")
@@ -235,13 +235,13 @@ def _end_to_end(report: Report, models: Models) -> None:
     encoder = built(UMT5EncoderModel, {"config": UMT5Config(**plan.text_encoder)}, device, dtype)
     bundle = Bundle(
         path=Path("random"),
-        spec=_spec(plan),
+        spec=_random_spec(plan),
         tokenizer=random_tokenizer(),
         text_encoder=encoder.eval().requires_grad_(False),
         transformer=None,
         vae=models.vae,
     )
-    engine = Engine(bundle, models.transformer, _facts(report, models))
+    engine = Engine(bundle, models.transformer, _model_facts(report, models))
     if device.type == "cuda":
         engine.decoder.set_dtype(torch.float16)
     with tempfile.TemporaryDirectory(prefix="codmd-report-") as folder, measured_convolutions():
@@ -270,7 +270,7 @@ def _end_to_end(report: Report, models: Models) -> None:
             )
 
 
-def _ceilings(report: Report, _models: Models) -> None:
+def _ceilings(report: GpuReport, _models: Models) -> None:
     """What a large matrix product and a large copy reach here."""
     for dtype in (torch.bfloat16, torch.float32):
         ceilings = measure_ceilings(report.device, dtype)
@@ -279,7 +279,7 @@ def _ceilings(report: Report, _models: Models) -> None:
         )
 
 
-def _attention(report: Report, models: Models) -> None:
+def _attention(report: GpuReport, models: Models) -> None:
     """Every installed kernel on the shape of the network."""
     shape = _attention_shape(models)
     dtype = torch.bfloat16 if report.device.type == "cuda" else torch.float32
@@ -297,7 +297,7 @@ def _attention(report: Report, models: Models) -> None:
         )
 
 
-def _diffusers(report: Report, models: Models) -> None:
+def _diffusers(report: GpuReport, models: Models) -> None:
     """One forward pass and one decode of the stock modules."""
     device, plan = report.device, models.plan
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -314,12 +314,12 @@ def _diffusers(report: Report, models: Models) -> None:
     report.tell("diffusers-decode", ms=report.milliseconds(lambda: vae.decode(models.latents, return_dict=False), 1))
 
 
-def _fp8(report: Report, models: Models) -> None:
+def _fp8(report: GpuReport, models: Models) -> None:
     """One step with 8-bit matrix products, `lossy`, and its error; the last part, for it changes the network."""
     network = models.transformer
     if network is None or report.device.type != "cuda":
         raise RuntimeError("needs a CUDA device and the transformer")
-    prompt = network.encode_prompt(torch.randn(1, NUM_PROMPT_POSITIONS, network.config.text_dim))
+    prompt = network.encode_prompt(torch.randn(1, NUM_TIMED_POSITIONS, network.config.text_dim))
     want = network(models.latents, 1, prompt).float()
     quantize_blocks(network)
     got = network(models.latents, 1, prompt).float()
@@ -338,7 +338,7 @@ def _attention_shape(models: Models) -> AttentionShape:
     )
 
 
-def _spec(plan: Preset) -> StudentSpec:
+def _random_spec(plan: Preset) -> StudentSpec:
     return StudentSpec(
         base="random",
         sigmas=plan.grid.sigmas,
@@ -354,7 +354,7 @@ def _spec(plan: Preset) -> StudentSpec:
     )
 
 
-def _facts(report: Report, models: Models) -> ModelFacts:
+def _model_facts(report: GpuReport, models: Models) -> ModelFacts:
     native = models.plan.native
     return ModelFacts(
         name="random",

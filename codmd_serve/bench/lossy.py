@@ -22,7 +22,7 @@ from codmd_serve.wan.kernels import check_attention_name
 from codmd_serve.wan.vae import latent_shape
 
 # Name in the table -> settings of the engine that differ.
-VARIANTS: dict[str, dict[str, str]] = {
+LOSSY_SETTINGS: dict[str, dict[str, str]] = {
     "fp8": {"quantization": "fp8"},
     "sage": {"attention": "sage"},
     "fp8+sage": {"quantization": "fp8", "attention": "sage"},
@@ -32,7 +32,7 @@ PEAK, MOST_DB = 255.0, 100.0
 
 
 @dataclass(frozen=True, slots=True)
-class Error:
+class LossyError:
     """How far a variant is from the engine without it, over some seeds.
 
     Args:
@@ -47,7 +47,7 @@ class Error:
 def unsupported(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Why variants cannot run here, by name; empty when all can."""
     problems = {}
-    for name, settings in VARIANTS.items():
+    for name, settings in LOSSY_SETTINGS.items():
         try:
             check_quantization(settings.get("quantization", "none"), device, dtype)
             check_attention_name(settings.get("attention", "auto"), device)
@@ -72,7 +72,7 @@ def load_variant(name: str, bundle: Path, reference: Engine) -> Engine:
     """
     facts, device = reference.facts, str(reference.transformer.device)
     # What the reference found to be the fastest; a graph of its own, compiled code of its own.
-    settings: dict[str, Any] = {"execution": facts.execution, **VARIANTS[name]}
+    settings: dict[str, Any] = {"execution": facts.execution, **LOSSY_SETTINGS[name]}
     return load_engine(bundle, device, facts.dtype, **settings)
 
 
@@ -86,17 +86,19 @@ def outputs(engine: Engine, params: GenerateParams) -> tuple[Tensor, Tensor]:
     return latents.float().cpu(), frames
 
 
-def error_of(variant: Engine, wanted: Sequence[tuple[Tensor, Tensor]], asked: Sequence[GenerateParams]) -> Error:
+def compare_outputs(
+    variant: Engine, wanted: Sequence[tuple[Tensor, Tensor]], asked: Sequence[GenerateParams]
+) -> LossyError:
     """Compare a variant with what the reference made of the same requests."""
     latents, psnr_db = [], []
     for (want_latents, want_frames), params in zip(wanted, asked, strict=True):
         got_latents, got_frames = outputs(variant, params)
         latents.append(float((got_latents - want_latents).norm() / want_latents.norm()))
-        psnr_db.append(psnr(got_frames, want_frames))
-    return Error(latents, psnr_db)
+        psnr_db.append(capped_psnr_db(got_frames, want_frames))
+    return LossyError(latents, psnr_db)
 
 
-def psnr(got: Tensor, want: Tensor) -> float:
+def capped_psnr_db(got: Tensor, want: Tensor) -> float:
     """Peak signal-to-noise ratio of uint8 frames in dB, at most 100, which is equal to the eye and to JSON."""
     mean_square = float((got.double() - want.double()).square().mean())
     return min(MOST_DB, 10 * math.log10(PEAK**2 / mean_square)) if mean_square else MOST_DB

@@ -161,7 +161,7 @@ def section(row: Row) -> str:
         f"Ceilings: {rate(row['ceilings']['flop_per_s'])} in {row['request']['dtype']}, "
         f"{row['ceilings']['bytes_per_s'] / 1e9:.3g} GB/s. Picture: [roofline]({row['picture']}).",
         "",
-        *_facts(row),
+        *_fact_lines(row),
         *_targets(row),
         *_profile(row),
     ]
@@ -228,7 +228,7 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _facts(row: Row) -> list[str]:
+def _fact_lines(row: Row) -> list[str]:
     lines = []
     cold = row["cold_start"]
     if cold is not None:

@@ -14,17 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from codmd_serve.bench.cold import running_server
+from codmd_serve.bench.report import Row
 from codmd_serve.bench.timeline import draw_timeline, overlap_s
 from codmd_serve.bench.trials import requests, spread_of
 from codmd_serve.bench.weights import PROMPTS
 from codmd_serve.config import GenerateParams
 from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.engine import Engine, GenerateResult
-
-Row = dict[str, Any]
 
 NUM_JOBS = 8  # at once: fewer than a server's queue takes
 NUM_DRAWN = 3

@@ -2,7 +2,7 @@
 
 Knows nothing of prompts, tokenizers or sampling: only of embeddings whose padding rows are zero.
 
-Layout letters: B batch, L prompt positions as given, N positions kept, D text width.
+Legend: B batch, L prompt positions as given, N positions kept, D text width.
 """
 
 import math

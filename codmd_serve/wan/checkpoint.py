@@ -19,7 +19,7 @@ from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import atomic_folder, first_line
 from codmd_serve.grammar import Grammar
-from codmd_serve.grid import check_step_grid
+from codmd_serve.grid import MAX_TIMESTEP, check_step_grid
 from codmd_serve.textfiles import read_json_object, shown
 from codmd_serve.wan.hub import find_pipeline
 from codmd_serve.wan.kernels import AttentionShape
@@ -29,9 +29,8 @@ SPEC_FILE = "student.json"
 # Ranges of the native video: what requests may ask for, and far more pixels and frames than any student makes.
 MOST_NATIVE = {"height": 16_384, "width": 16_384, "num_frames": 10_000, "fps": 120}
 MAX_STEPS = 1000
-MAX_TIMESTEP = 1000.0
 MAX_UPDATES = 10**12
-MAX_TEXT_CHARS = {"base": 4096, "vocabulary_note": 4096}
+MAX_FIELD_CHARS = {"base": 4096, "vocabulary_note": 4096}
 MAX_NAME_CHARS = 256
 
 
@@ -118,7 +117,7 @@ class StudentSpec:
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise ConfigError(f"{name} must be text, got {shown(value)}")
-    most = MAX_TEXT_CHARS.get(name, MAX_NAME_CHARS)
+    most = MAX_FIELD_CHARS.get(name, MAX_NAME_CHARS)
     if len(value) > most:
         raise ConfigError(f"{name} must be at most {most} characters, got {shown(value)}")
     if any(ord(char) < 32 or unicodedata.category(char) == "Cs" for char in value):
@@ -171,7 +170,7 @@ def read_spec(bundle: Path) -> StudentSpec:
             name: _list(data, name) for name in ("sigmas", "timesteps", "assumed") if name in data
         }
         for name in ("sigmas", "timesteps"):
-            tuples[name] = tuple(_number(value) for value in tuples[name])
+            tuples[name] = tuple(_finite_number(value) for value in tuples[name])
         if "preview_map" in data:
             tuples["preview_map"] = tuple(_row(row) for row in _list(data, "preview_map"))
         native = data["native"]
@@ -193,10 +192,10 @@ def _list(data: dict[str, Any], name: str) -> tuple[Any, ...]:
 def _row(value: object) -> tuple[float, ...]:
     if not isinstance(value, list):
         raise ConfigError(f"preview_map must be rows of three finite numbers, got {shown(value)}")
-    return tuple(map(_number, value))
+    return tuple(map(_finite_number, value))
 
 
-def _number(value: object) -> float:
+def _finite_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"expected a number, got {shown(value)}")
     try:

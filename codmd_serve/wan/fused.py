@@ -21,7 +21,7 @@ NORM_EPS = 1e-12
 # The fastest of 2048, 4096 and 8192 with 4 and 8 warps on an H200: 2.8 TB/s alone, 3.6 with bias, residual and total.
 ELEMENTS_PER_PROGRAM = 4096
 NUM_WARPS = 8
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+NORM_SILU_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def choose_add_norm_silu(device: torch.device, dtype: torch.dtype) -> tuple[AddN
     except Exception as problem:  # a compiler that is missing or broken raises anything
         reason = (str(problem).strip() or "no message").splitlines()[0]
         return add_norm_silu, f"VAE norms unfused: {type(problem).__name__}: {reason}"
-    if not error <= TOLERANCE[dtype]:
+    if not error <= NORM_SILU_TOLERANCE[dtype]:
         return add_norm_silu, f"VAE norms unfused: the Triton kernel is {error:.2g} off"
     return add_norm_silu_triton, ""
 

@@ -17,7 +17,7 @@ from codmd_serve.errors import CheckpointError
 from codmd_serve.files import first_line
 from codmd_serve.textfiles import read_json_object, shown
 
-TIMEOUT_S = 5.0
+HUB_TIMEOUT_S = 5.0
 INDEX_FILE = "model_index.json"
 # What a student takes from its base; the transformer is its own.
 STUDENT_PARTS = ("tokenizer", "text_encoder", "vae")
@@ -98,9 +98,9 @@ def hub_snapshot(name: str, parts: Sequence[str], missing: str = "", *, configs_
     logger.warning("%s; asking the hub for %s", missing or state, name)
     try:
         # Of its own and first: a name server that does not answer would hold the download for a minute.
-        _within(TIMEOUT_S, lambda: HfApi().repo_info(name, timeout=TIMEOUT_S))
+        _within(HUB_TIMEOUT_S, lambda: HfApi().repo_info(name, timeout=HUB_TIMEOUT_S))
         patterns = [INDEX_FILE, *(f"{part}/{'*config.json' if configs_only else '*'}" for part in parts)]
-        folder = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=TIMEOUT_S))
+        folder = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
     except Exception as error:  # the client, its HTTP library and the file system each raise their own kinds
         raise CheckpointError(
             f"{prefix}the hub does not give {name}: {first_line(error)}; {state}, and no folder has that name"

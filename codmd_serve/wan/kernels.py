@@ -77,7 +77,7 @@ NUM_PROMPT_POSITIONS_MEASURED = 64
 NUM_RUNS = 5
 # Root mean square of the error over that of the output. Rounding the output alone is a quarter of it (bfloat16:
 # eps / sqrt(12) = .0023, and as much again for the rounded weights); a lost key block or bias is above 0.1.
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
+KERNEL_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 # 8-bit integers for queries and keys are .015 off, 8-bit floats for weights and values .037 (both rounded by .026).
 LOSSY_TOLERANCE = 6e-2
 
@@ -93,7 +93,7 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
+class KernelTiming:
     """One kernel on one shape.
 
     Args:
@@ -115,7 +115,7 @@ class ChosenAttention:
 
     attend: Attend
     name: str
-    table: tuple[Measured, ...]
+    table: tuple[KernelTiming, ...]
 
 
 def installed_kernels(device: torch.device) -> tuple[str, ...]:
@@ -257,7 +257,9 @@ def choose_attention(
         raise ConfigError(f"no attention kernel takes the logit bias of prompts in {dtype} on {device.type}")
     if name == AUTO and verdicts is not None:
         verdicts.put("attention", own)
-    return ChosenAttention(attend=_joined(own, prompt), name=own if own == prompt else f"{own}+{prompt}", table=table)
+    return ChosenAttention(
+        attend=_self_or_prompt(own, prompt), name=own if own == prompt else f"{own}+{prompt}", table=table
+    )
 
 
 def _remembered(
@@ -275,7 +277,7 @@ def _remembered(
         return None
 
 
-def _joined(own: str, prompt: str) -> Attend:
+def _self_or_prompt(own: str, prompt: str) -> Attend:
     attend_self, attend_prompt = kernel(own), kernel(prompt)
     if own == prompt:
         return attend_self
@@ -287,7 +289,7 @@ def _joined(own: str, prompt: str) -> Attend:
     return attend
 
 
-def _fastest(table: Sequence[Measured], times_ms: Sequence[float | None]) -> str | None:
+def _fastest(table: Sequence[KernelTiming], times_ms: Sequence[float | None]) -> str | None:
     working = [(entry.name, ms) for entry, ms in zip(table, times_ms, strict=True) if ms is not None]
     if not working:
         return None
@@ -298,7 +300,7 @@ def _fastest(table: Sequence[Measured], times_ms: Sequence[float | None]) -> str
 @torch.no_grad()
 def measure_kernels(
     names: Sequence[str], shape: AttentionShape, device: torch.device, dtype: torch.dtype
-) -> tuple[Measured, ...]:
+) -> tuple[KernelTiming, ...]:
     """Check and time kernels on random (1, N, G, E) queries, strided as the network makes them.
 
     Returns:
@@ -318,11 +320,11 @@ def measure_kernels(
     entries = []
     for name in names:
         attend = kernel(name)
-        tolerance = LOSSY_TOLERANCE if name in LOSSY else TOLERANCE[dtype]
+        tolerance = LOSSY_TOLERANCE if name in LOSSY else KERNEL_TOLERANCE[dtype]
         self_ms, self_problem = _tried(attend, tolerance, query, key, value, None)
         prompt_ms, prompt_problem = _tried(attend, tolerance, query, prompt_key, prompt_value, bias)
         problem = self_problem or (prompt_problem and f"not for prompts: {prompt_problem}")
-        entries.append(Measured(name=name, self_ms=self_ms, prompt_ms=prompt_ms, problem=problem))
+        entries.append(KernelTiming(name=name, self_ms=self_ms, prompt_ms=prompt_ms, problem=problem))
     return tuple(entries)
 
 
@@ -333,7 +335,7 @@ def _tried(
         # torch says in five warnings why it will not run a kernel, before it raises.
         warnings.simplefilter("ignore")
         try:
-            error = _error(attend(query, key, value, bias), query, key, value, bias)
+            error = _max_error(attend(query, key, value, bias), query, key, value, bias)
             if not error <= tolerance:
                 return None, f"wrong numbers, relative error {error:.2g}"
             return _median_ms(lambda: attend(query, key, value, bias), query.device), ""
@@ -341,7 +343,7 @@ def _tried(
             return None, first_line(error)
 
 
-def _error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> float:
+def _max_error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> float:
     """Relative error of some rows, first and last among them, against the math kernel in float32.
 
     Not of all: at 32,760 tokens and 12 heads the math kernel would write 51 GB of logits.

@@ -110,7 +110,7 @@ def read_lora(published: Published, base: Iterable[str], source: str) -> Lora:
             raise CheckpointError(
                 f"{source} updates {shown(match['module'])}, which the base does not have: is it of another model?"
             )
-        _take(lora, parameter, match, tensor, source)
+        _store_tensor(lora, parameter, match, tensor, source)
     _check_halves(lora, source)
     return lora
 
@@ -172,7 +172,7 @@ def _module_table(parameters: Iterable[str]) -> dict[str, str]:
     return table
 
 
-def _take(lora: Lora, module: str, match: re.Match[str], tensor: Tensor, source: str) -> None:
+def _store_tensor(lora: Lora, module: str, match: re.Match[str], tensor: Tensor, source: str) -> None:
     part, leaf = match["part"], match["leaf"]
     if part in ("diff", "diff_b"):
         name = f"{module}.bias" if part == "diff_b" else f"{module}.weight"

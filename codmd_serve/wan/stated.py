@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from codmd_serve.errors import CheckpointError
-from codmd_serve.grid import SAMPLERS
+from codmd_serve.grid import MAX_TIMESTEP, SAMPLERS
 from codmd_serve.textfiles import read_json_object, shown
 from codmd_serve.wan.hub import INDEX_FILE
 
 DMD2_KEY = "dmd2_config"
-MAX_TIMESTEP = 1000.0
 # Flat spellings of the same, older ones first.
 _FLAT = {
     "denoising_timesteps": ("dmd2_denoising_timesteps", "dmd_denoising_steps", "dmd_timesteps"),
@@ -96,7 +95,7 @@ def _from_index(path: Path) -> Sampling:
             f"{path}: guidance_scale is {shown(guidance)}, so its student is sampled with guidance: only students that "
             "have the guidance built in are served"
         )
-    timesteps = _timesteps(block.get("denoising_timesteps"), str(path))
+    timesteps = _stated_timesteps(block.get("denoising_timesteps"), str(path))
     num_steps = block.get("num_inference_steps")
     if num_steps is not None and (type(num_steps) is not int or num_steps < 1):
         raise CheckpointError(f"{path}: num_inference_steps must be a count, got {shown(num_steps)}")
@@ -116,7 +115,7 @@ def _from_index(path: Path) -> Sampling:
     )
 
 
-def _timesteps(value: object, where: str) -> tuple[float, ...] | None:
+def _stated_timesteps(value: object, where: str) -> tuple[float, ...] | None:
     if value is None:
         return None
     wanted = f"{where}: denoising_timesteps must be descending numbers in (0, 1000], got {shown(value)}"

@@ -104,14 +104,14 @@ def statement_of(where: str, data: Mapping[str, Any], source: str) -> Statement 
     """
     _refuse_other_updates(where, data, source)
     alpha, rank = (
-        _number(data, names, where, source) for names in (("lora_alpha", "alpha"), ("r", "rank", "lora_rank"))
+        _stated_number(data, names, where, source) for names in (("lora_alpha", "alpha"), ("r", "rank", "lora_rank"))
     )
     patterns: dict[str, dict[str, float]] = {}
     for name in ("alpha_pattern", "rank_pattern"):
         entries = data.get(name) or {}
         if not isinstance(entries, Mapping):
             raise CheckpointError(f"{source}: {name} of {where} must be an object, got {shown(entries)}")
-        patterns[name] = {str(key): _number(entries, (key,), where, source) or 0.0 for key in entries}
+        patterns[name] = {str(key): _stated_number(entries, (key,), where, source) or 0.0 for key in entries}
     if alpha is None and not patterns["alpha_pattern"]:
         return None
     return Statement(
@@ -144,7 +144,7 @@ def _refuse_other_updates(where: str, data: Mapping[str, Any], source: str) -> N
         )
 
 
-def _number(data: Mapping[str, Any], names: tuple[str, ...], where: str, source: str) -> float | None:
+def _stated_number(data: Mapping[str, Any], names: tuple[str, ...], where: str, source: str) -> float | None:
     name = next((name for name in names if data.get(name) is not None), None)
     if name is None:
         return None

@@ -121,11 +121,11 @@ def fingerprint(module: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().flatten()
         values = flat[:: max(1, len(flat) // NUM_VALUES_HASHED)][:NUM_VALUES_HASHED]
-        digest.update(_bytes(values))
+        digest.update(_tensor_bytes(values))
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _tensor_bytes(tensor: Tensor) -> bytes:
     data: bytes = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return data
 
@@ -217,7 +217,7 @@ class PromptEmbedder:
         if embeds_BLD is None:
             embeds_BLD = self._encode(cleaned)
             if path is not None:
-                _write(path, embeds_BLD)
+                _write_entry(path, embeds_BLD)
         self._known[cleaned] = embeds_BLD
         if len(self._known) > self._size:
             self._known.popitem(last=False)
@@ -254,11 +254,11 @@ class PromptEmbedder:
 
 def _checksum(embeds: Tensor) -> str:
     return hashlib.blake2b(
-        f"{tuple(embeds.shape)} {embeds.dtype}".encode() + _bytes(embeds), digest_size=16
+        f"{tuple(embeds.shape)} {embeds.dtype}".encode() + _tensor_bytes(embeds), digest_size=16
     ).hexdigest()
 
 
-def _write(path: Path, embeds_BLD: Tensor) -> None:
+def _write_entry(path: Path, embeds_BLD: Tensor) -> None:
     """Write an entry atomically. A cache that cannot be written costs time, not the video."""
     try:
         with atomic_file(path) as temporary:

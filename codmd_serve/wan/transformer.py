@@ -217,10 +217,10 @@ class _Block(nn.Module):
         self.attend, self.num_heads = attend, source.attn1.heads
         self.eps, self.qk_eps = source.norm1.eps, source.attn1.norm_q.eps
         self_attn, cross = source.attn1, source.attn2
-        self.qkv = _joined(self_attn.to_q, self_attn.to_k, self_attn.to_v)
+        self.qkv = _fuse_linears(self_attn.to_q, self_attn.to_k, self_attn.to_v)
         self.qk_weight = nn.Parameter(torch.stack([self_attn.norm_q.weight, self_attn.norm_k.weight]).float())
         self.attn_out = self_attn.to_out[0]
-        self.cross_q, self.cross_kv, self.cross_out = cross.to_q, _joined(cross.to_k, cross.to_v), cross.to_out[0]
+        self.cross_q, self.cross_kv, self.cross_out = cross.to_q, _fuse_linears(cross.to_k, cross.to_v), cross.to_out[0]
         self.cross_q_weight = nn.Parameter(cross.norm_q.weight.float())
         self.cross_k_weight = nn.Parameter(cross.norm_k.weight.float())
         self.cross_norm = None if isinstance(source.norm2, nn.Identity) else source.norm2
@@ -299,7 +299,7 @@ def _float_linear(features: Tensor, layer: nn.Linear) -> Tensor:
     return functional.linear(features, layer.weight.float(), layer.bias.float())
 
 
-def _joined(*layers: nn.Linear) -> nn.Linear:
+def _fuse_linears(*layers: nn.Linear) -> nn.Linear:
     """One linear layer whose output is theirs, side by side."""
     weight = torch.cat([layer.weight for layer in layers])
     joined = nn.Linear(weight.shape[1], weight.shape[0], device="meta")

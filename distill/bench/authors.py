@@ -57,7 +57,9 @@ def authors_student_step(
         config: method codmd, frame term only.
         ablation: parts of the authors' iteration to keep.
     """
-    student_x0 = _sample(denoiser(networks.student, networks.precision), batch, draws, config, ablation, with_grad=True)
+    student_x0 = _authors_sample(
+        denoiser(networks.student, networks.precision), batch, draws, config, ablation, with_grad=True
+    )
     with torch.no_grad():
         latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
         timestep, sigma = draws.score_timestep, draws.score_sigma
@@ -89,7 +91,7 @@ def authors_critic_step(
     networks: Networks, batch: Batch, draws: MatchingDraws, config: DistillConfig, ablation: Ablation
 ) -> StepResult:
     """Compute the critic's loss; equals `scores.critic_step` up to rounding. Arguments as above."""
-    student_x0 = _sample(
+    student_x0 = _authors_sample(
         denoiser(networks.student, networks.precision), batch, draws, config, ablation, with_grad=False
     )
     latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
@@ -111,7 +113,7 @@ def _teacher_x0(
     return _to_x0(latents, flows[0], sigma), _to_x0(latents, flows[1], sigma)
 
 
-def _sample(
+def _authors_sample(
     denoise: Denoise, batch: Batch, draws: MatchingDraws, config: DistillConfig, ablation: Ablation, *, with_grad: bool
 ) -> Tensor:
     grid = config.grid()

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from distill.networks.ema import Ema
 
 # From the authors' iteration to ours: each variant removes one more difference.
-VARIANTS = ("authors", "prompts trimmed", "rollout stops at its exit", "one teacher call", "ours")
-TOLERANCE = 1e-3  # relative: losses sum a million float32 products in another order
+VARIANT_NAMES = ("authors", "prompts trimmed", "rollout stops at its exit", "one teacher call", "ours")
+LOSS_TOLERANCE = 1e-3  # relative: losses sum a million float32 products in another order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +66,10 @@ def run_bench_step(args: argparse.Namespace) -> int:
     """
     if args.trials < 4 or args.trials % 4:
         raise ConfigError(f"--trials must be a multiple of 4, got {args.trials}: each exit step has to come as often")
-    report = measure(bench_config(args.base, args.batch_size), args.trials)
+    report = measure_iterations(bench_config(args.base, args.batch_size), args.trials)
     if args.json is not None:
         write_json(args.json, report)
-    print(describe(report))
+    print(report_text(report))
     return 0
 
 
@@ -82,7 +82,7 @@ def bench_config(base: str, batch_size: int) -> "DistillConfig":
     return with_overrides(recipe_config(), [*settings, "num_captions=64", "precision=fp32"])
 
 
-def measure(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
+def measure_iterations(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
     """Check that all variants give the same losses, then time them in turn on one CPU thread.
 
     Returns:
@@ -136,7 +136,7 @@ def summary(cpu_s: dict[str, list[float]], wall_s: dict[str, list[float]]) -> di
 
 
 def build_arms(config: "DistillConfig") -> list[Arm]:
-    """Build the variants of VARIANTS from the same weights."""
+    """Build the variants of VARIANT_NAMES from the same weights."""
     import tempfile
 
     import torch
@@ -157,7 +157,9 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
         Ablation(padded_prompts=False, full_rollout=False, two_teacher_calls=False),
         None,
     )
-    return [_arm(name, config, base, data, shape, ablation) for name, ablation in zip(VARIANTS, ablations, strict=True)]
+    return [
+        _arm(name, config, base, data, shape, ablation) for name, ablation in zip(VARIANT_NAMES, ablations, strict=True)
+    ]
 
 
 def _arm(
@@ -209,7 +211,7 @@ def check_losses(arms: list[Arm]) -> float:
     """Return the largest relative difference of any loss from the first variant's, at every exit step.
 
     Raises:
-        CodmdError: it is above TOLERANCE.
+        CodmdError: it is above LOSS_TOLERANCE.
     """
     worst = 0.0
     for role in ("student", "critic"):
@@ -217,7 +219,7 @@ def check_losses(arms: list[Arm]) -> float:
             values = [float(arm.losses(role, exit_step, exit_step).detach()) for arm in arms]
             error = max(abs(value - values[0]) / abs(values[0]) for value in values)
             worst = max(worst, error)
-            if not error < TOLERANCE:
+            if not error < LOSS_TOLERANCE:
                 raise CodmdError(f"losses of the {role} at exit step {exit_step} differ by {error:.2g}: {values}")
     return worst
 
@@ -243,7 +245,7 @@ def _update(arm: Arm, role: str, loss: "Tensor", clip_norm: float | None) -> Non
         arm.ema.update(network)
 
 
-def describe(report: dict[str, Any]) -> str:
+def report_text(report: dict[str, Any]) -> str:
     """Return the report as Markdown: seconds by variant, shares by reason, the ratio with its spread."""
     lines = ["| variant | CPU s per iteration | clock s | share of the saving |", "|---|---|---|---|"]
     for name, times in report["cpu_s"].items():

@@ -126,7 +126,7 @@ def fit_object(
     patches = _cut(planes, rows, owner, frames, parts, boxes, np.array(COLOURS[colour], dtype=np.float32))
     centre, area = _centre_and_area(patches)
     picks = np.unique(np.linspace(0, len(frames) - 1, min(_SHAPE_FRAMES, len(frames))).round().astype(int))
-    shape, factor, blur_px = _choose_shape(_take(patches, picks), centre[picks], area[picks])
+    shape, factor, blur_px = _choose_shape(_select(patches, picks), centre[picks], area[picks])
     radius = np.sqrt(area / AREA[shape]) * factor
     shading = _shade(patches, centre, radius)
     sums = _sum_up(patches, shading)
@@ -184,7 +184,7 @@ def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return total
 
 
-def _take(patches: _Patches, picks: np.ndarray) -> _Patches:
+def _select(patches: _Patches, picks: np.ndarray) -> _Patches:
     values = {name: getattr(patches, name) for name in _Patches.__slots__}
     taken = {name: values[name][:, picks] for name in ("above", "rows")}
     rest = {name: value[picks] for name, value in values.items() if name not in (*taken, "colour_energy")}

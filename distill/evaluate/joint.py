@@ -198,16 +198,16 @@ def _shared(scene: Scene, tracks: list[Track | None]) -> dict[str, float]:
 def _places(scene: Scene, tracks: list[Track]) -> dict[str, float]:
     """Start positions within the room that size and path leave, as the law draws them."""
     if scene.count == 1:
-        return {"place_x": _place(scene, tracks[0], 0), "place_y": _place(scene, tracks[0], 1)}
+        return {"place_x": _relative_place(scene, tracks[0], 0), "place_y": _relative_place(scene, tracks[0], 1)}
     if scene.relation is not None:
         across = 1 if RELATIONS[scene.relation][0] else 0
     else:
         gap = np.abs(np.subtract(tracks[0].start, tracks[1].start))
         across = 1 if gap[0] >= gap[1] else 0
-    return {"offset1": _place(scene, tracks[0], across), "offset2": _place(scene, tracks[1], across)}
+    return {"offset1": _relative_place(scene, tracks[0], across), "offset2": _relative_place(scene, tracks[1], across)}
 
 
-def _place(scene: Scene, track: Track, axis: int) -> float:
+def _relative_place(scene: Scene, track: Track, axis: int) -> float:
     extent = track.radius * EXTENT.get(track.shape, 1.0) * (1.0 + max(track.growth, 0.0))
     path = np.zeros(3)
     if scene.speed:

@@ -56,7 +56,7 @@ FOLLOWING = (
         for name in ("object", "colour", "count", "direction", "speed", "background", "relation", "all")
     ),
 )
-VIDEO = (
+VIDEO_METRICS = (
     Metric("flicker", "flicker", "flicker (levels) v", "low"),
     Metric("smoothness", "smoothness", "smoothness ^"),
     Metric("dynamic", "dynamic", "dynamic", "target"),
@@ -76,7 +76,7 @@ JOINT = (
     Metric(DEPENDENCE, DEPENDENCE, "dependence v", "low"),
     Metric("bend_modes", "bend_modes", "bend modes ^"),
 )
-METRICS = FOLLOWING + VIDEO + FORM + JOINT
+METRICS = FOLLOWING + VIDEO_METRICS + FORM + JOINT
 
 
 class Analysis:
@@ -194,7 +194,9 @@ def targets(analysis: Analysis, student: str) -> dict[str, object]:
         result["below_wanted_share"] = [key for key, share in shares.items() if share < RETENTION_WANTED]
     for other in ("few", "few_unguided"):
         if other in analysis.arms:
-            judged = analysis.metrics([m for m in VIDEO + FORM + JOINT if m.key not in ("dynamic", "saturation")])
+            judged = analysis.metrics(
+                [m for m in VIDEO_METRICS + FORM + JOINT if m.key not in ("dynamic", "saturation")]
+            )
             result[f"worse_than_{other}"] = [
                 metric.key
                 for metric in judged
@@ -204,7 +206,7 @@ def targets(analysis: Analysis, student: str) -> dict[str, object]:
     return result
 
 
-def as_json(analysis: Analysis, students: Sequence[str], settings: dict[str, object]) -> dict[str, object]:
+def analysis_json(analysis: Analysis, students: Sequence[str], settings: dict[str, object]) -> dict[str, object]:
     """Everything the tables show, and the tables' intervals, as JSON values."""
     metrics = analysis.metrics()
     return {

@@ -36,7 +36,7 @@ _DEPTH_POOL = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
+class SuiteConfig:
     """What is drawn.
 
     Args:
@@ -128,7 +128,7 @@ class ArmResult:
     samples: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-def plan_suite(config: BenchConfig) -> Suite:
+def plan_suite(config: SuiteConfig) -> Suite:
     """Choose captions and seeds; the same for the same config."""
     pool = held_out_captions(max(config.num_captions, _DEPTH_POOL * config.depth_captions), config.seed)
     moving: dict[int, list[int]] = {1: [], 2: []}
@@ -147,7 +147,7 @@ def plan_suite(config: BenchConfig) -> Suite:
     return Suite(tuple(requests), np.array(is_breadth), depth)
 
 
-def measure_reference(suite: Suite, config: BenchConfig, on_clips: Callable[[int], object]) -> Reference:
+def measure_reference(suite: Suite, config: SuiteConfig, on_clips: Callable[[int], object]) -> Reference:
     """Render and measure the ground truth that the depth scores are judged against."""
     factors, spread = {}, {}
     for index in suite.depth:
@@ -162,7 +162,7 @@ def measure_reference(suite: Suite, config: BenchConfig, on_clips: Callable[[int
     return Reference(factors, spread)
 
 
-def num_reference(config: BenchConfig) -> int:
+def num_reference(config: SuiteConfig) -> int:
     """Ground-truth renders of each depth caption."""
     return max(_MIN_REFERENCE, 2 * config.depth_seeds)
 

@@ -11,7 +11,7 @@ from distill.methods.draws import Passes
 from distill.methods.registry import METHODS
 from distill.plan.architecture import Subject
 from distill.plan.flops import Sequence, derivative_flops, iteration_flops, network_flops
-from distill.plan.memory import Load, MemoryByPhase, phase_bytes, precision_of, trained_counts
+from distill.plan.memory import MemoryByPhase, MicroBatch, phase_bytes, precision_of, trained_counts
 from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions, divisors, flag
 
 SUGGESTED_LORA_RANK = 64
@@ -31,7 +31,7 @@ class Plan:
 
     subject: Subject
     options: PlanOptions
-    load: Load
+    load: MicroBatch
     memory: MemoryByPhase
     flops: dict[str, float]
     gathered_bytes: float
@@ -148,7 +148,7 @@ def smallest(subject: Subject, options: PlanOptions) -> Plan:
     return max(plans, key=lambda plan: plan.headroom_bytes)
 
 
-def _split(subject: Subject, options: PlanOptions) -> Load:
+def _split(subject: Subject, options: PlanOptions) -> MicroBatch:
     degree, heads, tokens = options.context_parallel, subject.architecture.num_attention_heads, subject.num_tokens
     if heads % degree or tokens % degree:
         usable = [value for value in divisors(options.gpus) if heads % value == 0 and tokens % value == 0]
@@ -171,10 +171,12 @@ def _split(subject: Subject, options: PlanOptions) -> Load:
             f"got {options.lora_critic_rank}: use 64, or 0 for a full critic"
         )
     sequence = Sequence(tokens=tokens // degree, context_tokens=tokens, prompt_tokens=options.prompt_tokens)
-    return Load(samples=batch_size // groups, sequence=sequence)
+    return MicroBatch(samples=batch_size // groups, sequence=sequence)
 
 
-def _sample_flops(subject: Subject, options: PlanOptions, load: Load, passes: Mapping[str, Passes]) -> dict[str, float]:
+def _sample_flops(
+    subject: Subject, options: PlanOptions, load: MicroBatch, passes: Mapping[str, Passes]
+) -> dict[str, float]:
     return iteration_flops(
         network_flops(subject.architecture, load.sequence),
         network_flops(subject.architecture, load.sequence, options.lora_critic_rank),
@@ -189,7 +191,7 @@ def _is_guided(subject: Subject) -> bool:
     return subject.config.guidance_scale != 1.0
 
 
-def _sampling_flops(subject: Subject, load: Load) -> float:
+def _sampling_flops(subject: Subject, load: MicroBatch) -> float:
     """Count the samples of the teacher: every group of ranks that share a sample makes all of them."""
     sampling = METHODS[subject.config.method].teacher_sampling(subject.config)
     if sampling is None:

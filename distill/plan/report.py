@@ -5,7 +5,7 @@ import textwrap
 from typing import Any
 
 from distill.methods.registry import METHODS
-from distill.plan.memory import PARTS, PHASES
+from distill.plan.memory import MEMORY_PARTS, PHASES
 from distill.plan.options import GIB
 from distill.plan.planner import Plan, Suggestion
 from distill.plan.reference import ReferenceLayout
@@ -18,7 +18,7 @@ _STATES = ("weights", "optimizer", "gradients")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
+class PlanReport:
     """Everything that is printed about a plan.
 
     Attributes:
@@ -36,7 +36,7 @@ class Report:
     command: str
 
 
-def as_text(report: Report) -> str:
+def plan_text(report: PlanReport) -> str:
     """Return the whole report, lines of at most 120 characters but for commands."""
     plan = report.plan
     sections = [_head(plan), _memory_table(plan), _verdict(report), _operations(plan)]
@@ -49,7 +49,7 @@ def as_text(report: Report) -> str:
     return "\n\n".join(sections)
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def plan_json(report: PlanReport) -> dict[str, Any]:
     """Return the content of the text as plain values, sizes in bytes."""
     data = _plan_json(report.plan)
     data["suggestion"] = None
@@ -109,7 +109,7 @@ def _memory_table(plan: Plan) -> str:
     )
     rows = [(f"memory per GPU, {unit}", [phase.split()[0] for phase in PHASES])]
     rows.append(("", [phase.split()[1] for phase in PHASES]))
-    for part in PARTS:
+    for part in MEMORY_PARTS:
         sizes = [plan.memory[phase][part] for phase in PHASES]
         if any(sizes):
             rows.append((part, [f"{value / size:,.1f}" for value in sizes]))
@@ -119,7 +119,7 @@ def _memory_table(plan: Plan) -> str:
     return "\n".join([*lines[:2], ruler, *lines[2:-1], ruler, lines[-1]])
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: PlanReport) -> str:
     plan, suggestion = report.plan, report.suggestion
     size = f"{plan.options.gpu_gib:g} GiB"
     if plan.fits:

@@ -104,7 +104,7 @@ def sample_latent(
     else:
         if scene.count == 2 and relation is None:
             relation = str(rng.choice(list(RELATIONS)))
-        start = _place(extents, *_excursion(scene.motion, speed[0], bend[0]), relation, size, rng)
+        start = _draw_start(extents, *_excursion(scene.motion, speed[0], bend[0]), relation, size, rng)
     return Latent(
         radius=radii,
         start=start,
@@ -174,7 +174,7 @@ def _relation_of(start: tuple[tuple[float, float], ...]) -> str:
     return next(name for name, step in RELATIONS.items() if step[axis] * gap[axis] > 0)
 
 
-def _place(
+def _draw_start(
     extents: list[float],
     low: np.ndarray,
     high: np.ndarray,
