@@ -1,7 +1,7 @@
 """Records functions of tensors as CUDA graphs, once per shape at warm-up, and replays them; knows nothing of networks.
 
-Recording on request would let one client spend minutes and memory on a shape that nobody asks for again, so what was
-not recorded is for the caller to run as it is.
+Requests never record: one client could spend minutes and memory on a shape that nobody asks for again. The caller runs
+an unrecorded shape eagerly.
 """
 
 import logging
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class CudaRecorder:
-    """Records on one device. Its graphs share one pool of memory: only one of them runs at a time.
+    """Records CUDA graphs on one device. They share one memory pool, so only one of them runs at a time.
 
     Args:
         device: a CUDA device; recording on another raises RuntimeError.
@@ -85,7 +85,7 @@ class Graphs:
         return len(self._graphs)
 
     def key(self, *inputs: Tensor) -> GraphKey:
-        """What a recorded call is found by."""
+        """Return the key of a recorded call."""
         return self._identity, tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
 
     @torch.inference_mode()
@@ -121,7 +121,7 @@ class Graphs:
 
     @torch.inference_mode()
     def replay(self, *inputs: Tensor) -> Tensor | None:
-        """Repeat a recorded call with other values.
+        """Replay a recorded call with new values.
 
         Returns:
             A tensor of the caller's own, or None when nothing of these shapes was recorded, which is logged once.
@@ -141,5 +141,5 @@ class Graphs:
         return graph.output.clone()
 
     def clear(self) -> None:
-        """Let go of all graphs and their memory."""
+        """Drop all graphs and free their memory."""
         self._graphs.clear()

@@ -1,4 +1,4 @@
-"""One device, one set of modules: GenerateParams in, an mp4 out, stage by stage; knows nothing of queues or HTTP.
+"""Runs one student on one device: GenerateParams in, an mp4 out, stage by stage; knows nothing of queues or HTTP.
 
 Legend: B batch (1 here), C channels, F latent frames, H and W latent rows and columns, L prompt positions, D width.
 """
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateResult:
-    """What is known about a finished video besides its bytes.
+    """Timings, warnings and peak memory of a finished video.
 
     Attributes:
         timings_ms: milliseconds that the request spent in text, denoise, decode and encode. Encoding runs beside
@@ -68,14 +68,14 @@ class _Text:
 
 
 class Engine:
-    """A warm student on one device. One owner, who begins one video after the other; only `prepare` is for any thread.
+    """A warm student on one device. One thread begins videos one after the other; only `prepare` is thread-safe.
 
     Args:
         bundle: its transformer is not used; its weights went into `transformer`.
         transformer: built for the timesteps of the bundle.
         facts: as reported to clients.
         execution, verdicts: as `DenoiseLoop` takes them; take effect at warm-up.
-        embedder: of the bundle's text encoder; None is one that remembers in memory only.
+        embedder: of the bundle's text encoder; None makes one without a disk cache.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Engine:
         return _Text(cache, warnings, Span("text", start_s, time.perf_counter()))
 
     def prepare(self, prompt: str) -> None:
-        """Encode the prompt of a later request, from any thread, beside the one that the device is at.
+        """Prefetch the prompt embeddings of a later request, from any thread, while another request runs.
 
         A text encoder that is lent to the device is left alone: the memory there is the running request's.
         """
@@ -122,7 +122,7 @@ class Engine:
             self.embed(prompt)
 
     def generate(self, params: GenerateParams, path: Path, on_progress: OnProgress | None = None) -> GenerateResult:
-        """Make one video; the same params give the same bytes, whatever ran before or runs beside.
+        """Make one video; the same params give the same bytes, whatever ran before or runs concurrently.
 
         Args:
             params: validated; sizes that fit the grid of the bundle.
@@ -150,7 +150,7 @@ class Engine:
         on_progress: OnProgress | None = None,
         on_preview: OnPreview | None = None,
     ) -> Future[GenerateResult]:
-        """Do the device's part of one video and leave the rest to a thread: the next one may begin at once.
+        """Run one video on the device and leave its encoding to a thread, so that the next one may begin.
 
         Videos end in the order in which they began, and at most one is left to encode: a second one waits for it
         between its denoising and its decoding.
@@ -197,7 +197,7 @@ class Engine:
         report: OnProgress,
         warnings: list[str],
     ) -> BoundedQueue[HostCopy, GenerateResult]:
-        """Decode into a new tail, which is left waiting for its end."""
+        """Decode into the queue of a new encoder thread; the caller completes the queue."""
         tail: BoundedQueue[HostCopy, GenerateResult] = BoundedQueue(
             lambda frames: self._encoded(params, path, frames, clock, warnings, report)
         )
@@ -227,7 +227,7 @@ class Engine:
         warnings: list[str],
         report: OnProgress,
     ) -> GenerateResult:
-        """What is left when the device has done its part; runs in the thread of `frames`."""
+        """Encode the frames to an mp4; runs in the consumer thread of `frames`."""
         start_s = time.perf_counter()
         num_frames = params.num_frames
 
@@ -256,7 +256,7 @@ class Engine:
 
     @torch.inference_mode()
     def denoised(self, params: GenerateParams) -> Tensor:
-        """Predicted clean latents of one video, (B, C, F, H, W) float32 on the device.
+        """Return the predicted clean latents of one video, (B, C, F, H, W) float32 on the device.
 
         Raises:
             GenerationError: code out_of_memory, device_error or non_finite.
@@ -289,14 +289,14 @@ class Engine:
         return x0_pred
 
     def _noise(self, params: GenerateParams) -> Tensor:
-        """All noise of a video, in memory that a CUDA device copies from while the host goes on."""
+        """Draw the noise of a video, in pinned memory on CUDA so that the copy is asynchronous."""
         shape = latent_shape(self.bundle.vae, params.height, params.width, params.num_frames)
         noise = draw_noise(params.seed, (len(self.bundle.spec.timesteps), 1, *shape))
         return noise.pin_memory() if self.transformer.device.type == "cuda" else noise
 
     @torch.inference_mode()
     def warm_loop(self, params: GenerateParams) -> None:
-        """Compile and record the denoising of one shape for prompts of all lengths, where that was asked for."""
+        """Compile and record the denoising loop of one shape for every prompt length, where requested."""
         text_dim = self.transformer.config.text_dim
         empty = [torch.zeros(1, size, text_dim) for size in self.loop.prompt_sizes]
         if empty:
@@ -330,7 +330,7 @@ class Engine:
 
 
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """All noise of one video, float32 on the CPU, so that it depends on the seed alone and not on the device.
+    """Draw all noise of one video, float32 on the CPU, so that it depends on the seed and not on the device.
 
     Args:
         seed: 0..2^63-1. torch's CPU generator looks at the low 32 bits only; larger seeds are hashed into them, or

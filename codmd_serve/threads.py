@@ -76,7 +76,7 @@ class BoundedQueue(Generic[ItemT, ResultT]):
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing more will come."""
+        """Return whether the queue is closed to further items."""
         return self._is_complete
 
     def on_abandon(self, interrupt: Callable[[], object]) -> None:

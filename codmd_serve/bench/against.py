@@ -1,7 +1,6 @@
-"""The engine in turns with its opponents: the stock pipeline, its teacher, its own lossy variants.
+"""Time the engine and its opponents in alternation: the stock pipeline, its teacher, our own lossy variants.
 
-Every trial is written down as soon as it is over: a run that is killed, or whose last opponent finds no memory, leaves
-what it had found.
+Every trial is written as soon as it ends. A run that is killed or runs out of memory keeps its earlier numbers.
 """
 
 import json
@@ -42,7 +41,7 @@ MEMORY_FOR_A_REQUEST = 12 * 2**30
 
 @dataclass(slots=True)
 class BenchRun:
-    """What one measurement carries from step to step."""
+    """State of one measurement: settings, device, output files, start time and load averages."""
 
     config: BenchConfig
     device: torch.device
@@ -54,7 +53,7 @@ class BenchRun:
     loads: list[float] = field(default_factory=lambda: [os.getloadavg()[0]])
 
     def tell(self, name: str, **values: Any) -> None:
-        """Append what was just found to `numbers`, one JSON object per line."""
+        """Append a result to `numbers` as one line of JSON."""
         line = json.dumps({"at_s": round(self.seconds(), 2), "name": name, **values})
         with self.numbers.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -122,7 +121,7 @@ def against(run: BenchRun, bundle: Path, ours: Ours, params: GenerateParams) -> 
 def _against_stock(
     run: BenchRun, bundle: Path, found: Measurements, ours: Ours, asked: Iterator[GenerateParams], by: Any
 ) -> None:
-    """The stock pipeline with as many forward passes, then as teacher; in turns where both fit into the memory."""
+    """Time the stock pipeline with as many forward passes, then as teacher; alternate where both fit in memory."""
     given = [next(asked) for _ in range(run.config.pairs)]
     alone: list[Trial] = []
     if not _both_fit(run.device, ours.engine):
@@ -155,7 +154,7 @@ def _against_stock(
 
 
 def _ours_alone(run: BenchRun, found: Measurements, ours: Ours, given: list[GenerateParams], by: Any) -> list[Trial]:
-    """All requests to the engine, which then makes room for the opponent: both do not fit into the memory."""
+    """Run all requests on the engine, then release it: the opponent does not fit beside it."""
     trials: list[Trial] = []
     for params in given:
         if not trials or run.seconds() < run.config.limit_s * SHARE_BEFORE_TEACHER / 2:
@@ -169,7 +168,7 @@ def _ours_alone(run: BenchRun, found: Measurements, ours: Ours, given: list[Gene
 
 
 def _both_fit(device: torch.device, engine: Engine) -> bool:
-    """Whether a second copy of what the engine serves finds memory beside it."""
+    """Return whether a second copy of the bundle fits in memory beside the engine."""
     if device.type != "cuda":
         return True
     bundle = engine.bundle
@@ -182,7 +181,7 @@ def _both_fit(device: torch.device, engine: Engine) -> bool:
 def _against_lossy(
     run: BenchRun, bundle: Path, engine: Engine, found: Measurements, params: GenerateParams, by: Any
 ) -> None:
-    """Load one variant after the other, take its error, and time it in turns with the engine."""
+    """For each variant: load it, measure its error, and time it in alternation with the engine."""
     problems = lossy.unsupported(run.device, run.dtype)
     same, asked = lossy.some(params, PROMPTS), requests(params, PROMPTS)
     wanted = [lossy.outputs(engine, given) for given in same] if len(problems) < len(lossy.LOSSY_SETTINGS) else []

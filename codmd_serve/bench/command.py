@@ -64,6 +64,6 @@ def run_bench(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def typed(words: Sequence[str]) -> str:
-    """The command as it may be published: of an absolute path only the last part."""
+    """Return the command without private paths: of an absolute path only the last part is kept."""
     shown = [PurePath(word).name if PurePath(word).is_absolute() else word for word in words]
     return shlex.join(["codmd-serve", *shown])

@@ -1,8 +1,8 @@
-"""Everything worth knowing of a CUDA device in a few minutes: `python -m codmd_serve.bench.gpu_report`.
+"""Measures a CUDA device in a few minutes: `python -m codmd_serve.bench.gpu_report`.
 
-For a machine that is lent for minutes and has torch, diffusers and transformers, but none of the server's packages. No
-network, no disk space: weights are random. Every number is written when it is found; a part that fails is a line with
-its error, and the next one runs. The table in the docs is made of the JSON elsewhere.
+Needs torch, diffusers and transformers, but none of the server's packages, no network and no disk space: weights are
+random. Every number is written as soon as it is measured. A part that fails becomes a line with its error, and the next
+part runs. The table in the docs is made from the JSON.
 
     {"versions": {...}, "device": name, "numbers": [{"at_s": seconds, "name": name, ...}, ...]}
 """
@@ -47,7 +47,7 @@ NUM_TIMED_POSITIONS = 128  # of the prompts that are timed
 
 
 class GpuReport:
-    """Numbers in the order in which they were found, on disk after every one.
+    """Measurements in order; the JSON is written after each of them.
 
     Args:
         path: of the JSON.
@@ -68,7 +68,7 @@ class GpuReport:
         self._content: dict[str, Any] = {"versions": versions, "device": name, "numbers": []}
 
     def tell(self, name: str, **values: Any) -> None:
-        """Keep what was just found."""
+        """Record a measurement and write the file."""
         entry = {"at_s": round(time.monotonic() - self._start_s, 1), "name": name, **values}
         print(json.dumps(entry), flush=True)
         self._content["numbers"].append(entry)
@@ -76,7 +76,7 @@ class GpuReport:
 
     @contextlib.contextmanager
     def part(self, name: str, expected_s: float) -> Iterator[bool]:
-        """Yield whether there is time for a part; what it raises becomes a line."""
+        """Yield whether there is time for a part; turn its exception into a line of the report."""
         left_s = self._limit_s - (time.monotonic() - self._start_s)
         if left_s < expected_s:
             self.tell(name, skipped=f"{left_s:.0f} s left, {expected_s:.0f} s expected")
@@ -91,7 +91,7 @@ class GpuReport:
             torch.cuda.empty_cache()
 
     def milliseconds(self, run: Callable[[], object], num_runs: int = 3, num_warm: int = 1) -> float:
-        """Median time of a function on the device, after some runs that are not counted."""
+        """Return the median time of a function on the device, after warm-up runs."""
         for _ in range(num_warm):
             run()
         times_ms = []
@@ -104,14 +104,14 @@ class GpuReport:
         return statistics.median(times_ms)
 
     def synchronize(self) -> None:
-        """Wait for the device."""
+        """Wait until the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 @dataclasses.dataclass(slots=True)
 class Models:
-    """What later parts take over from earlier ones; None where a part did not run."""
+    """Modules that earlier parts leave for later ones; None where a part did not run."""
 
     plan: Preset
     latents: Tensor
@@ -120,7 +120,7 @@ class Models:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure; return 0."""
+    """Run the report; return 0."""
     parser = argparse.ArgumentParser(prog="python -m codmd_serve.bench.gpu_report", description=__doc__)
     parser.add_argument("--out", default="gpu-report.json", help="the JSON")
     parser.add_argument("--preset", default="wan-1.3b", help="wan-1.3b, wan-14b or tiny")
@@ -133,7 +133,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 @torch.no_grad()
 def measure_device(path: Path, name: str, device: torch.device, limit_s: float = LIMIT_S) -> None:
-    """Measure everything that there is time for.
+    """Run every part that fits in the time limit.
 
     Args:
         path: of the JSON; its folder exists.
@@ -163,7 +163,7 @@ def measure_device(path: Path, name: str, device: torch.device, limit_s: float =
 
 
 def _vae(report: GpuReport, models: Models) -> None:
-    """Decode in half precision, then in float32: milliseconds, memory, decibels between them."""
+    """Decode in half precision, then in float32; report milliseconds, memory and the PSNR between them."""
     device, plan = report.device, models.plan
     models.vae = built(AutoencoderKLWan, plan.vae, device, torch.float32).eval().requires_grad_(False)
     models.vae.decoder.conv_out.weight.mul_(0.1)
@@ -196,7 +196,7 @@ def _vae(report: GpuReport, models: Models) -> None:
 
 
 def _transformer(report: GpuReport, models: Models) -> None:
-    """One step and the loop, fused and plain, and how far they are from each other."""
+    """Time one step and the whole loop, fused and plain, and report their difference."""
     device, plan = report.device, models.plan
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     start_s = time.perf_counter()
@@ -227,7 +227,7 @@ def _transformer(report: GpuReport, models: Models) -> None:
 
 
 def _end_to_end(report: GpuReport, models: Models) -> None:
-    """Text to mp4 through the engine, prompt by prompt."""
+    """Time text to mp4 through the engine, prompt by prompt."""
     if models.transformer is None or models.vae is None:
         raise RuntimeError("needs the parts before it")
     device, plan = report.device, models.plan
@@ -271,7 +271,7 @@ def _end_to_end(report: GpuReport, models: Models) -> None:
 
 
 def _ceilings(report: GpuReport, _models: Models) -> None:
-    """What a large matrix product and a large copy reach here."""
+    """Measure the rates of a large matrix product and a large copy."""
     for dtype in (torch.bfloat16, torch.float32):
         ceilings = measure_ceilings(report.device, dtype)
         report.tell(
@@ -280,7 +280,7 @@ def _ceilings(report: GpuReport, _models: Models) -> None:
 
 
 def _attention(report: GpuReport, models: Models) -> None:
-    """Every installed kernel on the shape of the network."""
+    """Time every installed attention kernel on the shape of the network."""
     shape = _attention_shape(models)
     dtype = torch.bfloat16 if report.device.type == "cuda" else torch.float32
     flop = 4 * shape.num_tokens**2 * shape.num_heads * shape.head_width
@@ -298,7 +298,7 @@ def _attention(report: GpuReport, models: Models) -> None:
 
 
 def _diffusers(report: GpuReport, models: Models) -> None:
-    """One forward pass and one decode of the stock modules."""
+    """Time one forward pass and one decode of the stock modules."""
     device, plan = report.device, models.plan
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     stock = built(WanTransformer3DModel, plan.transformer, device, dtype).eval()
@@ -315,7 +315,7 @@ def _diffusers(report: GpuReport, models: Models) -> None:
 
 
 def _fp8(report: GpuReport, models: Models) -> None:
-    """One step with 8-bit matrix products, `lossy`, and its error; the last part, for it changes the network."""
+    """Time one step with fp8 matrix products and report its error; last, because it changes the network."""
     network = models.transformer
     if network is None or report.device.type != "cuda":
         raise RuntimeError("needs a CUDA device and the transformer")

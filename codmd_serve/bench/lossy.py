@@ -1,6 +1,6 @@
-"""The lossy variants of the engine beside the engine itself: how far their output is off, and how much they save.
+"""The lossy variants of the engine: their settings, and the error of their output against the exact engine.
 
-Knows which variants there are and how to compare two engines; who times them is `row.py`.
+Times nothing; `row.py` does.
 """
 
 import gc
@@ -33,9 +33,9 @@ PEAK, MOST_DB = 255.0, 100.0
 
 @dataclass(frozen=True, slots=True)
 class LossyError:
-    """How far a variant is from the engine without it, over some seeds.
+    """Error of a variant against the exact engine, over some seeds.
 
-    Args:
+    Attributes:
         latents: |variant - engine| / |engine| of the final latents (C, F, H, W), one number per seed.
         psnr_db: of the uint8 frames before they are encoded, one number per seed.
     """
@@ -45,7 +45,7 @@ class LossyError:
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Why variants cannot run here, by name; empty when all can."""
+    """Return why variants cannot run here, by name; empty when all can."""
     problems = {}
     for name, settings in LOSSY_SETTINGS.items():
         try:
@@ -57,7 +57,7 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def left_out(problems: dict[str, str]) -> list[str]:
-    """One line for all variants that could not run; none when all could."""
+    """Return one line for all variants that could not run; none when all could."""
     if not problems:
         return []
     reasons = "; ".join(dict.fromkeys(problems.values()))
@@ -65,7 +65,7 @@ def left_out(problems: dict[str, str]) -> list[str]:
 
 
 def load_variant(name: str, bundle: Path, reference: Engine) -> Engine:
-    """Load the same bundle once more, with the settings of a variant and else those that `reference` runs.
+    """Load the same bundle again with a variant's settings; all others are those of `reference`.
 
     Raises:
         CodmdError: the variant does not work here, or there is no memory for it.
@@ -78,7 +78,7 @@ def load_variant(name: str, bundle: Path, reference: Engine) -> Engine:
 
 @torch.inference_mode()
 def outputs(engine: Engine, params: GenerateParams) -> tuple[Tensor, Tensor]:
-    """Final latents (1, C, F, H, W) float32 and frames (T, H, W, 3) uint8 of a request, on the CPU."""
+    """Return final latents (1, C, F, H, W) float32 and frames (T, H, W, 3) uint8 of a request, on the CPU."""
     shape = latent_shape(engine.bundle.vae, params.height, params.width, params.num_frames)
     noise = draw_noise(params.seed, (len(engine.bundle.spec.timesteps), 1, *shape)).to(engine.transformer.device)
     latents = engine.loop(noise, engine.embed(params.prompt).prompt)
@@ -89,7 +89,7 @@ def outputs(engine: Engine, params: GenerateParams) -> tuple[Tensor, Tensor]:
 def compare_outputs(
     variant: Engine, wanted: Sequence[tuple[Tensor, Tensor]], asked: Sequence[GenerateParams]
 ) -> LossyError:
-    """Compare a variant with what the reference made of the same requests."""
+    """Compare a variant's outputs with the reference's outputs for the same requests."""
     latents, psnr_db = [], []
     for (want_latents, want_frames), params in zip(wanted, asked, strict=True):
         got_latents, got_frames = outputs(variant, params)
@@ -99,18 +99,18 @@ def compare_outputs(
 
 
 def capped_psnr_db(got: Tensor, want: Tensor) -> float:
-    """Peak signal-to-noise ratio of uint8 frames in dB, at most 100, which is equal to the eye and to JSON."""
+    """Return the PSNR of uint8 frames in dB, capped at 100 so that equal frames stay finite in JSON."""
     mean_square = float((got.double() - want.double()).square().mean())
     return min(MOST_DB, 10 * math.log10(PEAK**2 / mean_square)) if mean_square else MOST_DB
 
 
 def some(params: GenerateParams, prompts: Sequence[str]) -> list[GenerateParams]:
-    """The requests that errors are measured on: the same in every run."""
+    """Return the requests that errors are measured on; the same in every run."""
     return [replace(params, prompt=prompts[seed % len(prompts)], seed=seed) for seed in range(NUM_SEEDS)]
 
 
 def release(device: torch.device) -> None:
-    """Give back the memory of a variant that nobody holds any more."""
+    """Free the memory of a variant that is no longer referenced."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

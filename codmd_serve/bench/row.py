@@ -101,7 +101,7 @@ def _text(shown: str | list[str]) -> str:
 
 
 def _served(run: BenchRun, bundle: Path, timeline: Path) -> Row:
-    """A row of `serving-ROW.json`."""
+    """Measure a row of `serving-ROW.json`."""
     date = datetime.now(UTC)
     engine = load_engine(bundle, str(run.device), str(run.dtype).removeprefix("torch."))
     params = _params(run.config, engine)
@@ -289,7 +289,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Of the checkout that this file lies in; empty outside one."""
+    """Return the commit of this checkout; empty outside one."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

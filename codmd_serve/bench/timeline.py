@@ -1,4 +1,4 @@
-"""When the stages of consecutive requests were at work, as a picture; knows spans and nothing of engines."""
+"""Draws when the stages of consecutive requests ran; knows spans and no engine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def draw_timeline(path: Path, title: str, requests: Sequence[Sequence[StageSpan]
 
 
 def overlap_s(requests: Sequence[Sequence[StageSpan]]) -> float:
-    """Seconds in which a request was encoded while a later one was at another stage."""
+    """Return the seconds in which one request was encoded while a later one was in another stage."""
     return sum(
         max(0.0, min(end, other_end) - max(start, other_start))
         for number, spans in enumerate(requests)

@@ -1,4 +1,4 @@
-"""Student bundles of random weights at the sizes of published models: speed does not depend on what weights say."""
+"""Student bundles of random weights at the sizes of published models: speed does not depend on weight values."""
 
 import shutil
 from collections.abc import Iterator
@@ -143,7 +143,7 @@ def _write_base(plan: Preset, base: Path, device: torch.device, dtype: torch.dty
 
 
 def random_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words: what the encoder is given are 512 positions in any case."""
+    """Build a whole-word tokenizer; the encoder is given 512 positions in any case."""
     words = ["<pad>", "</s>", "<unk>", *dict.fromkeys(" ".join(PROMPTS).split())]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -155,14 +155,14 @@ def random_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def built(kind: Any, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A module of random weights, on the device and in the dtype from the start."""
+    """Build a module of random weights directly on the device and in the dtype."""
     with _defaults(device, dtype):
         return kind(**arguments)
 
 
 @contextmanager
 def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside are on the device in that dtype from the start: no float32 copy of 14 billion numbers."""
+    """Create modules directly on the device in that dtype: no float32 copy of 14 billion parameters."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -37,7 +37,7 @@ WAN_480P = NativeShape(height=480, width=832, num_frames=81, fps=16)
 class ConvertOptions:
     """What the user knows about a checkpoint and need not be guessed; None is unknown.
 
-    Args:
+    Attributes:
         method: one of METHOD_SAMPLING.
         sampler: sde or ode.
         timesteps: what the network is fed, descending, in (0, 1000]; the state is at sigma = timestep / 1000.

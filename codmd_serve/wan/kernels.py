@@ -96,7 +96,7 @@ class AttentionShape:
 class KernelTiming:
     """One kernel on one shape.
 
-    Args:
+    Attributes:
         name: as diffusers' dispatcher calls it.
         self_ms: median milliseconds of self-attention; None when it cannot, or gives wrong numbers.
         prompt_ms: the same for attention to a prompt, whose logits carry a bias.

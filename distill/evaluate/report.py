@@ -22,7 +22,7 @@ RETENTION_WANTED = 0.9
 class Metric:
     """A column: which score of which clips, and which way is better.
 
-    Args:
+    Attributes:
         key: unique name, as in the JSON file.
         score: name of a clip score, of a depth score, or "dependence".
         heading: of the column.

@@ -39,7 +39,7 @@ _DEPTH_POOL = 8
 class SuiteConfig:
     """What is drawn.
 
-    Args:
+    Attributes:
         num_captions: held-out captions of the breadth suite, one and two objects in turn.
         num_seeds: clips of each.
         depth_captions: captions of the depth suite, one and two objects in turn, all of them moving alike; 0 leaves
