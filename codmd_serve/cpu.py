@@ -1,7 +1,8 @@
 """Counts usable CPU cores, and makes OpenMP threads wait without spinning. Standard library only.
 
 A thread that spins at a barrier occupies the core that another thread needs to reach it. Where cores are shared, as in
-a container with a CPU quota, that makes a request up to 29 times slower. These settings cost nothing on an idle machine.
+a container with a CPU quota, that makes a request up to 29 times slower. These settings cost nothing on an idle
+machine.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Student bundles on disk: what they say, loading them, writing them; knows nothing of requests or training."""
+"""Reads, loads and writes student bundles; knows nothing of requests or training."""
 
 import json
 import math
@@ -141,7 +141,7 @@ class Bundle:
 
 
 def silence_libraries() -> None:
-    """Switch off the loading bars and warnings of diffusers and transformers, for a process whose output is ours.
+    """Silence the progress bars and warnings of diffusers and transformers.
 
     What they warn of while loading, missing and surplus tensors, is an error here that says it in one line.
     """
@@ -205,7 +205,7 @@ def _finite_number(value: object) -> float:
 
 
 def resolve_base(bundle: Path, base: str, *, configs_only: bool = False) -> Path:
-    """Find the folder with the tokenizer, text encoder and VAE of a bundle; one snapshot of a hub id.
+    """Find the folder, or hub snapshot, with the tokenizer, text encoder and VAE of a bundle.
 
     Args:
         bundle: the bundle folder, which a relative base is relative to.
@@ -223,7 +223,7 @@ def resolve_base(bundle: Path, base: str, *, configs_only: bool = False) -> Path
 
 
 def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionShape:
-    """Return what the transformer of a bundle attends to in its native video, from the configs alone.
+    """Return the attention shape of a bundle's native video, from the configs alone.
 
     Args:
         bundle: folder.
@@ -245,7 +245,7 @@ def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionSha
 def native_attention_shape(
     transformer: Mapping[str, Any], vae: Mapping[str, Any], native: NativeShape
 ) -> AttentionShape:
-    """Return what a transformer attends to in a native video.
+    """Return the attention shape of a native video.
 
     Args:
         transformer, vae: their configs.
@@ -349,7 +349,7 @@ def load_tokenizer(base: Path | str) -> Any:
 
 
 def load_module(kind: Any, folder: Path | str, subfolder: str, **options: Any) -> Any:
-    """Load one module of a pipeline folder with `kind.from_pretrained`, complete or not at all.
+    """Load one module of a pipeline folder with `kind.from_pretrained`; refuse missing or mismatched weights.
 
     Raises:
         CheckpointError: missing, truncated or of another kind. Both libraries fill missing tensors with random numbers

@@ -1,4 +1,4 @@
-"""Published checkpoints become student bundles: weights by `published` and `names`, sampling by the published methods.
+"""Converts published checkpoints into student bundles: weights, names and the sampling of the published method.
 
 Knows nothing of the command line.
 """
@@ -35,7 +35,7 @@ WAN_480P = NativeShape(height=480, width=832, num_frames=81, fps=16)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertOptions:
-    """What the user knows about a checkpoint and need not be guessed; None is unknown.
+    """What the user states about a checkpoint; None is guessed.
 
     Attributes:
         method: one of METHOD_SAMPLING.
@@ -67,7 +67,7 @@ class ConvertOptions:
         self.native()
 
     def sizes(self) -> dict[str, int]:
-        """Return what is known of the video's shape."""
+        """Return the stated sizes of the video."""
         values = {name: getattr(self, name) for name in ("height", "width", "num_frames", "fps")}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -82,7 +82,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Converted:
-    """What was made.
+    """Result of a conversion.
 
     Attributes:
         looks: what the file is, in words.
@@ -179,7 +179,7 @@ def _weights(
 
 
 def _refuse_maybe_causal(published: Published, options: ConvertOptions, source: str) -> None:
-    """Refuse weights of a family that is mostly causal, which no tensor shows, unless the user says they are not."""
+    """Refuse a family that is mostly causal, which tensors do not show, unless the user says it is not."""
     is_doubtful = published.family == "generator_ema" or options.method == "self-forcing"
     if is_doubtful and not options.bidirectional and not published.says_attention:
         raise CheckpointError(
@@ -190,7 +190,7 @@ def _refuse_maybe_causal(published: Published, options: ConvertOptions, source: 
 
 
 def _refuse_base(weights: dict[str, Tensor], base: dict[str, Tensor], source: str, *, is_lora: bool) -> None:
-    """Refuse a student that is the undistilled base itself, whatever the precision of the two."""
+    """Refuse a student that equals the undistilled base, at any precision."""
     for name, tensor in weights.items():
         other = base.get(name)
         if other is None or other.shape != tensor.shape:
@@ -266,7 +266,7 @@ def read_base_config(base: Path) -> dict[str, Any]:
 def _spec_fields(
     published: Published, sampling: Sampling, options: ConvertOptions, width: int, scales: Scales | None
 ) -> dict[str, Any]:
-    """Return the fields of student.json that follow from the file, what it states and what the user says."""
+    """Return the fields of student.json, from the user's options, the file's statements and the method's defaults."""
     family = FAMILIES[published.family]
     method = options.method or family.method
     published_sampling = METHOD_SAMPLING[method]

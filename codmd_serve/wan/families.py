@@ -1,4 +1,4 @@
-"""The published families of few-step Wan students: what their files look like and how they are sampled.
+"""The published families of few-step Wan students: how to recognise their files and how to sample them.
 
 The one table behind `convert`, its --help and docs/how-to/import.md. Imports nothing heavy.
 """

@@ -1,6 +1,6 @@
-"""Wan pipelines by folder or hub id: found once, as one folder on disk; loads nothing from it.
+"""Finds a Wan pipeline by folder or hub id, as one folder on disk; loads nothing from it.
 
-A hub id is resolved to one snapshot. One that is cached completely needs no network, as after `hf download`.
+A hub id is resolved to one snapshot. A completely cached snapshot, as after `hf download`, needs no network.
 """
 
 import logging
@@ -66,7 +66,7 @@ def find_pipeline(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the hub could have a repository of this name."""
+    """Return whether a name is a valid hub repository id."""
     fits = _HUB_ID.fullmatch(name) is not None and len(name) <= _MAX_HUB_ID_CHARS
     return fits and "--" not in name and ".." not in name and not name.endswith((".", "-", ".git"))
 
@@ -147,7 +147,7 @@ def _is_folder(folder: Path) -> bool:
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> None:
-    """Call a function that may hang where no time-out reaches, as in a name look-up."""
+    """Call a function under a timeout that also covers a hanging DNS look-up."""
     raised: list[BaseException] = []
 
     def call() -> None:

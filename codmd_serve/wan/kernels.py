@@ -1,8 +1,7 @@
-"""Which attention kernel runs: every one that is installed is checked and timed at load, the fastest right one is used.
+"""Chooses the attention kernel: checks and times every installed one at load, and takes the fastest correct one.
 
-Those that are lossy on purpose run only when they are named, and are checked against a tolerance of their own.
-
-Names are those of diffusers' attention dispatcher. Knows shapes, but neither prompts nor sampling.
+Lossy kernels run only when named, and have a tolerance of their own. Names are those of diffusers' attention
+dispatcher. Knows shapes, but neither prompts nor sampling.
 
 Legend: B batch (1 here), N tokens, L prompt positions, G heads, E width of a head.
 """
@@ -84,7 +83,7 @@ LOSSY_TOLERANCE = 6e-2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionShape:
-    """What the network will attend to: N tokens, G heads of width E, trained with `num_positions` prompt positions."""
+    """Shape of the network's attention: N tokens, G heads of width E, `num_positions` prompt positions in training."""
 
     num_tokens: int
     num_heads: int
@@ -94,7 +93,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelTiming:
-    """One kernel on one shape.
+    """Timing of one kernel on one shape.
 
     Attributes:
         name: as diffusers' dispatcher calls it.
@@ -111,7 +110,7 @@ class KernelTiming:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChosenAttention:
-    """The kernel for the network, its name for people (`self` or `self+prompt`), and what was measured."""
+    """The chosen kernel, its display name (`self` or `self+prompt`), and the timings."""
 
     attend: Attend
     name: str
@@ -119,7 +118,7 @@ class ChosenAttention:
 
 
 def installed_kernels(device: torch.device) -> tuple[str, ...]:
-    """Names of the kernels that this machine could try on `device`, in order of preference."""
+    """Return the names of the kernels that may run on `device`, in order of preference."""
     if device.type == "cpu":
         return ON_CPU
     return tuple(name for name in KNOWN if name not in PACKAGES or _has_package(PACKAGES[name]))
@@ -133,7 +132,7 @@ def _has_package(name: str) -> bool:
 
 
 def kernel(name: str) -> Attend:
-    """The attention function of a known name; whether it runs here shows when it is called."""
+    """Return the attention function of a known name; it may fail when called."""
     if name == "native":
         return sdpa
     if name in TORCH_KERNELS:
@@ -219,7 +218,7 @@ def choose_attention(
     dtype: torch.dtype,
     verdicts: Verdicts | None = None,
 ) -> ChosenAttention:
-    """Take the fastest kernel that gives right numbers on the shape that will be served.
+    """Choose the fastest correct kernel on the served shape.
 
     Args:
         name: auto or a kernel; auto is never a lossy one. On a CPU auto is `native`, without a race: there a video has
@@ -265,7 +264,7 @@ def choose_attention(
 def _remembered(
     name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype, verdicts: Verdicts | None
 ) -> ChosenAttention | None:
-    """The kernel that an earlier load found to be the fastest, checked again; None where there is none."""
+    """Return the cached fastest kernel of an earlier load, checked again; None where there is none."""
     if name != AUTO or verdicts is None:
         return None
     known = verdicts.get("attention", tuple(n for n in installed_kernels(device) if n not in LOSSY))
@@ -344,7 +343,7 @@ def _tried(
 
 
 def _max_error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> float:
-    """Relative error of some rows, first and last among them, against the math kernel in float32.
+    """Return the relative error of some rows, first and last among them, against the math kernel in float32.
 
     Not of all: at 32,760 tokens and 12 heads the math kernel would write 51 GB of logits.
     """

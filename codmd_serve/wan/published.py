@@ -1,4 +1,4 @@
-"""Published Wan weights as their authors store them: recognised and refused by their keys, never by their file names.
+"""Reads published Wan weights; recognises and refuses them by their keys, never by their file names.
 
 Knows nothing of bundles or sampling.
 
@@ -81,7 +81,7 @@ PATCH_VALUES = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """Weights as found, on the CPU.
+    """Published weights on the CPU, with their family.
 
     Attributes:
         family: how they are published: generator, generator_ema, rcm, original, diffusers or lora.
@@ -115,7 +115,7 @@ class _Part:
 
     @property
     def naming(self) -> str | None:
-        """How the tensors are called; None for no Wan network and no update of one."""
+        """Return the naming of the tensors; None when they are no Wan network and no update of one."""
         lora = [match["part"] for match in map(LORA_KEY.fullmatch, self.weights) if match]
         if any(part.startswith(("lora_A", "lora_B", "lora_d", "lora_u", "lora.", "diff")) for part in lora):
             return "lora"
@@ -176,7 +176,7 @@ def read_published(path: Path, key: str | None = None) -> Published:
 
 
 def plain_name(key: str) -> tuple[str | None, str]:
-    """Split a tensor's name into what trainers and tools put before it, and its name in the network.
+    """Split a tensor's name into the prefix of trainers and tools, and its name in the network.
 
     Returns:
         The prefix, or None where no parameter of Wan has such a name, and the rest without wrappers.
@@ -301,7 +301,7 @@ def _nested_settings(state: Mapping[Any, Any], depth: int = 0) -> Iterator[Mappi
 
 
 def _nested_statements(state: Mapping[Any, Any], source: str) -> list[Statement]:
-    """Strengths that a torch file keeps beside an update's tensors, as {"lora_config": {"r": 16, "lora_alpha": 8}}."""
+    """Return the LoRA settings in a torch file, as {"lora_config": {"r": 16, "lora_alpha": 8}}."""
     found = []
     for settings in _nested_settings(state):
         if "lora_alpha" in settings and not isinstance(settings["lora_alpha"], Tensor):

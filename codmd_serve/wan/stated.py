@@ -1,4 +1,4 @@
-"""How a published pipeline folder says it is sampled: dmd2_config in model_index.json, or our own scheduler.
+"""Reads how a published pipeline folder is sampled: dmd2_config in model_index.json, or our own scheduler.
 
 `dmd2_config` is the contract of FastGen's few-step folders, which vLLM-Omni and others read:
 {"num_inference_steps": 4, "denoising_timesteps": [999, 937, 833, 624], "solver": "ode", "guidance_scale": 1.0}; the
@@ -30,7 +30,7 @@ _SCHEDULER = "StudentScheduler"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """What a folder says about its steps; None is what it does not say.
+    """The sampling settings that a folder states; None where it does not.
 
     Attributes:
         timesteps: what the network is fed.
@@ -60,7 +60,7 @@ def dmd2_config(timesteps: Sequence[float], sampler: str) -> dict[str, Any]:
 
 
 def read_sampling(source: Path) -> Sampling:
-    """Read how the pipeline folder that a checkpoint is, or lies in, says it is sampled.
+    """Read the sampling settings of the pipeline folder that a checkpoint is or lies in.
 
     Raises:
         CheckpointError: a malformed entry, one that needs guidance, or files that contradict each other.

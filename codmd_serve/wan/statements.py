@@ -1,4 +1,4 @@
-"""What stands beside the tensors of a file about how to use it: adapter strengths in the words of PEFT and kohya.
+"""Reads adapter scales from the metadata beside a file's tensors, as PEFT and kohya write them.
 
 Knows dictionaries only, neither files nor tensors.
 """
@@ -24,7 +24,7 @@ _TRANSFORMER = "transformer."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statement:
-    """What one place beside the tensors says about the strength of an update: alpha / rank, or alpha / sqrt(rank).
+    """The scale of an update as one piece of metadata states it: alpha / rank, or alpha / sqrt(rank).
 
     Attributes:
         where: the place, in words.
