@@ -1,4 +1,4 @@
-"""The text-to-video page: a prompt, a seed, a video, and where the time went. An HTTP client of the server.
+"""The text-to-video page: prompt, seed, video and stage times. An HTTP client of the server.
 
 It imports neither the server nor the trainer, and loads nothing from the internet: fonts are the reader's own, and the
 video is the server's own URL of the job. A job whose tab is closed is cancelled.
@@ -54,7 +54,7 @@ EMPTY_SCREEN = '<div class="frame">your video appears here</div>'
 
 
 def page_options() -> dict[str, Any]:
-    """What Gradio takes where a page is mounted rather than where it is built: the looks, and no server of its own."""
+    """Return the options that Gradio takes when a page is mounted: theme, CSS, and no server of its own."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "DejaVu Sans", "sans-serif"]
     theme = gr.themes.Soft(
         primary_hue="indigo",
@@ -67,7 +67,7 @@ def page_options() -> dict[str, Any]:
 
 
 def build_page(server: str) -> gr.Blocks:
-    """Lay the page out.
+    """Build the page.
 
     Args:
         server: address of a codmd-serve, such as http://127.0.0.1:8000.
@@ -141,7 +141,7 @@ class SessionJobs:
             self._open.pop(session, None)
 
     async def cancel(self, session: str) -> None:
-        """Give up all jobs of a tab that was closed."""
+        """Cancel all jobs of a closed tab."""
         async with httpx.AsyncClient(timeout=TIMEOUT, trust_env=False) as client:
             for job_id, keys in self._open.pop(session, {}).items():
                 with contextlib.suppress(httpx.HTTPError):
@@ -156,7 +156,7 @@ async def follow_video(
     jobs: SessionJobs | None = None,
     session: str = "",
 ) -> AsyncIterator[tuple[str, str]]:
-    """Ask the server for a video and tell how it goes.
+    """Submit a job to the server and yield its progress.
 
     Args:
         server: address of a codmd-serve.
@@ -209,7 +209,7 @@ def _waiting_screen(job: dict[str, Any]) -> str:
 
 
 def times_html(job: dict[str, Any]) -> str:
-    """Stage times, seed and warnings of a finished job, as a bar with a legend."""
+    """Return stage times, seed and warnings of a finished job as HTML: a bar with a legend."""
     times_ms = {stage: float(job["timings_ms"][stage]) for stage in STAGE_COLOURS if stage in job["timings_ms"]}
     bar = "".join(f'<div style="flex:{times_ms[stage]};background:{STAGE_COLOURS[stage]}"></div>' for stage in times_ms)
     entries = [

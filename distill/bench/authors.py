@@ -1,7 +1,7 @@
 """The authors' training iteration, reimplemented as a baseline for `bench-step`; nothing trains with it.
 
-Source: CoDMD, copula_dmd/dmd.py@6a8259b. A rollout always runs all steps but the last without gradient, picks one of
-the states and calls the network on it again. The guided teacher is two calls. Every prompt keeps its padding. x0 goes
+Source: CoDMD, copula_dmd/dmd.py@6a8259b. A rollout runs all steps but the last without gradient, picks one of the
+states and calls the network on it again. The guided teacher takes two calls. Prompts keep their padding. x0 goes
 through float64 and back, and the critic's flow is recovered from it. `Ablation` removes these one by one.
 
 Legend: B batch, C channels, F latent frames, H and W latent rows and columns, L prompt positions, D text width.
@@ -28,7 +28,7 @@ NUM_PADDED_POSITIONS = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ablation:
-    """Which parts of the authors' iteration are kept; all True is theirs. No part changes the losses."""
+    """The parts of the authors' iteration that are kept; all True is theirs. No part changes the losses."""
 
     padded_prompts: bool = True
     full_rollout: bool = True

@@ -1,8 +1,8 @@
-"""`codmd-distill bench-step`: time of our training iteration beside the authors', with the share of each difference.
+"""`codmd-distill bench-step`: times our training iteration against the authors', with the share of each difference.
 
-Variants run in turn within each trial, in an order that rotates, so that load on the machine affects all alike. CPU
-time of the one thread is reported, which other processes do not add to, and wall-clock time. Exit steps are stratified:
-over 4 trials student and critic stop at each of the 4 steps equally often, as they do on average.
+Within each trial the variants run in a rotating order, so that load on the machine affects all alike. Reported are CPU
+time of the one thread, which other processes do not affect, and wall-clock time. Exit steps are stratified: over 4
+trials student and critic stop at each of the 4 steps equally often.
 """
 
 import argparse
@@ -33,7 +33,7 @@ LOSS_TOLERANCE = 1e-3  # relative: losses sum a million float32 products in anot
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """One variant with networks and optimizers of its own.
+    """One variant with its own networks and optimizers.
 
     Attributes:
         losses: (role, iteration, exit step) -> loss.
@@ -225,7 +225,7 @@ def check_losses(arms: list[Arm]) -> float:
 
 
 def _cycle(arm: Arm, config: "DistillConfig", trial: int) -> None:
-    """Run the iterations of one trial: the student's turn in the first, the critic's in each."""
+    """Run the iterations of one trial: a student update in the first, a critic update in each."""
     every = config.student_every_iterations
     for iteration in range(trial * every, (trial + 1) * every):
         for role in ("student", "critic") if iteration % every == 0 else ("critic",):

@@ -1,4 +1,4 @@
-"""`codmd-distill eval shapebench`: arguments, arms in order, files; imports nothing heavy until it runs."""
+"""`codmd-distill eval shapebench`: arguments, order of arms, output files; imports nothing heavy until it runs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _check_args(args: argparse.Namespace) -> None:
 
 
 def _text_before_marker(path: Path) -> str | None:
-    """Text of a file up to and with its one marker line, None when there is no such file or line."""
+    """Return the text of a file up to and including its marker line; None without such a file or line."""
     try:
         before, *after = path.read_text(encoding="utf-8").split(INSERT_MARKER)
     except (OSError, UnicodeDecodeError):
@@ -140,7 +140,7 @@ def _report_settings(args: argparse.Namespace) -> dict[str, object]:
 
 
 class _Runner:
-    """Draws and measures the arms one after the other, under one progress bar."""
+    """Draw and measure the arms one after the other, under one progress bar."""
 
     def __init__(
         self, args: argparse.Namespace, config: SuiteConfig, suite: Suite, students: dict[str, Path], device: Any
@@ -158,7 +158,7 @@ class _Runner:
         self.keep = tuple(range(min(SAMPLED_CAPTIONS, config.num_captions))) if args.samples else ()
 
     def run(self) -> list[ArmResult]:
-        """Every arm, in the order of the table."""
+        """Run every arm, in the order of the table."""
         from distill.evaluate.sample import load_student, load_teacher, render_truth, sample_student
         from distill.evaluate.shapebench import measure_reference
 

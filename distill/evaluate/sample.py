@@ -1,4 +1,4 @@
-"""Draw the clips that are compared: teachers, students, ground truth, ground truth through the VAE.
+"""Draws the clips that are compared: teachers, students, ground truth, ground truth through the VAE.
 
 Knows nothing of scores. Every arm gets the same captions and, from (bench seed, caption, seed), the same first noise.
 
@@ -36,7 +36,7 @@ _NOISE_STREAM, _TRUTH_STREAM = 11, 12
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One clip to draw: a caption, its index in the bench, and which of its samples this is."""
+    """One clip to draw: a caption, its index in the bench, and a sample seed."""
 
     caption: str
     caption_index: int
@@ -54,7 +54,7 @@ class Canvas:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SampledModel:
-    """A network with how to prompt it, step it and see its output.
+    """A network with its text encoder, step grid and VAE.
 
     Attributes:
         denoise: the transformer, in float32, taking compact prompt embeddings.
@@ -228,7 +228,7 @@ def render_truth(
 
 
 def through_vae(model: SampledModel, clips: np.ndarray, on_clips: OnClips | None = None) -> np.ndarray:
-    """Encode and decode clips: what the best sampler could show at most; uint8 in, uint8 out, (B, T, H, W, 3)."""
+    """Encode and decode clips, the upper bound of any sampler; uint8 in, uint8 out, (B, T, H, W, 3)."""
     vae, parts = model.vae, []
     shape = (1, -1, 1, 1, 1)
     mean, std = (
@@ -265,7 +265,7 @@ def _sample_clips(
 
 
 def embed_captions(model: SampledModel, captions: Sequence[str]) -> tuple[dict[str, int], Tensor]:
-    """Embed distinct captions, trimmed alike.
+    """Embed distinct captions, trimmed to the same length.
 
     Returns:
         The row of each caption, and (P, N, D) of them all; row 0 is the empty negative prompt.

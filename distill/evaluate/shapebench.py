@@ -1,4 +1,4 @@
-"""ShapeBench: which clips to draw, from which arms, and every clip's scores and factors; knows no tables.
+"""ShapeBench: the clips and arms to draw, and every clip's scores and factors; knows no tables.
 
 The breadth suite is many captions with few seeds, for caption following and looks; the depth suite a few moving
 captions with many seeds, for what the caption leaves open. Both are held-out captions, the same for every arm.
@@ -37,7 +37,7 @@ _DEPTH_POOL = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SuiteConfig:
-    """What is drawn.
+    """Settings of the suites.
 
     Attributes:
         num_captions: held-out captions of the breadth suite, one and two objects in turn.
@@ -66,7 +66,7 @@ class SuiteConfig:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The clips every arm has to draw.
+    """The clips that every arm draws.
 
     Attributes:
         requests: all of them, each once.
@@ -80,16 +80,16 @@ class Suite:
 
     @property
     def caption_index(self) -> np.ndarray:
-        """Caption of each clip: int (K,)."""
+        """Return the caption index of each clip: int (K,)."""
         return np.array([request.caption_index for request in self.requests])
 
     @property
     def num_objects(self) -> np.ndarray:
-        """Objects each clip's caption states: int (K,)."""
+        """Return the number of objects each clip's caption states: int (K,)."""
         return np.array([parse_caption(request.caption).count for request in self.requests])
 
     def rows(self, caption_index: int) -> np.ndarray:
-        """Where the clips of one caption stand among the requests, in order of their seeds."""
+        """Return the request indices of one caption's clips, in order of their seeds."""
         return np.nonzero(self.caption_index == caption_index)[0]
 
 
@@ -108,7 +108,7 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmResult:
-    """What was measured of one arm.
+    """Measurements of one arm.
 
     Attributes:
         name, label: short key, and the row's heading.
@@ -163,7 +163,7 @@ def measure_reference(suite: Suite, config: SuiteConfig, on_clips: Callable[[int
 
 
 def num_reference(config: SuiteConfig) -> int:
-    """Ground-truth renders of each depth caption."""
+    """Return the number of ground-truth renders per depth caption."""
     return max(_MIN_REFERENCE, 2 * config.depth_seeds)
 
 

@@ -1,4 +1,4 @@
-"""The Markdown of a ShapeBench report; computes no score."""
+"""Formats a ShapeBench report as Markdown; computes no score."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distill.evaluate.report import (
 
 
 def as_markdown(analysis: Analysis, students: Sequence[str], settings: dict[str, object]) -> str:
-    """The whole report.
+    """Return the whole report.
 
     Args:
         analysis: of all arms.

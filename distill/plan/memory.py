@@ -48,7 +48,7 @@ MemoryByPhase = dict[str, dict[str, int]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """What one GPU computes at a time: the samples of a micro-batch, and the lengths of each."""
+    """A micro-batch of one GPU: its number of samples, and the sequence lengths of each."""
 
     samples: int
     sequence: Sequence
@@ -68,7 +68,7 @@ def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
 def state_bytes(
     subject: Subject, options: PlanOptions, roles: tuple[str, ...] = ("student", "critic")
 ) -> dict[str, int]:
-    """Return what one GPU holds all the time: weights, moments of the roles that are updated, EMA."""
+    """Return the persistent bytes of one GPU: weights, optimizer moments of the trained roles, EMA."""
     config, parameters = subject.config, subject.parameters
     trained, master = trained_counts(subject, options), DTYPE_BYTES[options.master_dtype]
     teacher = DTYPE_BYTES[config.teacher_dtype] * parameters.total
@@ -87,7 +87,7 @@ def state_bytes(
 def phase_bytes(
     subject: Subject, options: PlanOptions, load: MicroBatch, passes: Mapping[str, Passes]
 ) -> MemoryByPhase:
-    """Return the memory of one GPU by phase and part, each phase at its worst moment.
+    """Return the peak memory of one GPU in each phase, by part.
 
     Args:
         subject: settings and network.
@@ -120,7 +120,7 @@ def phase_bytes(
 
 
 def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward: bool) -> int:
-    """Return the weights that a network's pass holds beside its own: gathered shards, or autocast's bf16 copies.
+    """Return the bytes of temporary weights in a network's pass: all-gathered shards, or autocast's bf16 copies.
 
     Sharded, `DistillConfig.gather_precision` gives the dtype. In fp32 three blocks are held. Forward: the block being
     freed, the buffer that gathers the next one, and the copy out of that buffer. Backward: the block that computes, the
@@ -173,7 +173,7 @@ def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own
 
 
 def _kept_copies(subject: Subject, options: PlanOptions) -> int:
-    """Return autocast's copies that one student graph keeps on one GPU."""
+    """Return the bytes of autocast's weight copies that one student graph keeps on one GPU."""
     if options.gpus > 1 or options.activation_checkpointing:
         return 0
     return copy_bytes(subject, options, "student", is_backward=False)

@@ -1,4 +1,4 @@
-"""The machine and the layout that a plan is made for; standard library only.
+"""Machine and parallel layout of a plan; standard library only.
 
 Knows no network. Every field of `PlanOptions` is an option of `codmd-distill plan`.
 """
@@ -59,7 +59,7 @@ class PlanOptions:
 
     @property
     def data_parallel(self) -> int:
-        """Groups of GPUs that each train on samples of their own."""
+        """Return the data-parallel degree."""
         return self.gpus // self.context_parallel
 
 

@@ -1,4 +1,4 @@
-"""A plan from settings and options, and the smallest change of options that makes a run fit; pure arithmetic."""
+"""Makes a plan from settings and options, and finds the smallest change that makes a run fit; pure arithmetic."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ ITERATIONS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a run needs.
+    """Memory and time that a run needs.
 
     Attributes:
         memory: bytes of one GPU by phase and part.
@@ -39,37 +39,37 @@ class Plan:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Bytes of one GPU by phase."""
+        """Return the bytes of one GPU by phase."""
         return {phase: sum(parts.values()) for phase, parts in self.memory.items()}
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """Return the phase with the highest memory."""
         return max(self.totals, key=lambda phase: self.totals[phase])
 
     @property
     def headroom_bytes(self) -> int:
-        """Bytes that the worst phase leaves of a GPU; negative when it does not fit."""
+        """Return the free bytes in the worst phase; negative when it does not fit."""
         return round(self.options.gpu_gib * GIB) - self.totals[self.peak_phase]
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits."""
+        """Return whether every phase fits."""
         return self.headroom_bytes >= 0
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Mean seconds of an iteration at the stated rate, with all communication hidden."""
+        """Return the mean seconds of an iteration at the stated rate, with all communication hidden."""
         return sum(self.flops.values()) / (self.options.gpus * self.options.tflops * 1e12)
 
     @property
     def hours_per_1000_iterations(self) -> float:
-        """The same in hours per 1000 iterations."""
+        """Return hours per 1000 iterations at that rate."""
         return self.seconds_per_iteration * ITERATIONS / 3600
 
     @property
     def sampling_flops(self) -> float:
-        """Operations of one GPU before the first iteration, for samples of the teacher.
+        """Return the operations of one GPU for the teacher's samples, before the first iteration.
 
         Raises:
             ConfigError: the prompts cannot be read.
@@ -78,13 +78,13 @@ class Plan:
 
     @property
     def sampling_hours(self) -> float:
-        """Hours before the first iteration at the stated rate, for samples of the teacher."""
+        """Return the hours for the teacher's samples at the stated rate, before the first iteration."""
         return self.sampling_flops / (self.options.tflops * 1e12) / 3600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suggestion:
-    """A plan that fits, and the arguments that the command needs for it."""
+    """A plan that fits, and the command-line arguments that give it."""
 
     plan: Plan
     changes: tuple[str, ...]
@@ -192,7 +192,7 @@ def _is_guided(subject: Subject) -> bool:
 
 
 def _sampling_flops(subject: Subject, load: MicroBatch) -> float:
-    """Count the samples of the teacher: every group of ranks that share a sample makes all of them."""
+    """Count the operations of the teacher's samples: every group of ranks that share a sample makes all of them."""
     sampling = METHODS[subject.config.method].teacher_sampling(subject.config)
     if sampling is None:
         return 0.0

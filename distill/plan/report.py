@@ -1,4 +1,4 @@
-"""A plan as text and as JSON; computes nothing but sums."""
+"""Formats a plan as text and as JSON; computes only sums."""
 
 import dataclasses
 import textwrap
@@ -19,7 +19,7 @@ _STATES = ("weights", "optimizer", "gradients")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PlanReport:
-    """Everything that is printed about a plan.
+    """The content of a plan's report.
 
     Attributes:
         plan: the requested one.
@@ -50,7 +50,7 @@ def plan_text(report: PlanReport) -> str:
 
 
 def plan_json(report: PlanReport) -> dict[str, Any]:
-    """Return the content of the text as plain values, sizes in bytes."""
+    """Return the report as JSON values, sizes in bytes."""
     data = _plan_json(report.plan)
     data["suggestion"] = None
     if report.suggestion is not None:
