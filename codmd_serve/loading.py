@@ -19,7 +19,7 @@ from codmd_serve.verdicts import Verdicts
 from codmd_serve.video import find_ffmpeg
 from codmd_serve.wan.checkpoint import Bundle, load_bundle, native_attention_shape
 from codmd_serve.wan.fp8 import check_quantization, quantize_blocks
-from codmd_serve.wan.kernels import LOSSY, AttentionShape, check_attention_name, choose_attention, installed_kernels
+from codmd_serve.wan.kernels import LOSSY, check_attention_name, choose_attention, installed_kernels
 from codmd_serve.wan.precision import choose_vae_dtype
 from codmd_serve.wan.preview import fit_preview
 from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder, fingerprint
@@ -53,9 +53,8 @@ def load_engine(
         quantization: none, or fp8 for 8-bit matrix products.
         execution: auto (what is fastest; eager on a CPU), eager, graph, compiled or compiled+graph.
         text_encoder: auto (gpu where its weights leave room, else offload), gpu, cpu or offload.
-        text_cache: folder for embeddings; empty is memory only.
+        text_cache, cache: folders for embeddings, and for what was measured, for the next load; empty keeps neither.
         vae_dtype: auto (float16 on cuda where the activations fit, else float32), float32, bfloat16 or float16.
-        cache: folder that keeps what was measured for the next load; empty measures every time.
         threads: CPU threads of torch; 0 leaves them as they are.
 
     Raises:
@@ -80,10 +79,9 @@ def load_engine(
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
     shape = native_attention_shape(bundle.transformer.config, bundle.vae.config, bundle.spec.native)
-    verdicts = _verdicts(cache, bundle, facts, shape, (attention, quantization, execution))
+    verdicts = _verdicts(cache, bundle, facts, (shape, attention, quantization, execution))
     chosen = choose_attention(attention, shape, chosen_device, chosen_dtype, verdicts)
-    lossy = [name for name in (quantization, attention) if name == "fp8" or name in LOSSY]
-    facts = replace(facts, attention=chosen.name, lossy="+".join(lossy))
+    facts = replace(facts, attention=chosen.name, lossy=_lossy(quantization, attention))
     transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
     if quantization == "fp8":
         quantize_blocks(transformer)
@@ -107,12 +105,17 @@ def _warm_up(engine: Engine, path: Path, vae_dtype: torch.dtype) -> None:
         ) from error
 
 
-def _verdicts(cache: str, bundle: Bundle, facts: ModelFacts, shape: AttentionShape, asked: tuple[str, ...]) -> Verdicts:
+def _lossy(*names: str) -> str:
+    """Return the names of the lossy settings, joined by `+`; empty when all are exact."""
+    return "+".join(name for name in names if name == "fp8" or name in LOSSY)
+
+
+def _verdicts(cache: str, bundle: Bundle, facts: ModelFacts, asked: tuple[object, ...]) -> Verdicts:
     """Return the cached measurements of this bundle on this device with these versions."""
     if not cache:
         return Verdicts(None)
     versions = (__version__, torch.__version__, torch.version.cuda, installed_kernels(torch.device("cuda")))
-    what = (facts.name, facts.device, facts.dtype, shape, bundle.spec, fingerprint(bundle.transformer))
+    what = (facts.name, facts.device, facts.dtype, bundle.spec, fingerprint(bundle.transformer))
     return Verdicts(Path(cache), versions, what, asked)
 
 

@@ -182,7 +182,7 @@ def headroom(analysis: Analysis) -> list[dict[str, float | str | bool | None]]:
 
 
 def targets(analysis: Analysis, student: str) -> dict[str, object]:
-    """Report a student's targets: its share of the teacher's following scores, and video scores below guided few steps.
+    """Report a student's share of the teacher's following scores, and its video scores below guided few steps."""
     result: dict[str, object] = {}
     if "teacher" in analysis.arms:
         shares = {}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image
+from polling import wait_until
 
 from codmd_serve import engine as engine_module
 from codmd_serve.config import MAX_SEED, GenerateParams
@@ -325,9 +326,12 @@ def test_an_interrupt_while_the_encoder_is_waited_for_ends_it_and_leaves_nothing
     out = tmp_path / "out"
     out.mkdir()
 
-    def interrupted(_: object) -> None:
-        while not list(out.iterdir()):
-            pass
+    result_of = Future.result
+
+    def interrupted(future: Future[object], timeout: float | None = None) -> object:
+        if engine._tail is None or future is not engine._tail.result:
+            return result_of(future, timeout)  # the noise is waited for too
+        wait_until(lambda: list(out.iterdir()), DEADLINE_S, "the encoder has begun its file")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -28,6 +28,7 @@ def test_the_largest_video_follows_from_free_memory(monkeypatch: pytest.MonkeyPa
 
 def test_convolutions_are_measured_at_warm_up_only(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames, seen = StreamingDecoder.frames, list[bool]()
+    monkeypatch.setattr("codmd_serve.loading.fit_preview", lambda _: ())  # which decodes, too
 
     def watched(self: StreamingDecoder, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         seen.append(torch.backends.cudnn.benchmark)
@@ -58,6 +59,7 @@ def test_an_overflow_of_the_half_precision_vae_decodes_again_in_float32(
 
 def test_a_chunk_that_does_not_fit_is_halved_at_load(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames, sizes = StreamingDecoder.frames, list[int]()
+    monkeypatch.setattr("codmd_serve.loading.fit_preview", lambda _: ())  # which decodes, too
 
     def short_of_memory(self: StreamingDecoder, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         sizes.append(self.max_chunk)

@@ -49,7 +49,7 @@ def test_a_norm_of_full_width_writes_behind_the_history(channels: int) -> None:
 
 def test_half_precision_of_the_embedded_vae_is_taken_and_near_float32() -> None:
     base = default_bundle_path().parent / "shapeworld"
-    vae: AutoencoderKLWan = load_module(AutoencoderKLWan, base, "vae", True, torch_dtype=torch.float32)
+    vae: AutoencoderKLWan = load_module(AutoencoderKLWan, base, "vae", torch_dtype=torch.float32)
     vae = vae.eval().requires_grad_(False).cuda()
     latents = torch.randn(1, *latent_shape(vae, 64, 64, 17), device=CUDA)
     decoder = StreamingDecoder(copy.deepcopy(vae))

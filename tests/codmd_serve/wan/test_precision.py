@@ -33,7 +33,7 @@ def half_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def embedded_vae() -> AutoencoderKLWan:
     base = default_bundle_path().parent / "shapeworld"
-    return load_module(AutoencoderKLWan, base, "vae", True, torch_dtype=torch.float32).eval().requires_grad_(False)
+    return load_module(AutoencoderKLWan, base, "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
 
 
 def decoded(decoder: StreamingDecoder, latents: Tensor) -> Tensor:
