@@ -1,1 +1,1 @@
-"""Pages to look at the server with; clients of its HTTP API and of nothing else."""
+"""Web pages for the server; they use its HTTP API only."""

@@ -1,4 +1,4 @@
-"""The text-to-video page: a prompt, a seed, a video, and where the time went. An HTTP client of the server.
+"""The text-to-video page: prompt, seed, video and stage times. An HTTP client of the server.
 
 It imports neither the server nor the trainer, and loads nothing from the internet: fonts are the reader's own, and the
 video is the server's own URL of the job. A job whose tab is closed is cancelled.
@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 import httpx
 
-EXAMPLES = [
+EXAMPLE_PROMPTS = [
     "a red circle moves right quickly on a black background",
     "a yellow square moves left quickly on a black background",
     "a purple cross moves up quickly on a black background",
@@ -28,7 +28,7 @@ TIMEOUT = httpx.Timeout(10.0, read=60.0)
 POLL_S = 0.2
 # By which a reader's browser or proxy sends an API key.
 KEY_HEADERS = ("authorization", "x-api-key")
-STAGES = {"queue": "#94a3b8", "text": "#f59e0b", "denoise": "#6366f1", "decode": "#14b8a6", "encode": "#ec4899"}
+STAGE_COLOURS = {"queue": "#94a3b8", "text": "#f59e0b", "denoise": "#6366f1", "decode": "#14b8a6", "encode": "#ec4899"}
 
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
@@ -54,7 +54,7 @@ EMPTY_SCREEN = '<div class="frame">your video appears here</div>'
 
 
 def page_options() -> dict[str, Any]:
-    """What Gradio takes where a page is mounted rather than where it is built: the looks, and no server of its own."""
+    """Return the options that Gradio takes when a page is mounted: theme, CSS, and no server of its own."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "DejaVu Sans", "sans-serif"]
     theme = gr.themes.Soft(
         primary_hue="indigo",
@@ -67,7 +67,7 @@ def page_options() -> dict[str, Any]:
 
 
 def build_page(server: str) -> gr.Blocks:
-    """Lay the page out.
+    """Build the page.
 
     Args:
         server: address of a codmd-serve, such as http://127.0.0.1:8000.
@@ -89,9 +89,15 @@ def build_page(server: str) -> gr.Blocks:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5):
                 prompt = gr.Textbox(
-                    EXAMPLES[0], label="Prompt", lines=3, max_lines=6, max_length=4000, elem_id="prompt", autofocus=True
+                    EXAMPLE_PROMPTS[0],
+                    label="Prompt",
+                    lines=3,
+                    max_lines=6,
+                    max_length=4000,
+                    elem_id="prompt",
+                    autofocus=True,
                 )
-                gr.Examples([[example] for example in EXAMPLES], [prompt], label="Try one of these")
+                gr.Examples([[example] for example in EXAMPLE_PROMPTS], [prompt], label="Try one of these")
                 with gr.Row(equal_height=True):
                     seed = gr.Number(
                         DEFAULT_SEED, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", scale=3
@@ -135,7 +141,7 @@ class SessionJobs:
             self._open.pop(session, None)
 
     async def cancel(self, session: str) -> None:
-        """Give up all jobs of a tab that was closed."""
+        """Cancel all jobs of a closed tab."""
         async with httpx.AsyncClient(timeout=TIMEOUT, trust_env=False) as client:
             for job_id, keys in self._open.pop(session, {}).items():
                 with contextlib.suppress(httpx.HTTPError):
@@ -150,7 +156,7 @@ async def follow_video(
     jobs: SessionJobs | None = None,
     session: str = "",
 ) -> AsyncIterator[tuple[str, str]]:
-    """Ask the server for a video and tell how it goes.
+    """Submit a job to the server and yield its progress.
 
     Args:
         server: address of a codmd-serve.
@@ -169,7 +175,7 @@ async def follow_video(
         async with httpx.AsyncClient(timeout=TIMEOUT, trust_env=False) as client:
             answer = await client.post(f"{server}/generate", json=body, headers={**keys, "Prefer": "respond-async"})
             if answer.status_code != 202:
-                yield EMPTY_SCREEN, _error(_sentence(answer))
+                yield EMPTY_SCREEN, _error_html(_sentence(answer))
                 return
             job = answer.json()
             if jobs is not None:
@@ -179,16 +185,16 @@ async def follow_video(
                 await asyncio.sleep(POLL_S)
                 answer = await client.get(f"{server}/jobs/{job['id']}", headers=keys)
                 if answer.status_code != 200:
-                    yield EMPTY_SCREEN, _error(_sentence(answer))
+                    yield EMPTY_SCREEN, _error_html(_sentence(answer))
                     return
                 job = answer.json()
     except httpx.HTTPError as error:
-        yield EMPTY_SCREEN, _error(f"The server at {server} does not answer: {type(error).__name__}.")
+        yield EMPTY_SCREEN, _error_html(f"The server at {server} does not answer: {type(error).__name__}.")
         return
     if jobs is not None:
         jobs.remove(session, job["id"])
     if job["status"] != "completed":
-        yield EMPTY_SCREEN, _error(str((job["error"] or {}).get("message", f"the job is {job['status']}")))
+        yield EMPTY_SCREEN, _error_html(str((job["error"] or {}).get("message", f"the job is {job['status']}")))
         return
     source = f'<video src="jobs/{html.escape(job["id"])}/video" autoplay loop muted playsinline controls></video>'
     yield f'<div class="frame">{source}</div>', times_html(job)
@@ -203,11 +209,11 @@ def _waiting_screen(job: dict[str, Any]) -> str:
 
 
 def times_html(job: dict[str, Any]) -> str:
-    """Stage times, seed and warnings of a finished job, as a bar with a legend."""
-    times_ms = {stage: float(job["timings_ms"][stage]) for stage in STAGES if stage in job["timings_ms"]}
-    bar = "".join(f'<div style="flex:{times_ms[stage]};background:{STAGES[stage]}"></div>' for stage in times_ms)
+    """Return stage times, seed and warnings of a finished job as HTML: a bar with a legend."""
+    times_ms = {stage: float(job["timings_ms"][stage]) for stage in STAGE_COLOURS if stage in job["timings_ms"]}
+    bar = "".join(f'<div style="flex:{times_ms[stage]};background:{STAGE_COLOURS[stage]}"></div>' for stage in times_ms)
     entries = [
-        f'<span><i style="background:{STAGES[stage]}"></i>{stage} <b>{value:.0f} ms</b></span>'
+        f'<span><i style="background:{STAGE_COLOURS[stage]}"></i>{stage} <b>{value:.0f} ms</b></span>'
         for stage, value in times_ms.items()
     ]
     entries.append(f"<span>total <b>{sum(times_ms.values()) / 1000:.2f} s</b></span>")
@@ -224,5 +230,5 @@ def _sentence(answer: httpx.Response) -> str:
         return f"The server answered {answer.status_code}."
 
 
-def _error(sentence: str) -> str:
+def _error_html(sentence: str) -> str:
     return f'<div class="error">{html.escape(sentence[:1].upper() + sentence[1:])}</div>'

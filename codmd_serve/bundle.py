@@ -1,4 +1,4 @@
-"""What a student bundle says about itself before it is loaded: its hash, and the facts in its JSON files. No torch."""
+"""Reads a student bundle without loading it: its hash, and the facts in its JSON files. No torch."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from codmd_serve.config import ModelFacts
 
 # What decides a video; a log or a README beside it does not.
 BUNDLE_PARTS = ("student.json", "world.json", "transformer")
-BASE_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "vae")
+SHARED_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "vae")
 SAMPLED_FROM_BYTES = 64 * 2**20
 NUM_SAMPLES, SAMPLE_BYTES = 64, 2**16
 # Wan's, for a VAE that does not say.
@@ -19,7 +19,7 @@ SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4
 
 
 def bundle_hash(bundle: Path) -> str:
-    """Name the content of a bundle and its base: equal folders on two machines have the same hash.
+    """Hash the content of a bundle and its base; equal folders on two machines have the same hash.
 
     Files above 64 MiB count by size and 64 evenly spaced samples: training changes weights everywhere, and reading
     tens of gigabytes would take a minute of every start.
@@ -34,7 +34,7 @@ def bundle_hash(bundle: Path) -> str:
     if isinstance(base, str) and 0 < len(base) < 1000:
         folder = _base_folder(bundle, base)
         if folder.is_dir():
-            parts += [folder / name for name in BASE_PARTS]
+            parts += [folder / name for name in SHARED_PARTS]
         else:
             digest.update(base.encode(errors="replace"))
     for part in parts:
@@ -57,7 +57,7 @@ def _add_content(digest: Any, path: Path, size: int) -> None:
 
 
 def declared_facts(bundle: Path) -> ModelFacts | None:
-    """Facts that judge a request while the engine still loads; None when the bundle does not say, or is broken.
+    """Return the facts that validate requests while the engine loads; None when the bundle lacks them or is broken.
 
     The loaded engine's own replace them; what only a device knows (`device`, `service_s`, `max_video_px` ...) is empty.
     """

@@ -32,7 +32,7 @@ LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 def default_bundle_path() -> Path:
-    """Folder of the student that ships with the project, in an installed wheel or in a checkout.
+    """Return the folder of the embedded student, in an installed wheel or in a checkout.
 
     Returns:
         The path, whether or not it exists: the loader reports what is missing.
@@ -44,7 +44,7 @@ def default_bundle_path() -> Path:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """What an operator may choose. The command line and CODMD_* variables are made from these fields.
+    """Settings of a server. The command line and CODMD_* variables are generated from these fields.
 
     Raises:
         ConfigError: a value out of its range.
@@ -140,15 +140,15 @@ class ServeConfig:
 
     @property
     def num_workers(self) -> int | None:
-        """Worker processes that were asked for; None is one per GPU, and one on a CPU."""
+        """Return the requested number of worker processes; None is one per GPU, and one on a CPU."""
         return None if self.workers == "auto" else int(self.workers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateParams:
-    """One video to make: everything that decides its bytes, besides the bundle. Validated where a request enters.
+    """One video to make: everything that determines its bytes, besides the bundle. Validated where a request enters.
 
-    Args:
+    Attributes:
         prompt: 1..4000 characters, not blank.
         seed: 0..2^63-1.
         height, width: pixels.
@@ -177,9 +177,9 @@ class GenerateParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """What a loaded engine tells about itself, so that requests can be judged without it.
+    """Facts of a loaded engine, enough to validate a request without it.
 
-    Args:
+    Attributes:
         name: of the bundle.
         device, dtype, attention, execution: what runs it; attention is a kernel, or two as `self+prompt`.
         num_steps: of the sampler.

@@ -13,7 +13,7 @@ from codmd_serve import __version__
 from codmd_serve.errors import ConfigError
 from codmd_serve.grid import SAMPLERS
 from codmd_serve.textfiles import shown
-from codmd_serve.wan.families import CONTRACTS, plain_table
+from codmd_serve.wan.families import METHOD_SAMPLING, plain_table
 
 if TYPE_CHECKING:
     from codmd_serve.wan.checkpoint import StudentSpec
@@ -34,10 +34,10 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist"
     )
-    parser.add_argument("--method", help=f"{', '.join(CONTRACTS)}; guessed from the keys when absent")
+    parser.add_argument("--method", help=f"{', '.join(METHOD_SAMPLING)}; guessed from the keys when absent")
     parser.add_argument(
         "--timesteps",
-        type=_timesteps,
+        type=_parse_timesteps,
         metavar="T,T,...",
         help="what the network is fed, for example 1000,750,500,250; as stated, or the method's, when absent",
     )
@@ -102,7 +102,7 @@ def _assumptions(spec: "StudentSpec") -> list[str]:
     return ["assumed, because the file does not say it (kept in student.json):", *lines]
 
 
-def _timesteps(text: str) -> tuple[float, ...]:
+def _parse_timesteps(text: str) -> tuple[float, ...]:
     wanted = f"--timesteps must be descending numbers in (0, 1000], for example 1000,750,500,250, got {shown(text)}"
     try:
         timesteps = tuple(float(word) for word in text.split(","))

@@ -1,7 +1,8 @@
-"""How many CPU cores this process may use, and OpenMP threads that wait without spinning. Standard library only.
+"""Counts usable CPU cores, and makes OpenMP threads wait without spinning. Standard library only.
 
-A thread that spins at a barrier takes the core that the thread it waits for needs. Where cores are shared, as in a
-container with a CPU quota, that makes a request up to 29 times slower; these settings cost nothing on an idle machine.
+A thread that spins at a barrier occupies the core that another thread needs to reach it. Where cores are shared, as in
+a container with a CPU quota, that makes a request up to 29 times slower. These settings cost nothing on an idle
+machine.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def usable_cpus(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
-    """Cores that this process may keep busy: its affinity, limited by the CPU quota of its control groups.
+    """Return the cores that this process may use: its affinity, limited by the CPU quota of its cgroups.
 
     Args:
         cgroups: where the control groups are mounted, version 1 or 2.
@@ -36,7 +37,7 @@ def usable_cpus(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
 
 
 def prepare_threads(environment: MutableMapping[str, str], threads: int = 0) -> None:
-    """Set what OpenMP and BLAS libraries read when they are loaded: call it before torch or numpy is imported.
+    """Set the variables of OpenMP and BLAS libraries; call it before torch or numpy is imported.
 
     Args:
         environment: os.environ; what the user has set stays.
@@ -48,7 +49,7 @@ def prepare_threads(environment: MutableMapping[str, str], threads: int = 0) -> 
 
 
 def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
-    """Cores of each control group that limits this process: its own and those above it."""
+    """Return the CPU quota, in cores, of each cgroup of this process and its parents."""
     try:
         lines = membership.read_text(encoding="utf-8").split("\n")
     except OSError:

@@ -1,7 +1,7 @@
 """Records functions of tensors as CUDA graphs, once per shape at warm-up, and replays them; knows nothing of networks.
 
-Recording on request would let one client spend minutes and memory on a shape that nobody asks for again, so what was
-not recorded is for the caller to run as it is.
+Requests never record: one client could spend minutes and memory on a shape that nobody asks for again. The caller runs
+an unrecorded shape eagerly.
 """
 
 import logging
@@ -17,18 +17,18 @@ from codmd_serve.files import first_line
 
 MAX_GRAPHS = 6
 NUM_WARM_RUNS = 2
-MAX_SHAPES_TOLD = 256
+MAX_WARNED_SHAPES = 256
 
 # Runs a function once or more to record it; returns what repeats it, and the tensor it then writes to.
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 # (identity of the weights, (shape, dtype) of every input)
-Key = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
+GraphKey = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class CudaRecorder:
-    """Records on one device. Its graphs share one pool of memory: only one of them runs at a time.
+    """Records CUDA graphs on one device. They share one memory pool, so only one of them runs at a time.
 
     Args:
         device: a CUDA device; recording on another raises RuntimeError.
@@ -78,14 +78,14 @@ class Graphs:
     def __init__(self, record: Record, *, identity: str = "", max_graphs: int = MAX_GRAPHS) -> None:
         self.failure = ""
         self._record, self._identity, self._max_graphs = record, identity, max_graphs
-        self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
-        self._told: set[Key] = set()
+        self._graphs: OrderedDict[GraphKey, _Graph] = OrderedDict()
+        self._warned: set[GraphKey] = set()
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def key(self, *inputs: Tensor) -> Key:
-        """What a recorded call is found by."""
+    def key(self, *inputs: Tensor) -> GraphKey:
+        """Return the key of a recorded call."""
         return self._identity, tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
 
     @torch.inference_mode()
@@ -114,14 +114,14 @@ class Graphs:
         except Exception as error:  # whatever a driver, a library or the network raises, eager execution is left
             self.failure = first_line(error)
             self._graphs.clear()
-            log.warning("execution=eager reason=%r", self.failure)
+            logger.warning("execution=eager reason=%r", self.failure)
             return False
         self._graphs[key] = _Graph(static, replay, output, keeps)
         return True
 
     @torch.inference_mode()
     def replay(self, *inputs: Tensor) -> Tensor | None:
-        """Repeat a recorded call with other values.
+        """Replay a recorded call with new values.
 
         Returns:
             A tensor of the caller's own, or None when nothing of these shapes was recorded, which is logged once.
@@ -129,9 +129,9 @@ class Graphs:
         key = self.key(*inputs)
         graph = self._graphs.get(key)
         if graph is None:
-            if not self.failure and key not in self._told and len(self._told) < MAX_SHAPES_TOLD:
-                self._told.add(key)
-                log.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, inputs[0].shape)))
+            if not self.failure and key not in self._warned and len(self._warned) < MAX_WARNED_SHAPES:
+                self._warned.add(key)
+                logger.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, inputs[0].shape)))
             return None
         self._graphs.move_to_end(key)
         for buffer, given in zip(graph.inputs, inputs, strict=True):
@@ -141,5 +141,5 @@ class Graphs:
         return graph.output.clone()
 
     def clear(self) -> None:
-        """Let go of all graphs and their memory."""
+        """Drop all graphs and free their memory."""
         self._graphs.clear()

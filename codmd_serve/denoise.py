@@ -1,8 +1,8 @@
 """The four steps of one student on one device: eager, with compiled blocks, or as one CUDA graph per shape.
 
-Knows neither text nor pixels. Which of them pays is measured at load, on one step: a graph saves what the device waits
-for the host, which is nothing on large videos and most of the time on small ones. Compiled blocks are raced only where
-our own kernels do not fuse the elementwise parts already: without Triton, and in 8 bits.
+Knows neither text nor pixels. The mode is chosen at load by timing one step. A graph removes the time the device waits
+for the host: nothing on large videos, most of the time on small ones. Compiled blocks are tried only where our own
+kernels do not already fuse the elementwise parts: without Triton, and in fp8.
 
 Legend: S steps, B batch, C channels, F latent frames, H and W latent rows and columns, L prompt positions.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from codmd_serve.config import EXECUTIONS
-from codmd_serve.cuda_graph import MAX_SHAPES_TOLD, CudaRecorder, Graphs, Key, Record
+from codmd_serve.cuda_graph import MAX_WARNED_SHAPES, CudaRecorder, GraphKey, Graphs, Record
 from codmd_serve.errors import ConfigError
 from codmd_serve.sampler import OnStep, rollout
 from codmd_serve.verdicts import Verdicts
@@ -29,14 +29,14 @@ from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 # Prompts are padded up to one of these, so that three graphs serve every prompt. Longer ones cost next to nothing:
 # a video has 32,760 tokens.
 PROMPT_SIZES = (32, 128, 512)
-WORTH_IT = 0.98  # of the time without; below, a graph or a compiled block pays for its memory
+MAX_TIME_RATIO = 0.98  # of the time without it; a graph or compiled block slower than this is not worth its memory
 NUM_TIMED = 3
 
 logger = logging.getLogger(__name__)
 
 
 def choose_execution(name: str, device: torch.device) -> str:
-    """Turn the name of an execution into one that could work on `device`.
+    """Resolve an execution mode for `device`.
 
     Raises:
         ConfigError: not one of the names.
@@ -48,7 +48,7 @@ def choose_execution(name: str, device: torch.device) -> str:
 
 
 class DenoiseLoop:
-    """All steps of a student: noise and a prompt in, predicted clean latents out.
+    """The denoising loop of a student: noise and a prompt in, predicted clean latents out.
 
     Args:
         transformer: built for the timesteps of `spec`.
@@ -77,12 +77,12 @@ class DenoiseLoop:
         self._verdicts = verdicts or Verdicts(None)
         self._record = record or CudaRecorder(transformer.device)
         self._graphs = Graphs(self._record, identity=identity)
-        self._compiled: set[Key] = set()
-        self._told: set[Key] = set()
+        self._compiled: set[GraphKey] = set()
+        self._warned: set[GraphKey] = set()
 
     @property
     def prompt_sizes(self) -> tuple[int, ...]:
-        """Lengths that prompts have to be padded to before they are encoded; none when any length will do."""
+        """Return the lengths that prompts are padded to before encoding; empty when any length works."""
         return () if self._asked == "eager" else PROMPT_SIZES
 
     def __call__(self, noise: Tensor, prompt: PromptCache, on_step: OnStep | None = None) -> Tensor:
@@ -106,14 +106,19 @@ class DenoiseLoop:
         return self._run(noise, prompt, on_step, self._is_compiled(noise, tensors))
 
     def _is_compiled(self, noise: Tensor, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether blocks were compiled for these shapes; where others were, that is logged, once per shape."""
+        """Return whether blocks were compiled for these shapes; if only others were, warn once per shape."""
         if not self._compiled:
             return False
         key = self._graphs.key(noise, *tensors)
         is_compiled = key in self._compiled
         # Graphs, where there are some, have said it already.
-        if not is_compiled and not len(self._graphs) and key not in self._told and len(self._told) < MAX_SHAPES_TOLD:
-            self._told.add(key)
+        if (
+            not is_compiled
+            and not len(self._graphs)
+            and key not in self._warned
+            and len(self._warned) < MAX_WARNED_SHAPES
+        ):
+            self._warned.add(key)
             logger.warning("execution=eager reason=not_warmed shape=%s", "x".join(map(str, noise.shape)))
         return is_compiled
 
@@ -138,7 +143,7 @@ class DenoiseLoop:
 
     @torch.inference_mode()
     def warm(self, noise: Tensor, prompts: Sequence[PromptCache]) -> None:
-        """Compile and record for the shape of `noise` and the length of each prompt, where that was asked for and pays.
+        """Compile and record for the shape of `noise` and each prompt length, where requested and faster.
 
         Args:
             noise: (S, B, C, F, H, W), any values.
@@ -161,13 +166,13 @@ class DenoiseLoop:
         return self._verdicts.get("execution", EXECUTIONS[1:])
 
     def _race(self, noise: Tensor, prompt: PromptCache) -> str:
-        """Time one step, not the loop: eager, compiled where inductor fuses what our kernels do not, and as a graph."""
+        """Time one step eager, compiled (where inductor fuses what our kernels do not) and as a graph."""
         latents, transformer = noise[0], self.transformer
         least_s = self._timed(lambda: transformer(latents, 0, prompt, False))
         names = []
         if not transformer.rows.is_fused or transformer.prefers_compiled:
             compiled_s = self._compiled_step_s(latents, prompt)
-            if compiled_s <= WORTH_IT * least_s:
+            if compiled_s <= MAX_TIME_RATIO * least_s:
                 names.append("compiled")
                 least_s = compiled_s
         graphs = Graphs(self._record)
@@ -175,19 +180,19 @@ class DenoiseLoop:
         is_compiled = bool(names)
 
         def one_step(latents: Tensor, *tensors: Tensor) -> Tensor:
-            flow_pred: Tensor = transformer(latents, 0, _prompt(tensors), is_compiled)
+            flow_pred: Tensor = transformer(latents, 0, _prompt_cache(tensors), is_compiled)
             return flow_pred
 
         tensors = _tensors(prompt)
         if graphs.record(one_step, latents, *tensors, keeps=keeps):
-            if self._timed(lambda: graphs.replay(latents, *tensors)) <= WORTH_IT * least_s:
+            if self._timed(lambda: graphs.replay(latents, *tensors)) <= MAX_TIME_RATIO * least_s:
                 names.append("graph")
         else:
             self.fallback = graphs.failure
         return "+".join(names) or "eager"
 
     def _compiled_step_s(self, latents: Tensor, prompt: PromptCache) -> float:
-        """Seconds of a compiled step; infinite, with the reason in `fallback`, where there is no compiler for it."""
+        """Return the seconds of a compiled step; infinite, with the reason in `fallback`, where compiling fails."""
         try:
             with _compiler_notices():
                 self.transformer.compile_blocks()
@@ -216,7 +221,7 @@ class DenoiseLoop:
         is_compiled = bool(self._compiled)
 
         def loop(noise: Tensor, *tensors: Tensor) -> Tensor:
-            return self._run(noise, _prompt(tensors), None, is_compiled)
+            return self._run(noise, _prompt_cache(tensors), None, is_compiled)
 
         keeps = self.transformer.rotary_table(noise.shape[1:])
         for prompt in prompts:
@@ -225,7 +230,7 @@ class DenoiseLoop:
                 return
 
     def _timed(self, run: Callable[[], object]) -> float:
-        """Median seconds of a run, after one that is not counted."""
+        """Return the median seconds of a run, after one warm-up run."""
         is_cuda = self.transformer.device.type == "cuda"
         times_s = []
         for _ in range(NUM_TIMED + 1):
@@ -239,20 +244,20 @@ class DenoiseLoop:
 
 @contextlib.contextmanager
 def _compiler_notices() -> Iterator[None]:
-    """Let inductor say that float32 products could be TF32: they are float32 on purpose, and it is no failure."""
+    """Ignore inductor's notice that float32 products could use TF32: they are float32 on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         yield
 
 
 def _tensors(prompt: PromptCache) -> tuple[Tensor, ...]:
-    """Everything of a prompt in a row, so that it can be an input of a graph."""
+    """Flatten a prompt cache into tensors, as inputs of a graph."""
     flat = tuple(tensor for pair in prompt.keys_values for tensor in pair)
     return flat if prompt.logit_bias is None else (*flat, prompt.logit_bias)
 
 
-def _prompt(tensors: Sequence[Tensor]) -> PromptCache:
-    """The inverse of `_tensors`: keys and values come in pairs, so a tensor too many is the bias."""
+def _prompt_cache(tensors: Sequence[Tensor]) -> PromptCache:
+    """Invert `_tensors`: keys and values come in pairs, so an odd last tensor is the bias."""
     num_paired = len(tensors) // 2 * 2
     pairs = tuple(zip(tensors[:num_paired:2], tensors[1:num_paired:2], strict=True))
     return PromptCache(pairs, tensors[-1] if len(tensors) % 2 else None)

@@ -1,7 +1,7 @@
 """Claims jobs from the store and runs them on workers: leases, heartbeats, attempts, results, expiry.
 
-It promises that a job says `completed` only when its video is whole and flushed, and that a job whose worker or server
-is killed runs again. It knows the store and a runner (`pool.WorkerPool`, or replicas elsewhere), no HTTP and no torch.
+Guarantees: a job is `completed` only when its video is whole and flushed to disk; a job whose worker or server is
+killed runs again. Knows the store and a runner (`pool.WorkerPool`, or replicas elsewhere), no HTTP and no torch.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """What runs jobs; see pool.WorkerPool."""
+    """Interface of what runs jobs; see pool.WorkerPool."""
 
     facts: ModelFacts | None
     load_error: str
@@ -68,7 +68,7 @@ class Runner(Protocol):
 
 
 class Dispatcher:
-    """Runs the jobs of one bundle. Lives on one event loop.
+    """Run the jobs of one bundle on one event loop.
 
     Args:
         config: attempts, lease and expiry.
@@ -116,7 +116,7 @@ class Dispatcher:
         self._is_stopping = False
 
     async def start(self) -> None:
-        """Give back what killed predecessors had, start the workers, begin to claim. Returns at once."""
+        """Requeue the jobs of killed predecessors, start the workers and begin to claim. Return at once."""
         await asyncio.to_thread(self._release_dead)
         await self._check_results()
         await self.runner.start()
@@ -126,7 +126,7 @@ class Dispatcher:
         self._tasks = [asyncio.create_task(self._for_ever(loop)) for loop in loops]
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Claim no more, let running jobs end for `drain_s` seconds, queue the others again."""
+        """Stop claiming, wait up to `drain_s` seconds for running jobs, and requeue the rest."""
         self._is_stopping = True
         for task in self._tasks:
             task.cancel()
@@ -139,11 +139,11 @@ class Dispatcher:
         self.ownership.release()
 
     def wake(self) -> None:
-        """Look for jobs now."""
+        """Check for jobs now."""
         self._wake.set()
 
     def cancel(self, job_id: str) -> None:
-        """Give up a job that runs here; the store has been told already."""
+        """Cancel a job that runs here; the store already knows."""
         if job_id in self._in_flight:
             self.runner.cancel(job_id)
         elif self._is_claiming:
@@ -151,12 +151,12 @@ class Dispatcher:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a job that came now would be begun as soon as a worker is free, and none hangs."""
+        """Return whether a new job would start as soon as a worker is free, and no worker hangs."""
         return not self.reason
 
     @property
     def reason(self) -> str:
-        """Why it is not ready; empty when it is."""
+        """Return why it is not ready; empty when it is."""
         if self._is_stopping:
             return "the server is shutting down"
         if self.blocked:
@@ -179,7 +179,7 @@ class Dispatcher:
             logger.warning("dispatcher=%s was killed, jobs=%d are queued again", owner, num_jobs)
 
     async def _for_ever(self, loop: Callable[[], Awaitable[None]]) -> None:
-        """Call `loop` again and again, also after an error of the store: it may come back."""
+        """Call `loop` for ever; retry after an error of the store."""
         while True:
             try:
                 await loop()
@@ -257,7 +257,7 @@ class Dispatcher:
                     leftover.unlink(missing_ok=True)
 
     async def _keep(self, job: Job, path: Path, done: JobDone, queue_ms: float) -> None:
-        """Keep the video, then say that the job is completed."""
+        """Store the video, then mark the job completed."""
         try:
             result = await asyncio.to_thread(self.results.put, path, 3600.0 * self.config.result_hours)
         except StorageFullError as error:
@@ -331,7 +331,7 @@ class Dispatcher:
         )
 
     async def _persist(self, write: Callable[[], Value]) -> Value:
-        """Write to the store, however long it takes to come back: the outcome of a job must not be lost."""
+        """Write to the store, retrying until it is back: the outcome of a job must not be lost."""
         while True:
             try:
                 return await asyncio.to_thread(write)
@@ -367,7 +367,7 @@ class Dispatcher:
     # Beside the jobs
 
     async def _watch(self) -> None:
-        """Extend leases, tell APIs what is served, and obey cancellations that other processes wrote."""
+        """Extend leases, publish the served model, and apply cancellations that other processes wrote."""
         beat_s = self.config.lease_s / 3
         next_beat_s = 0.0
         was_ready = None
@@ -404,7 +404,7 @@ class Dispatcher:
         )
 
     async def _sweep(self) -> None:
-        """Expired results and leases, and files of no job."""
+        """Remove expired results, leases and files without a job."""
         next_leftovers_s = 0.0
         while True:
             if await asyncio.to_thread(self.leases.expire_leases):
@@ -429,7 +429,7 @@ class Dispatcher:
             self.results.delete(name)
 
     async def _deliver(self) -> None:
-        """Call webhooks that are due."""
+        """Send the webhooks that are due."""
         assert self.deliver is not None
         due = await asyncio.to_thread(self.leases.due_webhooks)
         for job, attempts in due:

@@ -1,4 +1,4 @@
-"""One device, one set of modules: GenerateParams in, an mp4 out, stage by stage; knows nothing of queues or HTTP.
+"""Runs one student on one device: GenerateParams in, an mp4 out, stage by stage; knows nothing of queues or HTTP.
 
 Legend: B batch (1 here), C channels, F latent frames, H and W latent rows and columns, L prompt positions, D width.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from codmd_serve.config import GenerateParams, ModelFacts
 from codmd_serve.denoise import DenoiseLoop
 from codmd_serve.errors import GenerationError
-from codmd_serve.stages import Download, Span, StageClock, begin_memory_peak, device_errors, peak_memory_mb
-from codmd_serve.threads import HandOver, Memory
+from codmd_serve.stages import HostCopy, Span, StageClock, begin_memory_peak, device_errors, peak_memory_mb
+from codmd_serve.threads import BoundedQueue, LruCache
 from codmd_serve.verdicts import Verdicts
 from codmd_serve.video import write_video
 from codmd_serve.wan.attention import pad_prompt_embeds
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateResult:
-    """What is known about a finished video besides its bytes.
+    """Timings, warnings and peak memory of a finished video.
 
     Attributes:
         timings_ms: milliseconds that the request spent in text, denoise, decode and encode. Encoding runs beside
@@ -68,14 +68,14 @@ class _Text:
 
 
 class Engine:
-    """A warm student on one device. One owner, who begins one video after the other; only `prepare` is for any thread.
+    """A warm student on one device. One thread begins videos one after the other; only `prepare` is thread-safe.
 
     Args:
         bundle: its transformer is not used; its weights went into `transformer`.
         transformer: built for the timesteps of the bundle.
         facts: as reported to clients.
         execution, verdicts: as `DenoiseLoop` takes them; take effect at warm-up.
-        embedder: of the bundle's text encoder; None is one that remembers in memory only.
+        embedder: of the bundle's text encoder; None makes one without a disk cache.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class Engine:
         self.preview_map = bundle.spec.preview_map
         self.embedder = embedder or PromptEmbedder(bundle.tokenizer, bundle.text_encoder)
         # Embedding and warnings together: a fast tokenizer keeps its padding in itself, so it is for one thread.
-        self.embed = Memory(self._embed_uncached, size=NUM_PROMPTS_READY)
-        self._tail: HandOver[Download, GenerateResult] | None = None
+        self.embed = LruCache(self._embed_uncached, size=NUM_PROMPTS_READY)
+        self._tail: BoundedQueue[HostCopy, GenerateResult] | None = None
         # Noise is drawn beside the text encoder: 26 to 44 ms on a CPU for 480 x 832 x 81.
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codmd-noise")
         device = transformer.device
-        self._downloads = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def _embed_uncached(self, prompt: str) -> _Text:
@@ -114,7 +114,7 @@ class Engine:
         return _Text(cache, warnings, Span("text", start_s, time.perf_counter()))
 
     def prepare(self, prompt: str) -> None:
-        """Encode the prompt of a later request, from any thread, beside the one that the device is at.
+        """Prefetch the prompt embeddings of a later request, from any thread, while another request runs.
 
         A text encoder that is lent to the device is left alone: the memory there is the running request's.
         """
@@ -122,7 +122,7 @@ class Engine:
             self.embed(prompt)
 
     def generate(self, params: GenerateParams, path: Path, on_progress: OnProgress | None = None) -> GenerateResult:
-        """Make one video; the same params give the same bytes, whatever ran before or runs beside.
+        """Make one video; the same params give the same bytes, whatever ran before or runs concurrently.
 
         Args:
             params: validated; sizes that fit the grid of the bundle.
@@ -150,7 +150,7 @@ class Engine:
         on_progress: OnProgress | None = None,
         on_preview: OnPreview | None = None,
     ) -> Future[GenerateResult]:
-        """Do the device's part of one video and leave the rest to a thread: the next one may begin at once.
+        """Run one video on the device and leave its encoding to a thread, so that the next one may begin.
 
         Videos end in the order in which they began, and at most one is left to encode: a second one waits for it
         between its denoising and its decoding.
@@ -196,15 +196,15 @@ class Engine:
         clock: StageClock,
         report: OnProgress,
         warnings: list[str],
-    ) -> HandOver[Download, GenerateResult]:
-        """Decode into a new tail, which is left waiting for its end."""
-        tail: HandOver[Download, GenerateResult] = HandOver(
+    ) -> BoundedQueue[HostCopy, GenerateResult]:
+        """Decode into the queue of a new encoder thread; the caller completes the queue."""
+        tail: BoundedQueue[HostCopy, GenerateResult] = BoundedQueue(
             lambda frames: self._encoded(params, path, frames, clock, warnings, report)
         )
         self._tail = tail
         try:
-            for download in self._decoded(params, x0_pred, clock, report):
-                tail.put(download)
+            for host_copy in self._decoded(params, x0_pred, clock, report):
+                tail.put(host_copy)
                 clock.wait("encode")
         except BaseException as error:
             tail.abandon(error)
@@ -222,20 +222,20 @@ class Engine:
         self,
         params: GenerateParams,
         path: Path,
-        frames: "HandOver[Download, GenerateResult]",
+        frames: "BoundedQueue[HostCopy, GenerateResult]",
         clock: StageClock,
         warnings: list[str],
         report: OnProgress,
     ) -> GenerateResult:
-        """What is left when the device has done its part; runs in the thread of `frames`."""
+        """Encode the frames to an mp4; runs in the consumer thread of `frames`."""
         start_s = time.perf_counter()
         num_frames = params.num_frames
 
         def fed() -> Iterator[memoryview]:
-            for num_chunks, download in enumerate(frames):
+            for num_chunks, host_copy in enumerate(frames):
                 if frames.is_complete:  # before, decoding is what is reported
                     report("encode", num_frames * num_chunks // (num_chunks + 1), num_frames)
-                yield download.bytes()
+                yield host_copy.bytes()
 
         with device_errors(params):
             write_video(
@@ -257,7 +257,7 @@ class Engine:
 
     @torch.inference_mode()
     def denoised(self, params: GenerateParams) -> Tensor:
-        """Predicted clean latents of one video, (B, C, F, H, W) float32 on the device.
+        """Return the predicted clean latents of one video, (B, C, F, H, W) float32 on the device.
 
         Raises:
             GenerationError: code out_of_memory, device_error or non_finite.
@@ -290,14 +290,14 @@ class Engine:
         return x0_pred
 
     def _noise(self, params: GenerateParams) -> Tensor:
-        """All noise of a video, in memory that a CUDA device copies from while the host goes on."""
+        """Draw the noise of a video, in pinned memory on CUDA so that the copy is asynchronous."""
         shape = latent_shape(self.bundle.vae, params.height, params.width, params.num_frames)
         noise = draw_noise(params.seed, (len(self.bundle.spec.timesteps), 1, *shape))
         return noise.pin_memory() if self.transformer.device.type == "cuda" else noise
 
     @torch.inference_mode()
     def warm_loop(self, params: GenerateParams) -> None:
-        """Compile and record the denoising of one shape for prompts of all lengths, where that was asked for."""
+        """Compile and record the denoising loop of one shape for every prompt length, where requested."""
         text_dim = self.transformer.config.text_dim
         empty = [torch.zeros(1, size, text_dim) for size in self.loop.prompt_sizes]
         if empty:
@@ -306,18 +306,18 @@ class Engine:
 
     def _decoded(
         self, params: GenerateParams, x0_pred: Tensor, clock: StageClock, report: OnProgress
-    ) -> Iterator[Download]:
+    ) -> Iterator[HostCopy]:
         num_done = 0
         for frames_BTHWC in self.decoder.frames(x0_pred):
             frames_THWC = frames_BTHWC[0]
             if frames_THWC.shape[1:] != (params.height, params.width, 3):
                 made = "x".join(map(str, frames_THWC.shape[1:]))
                 raise GenerationError(f"the VAE made frames of {made}, its config promises another size", "wrong_vae")
-            download = Download(frames_THWC, self._downloads)
+            host_copy = HostCopy(frames_THWC, self._copy_stream)
             num_done += len(frames_THWC)
             clock.stop("decode")
             report("decode", num_done, params.num_frames)
-            yield download
+            yield host_copy
 
     def _shape_warnings(self, params: GenerateParams) -> list[str]:
         native = self.bundle.spec.native
@@ -331,7 +331,7 @@ class Engine:
 
 
 def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """All noise of one video, float32 on the CPU, so that it depends on the seed alone and not on the device.
+    """Draw all noise of one video, float32 on the CPU, so that it depends on the seed and not on the device.
 
     Args:
         seed: 0..2^63-1. torch's CPU generator looks at the low 32 bits only; larger seeds are hashed into them, or

@@ -1,4 +1,4 @@
-"""The captions a model was trained on: reads them, and for any other text finds the nearest one it knows.
+"""The captions a model was trained on: parses them, and finds the nearest one to any other text.
 
 A bundle carries its grammar as world.json, so that a server can warn of a prompt without the trainer's package. Knows
 words and their order; knows nothing of tokens, pixels or what the words mean.
@@ -46,7 +46,7 @@ class Reading:
 
     @property
     def is_apart(self) -> bool:
-        """Whether two objects move each in its own way."""
+        """Return whether two objects have motions of their own."""
         return len(set(self.moves)) > 1
 
 
@@ -146,7 +146,7 @@ class Grammar:
         return self.forms[resting if move[0] == self.rest else moving].format(motion=move[0], speed=move[1])
 
     def nearest(self, text: str) -> str:
-        """Return the canonical caption that keeps what can be understood of a text and fills in the rest."""
+        """Return the canonical caption nearest to a text: known words are kept, the rest is filled in."""
         found = _Found.of(self._understood(text), self._meanings, is_lenient=True)
         objects: list[tuple[str, str]] = []
         for colour, shape in found.objects[:MAX_OBJECTS] or ((next(iter(self.colours)), next(iter(self.shapes))),):
@@ -250,11 +250,11 @@ class _Found:
 
     @property
     def is_apart(self) -> bool:
-        """Whether two objects have a motion on either side of the second one's name."""
+        """Return whether a motion stands on either side of the second object's name."""
         return len(self.objects) > 1 and {is_second for _, is_second in self.parts["motion"]} == {False, True}
 
     def words(self, part: str, index: int | None = None) -> list[str]:
-        """Names found of a part, of object 0 or 1 if said."""
+        """Return the names found of a part, for object 0 or 1 if given."""
         return [name for name, is_second in self.parts[part] if index is None or is_second == bool(index)]
 
     @classmethod

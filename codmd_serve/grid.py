@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from codmd_serve.errors import ConfigError
 
+MAX_TIMESTEP = 1000.0
 SAMPLERS = ("sde", "ode")
 
 

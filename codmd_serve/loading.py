@@ -1,4 +1,4 @@
-"""From a bundle folder to a warm engine: what goes on which device, and the first videos."""
+"""Loads a bundle folder into a warm engine: places modules on devices and makes the warm-up video."""
 
 import logging
 import math
@@ -43,7 +43,7 @@ def load_engine(
     cache: str = "",
     threads: int = 0,
 ) -> Engine:
-    """Load a bundle and make its native video once, so that the first request finds everything warm.
+    """Load a bundle and warm it up with its native video, so that the first request is fast.
 
     Args:
         path: the bundle folder.
@@ -92,7 +92,7 @@ def load_engine(
 
 
 def _warm_up(engine: Engine, path: Path, vae_dtype: torch.dtype) -> None:
-    """Make the first videos, and note in the facts what they showed."""
+    """Make the warm-up videos, and record their findings in the facts."""
     try:
         if not engine.preview_map:  # a bundle of before there were previews
             engine.preview_map = fit_preview(engine.decoder)
@@ -106,12 +106,12 @@ def _warm_up(engine: Engine, path: Path, vae_dtype: torch.dtype) -> None:
 
 
 def _lossy(*names: str) -> str:
-    """What of the settings makes another picture than the weights ask for."""
+    """Return the names of the lossy settings, joined by `+`; empty when all are exact."""
     return "+".join(name for name in names if name == "fp8" or name in LOSSY)
 
 
 def _verdicts(cache: str, bundle: Bundle, facts: ModelFacts, asked: tuple[object, ...]) -> Verdicts:
-    """What earlier loads measured of this bundle on this device with these versions."""
+    """Return the cached measurements of this bundle on this device with these versions."""
     if not cache:
         return Verdicts(None)
     versions = (__version__, torch.__version__, torch.version.cuda, installed_kernels(torch.device("cuda")))
@@ -120,7 +120,7 @@ def _verdicts(cache: str, bundle: Bundle, facts: ModelFacts, asked: tuple[object
 
 
 def _embedder(bundle: Bundle, device: torch.device, place: str, cache: str, free_bytes: int) -> PromptEmbedder:
-    """Put the text encoder where it was asked to be, or where it fits."""
+    """Place the text encoder on the requested device, or where it fits."""
     sizes = [sum(p.nbytes for p in module.parameters()) for module in (bundle.transformer, bundle.vae)]
     encoder_bytes = sum(p.nbytes for p in bundle.text_encoder.parameters())
     chosen = choose_text_encoder(place, device, encoder_bytes, sum(sizes), free_bytes)

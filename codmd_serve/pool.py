@@ -28,9 +28,9 @@ from codmd_serve.worker_slot import (
     JobDone,
     JobFailed,
     JobRequest,
-    Limits,
     OnEvent,
     Outcome,
+    WatchdogLimits,
     WorkerSlot,
 )
 
@@ -77,7 +77,7 @@ class WorkerPool:
         self.load_error = ""
         self.restarts: Counter[str] = Counter()
         self._command, self._on_ready, self._on_fatal, self._on_change = command, on_ready, on_fatal, on_change
-        self._limits = Limits(cancel_s=config.cancel_timeout_s, stall_s=config.stall_timeout_s)
+        self._limits = WatchdogLimits(cancel_s=config.cancel_timeout_s, stall_s=config.stall_timeout_s)
         self._times: ServiceTimes | None = None
         self._slots: list[WorkerSlot] = []
         self._pending: deque[InFlight] = deque()

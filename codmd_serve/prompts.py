@@ -1,4 +1,4 @@
-"""What a prompt says to Wan's text encoder, decided without one; knows nothing of tensors or tokenizers."""
+"""Cleans prompts as Wan does; knows nothing of tensors or tokenizers."""
 
 import html
 import re
@@ -19,7 +19,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 def is_blank(prompt: str) -> bool:
-    """Whether nothing of a prompt is left for the text encoder.
+    """Return whether a prompt is empty after cleaning.
 
     The tokenizers of Wan drop control and format characters such as U+FEFF and U+200B, so a prompt of those alone
     has as little to say as an empty one.

@@ -53,7 +53,7 @@ def rollout(
 
     Source: the backward simulation of DMD2 (arXiv 2405.14867), section 4.5, written for the flow of schedule.py.
     """
-    last_step = _check(noise, sigmas, timesteps, sampler, exit_step)
+    last_step = _check_inputs(noise, sigmas, timesteps, sampler, exit_step)
     latents = sigmas[0] * noise[0].to(torch.promote_types(noise.dtype, torch.float32))
     for step_index in range(last_step + 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and grad_exit_step and step_index == last_step):
@@ -70,7 +70,7 @@ def rollout(
     return x0_pred
 
 
-def _check(
+def _check_inputs(
     noise: Tensor, sigmas: Sequence[float], timesteps: Sequence[float], sampler: str, exit_step: int | None
 ) -> int:
     check_step_grid(sigmas, timesteps, sampler)

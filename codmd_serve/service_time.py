@@ -1,4 +1,4 @@
-"""How long a video takes on this machine, learned from those that were made. Standard library only."""
+"""Estimates how long a video takes on this machine from finished ones. Standard library only."""
 
 from collections import OrderedDict
 
@@ -15,7 +15,7 @@ Shape = tuple[int, int, int]
 
 
 class ServiceTimes:
-    """Moving averages by shape; a shape that was not made yet is scaled from the native one.
+    """Moving averages of service time by shape; a new shape is scaled from the native one.
 
     Args:
         facts: of the engine, with the time of its native video.
@@ -26,7 +26,7 @@ class ServiceTimes:
         self._known: OrderedDict[Shape, float] = OrderedDict({self._native: facts.service_s})
 
     def add(self, params: GenerateParams, took_s: float) -> None:
-        """Learn from a video that took the device `took_s`."""
+        """Update the average with a video that took `took_s` on the device."""
         shape = (params.height, params.width, params.num_frames)
         known_s = self._known.get(shape)
         self._known[shape] = took_s if known_s is None else known_s + WEIGHT * (took_s - known_s)
@@ -35,16 +35,16 @@ class ServiceTimes:
             self._known.pop(next(shape for shape in self._known if shape != self._native))
 
     def expected_s(self, params: GenerateParams) -> float:
-        """Seconds that a video of this shape is expected to take."""
+        """Return the expected seconds of a video of this shape."""
         known_s = self._known.get((params.height, params.width, params.num_frames))
         return self._known[self._native] * self._size(params) if known_s is None else known_s
 
     def deadline_s(self, params: GenerateParams, floor_s: float) -> float:
-        """Seconds from its start after which a job is taken to hang; at least `floor_s`."""
+        """Return the seconds after its start at which a job counts as hung; at least `floor_s`."""
         return floor_s + DEADLINE_FACTOR * self._longest_s(params)
 
     def stall_s(self, params: GenerateParams, floor_s: float) -> float:
-        """Seconds without progress after which a job is taken to hang; at least `floor_s`."""
+        """Return the seconds without progress at which a job counts as hung; at least `floor_s`."""
         return floor_s + STALL_FACTOR * self._longest_s(params)
 
     def _size(self, params: GenerateParams) -> float:
@@ -52,5 +52,5 @@ class ServiceTimes:
         return params.height * params.width * params.num_frames / (height * width * num_frames)
 
     def _longest_s(self, params: GenerateParams) -> float:
-        """An upper bound: attention grows with the square of the tokens, and nothing grows faster."""
+        """Return an upper bound: attention is quadratic in tokens, and nothing grows faster."""
         return max(self.expected_s(params), self._known[self._native] * self._size(params) ** 2)

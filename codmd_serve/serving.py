@@ -1,4 +1,4 @@
-"""Puts the parts of a server together: store, results, dispatcher, API. Knows no command line and no web page."""
+"""Assembles a server: store, results, dispatcher, API. Knows no command line and no web page."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ OnFatal = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """An open store and what lies around it."""
+    """An open store with its results, events and database."""
 
     database: Database
     results: ResultStore
@@ -59,7 +59,7 @@ def make_dispatcher(
     own: Own,
     runner: Runner,
 ) -> Dispatcher:
-    """A dispatcher of the bundle `own` on an open store."""
+    """Make a dispatcher of the bundle `own` on an open store."""
     ownership = Ownership(Path(config.data))
     webhooks = Webhooks(config, read_secret(config))
     leases = Leases(
@@ -84,7 +84,7 @@ def make_backend(
     on_fatal: OnFatal | None = None,
     command: Sequence[str] = WORKER_COMMAND,
 ) -> tuple[Backend, Metrics]:
-    """Store, API and, unless `workers` is 0, dispatcher of one process.
+    """Make the store, the API and, unless `workers` is 0, the dispatcher of one process.
 
     Args:
         config: everything.
@@ -109,7 +109,7 @@ def make_backend(
 
 
 def make_server(app: Any, backend: Backend) -> Any:
-    """A uvicorn server of `app` that drains `backend` before it closes its sockets."""
+    """Make a uvicorn server of `app` that drains `backend` before it closes its sockets."""
     import uvicorn
 
     from codmd_serve.api.connections import connection_limit, guarded_protocol
@@ -146,7 +146,7 @@ def make_server(app: Any, backend: Backend) -> Any:
 
 
 async def run_worker(config: ServeConfig, on_ready: OnReady, command: Sequence[str] = WORKER_COMMAND) -> None:
-    """A dispatcher alone, until SIGTERM or SIGINT.
+    """Run a dispatcher without HTTP, until SIGTERM or SIGINT.
 
     Raises:
         ConfigError: the first worker cannot load.
@@ -165,7 +165,7 @@ async def run_worker(config: ServeConfig, on_ready: OnReady, command: Sequence[s
     try:
         pool = WorkerPool(config, command, on_ready, on_fatal)
         dispatcher = make_dispatcher(config, parts, describe_bundle(config), pool)
-        listener = Listener(parts.database, parts.hub, _follow(dispatcher))
+        listener = Listener(parts.database, parts.hub, _on_notification(dispatcher))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         listener.start()
@@ -180,7 +180,7 @@ async def run_worker(config: ServeConfig, on_ready: OnReady, command: Sequence[s
         raise ConfigError(fatal[0])
 
 
-def _follow(dispatcher: Dispatcher) -> Callable[[str, str], None]:
+def _on_notification(dispatcher: Dispatcher) -> Callable[[str, str], None]:
     def on_change(job_id: str, status: str) -> None:
         if status == "cancel":
             dispatcher.cancel(job_id)

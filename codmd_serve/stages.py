@@ -1,4 +1,4 @@
-"""The stages of one request on one device: their times, the host copy of frames, memory and what goes wrong.
+"""The stages of one request on one device: times, host copies of frames, peak memory and device errors.
 
 Legend: T frames, H and W pixel rows and columns, C colours.
 """
@@ -30,7 +30,7 @@ class Span:
 
 
 class StageClock:
-    """Add up the time of each stage, and record the spans in which the device was busy with it."""
+    """Sums the time of each stage, and records the spans in which the device was busy with it."""
 
     def __init__(self, device: torch.device) -> None:
         self.milliseconds = dict.fromkeys(STAGES, 0.0)
@@ -54,7 +54,7 @@ class StageClock:
         self._last_s = now_s
 
 
-class Download:
+class HostCopy:
     """Host copy of frames: from a CUDA device into a pinned buffer, while the next chunk decodes.
 
     Args:
@@ -82,7 +82,7 @@ class Download:
 
 @contextlib.contextmanager
 def device_errors(params: GenerateParams) -> Iterator[None]:
-    """Turn what torch raises about the device into errors of the request.
+    """Convert torch's device errors into GenerationError.
 
     Raises:
         GenerationError: code out_of_memory; or device_error, after which every call to the device fails: the process
@@ -102,7 +102,7 @@ def device_errors(params: GenerateParams) -> Iterator[None]:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Megabytes: the peak allocated since `begin_memory_peak` on CUDA, the peak resident ever on a CPU."""
+    """Return peak megabytes: allocated since `begin_memory_peak` on CUDA, resident since process start on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     # Kilobytes, but bytes on macOS.
@@ -110,7 +110,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def begin_memory_peak(device: torch.device) -> None:
-    """Forget the peak of earlier requests, where the allocator keeps one."""
+    """Reset the allocator's peak, where it keeps one."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

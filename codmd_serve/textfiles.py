@@ -1,4 +1,4 @@
-"""Text and JSON that others wrote: byte order marks, line ends, damage; knows nothing of what the text means.
+"""Reads untrusted text and JSON files: byte order marks, line ends, damage; knows nothing of their meaning.
 
 Every function raises the error class it is given, with one sentence that names the file.
 """
@@ -89,7 +89,7 @@ def read_json_object(path: Path, error: type[CodmdError]) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """Describe a value that somebody else chose in a message: its repr, at most 80 characters of it."""
+    """Format an untrusted value for a message: its repr, at most 80 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of more digits than Python prints; a list within itself
@@ -98,7 +98,7 @@ def shown(value: object) -> str:
 
 
 def escape_console() -> None:
-    """Let output that the console's encoding lacks be escaped, so that it does not end a command whose work is done."""
+    """Escape characters that the console cannot encode, so that printing never fails a finished command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

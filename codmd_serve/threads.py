@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Key = TypeVar("Key")
-Value = TypeVar("Value")
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 
 # Double buffering: one item is being consumed, one is ready behind it. More would only cost memory.
-NUM_HANDED_OVER = 2
+BUFFER_SIZE = 2
 
 
-class HandOver(Generic[Item, Result]):
+class BoundedQueue(Generic[ItemT, ResultT]):
     """A bounded queue to a consumer thread; a failure of either side ends the other.
 
     Args:
@@ -29,10 +29,12 @@ class HandOver(Generic[Item, Result]):
         result: what `consume` returned or raised; its callbacks run in the consumer thread.
     """
 
-    def __init__(self, consume: Callable[["HandOver[Item, Result]"], Result], *, size: int = NUM_HANDED_OVER) -> None:
-        self.result: Future[Result] = Future()
+    def __init__(
+        self, consume: Callable[["BoundedQueue[ItemT, ResultT]"], ResultT], *, size: int = BUFFER_SIZE
+    ) -> None:
+        self.result: Future[ResultT] = Future()
         self._consume, self._size = consume, size
-        self._items: deque[Item] = deque()
+        self._items: deque[ItemT] = deque()
         self._changed = threading.Condition()
         self._is_complete = self._is_ended = False
         self._reason: BaseException | None = None
@@ -41,7 +43,7 @@ class HandOver(Generic[Item, Result]):
         self._thread = threading.Thread(target=self._run, name="codmd-tail", daemon=True)
         self._thread.start()
 
-    def put(self, item: Item) -> None:
+    def put(self, item: ItemT) -> None:
         """Append an item, as soon as there is room. Items after the end of the consumer are dropped.
 
         Raises:
@@ -74,7 +76,7 @@ class HandOver(Generic[Item, Result]):
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing more will come."""
+        """Return whether the queue is closed to further items."""
         return self._is_complete
 
     def on_abandon(self, interrupt: Callable[[], object]) -> None:
@@ -86,7 +88,7 @@ class HandOver(Generic[Item, Result]):
         """Wait until the consumer and the callbacks of `result` have ended."""
         self._thread.join()
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[ItemT]:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._reason or self._items or self._is_complete)
@@ -115,7 +117,7 @@ class HandOver(Generic[Item, Result]):
             self._changed.notify_all()
 
 
-class Memory(Generic[Key, Value]):
+class LruCache(Generic[KeyT, ValueT]):
     """A thread-safe LRU cache of a slow function. Misses run one at a time; a hit never waits for a miss.
 
     Args:
@@ -123,12 +125,12 @@ class Memory(Generic[Key, Value]):
         size: number of results that are kept.
     """
 
-    def __init__(self, compute: Callable[[Key], Value], *, size: int) -> None:
+    def __init__(self, compute: Callable[[KeyT], ValueT], *, size: int) -> None:
         self._compute, self._size = compute, size
-        self._known: OrderedDict[Key, Value] = OrderedDict()
+        self._known: OrderedDict[KeyT, ValueT] = OrderedDict()
         self._looking, self._computing = threading.Lock(), threading.Lock()
 
-    def __call__(self, key: Key) -> Value:
+    def __call__(self, key: KeyT) -> ValueT:
         """Return the result for `key`."""
         known = self._look_up(key)
         if known is None:
@@ -137,14 +139,14 @@ class Memory(Generic[Key, Value]):
                 known = self._look_up(key) or self._remember(key, self._compute(key))
         return known[0]
 
-    def _look_up(self, key: Key) -> tuple[Value] | None:
+    def _look_up(self, key: KeyT) -> tuple[ValueT] | None:
         with self._looking:
             if key not in self._known:
                 return None
             self._known.move_to_end(key)
             return (self._known[key],)
 
-    def _remember(self, key: Key, value: Value) -> tuple[Value]:
+    def _remember(self, key: KeyT, value: ValueT) -> tuple[ValueT]:
         with self._looking:
             self._known[key] = value
             if len(self._known) > self._size:

@@ -1,7 +1,7 @@
-"""What was measured at one load, kept for the next one: a race costs seconds, its result is a word.
+"""Caches autotuning results on disk: timing the candidates costs seconds, the result is one word.
 
-A verdict belongs to everything that it depends on: device, versions, shape and bundle make the key. Another key has
-verdicts of its own, so an update of any of them measures again. A file that cannot be read is measured anew.
+The key holds everything that a verdict depends on: device, versions, shape and bundle. A change of any of them measures
+again. So does a file that cannot be read.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Verdicts:
-    """Words by name, in a file that several processes may share; the last one to write wins.
+    """A cache of words by name, in a file that processes may share; the last writer wins.
 
     Args:
         folder: keeps the file; made when something is written. None remembers nothing.
@@ -30,12 +30,12 @@ class Verdicts:
         self._key = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def get(self, name: str, known: tuple[str, ...]) -> str | None:
-        """The verdict, if there is one and it is one of `known`."""
+        """Return the cached verdict if it is one of `known`, else None."""
         verdict = self._read().get(self._key, {}).get(name)
         return verdict if verdict in known else None
 
     def put(self, name: str, verdict: str) -> None:
-        """Keep a verdict. A folder that cannot be written costs time at the next load, nothing else."""
+        """Store a verdict. A folder that cannot be written only costs time at the next load."""
         if self._file is None:
             return
         entries = self._read()

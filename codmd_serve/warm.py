@@ -1,4 +1,4 @@
-"""Makes an engine warm: precision of the VAE, kernels and graphs of the native shape, what memory has room for.
+"""Warms up an engine: VAE precision, kernels and graphs of the native shape, largest video that fits in memory.
 
 Knows neither bundles nor jobs.
 """
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def warm_engine(engine: Engine, vae_dtype: torch.dtype) -> None:
-    """Make the native video, so that the first request finds everything warm, and put what was learned into the facts.
+    """Make the native video, so that the first request is fast, and record the findings in the facts.
 
     Args:
         engine: just made.
@@ -72,7 +72,7 @@ def _native_params(engine: Engine) -> GenerateParams:
 
 @torch.inference_mode()
 def _warm_decoder(engine: Engine, x0_pred: Tensor) -> None:
-    """Decode once, so that cuDNN measures its kernels; in smaller chunks where the memory is too small for these.
+    """Decode once, so that cuDNN picks its kernels; use smaller chunks when memory runs out.
 
     Raises:
         GenerationError: not even one latent frame at a time fits.
@@ -111,7 +111,7 @@ def measured_convolutions() -> Iterator[None]:
 
 
 def _allocated_bytes(device: torch.device) -> int:
-    """Memory that is allocated now, where `_peak_bytes` counts from; 0 on a CPU, where nobody counts."""
+    """Return the bytes allocated now, the baseline of `_peak_bytes`; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)
@@ -123,7 +123,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _affordable_px(params: GenerateParams, device: torch.device, needed_bytes: int) -> int:
-    """Pixels of the largest video that fits, when `params` needs `needed_bytes`; 0 is unknown.
+    """Return the pixels of the largest video that fits, given that `params` needs `needed_bytes`; 0 is unknown.
 
     Activations grow with the number of tokens, and no other memory grows faster.
     """

@@ -79,7 +79,7 @@ def main() -> None:
         load = decode(first)
         assert isinstance(load, Load), f"expected a load message first, got {load}"
         threading.Thread(target=_send_heartbeats, args=(send,), daemon=True).start()
-        serve(load, sys.stdin, send)
+        serve_jobs(load, sys.stdin, send)
 
 
 def _die_with_parent() -> None:
@@ -99,7 +99,7 @@ def _send_heartbeats(send: Send) -> None:
             time.sleep(HEARTBEAT_S)
 
 
-def serve(load: Load, lines: IO[str], send: Send) -> None:
+def serve_jobs(load: Load, lines: IO[str], send: Send) -> None:
     """Load the engine that `load` asks for, then do the jobs that arrive, in order."""
     from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
@@ -112,7 +112,7 @@ def serve(load: Load, lines: IO[str], send: Send) -> None:
         return
     send(Ready(engine.facts))
     inbox, cancelled = Inbox(), set[str]()
-    threading.Thread(target=_read, args=(engine, lines, inbox, cancelled, send), daemon=True).start()
+    threading.Thread(target=_read_messages, args=(engine, lines, inbox, cancelled, send), daemon=True).start()
     while True:
         run_job(engine, inbox.take(), cancelled, send)
 
@@ -149,7 +149,7 @@ class Inbox:
             return len(self._jobs) < num_before
 
 
-def _read(engine: "Engine", lines: IO[str], inbox: Inbox, cancelled: set[str], send: Send) -> None:
+def _read_messages(engine: "Engine", lines: IO[str], inbox: Inbox, cancelled: set[str], send: Send) -> None:
     with ThreadPoolExecutor(max_workers=1) as ahead:
         for line in lines:
             message = decode(line)

@@ -101,7 +101,7 @@ class InFlight:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class WatchdogLimits:
     """Seconds that a worker gets at least before the watchdog kills it.
 
     Attributes:
@@ -187,13 +187,13 @@ class WorkerSlot:
             self.end_reason, self.killed_s, self.suspect = reason, time.monotonic(), suspect
             self.process.kill()
 
-    def hangs(self, limits: Limits, times: ServiceTimes) -> bool:
+    def hangs(self, limits: WatchdogLimits, times: ServiceTimes) -> bool:
         """Whether it is silent, or a job of it has made no progress for half the time that is granted."""
         now_s = time.monotonic()
         is_silent = self.process is not None and now_s - self.process.heard_s > SUSPECT_SILENCE_S
         return is_silent or any(self._stalled_share(entry, limits, times, now_s) > 0.5 for entry in self.in_flight)
 
-    def kill_if_hung(self, limits: Limits, times: ServiceTimes | None) -> None:
+    def kill_if_hung(self, limits: WatchdogLimits, times: ServiceTimes | None) -> None:
         """Kill the process when it, or a job of it, is past a limit."""
         now_s = time.monotonic()
         if self.end_reason and now_s - self.killed_s > MAX_DYING_S:
@@ -209,7 +209,7 @@ class WorkerSlot:
             if reason:
                 self.kill(reason, entry)
 
-    def _overdue(self, entry: InFlight, limits: Limits, times: ServiceTimes | None, now_s: float) -> str:
+    def _overdue(self, entry: InFlight, limits: WatchdogLimits, times: ServiceTimes | None, now_s: float) -> str:
         """Which limit a job is past; empty when none."""
         if entry.cancelled_s is not None and now_s - entry.cancelled_s > limits.cancel_s:
             return "cancel_timeout"
@@ -220,7 +220,7 @@ class WorkerSlot:
         started_s = now_s if entry.started_s is None else entry.started_s
         return "deadline" if now_s - started_s > times.deadline_s(entry.job.params, 2.0 * limits.stall_s) else ""
 
-    def _stalled_share(self, entry: InFlight, limits: Limits, times: ServiceTimes, now_s: float) -> float:
+    def _stalled_share(self, entry: InFlight, limits: WatchdogLimits, times: ServiceTimes, now_s: float) -> float:
         """Time without progress of a job that should make some, as a share of what is granted."""
         if entry.started_s is None and entry is not self.in_flight[0]:
             return 0.0

@@ -237,7 +237,7 @@ class Recipe:
         return {"recipe": own.pop("name"), **own}
 
 
-_WAN = Recipe(
+_WAN_RECIPE = Recipe(
     name="wan",
     base="",
     native=NativeConfig(height=480, width=832, num_frames=81, fps=16),
@@ -257,8 +257,8 @@ RECIPES: dict[str, Recipe] = {
             native=NativeConfig(height=64, width=64, num_frames=17, fps=16),
             bundle_dtype="fp16",
         ),
-        dataclasses.replace(_WAN, name="wan_1_3b", base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
-        dataclasses.replace(_WAN, name="wan_14b", base="Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+        dataclasses.replace(_WAN_RECIPE, name="wan_1_3b", base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        dataclasses.replace(_WAN_RECIPE, name="wan_14b", base="Wan-AI/Wan2.1-T2V-14B-Diffusers"),
     )
 }
 

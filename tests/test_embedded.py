@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from app.demo import EXAMPLES
+from app.demo import EXAMPLE_PROMPTS
 from codmd_serve.config import GenerateParams, default_bundle_path
 from codmd_serve.engine import Engine
 from codmd_serve.loading import load_engine
@@ -23,7 +23,7 @@ from distill.worlds.shapeworld.captions import parse_caption
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "weights"
-EXAMPLE = EXAMPLES[0]
+EXAMPLE = EXAMPLE_PROMPTS[0]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_another_video(engine: E
 def test_previews_look_like_the_videos(engine: Engine) -> None:
     facts = engine.facts
     previews, videos = [], []
-    for seed, prompt in enumerate(EXAMPLES[:4]):
+    for seed, prompt in enumerate(EXAMPLE_PROMPTS[:4]):
         sizes = {"height": facts.height, "width": facts.width, "num_frames": facts.num_frames, "fps": facts.fps}
         params = GenerateParams(prompt=prompt, seed=seed, crf=18, **sizes)
         with torch.inference_mode():
@@ -112,7 +112,7 @@ def test_teacher_folder_is_a_pipeline_of_its_own() -> None:
     assert scores["object_colour"] == scores["direction"] == scores["background"] == 1.0
 
 
-@pytest.mark.parametrize("prompt", EXAMPLES)
+@pytest.mark.parametrize("prompt", EXAMPLE_PROMPTS)
 def test_examples_of_the_page_are_followed_for_nine_of_ten_seeds(engine: Engine, tmp_path: Path, prompt: str) -> None:
     scene, right = parse_caption(prompt), []
     for seed in range(10):

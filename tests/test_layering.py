@@ -87,6 +87,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.device",
         "codmd_serve.engine",
         "codmd_serve.loading",
+        "codmd_serve.stages",
         "codmd_serve.video",
         "codmd_serve.warm",
         *WAN,

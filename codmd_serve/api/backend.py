@@ -26,7 +26,7 @@ from codmd_serve.jobs.listener import Listener
 from codmd_serve.jobs.results import ResultStore
 from codmd_serve.jobs.rows import content_key
 from codmd_serve.jobs.states import CANCELLED, FAILED, Job, NewJob
-from codmd_serve.jobs.store import JobStore, Limits, Model
+from codmd_serve.jobs.store import JobStore, QueueLimits, ServedModel
 
 REFRESH_S = 1.0
 POLL_S = 1.0
@@ -44,7 +44,7 @@ class Own:
     Attributes:
         bundle: hash of it.
         name: of the model, until the engine tells it.
-        engine_key: see store.Model.
+        engine_key: see store.ServedModel.
         facts: declared by the bundle; None when it does not say.
     """
 
@@ -100,7 +100,7 @@ class Backend:
         self.dispatcher = dispatcher
         self.is_draining = False
         self.is_stopped = False
-        self._models: list[Model] = []
+        self._models: list[ServedModel] = []
         self._queue = (0, 0, 0.0)
         self._store_error = ""
         self._listener = Listener(database, hub, self._on_change)
@@ -157,7 +157,7 @@ class Backend:
 
     # What can be served
 
-    def models(self) -> list[Model]:
+    def models(self) -> list[ServedModel]:
         """Bundles that jobs may name, the default one first; never touches the store."""
         found = {model.bundle: model for model in self._models}
         if self.own is None:
@@ -167,14 +167,14 @@ class Backend:
         if self.dispatcher is not None:
             facts = self.dispatcher.runner.facts or facts
         name = facts.name if facts is not None else self.own.name
-        own = known or Model(self.own.bundle, name, self.own.engine_key, facts, 0, False, "", 0.0)
+        own = known or ServedModel(self.own.bundle, name, self.own.engine_key, facts, 0, False, "", 0.0)
         own = replace(own, name=name, engine_key=self.own.engine_key, facts=facts)
         if self.dispatcher is not None:
             own = replace(own, is_ready=self.dispatcher.is_ready, reason=self.dispatcher.reason)
         live = [model for model in found.values() if model.capacity]
         return [own, *live]
 
-    def model(self, name: str | None = None) -> Model:
+    def model(self, name: str | None = None) -> ServedModel:
         """The model that a request means.
 
         Raises:
@@ -213,7 +213,7 @@ class Backend:
         """Jobs that wait, jobs that run, seconds that the oldest waits; a second old at most."""
         return self._queue
 
-    def retry_after_s(self, model: Model) -> int:
+    def retry_after_s(self, model: ServedModel) -> int:
         """Seconds until a place frees: until the first running job ends, or a worker is back."""
         seconds = model.service_s / max(1, model.capacity)
         if self.dispatcher is not None and self.dispatcher.runner.facts is not None:
@@ -224,7 +224,7 @@ class Backend:
 
     # Jobs
 
-    async def submit(self, new: NewJob, model: Model, may_reuse: bool = True) -> tuple[Job, bool]:
+    async def submit(self, new: NewJob, model: ServedModel, may_reuse: bool = True) -> tuple[Job, bool]:
         """Write a job; see JobStore.submit.
 
         Raises:
@@ -238,13 +238,13 @@ class Backend:
         share = 0
         if new.owner:
             share = max(1, self.config.queue_size * self.config.key_share_percent // 100)
-        limits = Limits(self.config.queue_size, share, self.retry_after_s(model))
+        limits = QueueLimits(self.config.queue_size, share, self.retry_after_s(model))
         job, is_new = await self.call(self.store.submit, new, limits, may_reuse)
         if is_new and job.status == "queued" and self.dispatcher is not None:
             self.dispatcher.wake()
         return job, is_new
 
-    def content_key(self, model: Model, params: Any) -> str:
+    def content_key(self, model: ServedModel, params: Any) -> str:
         return content_key(model.bundle, model.engine_key, params)
 
     async def get(self, job_id: str, owner: str | None) -> Job | None:
@@ -328,11 +328,11 @@ def failure(job: Job) -> GenerationError:
     return GenerationError(job.error_message, job.error_code)
 
 
-def facts_of(model: Model) -> ModelFacts:
+def facts_of(model: ServedModel) -> ModelFacts:
     """Facts of a model that has some."""
     assert model.facts is not None
     return model.facts
 
 
-def public_facts(model: Model | None) -> dict[str, Any] | None:
+def public_facts(model: ServedModel | None) -> dict[str, Any] | None:
     return asdict(model.facts) if model is not None and model.facts is not None else None

@@ -101,7 +101,7 @@ CODES = {
     "storage_full": "507: no room to keep a video or a job",
 }
 MAX_ECHO_CHARS = 60
-RETRY_S = {"not_ready": 5, "shutting_down": 10, "store_unavailable": 5, "storage_full": 30}
+RETRY_AFTER_S = {"not_ready": 5, "shutting_down": 10, "store_unavailable": 5, "storage_full": 30}
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,8 @@ def error_response(status: int, message: str, *, code: str | None = None, field:
     code = code or CODE_OF_STATUS.get(status, "error")
     body = ErrorBody.model_validate({"error": {"code": code, "message": message, "field": field}})
     answer = JSONResponse(body.model_dump(), status)
-    if code in RETRY_S and status in (503, 507):
-        answer.headers["Retry-After"] = str(RETRY_S[code])
+    if code in RETRY_AFTER_S and status in (503, 507):
+        answer.headers["Retry-After"] = str(RETRY_AFTER_S[code])
     return answer
 
 

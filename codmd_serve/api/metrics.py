@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from codmd_serve.api.backend import Backend
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-STAGES = ("queue", "text", "denoise", "decode", "encode")
+JOB_STAGES = ("queue", "text", "denoise", "decode", "encode")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
@@ -41,7 +41,7 @@ class Metrics:
     def finished(self, job: Job, finished: Finished) -> None:
         """Count a job that ended in this process."""
         self.jobs.labels(finished.status, finished.error_code).inc()
-        for stage in STAGES:
+        for stage in JOB_STAGES:
             if stage in finished.timings_ms:
                 self.stages.labels(stage).observe(finished.timings_ms[stage] / 1000)
         if finished.timings_ms:

@@ -1,7 +1,6 @@
-"""The engine in turns with its opponents: the stock pipeline, its teacher, its own lossy variants.
+"""Time the engine and its opponents in alternation: the stock pipeline, its teacher, our own lossy variants.
 
-Every trial is written down as soon as it is over: a run that is killed, or whose last opponent finds no memory, leaves
-what it had found.
+Every trial is written as soon as it ends. A run that is killed or runs out of memory keeps its earlier numbers.
 """
 
 import json
@@ -41,8 +40,8 @@ MEMORY_FOR_A_REQUEST = 12 * 2**30
 
 
 @dataclass(slots=True)
-class Run:
-    """What one measurement carries from step to step."""
+class BenchRun:
+    """State of one measurement: settings, device, output files, start time and load averages."""
 
     config: BenchConfig
     device: torch.device
@@ -54,7 +53,7 @@ class Run:
     loads: list[float] = field(default_factory=lambda: [os.getloadavg()[0]])
 
     def tell(self, name: str, **values: Any) -> None:
-        """Append what was just found to `numbers`, one JSON object per line."""
+        """Append a result to `numbers` as one line of JSON."""
         line = json.dumps({"at_s": round(self.seconds(), 2), "name": name, **values})
         with self.numbers.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -67,7 +66,7 @@ class Run:
 
 
 @dataclass(slots=True)
-class Measured:
+class Measurements:
     """Trials by contestant, pairs by opponent, operators by contestant."""
 
     contestants: dict[str, Contestant]
@@ -77,7 +76,7 @@ class Measured:
     lossy: dict[str, Row] = field(default_factory=dict)
 
 
-def against(run: Run, bundle: Path, ours: Ours, params: GenerateParams) -> Measured:
+def against(run: BenchRun, bundle: Path, ours: Ours, params: GenerateParams) -> Measurements:
     """Time the engine, alone or against what the settings name.
 
     Args:
@@ -88,7 +87,7 @@ def against(run: Run, bundle: Path, ours: Ours, params: GenerateParams) -> Measu
     """
     asked = requests(params, PROMPTS)
     video = run.folder / "bench.mp4"
-    found = Measured(contestants={"ours": ours}, trials={})
+    found = Measurements(contestants={"ours": ours}, trials={})
 
     def time_by(name: str) -> Any:
         return lambda given: run_and_tell(name, given)
@@ -120,9 +119,9 @@ def against(run: Run, bundle: Path, ours: Ours, params: GenerateParams) -> Measu
 
 
 def _against_stock(
-    run: Run, bundle: Path, found: Measured, ours: Ours, asked: Iterator[GenerateParams], by: Any
+    run: BenchRun, bundle: Path, found: Measurements, ours: Ours, asked: Iterator[GenerateParams], by: Any
 ) -> None:
-    """The stock pipeline with as many forward passes, then as teacher; in turns where both fit into the memory."""
+    """Time the stock pipeline with as many forward passes, then as teacher; alternate where both fit in memory."""
     given = [next(asked) for _ in range(run.config.pairs)]
     alone: list[Trial] = []
     if not _both_fit(run.device, ours.engine):
@@ -154,8 +153,8 @@ def _against_stock(
         _against_teacher(run, found, teacher, asked, by)
 
 
-def _ours_alone(run: Run, found: Measured, ours: Ours, given: list[GenerateParams], by: Any) -> list[Trial]:
-    """All requests to the engine, which then makes room for the opponent: both do not fit into the memory."""
+def _ours_alone(run: BenchRun, found: Measurements, ours: Ours, given: list[GenerateParams], by: Any) -> list[Trial]:
+    """Run all requests on the engine, then release it: the opponent does not fit beside it."""
     trials: list[Trial] = []
     for params in given:
         if not trials or run.seconds() < run.config.limit_s * SHARE_BEFORE_TEACHER / 2:
@@ -169,7 +168,7 @@ def _ours_alone(run: Run, found: Measured, ours: Ours, given: list[GenerateParam
 
 
 def _both_fit(device: torch.device, engine: Engine) -> bool:
-    """Whether a second copy of what the engine serves finds memory beside it."""
+    """Return whether a second copy of the bundle fits in memory beside the engine."""
     if device.type != "cuda":
         return True
     bundle = engine.bundle
@@ -179,18 +178,20 @@ def _both_fit(device: torch.device, engine: Engine) -> bool:
     return bool(weights + MEMORY_FOR_A_REQUEST <= torch.cuda.mem_get_info(device)[0])
 
 
-def _against_lossy(run: Run, bundle: Path, engine: Engine, found: Measured, params: GenerateParams, by: Any) -> None:
-    """Load one variant after the other, take its error, and time it in turns with the engine."""
+def _against_lossy(
+    run: BenchRun, bundle: Path, engine: Engine, found: Measurements, params: GenerateParams, by: Any
+) -> None:
+    """For each variant: load it, measure its error, and time it in alternation with the engine."""
     problems = lossy.unsupported(run.device, run.dtype)
     same, asked = lossy.some(params, PROMPTS), requests(params, PROMPTS)
-    wanted = [lossy.outputs(engine, given) for given in same] if len(problems) < len(lossy.VARIANTS) else []
-    for name in (name for name in lossy.VARIANTS if name not in problems):
+    wanted = [lossy.outputs(engine, given) for given in same] if len(problems) < len(lossy.LOSSY_SETTINGS) else []
+    for name in (name for name in lossy.LOSSY_SETTINGS if name not in problems):
         if run.seconds() > run.config.limit_s:
             problems[name] = "no time was left"
             continue
         try:
             variant = lossy.load_variant(name, bundle, engine)
-            error = lossy.error_of(variant, wanted, same)
+            error = lossy.compare_outputs(variant, wanted, same)
         except (CodmdError, torch.OutOfMemoryError) as failure:
             problems[name] = first_line(failure)
             continue
@@ -214,7 +215,9 @@ def _against_lossy(run: Run, bundle: Path, engine: Engine, found: Measured, para
     run.left_out += lossy.left_out(problems)
 
 
-def _against_teacher(run: Run, found: Measured, teacher: Diffusers, asked: Iterator[GenerateParams], by: Any) -> None:
+def _against_teacher(
+    run: BenchRun, found: Measurements, teacher: Diffusers, asked: Iterator[GenerateParams], by: Any
+) -> None:
     per_forward_s = spread_of([trial.stages_ms["denoise"] for trial in found.trials["diffusers"]]).median / 1000
     per_forward_s /= found.contestants["diffusers"].num_forwards
     expected_s = per_forward_s * teacher.num_forwards

@@ -1,4 +1,4 @@
-"""How long a server takes from its start to /ready, and how much memory it takes on the way; looks from outside."""
+"""Measures a server's cold start from outside: seconds until /ready, and peak memory on the way."""
 
 import socket
 import subprocess
@@ -22,9 +22,9 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColdStart:
-    """What was seen of one start.
+    """Time and memory of one cold start.
 
-    Args:
+    Attributes:
         ready_s: from the start of the process to the first 200 of /ready; files may have been in the page cache.
         host_peak_bytes: highest resident memory of the server and of its worker, added; None where /proc tells nothing.
         device_peak_bytes: most device memory in use beyond what was in use before; None on a CPU.
@@ -78,7 +78,7 @@ def running_server(
     timeout_s: float,
     look: Callable[[int], None] = lambda _: None,
 ) -> Iterator[str]:
-    """A server as `codmd-serve serve` starts it, from /ready on; ended at the end.
+    """Start `codmd-serve serve`, yield its address once it is ready, and end it afterwards.
 
     Args:
         bundle, device, dtype: to serve, with what.
@@ -120,7 +120,7 @@ def running_server(
 
 
 def host_peak_bytes(process: int) -> int:
-    """Sum of the highest resident memory of a process and of all it started and that still runs; 0 without /proc."""
+    """Return the summed peak resident memory of a process and its living descendants; 0 without /proc."""
     folder = Path("/proc") / str(process)
     try:
         lines = (folder / "status").read_text(encoding="utf-8").split("\n")

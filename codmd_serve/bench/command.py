@@ -9,7 +9,7 @@ from typing import Any
 
 from codmd_serve.bench.options import OPPONENTS, PRESETS, BenchConfig, writable_folder
 
-HELP = {
+BENCH_HELP = {
     "bundle": "folder of the student bundle to measure",
     "random_weights": f"measure a bundle of random weights instead: {', '.join(PRESETS)}; needs no download",
     "against": f"{', '.join(OPPONENTS)}: the stock pipeline, also as 50-step teacher; or fp8 and SageAttention",
@@ -35,7 +35,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     for entry in fields(BenchConfig):
         default: Any = entry.default_factory() if entry.default_factory is not MISSING else entry.default
         shown = "" if default == "" else f" (default: {default})"
-        options: dict[str, Any] = {"default": default, "help": (HELP[entry.name] + shown).replace("%", "%%")}
+        options: dict[str, Any] = {"default": default, "help": (BENCH_HELP[entry.name] + shown).replace("%", "%%")}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -64,6 +64,6 @@ def run_bench(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def typed(words: Sequence[str]) -> str:
-    """The command as it may be published: of an absolute path only the last part."""
+    """Return the command without private paths: of an absolute path only the last part is kept."""
     shown = [PurePath(word).name if PurePath(word).is_absolute() else word for word in words]
     return shlex.join(["codmd-serve", *shown])

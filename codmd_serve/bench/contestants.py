@@ -1,4 +1,4 @@
-"""Who is measured: the engine of this package, and the eager WanPipeline of diffusers with the same weights."""
+"""The pipelines that are measured: our engine, and the eager diffusers WanPipeline with the same weights."""
 
 import time
 from pathlib import Path
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from codmd_serve.config import GenerateParams
 from codmd_serve.engine import Engine
+from codmd_serve.stages import STAGES
 from codmd_serve.video import write_video
 from codmd_serve.wan.checkpoint import Bundle, StudentSpec
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH
 
-STAGES = ("text", "denoise", "decode", "encode")
 TEACHER_STEPS = 50
 TEACHER_GUIDANCE = 5.0
 # What the published pipelines of Wan2.1 sample 480p with.
@@ -22,14 +22,14 @@ TEACHER_SHIFT = 3.0
 
 
 class Contestant(Protocol):
-    """Makes a video and says how long each stage took."""
+    """A pipeline that makes a video and reports the time of each stage."""
 
     @property
     def num_forwards(self) -> int:
         """Forward passes of the transformer per video."""
 
     def run(self, params: GenerateParams, path: Path) -> dict[str, float]:
-        """Write the mp4 of one request to `path`; returns milliseconds per stage of STAGES."""
+        """Write the mp4 of one request to `path`; return milliseconds per stage of STAGES."""
 
 
 class Ours:
@@ -44,11 +44,11 @@ class Ours:
         self.num_forwards = len(engine.bundle.spec.timesteps)
 
     def run(self, params: GenerateParams, path: Path) -> dict[str, float]:
-        """Write the mp4 of one request to `path`; returns milliseconds per stage of STAGES."""
+        """Write the mp4 of one request to `path`; return milliseconds per stage of STAGES."""
         return dict(self.engine.generate(params, path).timings_ms)
 
     def release(self) -> None:
-        """Let go of the engine and its memory; what is known about it stays."""
+        """Release the engine and its memory; keep its facts."""
         self.engine = None
 
 
@@ -78,7 +78,7 @@ class Diffusers:
 
     @torch.no_grad()
     def run(self, params: GenerateParams, path: Path) -> dict[str, float]:
-        """Write the mp4 of one request to `path`; returns milliseconds per stage of STAGES."""
+        """Write the mp4 of one request to `path`; return milliseconds per stage of STAGES."""
         pipeline, device = self.pipeline, self.pipeline.transformer.device
         times = [_now_s(device)]
         embeds, negative = pipeline.encode_prompt(
@@ -122,7 +122,7 @@ class Diffusers:
 
 
 def student_scheduler(spec: StudentSpec) -> Any:
-    """A stock scheduler that walks the student's own noise levels.
+    """Return a stock scheduler with the student's own noise levels.
 
     It feeds 1000 * sigma, which some students were trained to be fed rounded: that changes the picture, not the work.
     """
@@ -138,7 +138,7 @@ def student_scheduler(spec: StudentSpec) -> Any:
 
 
 def teacher_scheduler() -> Any:
-    """The stock flow scheduler of a Wan pipeline."""
+    """Return the stock flow-matching scheduler of a Wan pipeline."""
     return FlowMatchEulerDiscreteScheduler(shift=TEACHER_SHIFT)
 
 

@@ -1,4 +1,4 @@
-"""How little work a request is, counted on the diffusers modules, and what the machine does at most, measured.
+"""The least work of a request, counted on the diffusers modules, and the measured peak rates of the machine.
 
 Legend: B batch, C channels, F latent frames, H and W latent rows and columns, L prompt positions, D width.
 """
@@ -24,7 +24,7 @@ CEILING_REPEATS = 8
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a stage cannot do without: floating-point operations, and bytes that it must at least read or write.
+    """The least work of a stage: floating-point operations, and bytes that it must read or write.
 
     The bytes are weights once per call, inputs and outputs; activations in between are not counted, because a better
     kernel keeps them out of memory.
@@ -34,28 +34,28 @@ class Work:
     num_bytes: int
 
     def times(self, calls: int) -> "Work":
-        """The work of several calls."""
+        """Return the work of several calls."""
         return Work(self.flop * calls, self.num_bytes * calls)
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Best rates seen in this run: of a large matrix product (FLOP/s) and a large copy (bytes/s, both ways)."""
+    """Best rates measured in this run: a large matrix product (FLOP/s) and a large copy (bytes/s, both ways)."""
 
     flop_per_s: float
     bytes_per_s: float
 
     def floor_s(self, work: Work) -> float:
-        """Seconds that the work takes at least at these rates."""
+        """Return the least time of the work at these rates, in seconds."""
         return max(work.flop / self.flop_per_s, work.num_bytes / self.bytes_per_s)
 
     def best(self, other: "Ceilings") -> "Ceilings":
-        """The higher of each."""
+        """Return the higher of each rate."""
         return Ceilings(max(self.flop_per_s, other.flop_per_s), max(self.bytes_per_s, other.bytes_per_s))
 
 
 def transformer_work(config: Any, latent_shape: Sequence[int], dtype: torch.dtype) -> Work:
-    """Work of one forward pass with all 512 prompt positions, batch 1.
+    """Count the work of one forward pass with all 512 prompt positions, batch 1.
 
     Args:
         config: of a WanTransformer3DModel.
@@ -78,7 +78,7 @@ def transformer_work(config: Any, latent_shape: Sequence[int], dtype: torch.dtyp
 
 
 def vae_work(config: Any, latent_shape: Sequence[int], dtype: torch.dtype) -> Work:
-    """Work of decoding one video.
+    """Count the work of decoding one video.
 
     Args:
         config: of an AutoencoderKLWan.
@@ -105,7 +105,7 @@ def vae_work(config: Any, latent_shape: Sequence[int], dtype: torch.dtype) -> Wo
 
 
 def text_work(config: Any, dtype: torch.dtype) -> Work:
-    """Work of embedding one prompt, padded to 512 positions; the vocabulary is looked up, not read.
+    """Count the work of embedding one prompt, padded to 512 positions; the embedding table is not read as a whole.
 
     Args:
         config: of a UMT5EncoderModel.
@@ -125,7 +125,7 @@ def text_work(config: Any, dtype: torch.dtype) -> Work:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Best of several large matrix products in `dtype` and of several large copies; about a second."""
+    """Measure the best of several large matrix products in `dtype` and of several large copies; about a second."""
     side, size = MATMUL_SIDE[device.type], COPY_BYTES[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
@@ -137,7 +137,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Numbers in the weights of a module."""
+    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -165,7 +165,7 @@ def _flop(run: Callable[[], object]) -> int:
 
 
 def _extended(count: Callable[[int], tuple[int, int]], number: int) -> tuple[int, int]:
-    """What `count` would say of `number` equal parts, from what it says of one and of two."""
+    """Extrapolate `count` linearly to `number` equal layers from one and two."""
     one = count(1)
     if number == 1:
         return one

@@ -1,8 +1,8 @@
-"""Everything worth knowing of a CUDA device in a few minutes: `python -m codmd_serve.bench.gpu_report`.
+"""Measures a CUDA device in a few minutes: `python -m codmd_serve.bench.gpu_report`.
 
-For a machine that is lent for minutes and has torch, diffusers and transformers, but none of the server's packages. No
-network, no disk space: weights are random. Every number is written when it is found; a part that fails is a line with
-its error, and the next one runs. The table in the docs is made of the JSON elsewhere.
+Needs torch, diffusers and transformers, but none of the server's packages, no network and no disk space: weights are
+random. Every number is written as soon as it is measured. A part that fails becomes a line with its error, and the next
+part runs. The table in the docs is made from the JSON.
 
     {"versions": {...}, "device": name, "numbers": [{"at_s": seconds, "name": name, ...}, ...]}
 """
@@ -43,11 +43,11 @@ from codmd_serve.wan.vae import StreamingDecoder, latent_shape
 from codmd_serve.warm import measured_convolutions
 
 LIMIT_S = 420.0
-NUM_PROMPT_POSITIONS = 128  # of the prompts that are timed
+NUM_TIMED_POSITIONS = 128  # of the prompts that are timed
 
 
-class Report:
-    """Numbers in the order in which they were found, on disk after every one.
+class GpuReport:
+    """Measurements in order; the JSON is written after each of them.
 
     Args:
         path: of the JSON.
@@ -68,7 +68,7 @@ class Report:
         self._content: dict[str, Any] = {"versions": versions, "device": name, "numbers": []}
 
     def tell(self, name: str, **values: Any) -> None:
-        """Keep what was just found."""
+        """Record a measurement and write the file."""
         entry = {"at_s": round(time.monotonic() - self._start_s, 1), "name": name, **values}
         print(json.dumps(entry), flush=True)
         self._content["numbers"].append(entry)
@@ -76,7 +76,7 @@ class Report:
 
     @contextlib.contextmanager
     def part(self, name: str, expected_s: float) -> Iterator[bool]:
-        """Yield whether there is time for a part; what it raises becomes a line."""
+        """Yield whether there is time for a part; turn its exception into a line of the report."""
         left_s = self._limit_s - (time.monotonic() - self._start_s)
         if left_s < expected_s:
             self.tell(name, skipped=f"{left_s:.0f} s left, {expected_s:.0f} s expected")
@@ -91,7 +91,7 @@ class Report:
             torch.cuda.empty_cache()
 
     def milliseconds(self, run: Callable[[], object], num_runs: int = 3, num_warm: int = 1) -> float:
-        """Median time of a function on the device, after some runs that are not counted."""
+        """Return the median time of a function on the device, after warm-up runs."""
         for _ in range(num_warm):
             run()
         times_ms = []
@@ -104,14 +104,14 @@ class Report:
         return statistics.median(times_ms)
 
     def synchronize(self) -> None:
-        """Wait for the device."""
+        """Wait until the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 @dataclasses.dataclass(slots=True)
 class Models:
-    """What later parts take over from earlier ones; None where a part did not run."""
+    """Modules that earlier parts leave for later ones; None where a part did not run."""
 
     plan: Preset
     latents: Tensor
@@ -120,20 +120,20 @@ class Models:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure; return 0."""
+    """Run the report; return 0."""
     parser = argparse.ArgumentParser(prog="python -m codmd_serve.bench.gpu_report", description=__doc__)
     parser.add_argument("--out", default="gpu-report.json", help="the JSON")
     parser.add_argument("--preset", default="wan-1.3b", help="wan-1.3b, wan-14b or tiny")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="seconds for everything")
     options = parser.parse_args(words)
-    measure(Path(options.out), options.preset, torch.device(options.device), options.limit_s)
+    measure_device(Path(options.out), options.preset, torch.device(options.device), options.limit_s)
     return 0
 
 
 @torch.no_grad()
-def measure(path: Path, name: str, device: torch.device, limit_s: float = LIMIT_S) -> None:
-    """Measure everything that there is time for.
+def measure_device(path: Path, name: str, device: torch.device, limit_s: float = LIMIT_S) -> None:
+    """Run every part that fits in the time limit.
 
     Args:
         path: of the JSON; its folder exists.
@@ -141,7 +141,7 @@ def measure(path: Path, name: str, device: torch.device, limit_s: float = LIMIT_
         device: CUDA; a CPU for the tests.
         limit_s: no part is begun that is expected to end later.
     """
-    report, plan = Report(path, device, limit_s), preset(name)
+    report, plan = GpuReport(path, device, limit_s), preset(name)
     torch.manual_seed(0)
     native = plan.native
     with torch.device("meta"):
@@ -162,8 +162,8 @@ def measure(path: Path, name: str, device: torch.device, limit_s: float = LIMIT_
     report.tell("end")
 
 
-def _vae(report: Report, models: Models) -> None:
-    """Decode in half precision, then in float32: milliseconds, memory, decibels between them."""
+def _vae(report: GpuReport, models: Models) -> None:
+    """Decode in half precision, then in float32; report milliseconds, memory and the PSNR between them."""
     device, plan = report.device, models.plan
     models.vae = built(AutoencoderKLWan, plan.vae, device, torch.float32).eval().requires_grad_(False)
     models.vae.decoder.conv_out.weight.mul_(0.1)
@@ -195,8 +195,8 @@ def _vae(report: Report, models: Models) -> None:
     report.tell("decode-psnr", db=psnr(frames[half], frames[torch.float32]))
 
 
-def _transformer(report: Report, models: Models) -> None:
-    """One step and the loop, fused and plain, and how far they are from each other."""
+def _transformer(report: GpuReport, models: Models) -> None:
+    """Time one step and the whole loop, fused and plain, and report their difference."""
     device, plan = report.device, models.plan
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     start_s = time.perf_counter()
@@ -209,7 +209,7 @@ def _transformer(report: Report, models: Models) -> None:
     report.tell("attention-chosen", kernel=network_attention.name)
     for block in network.blocks:
         block.attend = network_attention.attend
-    prompt = network.encode_prompt(torch.randn(1, NUM_PROMPT_POSITIONS, network.config.text_dim))
+    prompt = network.encode_prompt(torch.randn(1, NUM_TIMED_POSITIONS, network.config.text_dim))
     work = transformer_work(network.config, tuple(models.latents.shape[1:]), dtype)
     took_ms = report.milliseconds(lambda: network(models.latents, 1, prompt))
     report.tell("step", ms=took_ms, tflops=work.flop / took_ms / 1e9)
@@ -220,14 +220,14 @@ def _transformer(report: Report, models: Models) -> None:
     error = float((got.float() - want.float()).norm() / want.float().norm())
     report.tell("step-plain", ms=plain_ms, relative_difference=error)
     network.rows = chosen
-    loop = DenoiseLoop(network, _spec(plan))
+    loop = DenoiseLoop(network, _random_spec(plan))
     noise = torch.randn(len(plan.grid.timesteps), *models.latents.shape, device=device)
     loop_ms = report.milliseconds(lambda: loop(noise, prompt), 2, 0)
     report.tell("loop", ms=loop_ms, tflops=len(noise) * work.flop / loop_ms / 1e9)
 
 
-def _end_to_end(report: Report, models: Models) -> None:
-    """Text to mp4 through the engine, prompt by prompt."""
+def _end_to_end(report: GpuReport, models: Models) -> None:
+    """Time text to mp4 through the engine, prompt by prompt."""
     if models.transformer is None or models.vae is None:
         raise RuntimeError("needs the parts before it")
     device, plan = report.device, models.plan
@@ -235,13 +235,13 @@ def _end_to_end(report: Report, models: Models) -> None:
     encoder = built(UMT5EncoderModel, {"config": UMT5Config(**plan.text_encoder)}, device, dtype)
     bundle = Bundle(
         path=Path("random"),
-        spec=_spec(plan),
+        spec=_random_spec(plan),
         tokenizer=random_tokenizer(),
         text_encoder=encoder.eval().requires_grad_(False),
         transformer=None,
         vae=models.vae,
     )
-    engine = Engine(bundle, models.transformer, _facts(report, models))
+    engine = Engine(bundle, models.transformer, _model_facts(report, models))
     if device.type == "cuda":
         engine.decoder.set_dtype(torch.float16)
     with tempfile.TemporaryDirectory(prefix="codmd-report-") as folder, measured_convolutions():
@@ -270,8 +270,8 @@ def _end_to_end(report: Report, models: Models) -> None:
             )
 
 
-def _ceilings(report: Report, _models: Models) -> None:
-    """What a large matrix product and a large copy reach here."""
+def _ceilings(report: GpuReport, _models: Models) -> None:
+    """Measure the rates of a large matrix product and a large copy."""
     for dtype in (torch.bfloat16, torch.float32):
         ceilings = measure_ceilings(report.device, dtype)
         report.tell(
@@ -279,8 +279,8 @@ def _ceilings(report: Report, _models: Models) -> None:
         )
 
 
-def _attention(report: Report, models: Models) -> None:
-    """Every installed kernel on the shape of the network."""
+def _attention(report: GpuReport, models: Models) -> None:
+    """Time every installed attention kernel on the shape of the network."""
     shape = _attention_shape(models)
     dtype = torch.bfloat16 if report.device.type == "cuda" else torch.float32
     flop = 4 * shape.num_tokens**2 * shape.num_heads * shape.head_width
@@ -297,8 +297,8 @@ def _attention(report: Report, models: Models) -> None:
         )
 
 
-def _diffusers(report: Report, models: Models) -> None:
-    """One forward pass and one decode of the stock modules."""
+def _diffusers(report: GpuReport, models: Models) -> None:
+    """Time one forward pass and one decode of the stock modules."""
     device, plan = report.device, models.plan
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     stock = built(WanTransformer3DModel, plan.transformer, device, dtype).eval()
@@ -314,12 +314,12 @@ def _diffusers(report: Report, models: Models) -> None:
     report.tell("diffusers-decode", ms=report.milliseconds(lambda: vae.decode(models.latents, return_dict=False), 1))
 
 
-def _fp8(report: Report, models: Models) -> None:
-    """One step with 8-bit matrix products, `lossy`, and its error; the last part, for it changes the network."""
+def _fp8(report: GpuReport, models: Models) -> None:
+    """Time one step with fp8 matrix products and report its error; last, because it changes the network."""
     network = models.transformer
     if network is None or report.device.type != "cuda":
         raise RuntimeError("needs a CUDA device and the transformer")
-    prompt = network.encode_prompt(torch.randn(1, NUM_PROMPT_POSITIONS, network.config.text_dim))
+    prompt = network.encode_prompt(torch.randn(1, NUM_TIMED_POSITIONS, network.config.text_dim))
     want = network(models.latents, 1, prompt).float()
     quantize_blocks(network)
     got = network(models.latents, 1, prompt).float()
@@ -338,7 +338,7 @@ def _attention_shape(models: Models) -> AttentionShape:
     )
 
 
-def _spec(plan: Preset) -> StudentSpec:
+def _random_spec(plan: Preset) -> StudentSpec:
     return StudentSpec(
         base="random",
         sigmas=plan.grid.sigmas,
@@ -354,7 +354,7 @@ def _spec(plan: Preset) -> StudentSpec:
     )
 
 
-def _facts(report: Report, models: Models) -> ModelFacts:
+def _model_facts(report: GpuReport, models: Models) -> ModelFacts:
     native = models.plan.native
     return ModelFacts(
         name="random",

@@ -1,4 +1,4 @@
-"""What a measurement may be asked for; imports nothing heavy."""
+"""Settings of `codmd-serve bench`; imports nothing heavy."""
 
 import os
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ OPPONENTS = ("diffusers", "lossy", "none")
 class BenchConfig:
     """One row of the results. The command line is made from these fields.
 
-    Args:
+    Attributes:
         bundle: folder of the student bundle; not read with random_weights.
         random_weights: a preset to make a bundle of, or empty.
         against: `diffusers` (eager, as many forward passes; and its 50-step teacher), `lossy` (the engine with
@@ -76,7 +76,7 @@ class BenchConfig:
 
 
 def writable_folder(name: str) -> Path:
-    """Make the folder where it is missing, before minutes are spent on what goes into it.
+    """Create the folder and check that it can be written, before minutes are spent on measuring.
 
     Raises:
         ConfigError: it cannot be made, is a file, or cannot be written to.

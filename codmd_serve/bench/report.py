@@ -1,6 +1,6 @@
-"""Rows of results as text: a section of the table for each, and how it stands to its targets.
+"""Formats result rows as Markdown: one section per row, and its targets.
 
-Knows the JSON of a row (see `row.py`) and nothing of how it was measured.
+Reads the JSON of a row (see `row.py`); measures nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,9 +38,9 @@ Written by `codmd-serve bench` from the `performance-*.json` beside it; run the 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bar of the project's plan.
+    """A performance target of the project.
 
-    Args:
+    Attributes:
         text: what is compared.
         name: of the bundle or preset that it is for.
         device: what the device's name must contain.
@@ -91,14 +91,14 @@ BUSY_OVERLAP = (
 
 
 def document(rows: Sequence[Row], serving: Sequence[Row] = ()) -> str:
-    """All rows as one Markdown text, rows in order of their names; then what serving adds to them."""
+    """Return all rows as one Markdown text, sorted by name, serving rows last."""
     parts = [section(row) for row in sorted(rows, key=lambda row: str(row["row"]))]
     parts += [serving_section(row) for row in sorted(serving, key=lambda row: str(row["row"]))]
     return "\n".join([PREFACE, *parts])
 
 
 def serving_section(row: Row) -> str:
-    """A row of `serving-ROW.json` as Markdown, with its picture."""
+    """Return a row of `serving-ROW.json` as Markdown, with its picture."""
     picture = row["timeline"]["picture"]
     lines = [
         f"## {row['row']}, served",
@@ -116,7 +116,7 @@ def serving_section(row: Row) -> str:
 
 
 def serving_lines(row: Row) -> list[str]:
-    """The numbers of a serving row; what its command prints last."""
+    """Return the numbers of a serving row as lines; the command prints them last."""
     server, overlap = row["server"], row["overlap"]
     load = row["load_average"]
     lines = ["| target | bar | stretch | reached | |", "|---|---|---|---|---|"]
@@ -148,7 +148,7 @@ def serving_lines(row: Row) -> list[str]:
 
 
 def section(row: Row) -> str:
-    """One row as Markdown."""
+    """Return one row as Markdown."""
     versions = ", ".join(f"{name} {value}" for name, value in row["versions"].items() if value)
     lines = [
         f"## {row['row']}",
@@ -161,7 +161,7 @@ def section(row: Row) -> str:
         f"Ceilings: {rate(row['ceilings']['flop_per_s'])} in {row['request']['dtype']}, "
         f"{row['ceilings']['bytes_per_s'] / 1e9:.3g} GB/s. Picture: [roofline]({row['picture']}).",
         "",
-        *_facts(row),
+        *_fact_lines(row),
         *_targets(row),
         *_profile(row),
     ]
@@ -176,7 +176,7 @@ def _own(spread: Row) -> str:
 
 
 def short_table(row: Row) -> str:
-    """What the command prints last."""
+    """Return the summary that the command prints last."""
     return "\n".join([f"{row['row']}: {row['request']['text']}", *_stages(row), "", *_targets(row), _noise(row)])
 
 
@@ -228,7 +228,7 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _facts(row: Row) -> list[str]:
+def _fact_lines(row: Row) -> list[str]:
     lines = []
     cold = row["cold_start"]
     if cold is not None:
@@ -258,7 +258,7 @@ def _facts(row: Row) -> list[str]:
 
 
 def _lossy(row: Row, name: str, entry: Row) -> str:
-    """One variant in one line; rows from before there were variants have none."""
+    """Return one line per variant; old rows have none."""
     speed, loop = (1 / row["ratios"][name][stage]["median"] for stage in ("total", "denoise"))
     return (
         f"- {name} ({entry['attention']}, {entry['execution']}) against {row['request']['dtype']}: "
@@ -268,13 +268,13 @@ def _lossy(row: Row, name: str, entry: Row) -> str:
 
 
 def targets_of(row: Row) -> list[tuple[Target, float | None]]:
-    """The bars that are meant for this row, and what it reached."""
+    """Return the targets that apply to this row, with the values it reached."""
     meant = [target for target in TARGETS if target.name == row["name"] and target.device in row["machine"]["device"]]
     return [(target, target.value(row)) for target in meant]
 
 
 def is_met(target: Target, value: float) -> bool:
-    """Whether the bar is reached."""
+    """Return whether the target is met."""
     return value <= target.bar if target.is_ceiling else value >= target.bar
 
 

@@ -1,4 +1,4 @@
-"""The roofline of one row as a picture: what the machine does at most, and where the stages are below it."""
+"""Draws the roofline of one row: the machine's peak rates, and each stage below them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A stage of a contestant: FLOP per byte that it cannot do without, and FLOP per second that were reached."""
+    """A stage of a contestant: its least FLOP per byte, and the FLOP per second it reached."""
 
     contestant: str
     stage: str
@@ -32,7 +32,7 @@ class Point:
 
 
 def draw_roofline(path: Path, title: str, flop_per_s: float, bytes_per_s: float, points: Sequence[Point]) -> None:
-    """Write a PNG.
+    """Draw the roofline to a PNG.
 
     Args:
         path: of the file.

@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 
 from codmd_serve import __version__
-from codmd_serve.bench.against import Measured, Run, against
+from codmd_serve.bench.against import BenchRun, Measurements, against
 from codmd_serve.bench.cold import measure_cold_start
 from codmd_serve.bench.contestants import (
-    STAGES,
     Ours,
 )
 from codmd_serve.bench.floor import Ceilings, Work, measure_ceilings, text_work, transformer_work, vae_work
@@ -44,6 +43,7 @@ from codmd_serve.engine import Engine
 from codmd_serve.errors import CodmdError, ConfigError
 from codmd_serve.files import first_line, write_json, write_text
 from codmd_serve.loading import load_engine
+from codmd_serve.stages import STAGES
 from codmd_serve.textfiles import read_json_object
 from codmd_serve.wan.checkpoint import read_spec, resolve_base
 from codmd_serve.wan.vae import latent_shape
@@ -79,7 +79,7 @@ def measure_row(config: BenchConfig, folder: Path, command: str) -> str:
     with tempfile.TemporaryDirectory(prefix="codmd-bench-") as temporary:
         numbers = folder / f"numbers-{row_name}.jsonl"
         numbers.unlink(missing_ok=True)
-        run = Run(config, device, dtype, Path(temporary), numbers)
+        run = BenchRun(config, device, dtype, Path(temporary), numbers)
         with _bundle(run) as bundle:
             row = _served(run, bundle, folder / config.timeline) if config.serving else _measured(run, bundle)
     row |= {"row": row_name, "name": name, "command": command}
@@ -100,8 +100,8 @@ def _text(shown: str | list[str]) -> str:
     return shown if isinstance(shown, str) else "\n".join(shown)
 
 
-def _served(run: Run, bundle: Path, timeline: Path) -> Row:
-    """A row of `serving-ROW.json`."""
+def _served(run: BenchRun, bundle: Path, timeline: Path) -> Row:
+    """Measure a row of `serving-ROW.json`."""
     date = datetime.now(UTC)
     engine = load_engine(bundle, str(run.device), str(run.dtype).removeprefix("torch."))
     params = _params(run.config, engine)
@@ -126,7 +126,7 @@ def _is_current(file: Path, device: torch.device) -> bool:
 
 
 @contextmanager
-def _bundle(run: Run) -> Iterator[Path]:
+def _bundle(run: BenchRun) -> Iterator[Path]:
     if not run.config.random_weights:
         yield Path(run.config.bundle)
         return
@@ -136,7 +136,7 @@ def _bundle(run: Run) -> Iterator[Path]:
         yield bundle
 
 
-def _measured(run: Run, bundle: Path) -> Row:
+def _measured(run: BenchRun, bundle: Path) -> Row:
     spec, versions = read_spec(bundle), _versions()
     date = datetime.now(UTC)
     cold = None
@@ -189,7 +189,7 @@ def _measured(run: Run, bundle: Path) -> Row:
     }
 
 
-def _summed_up(found: Measured, held_bytes: int | None) -> Row:
+def _summed_up(found: Measurements, held_bytes: int | None) -> Row:
     contestants = {}
     for name, trials in found.trials.items():
         device_ms = [trial.device_ms for trial in trials if trial.device_ms is not None]
@@ -259,7 +259,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _machine(run: Run, load: float) -> Row:
+def _machine(run: BenchRun, load: float) -> Row:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").split("\n") if information.is_file() else []
@@ -289,7 +289,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Of the checkout that this file lies in; empty outside one."""
+    """Return the commit of this checkout; empty outside one."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

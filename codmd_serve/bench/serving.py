@@ -1,4 +1,4 @@
-"""What serving adds to the engine and what overlap takes off: HTTP against the bare engine, jobs beside one another.
+"""Measures the overhead of HTTP over the bare engine, and the gain from overlapping jobs.
 
 JSON of `serving-ROW.json`: row, name, command, date, machine, versions, load_average, request; server (or null):
 latency and saturation, ratios of the server's time to the engine's, and own_ms, what a request took beyond its stages
@@ -14,17 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from codmd_serve.bench.cold import running_server
+from codmd_serve.bench.report import Row
 from codmd_serve.bench.timeline import draw_timeline, overlap_s
 from codmd_serve.bench.trials import requests, spread_of
 from codmd_serve.bench.weights import PROMPTS
 from codmd_serve.config import GenerateParams
 from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.engine import Engine, GenerateResult
-
-Row = dict[str, Any]
 
 NUM_JOBS = 8  # at once: fewer than a server's queue takes
 NUM_DRAWN = 3
@@ -33,7 +31,7 @@ BLOCKS_PER_PAIR = 5  # eight requests cost as much as eight
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back of one request: the mp4, milliseconds in all, and those of the server's own stages."""
+    """The answer to one request: the mp4, total milliseconds, and milliseconds per server stage."""
 
     video: bytes
     total_ms: float
@@ -78,7 +76,7 @@ def measure_serving(engine: Engine, bundle: Path | None, params: GenerateParams,
 def measure_server(
     engine: Engine, address: str, asked: Iterator[GenerateParams], folder: Path, pairs: int, blocks: int
 ) -> Row:
-    """Requests through HTTP and on the bare engine in turns: one by one, and eight at once.
+    """Time requests over HTTP and on the bare engine in alternation: one by one, and eight at once.
 
     Args:
         engine: the bare one.
@@ -111,7 +109,7 @@ def measure_server(
 
 
 def measure_overlap(engine: Engine, asked: Iterator[GenerateParams], folder: Path, blocks: int) -> Row:
-    """Eight queued requests one after the other and overlapped, in turns; ratio above 1: overlap is quicker."""
+    """Time eight queued requests in sequence and overlapped; a ratio above 1 means that overlap is quicker."""
     ratios = []
     for _ in range(blocks):
         jobs = [next(asked) for _ in range(NUM_JOBS)]
@@ -122,12 +120,12 @@ def measure_overlap(engine: Engine, asked: Iterator[GenerateParams], folder: Pat
 
 
 def run_in_a_row(engine: Engine, jobs: Sequence[GenerateParams], folder: Path) -> list[GenerateResult]:
-    """Make videos, each after the one before it; they go to FOLDER/0.mp4 and so on."""
+    """Make videos one after the other, as FOLDER/0.mp4 and so on."""
     return [engine.generate(params, folder / f"{number}.mp4") for number, params in enumerate(jobs)]
 
 
 def run_overlapped(engine: Engine, jobs: Sequence[GenerateParams], folder: Path) -> list[GenerateResult]:
-    """The same as a worker does it that was sent the jobs ahead."""
+    """Make the same videos as a worker with several jobs in flight does."""
     with ThreadPoolExecutor(max_workers=1) as ahead:
 
         def begin(number: int, params: GenerateParams) -> "Future[GenerateResult]":

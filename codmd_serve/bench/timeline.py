@@ -1,4 +1,4 @@
-"""When the stages of consecutive requests were at work, as a picture; knows spans and nothing of engines."""
+"""Draws when the stages of consecutive requests ran; knows spans and no engine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 
 # Told apart without colour by their lanes.
 LANES = ("text", "denoise", "decode", "encode")
-COLOURS = ("#005ab5", "#dc3220", "#5a5a5a", "#e69f00")
+BAR_COLOURS = ("#005ab5", "#dc3220", "#5a5a5a", "#e69f00")
 
 # (stage, start, end) in seconds of one clock
-Span = tuple[str, float, float]
+StageSpan = tuple[str, float, float]
 
 
-def draw_timeline(path: Path, title: str, requests: Sequence[Sequence[Span]]) -> None:
+def draw_timeline(path: Path, title: str, requests: Sequence[Sequence[StageSpan]]) -> None:
     """Write a PNG with one lane per stage and one colour per request.
 
     Args:
@@ -30,7 +30,7 @@ def draw_timeline(path: Path, title: str, requests: Sequence[Sequence[Span]]) ->
             label = f"request {number + 1}" if index == 0 else None
             bar = [(1000 * (start - first_s), 1000 * (end - start))]
             place = (LANES.index(stage) - 0.35, 0.7)
-            axes.broken_barh(bar, place, color=COLOURS[number % len(COLOURS)], edgecolor="white", label=label)
+            axes.broken_barh(bar, place, color=BAR_COLOURS[number % len(BAR_COLOURS)], edgecolor="white", label=label)
     axes.set_yticks(range(len(LANES)), LANES)
     axes.set_ylim(len(LANES) - 0.5, -0.5)
     axes.set_xlabel("milliseconds")
@@ -41,8 +41,8 @@ def draw_timeline(path: Path, title: str, requests: Sequence[Sequence[Span]]) ->
     figure.savefig(path)
 
 
-def overlap_s(requests: Sequence[Sequence[Span]]) -> float:
-    """Seconds in which a request was encoded while a later one was at another stage."""
+def overlap_s(requests: Sequence[Sequence[StageSpan]]) -> float:
+    """Return the seconds in which one request was encoded while a later one was in another stage."""
     return sum(
         max(0.0, min(end, other_end) - max(start, other_start))
         for number, spans in enumerate(requests)

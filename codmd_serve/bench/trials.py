@@ -1,4 +1,4 @@
-"""Timed requests in turns, what they sum up to, and the operators behind them; knows nothing of who runs them."""
+"""Times requests in alternation, summarises them, and counts operators; knows no engine."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ NUM_TOP_OPERATORS = 8
 class Trial:
     """One timed request.
 
-    Args:
+    Attributes:
         stages_ms: wall-clock milliseconds per stage, each ended by waiting for the device.
         total_ms: wall-clock milliseconds from the prompt to the finished file.
         cpu_ms: processor time of this process and of the encoder; other work on the machine hardly changes it.
@@ -46,7 +46,7 @@ class Pair:
 
     @property
     def ratio(self) -> float:
-        """How many times longer the other took."""
+        """Return how many times longer the other took."""
         return self.other.total_ms / self.ours.total_ms
 
 
@@ -63,15 +63,15 @@ class Spread:
 
     @property
     def relative(self) -> float:
-        """Distance between the quartiles as a share of the median: how noisy the machine was."""
+        """Return the interquartile range as a share of the median, a measure of noise."""
         return (self.q75 - self.q25) / self.median if self.median else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OperatorCount:
-    """What the profiler saw of one request.
+    """Operators of one request, counted by the profiler.
 
-    Args:
+    Attributes:
         calls: of operators of torch, also those that operators call.
         top: those with the most time of their own: name, calls, share of all operators' own time.
     """
@@ -81,7 +81,7 @@ class OperatorCount:
 
 
 def spread_of(values: Sequence[float]) -> Spread:
-    """Sum up at least one measurement."""
+    """Summarise at least one measurement."""
     ordered = sorted(values)
     quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
     return Spread(
@@ -95,7 +95,7 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 
 def requests(params: GenerateParams, prompts: Sequence[str]) -> Iterator[GenerateParams]:
-    """Endless requests of one shape; prompt and seed change, so that no cache answers."""
+    """Yield requests of one shape without end; prompt and seed change, so every cache misses."""
     for seed, prompt in enumerate(itertools.cycle(prompts)):
         yield replace(params, prompt=prompt, seed=seed)
 
@@ -129,7 +129,7 @@ def timed(contestant: Contestant, params: GenerateParams, path: Path, device: to
 
 
 def _cpu_s() -> float:
-    """Processor seconds of this process and of the children it has waited for."""
+    """Return the CPU seconds of this process and of its reaped children."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
@@ -142,7 +142,7 @@ def run_pairs(
     most: int,
     may_go_on: Callable[[], bool],
 ) -> list[Pair]:
-    """Time the two in turns, so that whatever else the machine does hits both.
+    """Time two contestants in alternation, so that other load on the machine affects both.
 
     Args:
         time_ours, time_other: run one request each.

@@ -1,4 +1,4 @@
-"""Student bundles of random weights at the sizes of published models: speed does not depend on what weights say."""
+"""Student bundles of random weights at the sizes of published models: speed does not depend on weight values."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,15 +18,15 @@ from codmd_serve.errors import ConfigError
 from codmd_serve.grid import StepGrid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
 
-COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white")
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
-DIRECTIONS = ("left", "right", "up", "down")
+PROMPT_COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white")
+PROMPT_SHAPES = ("circle", "square", "triangle", "cross", "ring")
+PROMPT_DIRECTIONS = ("left", "right", "up", "down")
 # Captions that the embedded student knows, all of one length: a request costs the same with every one of them.
 PROMPTS = tuple(
     f"a {colour} {shape} moves {direction} slowly on a black background"
-    for colour in COLOURS
-    for shape in SHAPES
-    for direction in DIRECTIONS
+    for colour in PROMPT_COLOURS
+    for shape in PROMPT_SHAPES
+    for direction in PROMPT_DIRECTIONS
 )
 
 
@@ -45,7 +45,7 @@ class Preset:
     base: str
 
 
-_WAN = {"attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256}
+_WAN_CONFIG = {"attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256}
 _UMT5_XXL = {
     "vocab_size": 256384,
     "d_model": 4096,
@@ -65,10 +65,10 @@ def preset(name: str) -> Preset:
         ConfigError: no such preset.
     """
     if name == "wan-1.3b":
-        small = {**_WAN, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+        small = {**_WAN_CONFIG, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
         return Preset(small, _UMT5_XXL, {}, wan_1_3b_grid(), _WAN_480P, "wan")
     if name == "wan-14b":
-        large = {**_WAN, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+        large = {**_WAN_CONFIG, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
         return Preset(large, _UMT5_XXL, {}, wan_14b_grid(), _WAN_480P, "wan")
     if name == "tiny":
         heads = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2}
@@ -106,12 +106,12 @@ def random_bundle(name: str, folder: Path, device: torch.device, dtype: torch.dt
         _write_base(plan, base, device, dtype)
     if not _is_whole(bundle):
         transformer = built(WanTransformer3DModel, plan.transformer, device, dtype)
-        save_bundle(bundle, transformer, _spec(plan, name, base))
+        save_bundle(bundle, transformer, _preset_spec(plan, name, base))
         _mark_whole(bundle)
     yield bundle
 
 
-def _spec(plan: Preset, name: str, base: Path) -> StudentSpec:
+def _preset_spec(plan: Preset, name: str, base: Path) -> StudentSpec:
     return StudentSpec(
         base=f"../{base.name}",
         sigmas=plan.grid.sigmas,
@@ -143,7 +143,7 @@ def _write_base(plan: Preset, base: Path, device: torch.device, dtype: torch.dty
 
 
 def random_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words: what the encoder is given are 512 positions in any case."""
+    """Build a whole-word tokenizer; the encoder is given 512 positions in any case."""
     words = ["<pad>", "</s>", "<unk>", *dict.fromkeys(" ".join(PROMPTS).split())]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -155,14 +155,14 @@ def random_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def built(kind: Any, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A module of random weights, on the device and in the dtype from the start."""
+    """Build a module of random weights directly on the device and in the dtype."""
     with _defaults(device, dtype):
         return kind(**arguments)
 
 
 @contextmanager
 def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside are on the device in that dtype from the start: no float32 copy of 14 billion numbers."""
+    """Create modules directly on the device in that dtype: no float32 copy of 14 billion parameters."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -21,7 +21,7 @@ UNFINISHED = (QUEUED, RUNNING)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class QueueLimits:
     """What may wait: jobs of one bundle in all, and of one owner.
 
     Attributes:
@@ -36,7 +36,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ServedModel:
     """A bundle that some dispatcher serves, as the store knows it.
 
     Attributes:
@@ -72,7 +72,7 @@ class JobStore:
         self.database = database
         self.result_ttl_s = result_ttl_s
 
-    def submit(self, new: NewJob, limits: Limits, may_reuse: bool = True) -> tuple[Job, bool]:
+    def submit(self, new: NewJob, limits: QueueLimits, may_reuse: bool = True) -> tuple[Job, bool]:
         """Write a job, or find the one that answers the same request.
 
         Args:
@@ -125,7 +125,7 @@ class JobStore:
             connection.execute(update.values(used_at=now, expires_at=now + self.result_ttl_s))
         return result_id
 
-    def _check_limits(self, connection: Connection, new: NewJob, limits: Limits) -> None:
+    def _check_limits(self, connection: Connection, new: NewJob, limits: QueueLimits) -> None:
         waiting = select(func.count()).where(jobs.c.status == QUEUED, jobs.c.bundle == new.bundle)
         num_waiting = connection.execute(waiting).scalar_one()
         if num_waiting >= limits.queue_size:
@@ -249,18 +249,18 @@ class JobStore:
         with self.database.read() as connection:
             return set(connection.execute(select(results.c.name).where(results.c.name.in_(names))).scalars())
 
-    def models(self) -> list[Model]:
+    def models(self) -> list[ServedModel]:
         """Bundles that dispatchers serve or have served, those with a live one first."""
         with self.database.read() as connection:
             now = self.database.now(connection)
             rows = connection.execute(select(dispatchers).order_by(dispatchers.c.alive_until.desc())).all()
-        found: dict[str, Model] = {}
+        found: dict[str, ServedModel] = {}
         for row in rows:
             known = found.get(row.bundle)
             if known is None:
                 facts = ModelFacts(**json.loads(row.facts)) if row.facts else None
                 reason = "no worker is alive"
-                known = Model(row.bundle, row.model, row.engine_key, facts, 0, False, reason, row.service_s)
+                known = ServedModel(row.bundle, row.model, row.engine_key, facts, 0, False, reason, row.service_s)
             if row.alive_until > now:
                 is_ready = known.is_ready or bool(row.is_ready)
                 reason = "" if is_ready else row.reason

@@ -2,7 +2,7 @@
 
 Knows nothing of prompts, tokenizers or sampling: only of embeddings whose padding rows are zero.
 
-Layout letters: B batch, L prompt positions as given, N positions kept, D text width.
+Legend: B batch, L prompt positions as given, N positions kept, D text width.
 """
 
 import math
@@ -66,7 +66,7 @@ def pad_logit_bias(num_kept: int, num_positions: int, like: torch.Tensor) -> tor
 def use_compact_cross_attention(
     transformer: WanTransformer3DModel, num_positions: int = NUM_PROMPT_POSITIONS
 ) -> WanTransformer3DModel:
-    """Let every cross-attention of `transformer` accept the output of `compact_prompt_embeds`; weights are untouched.
+    """Make every cross-attention of `transformer` accept the output of `compact_prompt_embeds`; weights are unchanged.
 
     Args:
         transformer: changed in place and returned; text to video only.

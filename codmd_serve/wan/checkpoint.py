@@ -1,4 +1,4 @@
-"""Student bundles on disk: what they say, loading them, writing them; knows nothing of requests or training."""
+"""Reads, loads and writes student bundles; knows nothing of requests or training."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import atomic_folder, first_line
 from codmd_serve.grammar import Grammar
-from codmd_serve.grid import check_step_grid
+from codmd_serve.grid import MAX_TIMESTEP, check_step_grid
 from codmd_serve.textfiles import read_json_object, shown
 from codmd_serve.wan.hub import find_pipeline
 from codmd_serve.wan.kernels import AttentionShape
@@ -29,9 +29,8 @@ SPEC_FILE = "student.json"
 # Ranges of the native video: what requests may ask for, and far more pixels and frames than any student makes.
 MOST_NATIVE = {"height": 16_384, "width": 16_384, "num_frames": 10_000, "fps": 120}
 MAX_STEPS = 1000
-MAX_TIMESTEP = 1000.0
 MAX_UPDATES = 10**12
-MAX_TEXT_CHARS = {"base": 4096, "vocabulary_note": 4096}
+MAX_FIELD_CHARS = {"base": 4096, "vocabulary_note": 4096}
 MAX_NAME_CHARS = 256
 
 
@@ -118,7 +117,7 @@ class StudentSpec:
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise ConfigError(f"{name} must be text, got {shown(value)}")
-    most = MAX_TEXT_CHARS.get(name, MAX_NAME_CHARS)
+    most = MAX_FIELD_CHARS.get(name, MAX_NAME_CHARS)
     if len(value) > most:
         raise ConfigError(f"{name} must be at most {most} characters, got {shown(value)}")
     if any(ord(char) < 32 or unicodedata.category(char) == "Cs" for char in value):
@@ -142,7 +141,7 @@ class Bundle:
 
 
 def silence_libraries() -> None:
-    """Switch off the loading bars and warnings of diffusers and transformers, for a process whose output is ours.
+    """Silence the progress bars and warnings of diffusers and transformers.
 
     What they warn of while loading, missing and surplus tensors, is an error here that says it in one line.
     """
@@ -171,7 +170,7 @@ def read_spec(bundle: Path) -> StudentSpec:
             name: _list(data, name) for name in ("sigmas", "timesteps", "assumed") if name in data
         }
         for name in ("sigmas", "timesteps"):
-            tuples[name] = tuple(_number(value) for value in tuples[name])
+            tuples[name] = tuple(_finite_number(value) for value in tuples[name])
         if "preview_map" in data:
             tuples["preview_map"] = tuple(_row(row) for row in _list(data, "preview_map"))
         native = data["native"]
@@ -193,10 +192,10 @@ def _list(data: dict[str, Any], name: str) -> tuple[Any, ...]:
 def _row(value: object) -> tuple[float, ...]:
     if not isinstance(value, list):
         raise ConfigError(f"preview_map must be rows of three finite numbers, got {shown(value)}")
-    return tuple(map(_number, value))
+    return tuple(map(_finite_number, value))
 
 
-def _number(value: object) -> float:
+def _finite_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"expected a number, got {shown(value)}")
     try:
@@ -206,7 +205,7 @@ def _number(value: object) -> float:
 
 
 def resolve_base(bundle: Path, base: str, *, configs_only: bool = False) -> Path:
-    """Find the folder with the tokenizer, text encoder and VAE of a bundle; one snapshot of a hub id.
+    """Find the folder, or hub snapshot, with the tokenizer, text encoder and VAE of a bundle.
 
     Args:
         bundle: the bundle folder, which a relative base is relative to.
@@ -224,7 +223,7 @@ def resolve_base(bundle: Path, base: str, *, configs_only: bool = False) -> Path
 
 
 def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionShape:
-    """Return what the transformer of a bundle attends to in its native video, from the configs alone.
+    """Return the attention shape of a bundle's native video, from the configs alone.
 
     Args:
         bundle: folder.
@@ -246,7 +245,7 @@ def attention_shape(bundle: Path, max_tokens: int | None = None) -> AttentionSha
 def native_attention_shape(
     transformer: Mapping[str, Any], vae: Mapping[str, Any], native: NativeShape
 ) -> AttentionShape:
-    """Return what a transformer attends to in a native video.
+    """Return the attention shape of a native video.
 
     Args:
         transformer, vae: their configs.
@@ -350,7 +349,7 @@ def load_tokenizer(base: Path | str) -> Any:
 
 
 def load_module(kind: Any, folder: Path | str, subfolder: str, **options: Any) -> Any:
-    """Load one module of a pipeline folder with `kind.from_pretrained`, complete or not at all.
+    """Load one module of a pipeline folder with `kind.from_pretrained`; refuse missing or mismatched weights.
 
     Raises:
         CheckpointError: missing, truncated or of another kind. Both libraries fill missing tensors with random numbers

@@ -1,4 +1,4 @@
-"""Published checkpoints become student bundles: weights by `published` and `names`, sampling by the published methods.
+"""Converts published checkpoints into student bundles: weights, names and the sampling of the published method.
 
 Knows nothing of the command line.
 """
@@ -19,7 +19,7 @@ from codmd_serve.files import check_name, first_line
 from codmd_serve.grid import StepGrid
 from codmd_serve.textfiles import shown
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
-from codmd_serve.wan.families import CONTRACTS, FAMILIES
+from codmd_serve.wan.families import FAMILIES, METHOD_SAMPLING
 from codmd_serve.wan.hub import find_pipeline
 from codmd_serve.wan.lora import Scales, add_lora, find_scales, read_lora
 from codmd_serve.wan.names import check_config, to_diffusers
@@ -35,10 +35,10 @@ WAN_480P = NativeShape(height=480, width=832, num_frames=81, fps=16)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertOptions:
-    """What the user knows about a checkpoint and need not be guessed; None is unknown.
+    """What the user states about a checkpoint; None is guessed.
 
-    Args:
-        method: one of CONTRACTS.
+    Attributes:
+        method: one of METHOD_SAMPLING.
         sampler: sde or ode.
         timesteps: what the network is fed, descending, in (0, 1000]; the state is at sigma = timestep / 1000.
         height, width, num_frames, fps: the video it was trained to make.
@@ -62,12 +62,12 @@ class ConvertOptions:
         scale = self.lora_scale
         if scale is not None and (not math.isfinite(scale) or not 0.0 < abs(scale) <= MAX_LORA_SCALE):
             raise ConfigError(f"lora_scale must be a number other than 0, at most {MAX_LORA_SCALE:g}, got {scale}")
-        if self.method is not None and self.method not in CONTRACTS:
-            raise ConfigError(f"method must be one of {', '.join(CONTRACTS)}, got {shown(self.method)}")
+        if self.method is not None and self.method not in METHOD_SAMPLING:
+            raise ConfigError(f"method must be one of {', '.join(METHOD_SAMPLING)}, got {shown(self.method)}")
         self.native()
 
     def sizes(self) -> dict[str, int]:
-        """Return what is known of the video's shape."""
+        """Return the stated sizes of the video."""
         values = {name: getattr(self, name) for name in ("height", "width", "num_frames", "fps")}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -82,7 +82,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Converted:
-    """What was made.
+    """Result of a conversion.
 
     Attributes:
         looks: what the file is, in words.
@@ -134,7 +134,7 @@ def convert(source: Path, base: Path, output: Path, options: ConvertOptions, pac
     _refuse_base(weights, given.weights, str(source), is_lora=scales is not None)
     transformer.load_state_dict(weights, assign=True)
     width = transformer.patch_embedding.out_channels
-    spec = _spec(published, sampling, options, width, scales)
+    spec = _spec_fields(published, sampling, options, width, scales)
     spec = spec | {
         "base": os.path.relpath(folder, output.resolve()) if is_folder else str(base),
         "base_model": folder.name if is_folder else str(base),
@@ -179,7 +179,7 @@ def _weights(
 
 
 def _refuse_maybe_causal(published: Published, options: ConvertOptions, source: str) -> None:
-    """Refuse weights of a family that is mostly causal, which no tensor shows, unless the user says they are not."""
+    """Refuse a family that is mostly causal, which tensors do not show, unless the user says it is not."""
     is_doubtful = published.family == "generator_ema" or options.method == "self-forcing"
     if is_doubtful and not options.bidirectional and not published.says_attention:
         raise CheckpointError(
@@ -190,7 +190,7 @@ def _refuse_maybe_causal(published: Published, options: ConvertOptions, source: 
 
 
 def _refuse_base(weights: dict[str, Tensor], base: dict[str, Tensor], source: str, *, is_lora: bool) -> None:
-    """Refuse a student that is the undistilled base itself, whatever the precision of the two."""
+    """Refuse a student that equals the undistilled base, at any precision."""
     for name, tensor in weights.items():
         other = base.get(name)
         if other is None or other.shape != tensor.shape:
@@ -263,16 +263,16 @@ def read_base_config(base: Path) -> dict[str, Any]:
     return config
 
 
-def _spec(
+def _spec_fields(
     published: Published, sampling: Sampling, options: ConvertOptions, width: int, scales: Scales | None
 ) -> dict[str, Any]:
-    """Return the fields of student.json that follow from the file, what it states and what the user says."""
+    """Return the fields of student.json, from the user's options, the file's statements and the method's defaults."""
     family = FAMILIES[published.family]
     method = options.method or family.method
-    contract = CONTRACTS[method]
+    published_sampling = METHOD_SAMPLING[method]
     timesteps = options.timesteps or sampling.timesteps
     if timesteps is None:
-        grid = contract.grid(width)
+        grid = published_sampling.grid(width)
     else:
         sigmas = None if options.timesteps else sampling.sigmas
         grid = StepGrid(sigmas=sigmas or _exact_sigmas(timesteps), timesteps=timesteps)
@@ -296,7 +296,7 @@ def _spec(
     return {
         "sigmas": grid.sigmas,
         "timesteps": grid.timesteps,
-        "sampler": options.sampler or sampling.sampler or contract.sampler,
+        "sampler": options.sampler or sampling.sampler or published_sampling.sampler,
         "native": options.native(),
         "method": method,
         "step": 0,

@@ -1,4 +1,4 @@
-"""The published families of few-step Wan students: what their files look like and how they are sampled.
+"""The published families of few-step Wan students: how to recognise their files and how to sample them.
 
 The one table behind `convert`, its --help and docs/how-to/import.md. Imports nothing heavy.
 """
@@ -12,21 +12,23 @@ WIDTH_1_3B, WIDTH_14B = 1536, 5120
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contract:
+class MethodSampling:
     """How the students of a published method are sampled; `grid` takes the width of the network."""
 
     sampler: str
     grid: Callable[[int], StepGrid]
 
 
-# Sampler and steps by method. LightX2V steps along the flow, all others re-noise.
-CONTRACTS = {
-    "codmd": Contract(sampler="sde", grid=lambda width: wan_14b_grid() if width >= WIDTH_14B else wan_1_3b_grid()),
-    "causvid": Contract(sampler="sde", grid=lambda _: causvid_grid()),
-    "self-forcing": Contract(sampler="sde", grid=lambda _: wan_14b_grid()),
-    "rcm": Contract(sampler="sde", grid=lambda _: rcm_grid()),
-    "fastwan": Contract(sampler="sde", grid=lambda _: causvid_grid()),
-    "lightx2v": Contract(sampler="ode", grid=lambda _: wan_14b_grid()),
+# Sampler and step grid by method. LightX2V steps along the flow, all others re-noise.
+METHOD_SAMPLING = {
+    "codmd": MethodSampling(
+        sampler="sde", grid=lambda width: wan_14b_grid() if width >= WIDTH_14B else wan_1_3b_grid()
+    ),
+    "causvid": MethodSampling(sampler="sde", grid=lambda _: causvid_grid()),
+    "self-forcing": MethodSampling(sampler="sde", grid=lambda _: wan_14b_grid()),
+    "rcm": MethodSampling(sampler="sde", grid=lambda _: rcm_grid()),
+    "fastwan": MethodSampling(sampler="sde", grid=lambda _: causvid_grid()),
+    "lightx2v": MethodSampling(sampler="ode", grid=lambda _: wan_14b_grid()),
 }
 
 
@@ -104,10 +106,10 @@ def table_rows() -> list[tuple[str, ...]]:
         ("published files", "recognised by", "taken as", "sampler", "steps", "has to be said")
     ]
     for family in FAMILIES.values():
-        contract = CONTRACTS[family.method]
-        grids = {_steps(contract.grid(width)): size for width, size in ((WIDTH_1_3B, "1.3B"), (WIDTH_14B, "14B"))}
+        sampling = METHOD_SAMPLING[family.method]
+        grids = {_steps(sampling.grid(width)): size for width, size in ((WIDTH_1_3B, "1.3B"), (WIDTH_14B, "14B"))}
         steps = "; ".join(f"{size}: {grid}" for grid, size in grids.items()) if len(grids) > 1 else next(iter(grids))
-        rows.append((family.files, family.keys, family.method, contract.sampler, steps, family.needs))
+        rows.append((family.files, family.keys, family.method, sampling.sampler, steps, family.needs))
     return rows
 
 

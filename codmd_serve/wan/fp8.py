@@ -1,11 +1,11 @@
-"""Matrix products in 8-bit floats, `lossy`: rows of weights and activations share a scale each; knows no sampler.
+"""Lossy fp8 matrix products with one scale per row of weights and activations; knows no sampler.
 
-e4m3 has four significant bits: rounding is up to 1/16 of a number, .026 of it in the root mean square, whatever its
-size, so a row only has to be brought into the range. Both factors are rounded, so a product of independent numbers is
-off by .037; weights are rounded once, activations in every call.
+e4m3 has four significant bits. The relative rounding error is at most 1/16, and .026 in the root mean square, at any
+magnitude, so scaling a row into range is enough. Both factors are rounded, so a product of independent numbers is off
+by .037. Weights are rounded once, activations in every call.
 
-What stays as it was: embedders and head, whose few numbers every later one depends on; the modulation, which is float32
-anyway; keys and values of the prompt, which are computed once per prompt and would save nothing.
+Not quantized: embedders and head, because every later number depends on them; the modulation, which is float32; keys
+and values of the prompt, which are computed once per prompt.
 
 Legend: N tokens in all videos of a batch, I and O inputs and outputs of a layer.
 """
@@ -28,7 +28,7 @@ LAYERS = ("qkv", "attn_out", "cross_q", "cross_out", "ffn_in", "ffn_out")
 
 
 def check_quantization(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what is unknown, or what `device` has no instructions for.
+    """Refuse an unknown quantization, or one that `device` has no instructions for.
 
     Args:
         name: none or fp8.
@@ -71,7 +71,7 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Float8Linear(nn.Module):
-    """A linear layer whose weight is e4m3, one scale per output; its input is rounded row by row when it comes.
+    """A linear layer with an e4m3 weight, one scale per output; its input is quantized row by row on the fly.
 
     Args:
         source: in bfloat16, with a bias; both sides divisible by 16.
@@ -96,14 +96,14 @@ class Float8Linear(nn.Module):
         self.register_buffer("bias", source.bias.detach())
 
     def forward(self, features: Tensor) -> Tensor:
-        """(..., I) to (..., O), bfloat16 in and out; sums are kept in the device's fast accumulator."""
+        """Map (..., I) to (..., O), bfloat16 in and out, with the device's fast accumulator."""
         rows, scale = quantize_rows(features.reshape(-1, features.shape[-1]))
         out = scaled_product(rows, scale, self.weight, self.scale, self.bias)
         return out.reshape(*features.shape[:-1], -1)
 
 
 def scaled_product(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
-    """(N, I) times (O, I) transposed, both e4m3 with a scale per row, plus the bias, in its dtype.
+    """Return (N, I) times (O, I) transposed, both e4m3 with a scale per row, plus the bias, in its dtype.
 
     On a CPU the rounded factors are multiplied in float32: torch 2.11 has no kernel with a scale per row there.
     """
@@ -123,7 +123,7 @@ def scaled_product(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Te
 
 @torch.no_grad()
 def quantize_blocks(transformer: FewStepTransformer) -> None:
-    """Replace the large layers of every block by `Float8Linear`, one by one, so that one layer is there twice at most.
+    """Replace the large layers of every block by `Float8Linear`, one at a time, so that at most one layer exists twice.
 
     Raises:
         ConfigError: a network whose widths are no multiples of 16.

@@ -1,10 +1,10 @@
 """RMSNorm with SiLU in one pass over memory, for the VAE in half precision; knows nothing of convolutions.
 
-A decoder of a VAE spends on its elementwise parts what they move. Eager torch moves 40 bytes an element here: it widens
-to float32, sums squares, divides, multiplies, applies SiLU, narrows and copies. One Triton kernel reads each number
-once and writes it once, adds the bias of the convolution before it and the residual on the way, and puts the result
-where the next convolution reads it: 1.36 ms where inductor's fusion of the plain code takes 1.48 (H200, 16 frames of
-480 x 832 x 96). The plain code computes the same in float32 and is the reference of the tests.
+The elementwise parts of a VAE decoder are bound by memory bandwidth. Eager torch moves 40 bytes per element: it casts
+to float32, sums squares, divides, multiplies, applies SiLU, casts back and copies. One Triton kernel reads and writes
+each element once, adds the bias of the previous convolution and the residual, and writes into the next convolution's
+input: 1.36 ms where inductor's fusion of the plain code takes 1.48 (H200, 16 frames of 480 x 832 x 96). The plain code
+computes the same in float32 and is the reference of the tests.
 
 Legend: B batch, C channels, T frames, H and W rows and columns.
 """
@@ -21,12 +21,12 @@ NORM_EPS = 1e-12
 # The fastest of 2048, 4096 and 8192 with 4 and 8 warps on an H200: 2.8 TB/s alone, 3.6 with bias, residual and total.
 ELEMENTS_PER_PROGRAM = 4096
 NUM_WARPS = 8
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+NORM_SILU_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """value + bias + residual, not added up yet: whoever reads it next adds on the way.
+    """A deferred sum value + bias + residual; the next kernel adds it.
 
     Attributes:
         value: (B, C, T, H, W), owned by the sum: it may be overwritten with the total.
@@ -40,7 +40,7 @@ class Sum:
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is nothing to add."""
+        """Return whether there is nothing to add."""
         return self.bias is None and self.residual is None
 
 
@@ -49,7 +49,7 @@ AddNormSilu = Callable[[Sum, Tensor | None, Tensor | None, bool], Tensor | None]
 
 
 def add_norm_silu(given: Sum, weight: Tensor | None, out: Tensor | None, keep_total: bool) -> Tensor | None:
-    """Add up, write SiLU(RMSNorm(total) * weight) to `out`, and return the total; the plain code.
+    """Add up, write SiLU(RMSNorm(total) * weight) to `out`, and return the total, in plain torch.
 
     Args:
         given: the sum; its value is overwritten.
@@ -88,7 +88,7 @@ def _added(given: Sum) -> Tensor:
 
 
 def choose_add_norm_silu(device: torch.device, dtype: torch.dtype) -> tuple[AddNormSilu, str]:
-    """The Triton kernel where it works, else the plain code and one sentence that says why.
+    """Return the Triton kernel where it works, else the plain code and one sentence that says why.
 
     Float32 on a CPU takes the plain code without a word: nothing there runs Triton.
     """
@@ -101,14 +101,14 @@ def choose_add_norm_silu(device: torch.device, dtype: torch.dtype) -> tuple[AddN
     except Exception as problem:  # a compiler that is missing or broken raises anything
         reason = (str(problem).strip() or "no message").splitlines()[0]
         return add_norm_silu, f"VAE norms unfused: {type(problem).__name__}: {reason}"
-    if not error <= TOLERANCE[dtype]:
+    if not error <= NORM_SILU_TOLERANCE[dtype]:
         return add_norm_silu, f"VAE norms unfused: the Triton kernel is {error:.2g} off"
     return add_norm_silu_triton, ""
 
 
 @torch.no_grad()
 def _self_test(device: torch.device, dtype: torch.dtype) -> float:
-    """Largest difference between the kernel and the plain code, of numbers around 1."""
+    """Return the largest difference between the kernel and the plain code, on values around 1."""
     rng = torch.Generator(device).manual_seed(0)
     value, residual = (
         torch.randn(2, 96, 2, 4, 4, generator=rng, device=device).to(dtype, memory_format=torch.channels_last_3d)
@@ -129,7 +129,7 @@ def _self_test(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def add_norm_silu_triton(given: Sum, weight: Tensor | None, out: Tensor | None, keep_total: bool) -> Tensor | None:
-    """`add_norm_silu` as one kernel.
+    """Compute `add_norm_silu` in one kernel.
 
     Raises:
         ValueError: tensors whose channels do not lie side by side, frame after frame.
@@ -169,7 +169,7 @@ def add_norm_silu_triton(given: Sum, weight: Tensor | None, out: Tensor | None, 
 
 
 def row_strides(tensor: Tensor) -> tuple[int, int]:
-    """Elements from one video to the next, and from one place to the next, of a (B, C, T, H, W) tensor.
+    """Return the strides between videos and between positions of a (B, C, T, H, W) tensor, in elements.
 
     Raises:
         ValueError: its channels do not lie side by side, or its places not at equal distances.

@@ -1,6 +1,6 @@
-"""Wan pipelines by folder or hub id: found once, as one folder on disk; loads nothing from it.
+"""Finds a Wan pipeline by folder or hub id, as one folder on disk; loads nothing from it.
 
-A hub id is resolved to one snapshot. One that is cached completely needs no network, as after `hf download`.
+A hub id is resolved to one snapshot. A completely cached snapshot, as after `hf download`, needs no network.
 """
 
 import logging
@@ -17,7 +17,7 @@ from codmd_serve.errors import CheckpointError
 from codmd_serve.files import first_line
 from codmd_serve.textfiles import read_json_object, shown
 
-TIMEOUT_S = 5.0
+HUB_TIMEOUT_S = 5.0
 INDEX_FILE = "model_index.json"
 # What a student takes from its base; the transformer is its own.
 STUDENT_PARTS = ("tokenizer", "text_encoder", "vae")
@@ -66,7 +66,7 @@ def find_pipeline(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the hub could have a repository of this name."""
+    """Return whether a name is a valid hub repository id."""
     fits = _HUB_ID.fullmatch(name) is not None and len(name) <= _MAX_HUB_ID_CHARS
     return fits and "--" not in name and ".." not in name and not name.endswith((".", "-", ".git"))
 
@@ -98,9 +98,9 @@ def hub_snapshot(name: str, parts: Sequence[str], missing: str = "", *, configs_
     logger.warning("%s; asking the hub for %s", missing or state, name)
     try:
         # Of its own and first: a name server that does not answer would hold the download for a minute.
-        _within(TIMEOUT_S, lambda: HfApi().repo_info(name, timeout=TIMEOUT_S))
+        _within(HUB_TIMEOUT_S, lambda: HfApi().repo_info(name, timeout=HUB_TIMEOUT_S))
         patterns = [INDEX_FILE, *(f"{part}/{'*config.json' if configs_only else '*'}" for part in parts)]
-        folder = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=TIMEOUT_S))
+        folder = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
     except Exception as error:  # the client, its HTTP library and the file system each raise their own kinds
         raise CheckpointError(
             f"{prefix}the hub does not give {name}: {first_line(error)}; {state}, and no folder has that name"
@@ -147,7 +147,7 @@ def _is_folder(folder: Path) -> bool:
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> None:
-    """Call a function that may hang where no time-out reaches, as in a name look-up."""
+    """Call a function under a timeout that also covers a hanging DNS look-up."""
     raised: list[BaseException] = []
 
     def call() -> None:

@@ -1,8 +1,7 @@
-"""Which attention kernel runs: every one that is installed is checked and timed at load, the fastest right one is used.
+"""Chooses the attention kernel: checks and times every installed one at load, and takes the fastest correct one.
 
-Those that are lossy on purpose run only when they are named, and are checked against a tolerance of their own.
-
-Names are those of diffusers' attention dispatcher. Knows shapes, but neither prompts nor sampling.
+Lossy kernels run only when named, and have a tolerance of their own. Names are those of diffusers' attention
+dispatcher. Knows shapes, but neither prompts nor sampling.
 
 Legend: B batch (1 here), N tokens, L prompt positions, G heads, E width of a head.
 """
@@ -77,14 +76,14 @@ NUM_PROMPT_POSITIONS_MEASURED = 64
 NUM_RUNS = 5
 # Root mean square of the error over that of the output. Rounding the output alone is a quarter of it (bfloat16:
 # eps / sqrt(12) = .0023, and as much again for the rounded weights); a lost key block or bias is above 0.1.
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
+KERNEL_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 # 8-bit integers for queries and keys are .015 off, 8-bit floats for weights and values .037 (both rounded by .026).
 LOSSY_TOLERANCE = 6e-2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionShape:
-    """What the network will attend to: N tokens, G heads of width E, trained with `num_positions` prompt positions."""
+    """Shape of the network's attention: N tokens, G heads of width E, `num_positions` prompt positions in training."""
 
     num_tokens: int
     num_heads: int
@@ -93,10 +92,10 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """One kernel on one shape.
+class KernelTiming:
+    """Timing of one kernel on one shape.
 
-    Args:
+    Attributes:
         name: as diffusers' dispatcher calls it.
         self_ms: median milliseconds of self-attention; None when it cannot, or gives wrong numbers.
         prompt_ms: the same for attention to a prompt, whose logits carry a bias.
@@ -111,15 +110,15 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChosenAttention:
-    """The kernel for the network, its name for people (`self` or `self+prompt`), and what was measured."""
+    """The chosen kernel, its display name (`self` or `self+prompt`), and the timings."""
 
     attend: Attend
     name: str
-    table: tuple[Measured, ...]
+    table: tuple[KernelTiming, ...]
 
 
 def installed_kernels(device: torch.device) -> tuple[str, ...]:
-    """Names of the kernels that this machine could try on `device`, in order of preference."""
+    """Return the names of the kernels that may run on `device`, in order of preference."""
     if device.type == "cpu":
         return ON_CPU
     return tuple(name for name in KNOWN if name not in PACKAGES or _has_package(PACKAGES[name]))
@@ -133,7 +132,7 @@ def _has_package(name: str) -> bool:
 
 
 def kernel(name: str) -> Attend:
-    """The attention function of a known name; whether it runs here shows when it is called."""
+    """Return the attention function of a known name; it may fail when called."""
     if name == "native":
         return sdpa
     if name in TORCH_KERNELS:
@@ -219,7 +218,7 @@ def choose_attention(
     dtype: torch.dtype,
     verdicts: Verdicts | None = None,
 ) -> ChosenAttention:
-    """Take the fastest kernel that gives right numbers on the shape that will be served.
+    """Choose the fastest correct kernel on the served shape.
 
     Args:
         name: auto or a kernel; auto is never a lossy one. On a CPU auto is `native`, without a race: there a video has
@@ -257,13 +256,15 @@ def choose_attention(
         raise ConfigError(f"no attention kernel takes the logit bias of prompts in {dtype} on {device.type}")
     if name == AUTO and verdicts is not None:
         verdicts.put("attention", own)
-    return ChosenAttention(attend=_joined(own, prompt), name=own if own == prompt else f"{own}+{prompt}", table=table)
+    return ChosenAttention(
+        attend=_self_or_prompt(own, prompt), name=own if own == prompt else f"{own}+{prompt}", table=table
+    )
 
 
 def _remembered(
     name: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype, verdicts: Verdicts | None
 ) -> ChosenAttention | None:
-    """The kernel that an earlier load found to be the fastest, checked again; None where there is none."""
+    """Return the cached fastest kernel of an earlier load, checked again; None where there is none."""
     if name != AUTO or verdicts is None:
         return None
     known = verdicts.get("attention", tuple(n for n in installed_kernels(device) if n not in LOSSY))
@@ -275,7 +276,7 @@ def _remembered(
         return None
 
 
-def _joined(own: str, prompt: str) -> Attend:
+def _self_or_prompt(own: str, prompt: str) -> Attend:
     attend_self, attend_prompt = kernel(own), kernel(prompt)
     if own == prompt:
         return attend_self
@@ -287,7 +288,7 @@ def _joined(own: str, prompt: str) -> Attend:
     return attend
 
 
-def _fastest(table: Sequence[Measured], times_ms: Sequence[float | None]) -> str | None:
+def _fastest(table: Sequence[KernelTiming], times_ms: Sequence[float | None]) -> str | None:
     working = [(entry.name, ms) for entry, ms in zip(table, times_ms, strict=True) if ms is not None]
     if not working:
         return None
@@ -298,7 +299,7 @@ def _fastest(table: Sequence[Measured], times_ms: Sequence[float | None]) -> str
 @torch.no_grad()
 def measure_kernels(
     names: Sequence[str], shape: AttentionShape, device: torch.device, dtype: torch.dtype
-) -> tuple[Measured, ...]:
+) -> tuple[KernelTiming, ...]:
     """Check and time kernels on random (1, N, G, E) queries, strided as the network makes them.
 
     Returns:
@@ -318,11 +319,11 @@ def measure_kernels(
     entries = []
     for name in names:
         attend = kernel(name)
-        tolerance = LOSSY_TOLERANCE if name in LOSSY else TOLERANCE[dtype]
+        tolerance = LOSSY_TOLERANCE if name in LOSSY else KERNEL_TOLERANCE[dtype]
         self_ms, self_problem = _tried(attend, tolerance, query, key, value, None)
         prompt_ms, prompt_problem = _tried(attend, tolerance, query, prompt_key, prompt_value, bias)
         problem = self_problem or (prompt_problem and f"not for prompts: {prompt_problem}")
-        entries.append(Measured(name=name, self_ms=self_ms, prompt_ms=prompt_ms, problem=problem))
+        entries.append(KernelTiming(name=name, self_ms=self_ms, prompt_ms=prompt_ms, problem=problem))
     return tuple(entries)
 
 
@@ -333,7 +334,7 @@ def _tried(
         # torch says in five warnings why it will not run a kernel, before it raises.
         warnings.simplefilter("ignore")
         try:
-            error = _error(attend(query, key, value, bias), query, key, value, bias)
+            error = _max_error(attend(query, key, value, bias), query, key, value, bias)
             if not error <= tolerance:
                 return None, f"wrong numbers, relative error {error:.2g}"
             return _median_ms(lambda: attend(query, key, value, bias), query.device), ""
@@ -341,8 +342,8 @@ def _tried(
             return None, first_line(error)
 
 
-def _error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> float:
-    """Relative error of some rows, first and last among them, against the math kernel in float32.
+def _max_error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> float:
+    """Return the relative error of some rows, first and last among them, against the math kernel in float32.
 
     Not of all: at 32,760 tokens and 12 heads the math kernel would write 51 GB of logits.
     """

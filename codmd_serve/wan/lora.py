@@ -1,4 +1,4 @@
-"""Low-rank updates of Wan networks: reads every naming, finds the strength they are meant at, adds them to weights.
+"""Low-rank updates of Wan networks: reads every naming, finds their scale, and merges them into weights.
 
 Knows neither files nor bundles. diffusers' own loader is not used: it needs alpha in all modules or none, drops
 differences of norms, and reads no strength that stands beside the tensors.
@@ -26,7 +26,7 @@ _ADAPTER = "default"
 
 @dataclass(slots=True)
 class Update:
-    """What a file has for one module."""
+    """The tensors of a file for one module."""
 
     down: Tensor | None = None
     up: Tensor | None = None
@@ -36,13 +36,13 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """Columns of up and rows of down."""
+        """Return the rank: columns of up, rows of down."""
         return 0 if self.down is None else self.down.shape[0]
 
 
 @dataclass(slots=True)
 class Lora:
-    """A file's updates by module, and its whole differences by parameter."""
+    """The low-rank updates of a file by module, and its full differences by parameter."""
 
     updates: dict[str, Update] = field(default_factory=dict)
     differences: dict[str, Tensor] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Scales:
 def merge_lora(
     published: Published, base: Mapping[str, Tensor], source: str, scale: float | None = None
 ) -> dict[str, Tensor]:
-    """Add a low-rank update to the weights it was made for; every tensor in it has to find its place.
+    """Merge a low-rank update into the weights it was made for; refuse a tensor that matches no parameter.
 
     Args:
         published: of naming lora.
@@ -110,13 +110,13 @@ def read_lora(published: Published, base: Iterable[str], source: str) -> Lora:
             raise CheckpointError(
                 f"{source} updates {shown(match['module'])}, which the base does not have: is it of another model?"
             )
-        _take(lora, parameter, match, tensor, source)
+        _store_tensor(lora, parameter, match, tensor, source)
     _check_halves(lora, source)
     return lora
 
 
 def find_scales(lora: Lora, statements: Iterable[Statement], source: str, given: float | None) -> Scales:
-    """Find the factor of each update: what the user says, else what the file states, else 1.
+    """Return the scale of each update: the user's, else the file's, else 1.
 
     Raises:
         CheckpointError: two statements that differ, or that do not fit the tensors.
@@ -172,7 +172,7 @@ def _module_table(parameters: Iterable[str]) -> dict[str, str]:
     return table
 
 
-def _take(lora: Lora, module: str, match: re.Match[str], tensor: Tensor, source: str) -> None:
+def _store_tensor(lora: Lora, module: str, match: re.Match[str], tensor: Tensor, source: str) -> None:
     part, leaf = match["part"], match["leaf"]
     if part in ("diff", "diff_b"):
         name = f"{module}.bias" if part == "diff_b" else f"{module}.weight"
@@ -215,7 +215,7 @@ def _check_halves(lora: Lora, source: str) -> None:
 
 
 def _stated_scale(statement: Statement, module: str, update: Update, source: str, *, has_alpha: bool) -> float | None:
-    """The factor that a statement beside the tensors gives a module; None when it gives none."""
+    """Return the scale that a statement beside the tensors gives a module; None when it gives none."""
     alpha, rank = statement.alpha, statement.rank
     for pattern, value in statement.alpha_pattern.items():
         alpha = value if _matches(pattern, module, update) else alpha

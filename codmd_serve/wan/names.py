@@ -1,4 +1,4 @@
-"""Wan's two namings: published weights become the weights of WanTransformer3DModel.
+"""Maps the two parameter namings of Wan: published weights to WanTransformer3DModel and back.
 
 Knows neither files nor bundles.
 """
@@ -55,7 +55,7 @@ def original_name(name: str) -> str:
 
 
 def to_diffusers(published: Published, wanted: Mapping[str, torch.Size], source: str) -> dict[str, Tensor]:
-    """Name published weights as WanTransformer3DModel does: all of them, and nothing else.
+    """Rename published weights as in WanTransformer3DModel; refuse missing and unknown ones.
 
     Args:
         published: of naming original or diffusers.
@@ -112,7 +112,7 @@ def _architecture(shapes: Mapping[str, torch.Size]) -> str:
 
 
 def check_config(config: Mapping[str, Any], base: Mapping[str, Any], source: str) -> None:
-    """Refuse a config.json that says other than the base what no shape shows: heads, their width, the norms' epsilon.
+    """Refuse a config.json that differs from the base in what shapes do not show: heads, head width, epsilon.
 
     Args:
         config: of the checkpoint, in diffusers' or the original words; empty when there is none.

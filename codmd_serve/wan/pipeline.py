@@ -1,4 +1,4 @@
-"""A student bundle as a complete diffusers folder that the stock WanPipeline loads; knows nothing of training.
+"""Exports a student bundle as a complete diffusers folder for the stock WanPipeline; knows nothing of training.
 
 OUT/model_index.json, scheduler/, transformer/, tokenizer/, text_encoder/, vae/, README.md
 """

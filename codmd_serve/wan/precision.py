@@ -1,4 +1,4 @@
-"""The precision of the VAE: which one was asked for, and whether the activations of these weights fit into it.
+"""The precision of the VAE: the requested dtype, and whether the activations of these weights fit in it.
 
 float16 has three more bits than bfloat16, and a range that ends at 65,504. On the embedded VAE it is 67 dB from
 float32, where TF32, torch's own choice for float32 convolutions on CUDA, is 69.5 and bfloat16 is 55, which bands.
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_vae_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn auto or a name into a dtype: float16 on CUDA, float32 elsewhere.
+    """Return the dtype of a name; auto is float16 on CUDA and float32 elsewhere.
 
     Raises:
         ConfigError: not one of the names, or float16 on a CPU, whose convolutions do not take it.
@@ -37,7 +37,7 @@ def choose_vae_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @torch.inference_mode()
 def fit_dtype(decoder: StreamingDecoder, dtype: torch.dtype, latents_BCFHW: Tensor) -> None:
-    """Bring a float32 decoder to `dtype` if the first chunk of real latents fits; else `decoder.problem` says why not.
+    """Cast a float32 decoder to `dtype` if the first chunk of real latents fits; else set `decoder.problem`.
 
     Args:
         decoder: in float32.
@@ -71,6 +71,6 @@ def fit_dtype(decoder: StreamingDecoder, dtype: torch.dtype, latents_BCFHW: Tens
 
 
 def psnr(got: Tensor, want: Tensor) -> float:
-    """Decibels between two tensors of uint8 pixels; infinite where they are equal."""
+    """Return the PSNR of two tensors of uint8 pixels in dB; infinite where they are equal."""
     error = float((got.float() - want.float()).square().mean())
     return float("inf") if error == 0 else float(10 * torch.log10(torch.tensor(255.0**2 / error)))

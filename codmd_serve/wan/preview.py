@@ -82,7 +82,7 @@ def preview_frames(x0_pred_BCFHW: Tensor, preview_map: PreviewMap) -> Tensor:
 
 
 def animate(frames_FHWC: Tensor, seconds: float) -> bytes:
-    """A looping WebP animation.
+    """Encode frames as a looping WebP animation.
 
     Args:
         frames_FHWC: uint8 on the CPU.

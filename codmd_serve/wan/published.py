@@ -1,4 +1,4 @@
-"""Published Wan weights as their authors store them: recognised and refused by their keys, never by their file names.
+"""Reads published Wan weights; recognises and refuses them by their keys, never by their file names.
 
 Knows nothing of bundles or sampling.
 
@@ -46,7 +46,7 @@ CAUSAL = (
     "the other, and would make broken videos here; convert a bidirectional checkpoint"
 )
 IMAGE_TO_VIDEO = "it is an image-to-video model; only text to video is served: convert a T2V release"
-REFUSED = (
+REFUSED_KEYS = (
     (r"causal", CAUSAL),
     (
         r"dora_scale|lora_magnitude|hada_w|lokr_w|oft_|boft_",
@@ -81,7 +81,7 @@ PATCH_VALUES = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """Weights as found, on the CPU.
+    """Published weights on the CPU, with their family.
 
     Attributes:
         family: how they are published: generator, generator_ema, rcm, original, diffusers or lora.
@@ -115,7 +115,7 @@ class _Part:
 
     @property
     def naming(self) -> str | None:
-        """How the tensors are called; None for no Wan network and no update of one."""
+        """Return the naming of the tensors; None when they are no Wan network and no update of one."""
         lora = [match["part"] for match in map(LORA_KEY.fullmatch, self.weights) if match]
         if any(part.startswith(("lora_A", "lora_B", "lora_d", "lora_u", "lora.", "diff")) for part in lora):
             return "lora"
@@ -176,7 +176,7 @@ def read_published(path: Path, key: str | None = None) -> Published:
 
 
 def plain_name(key: str) -> tuple[str | None, str]:
-    """Split a tensor's name into what trainers and tools put before it, and its name in the network.
+    """Split a tensor's name into the prefix of trainers and tools, and its name in the network.
 
     Returns:
         The prefix, or None where no parameter of Wan has such a name, and the rest without wrappers.
@@ -252,7 +252,7 @@ def _family(part: _Part, naming: str) -> str:
 
 
 def _refuse(path: Path, weights: Mapping[str, Tensor]) -> None:
-    for pattern, reason in REFUSED:
+    for pattern, reason in REFUSED_KEYS:
         name = next((name for name in weights if re.search(pattern, name)), None)
         if name is not None:
             raise CheckpointError(f"{path} cannot be served ({name}): {reason}")
@@ -278,7 +278,7 @@ def _refuse_settings(path: Path, stored: Stored) -> bool:
     Causality does not show in the names of Wan's tensors, so settings that say it are looked for everywhere else.
     """
     says_not = False
-    for settings in (stored.config, stored.header, *_settings(stored.state)):
+    for settings in (stored.config, stored.header, *_nested_settings(stored.state)):
         for key in ("causal", "is_causal"):
             value = settings.get(key)
             if value is True or str(value).lower() in ("true", "1"):
@@ -292,18 +292,18 @@ def _refuse_settings(path: Path, stored: Stored) -> bool:
     return says_not
 
 
-def _settings(state: Mapping[Any, Any], depth: int = 0) -> Iterator[Mapping[Any, Any]]:
+def _nested_settings(state: Mapping[Any, Any], depth: int = 0) -> Iterator[Mapping[Any, Any]]:
     yield state
     if depth < MAX_DEPTH:
         for value in state.values():
             if isinstance(value, Mapping):
-                yield from _settings(value, depth + 1)
+                yield from _nested_settings(value, depth + 1)
 
 
 def _nested_statements(state: Mapping[Any, Any], source: str) -> list[Statement]:
-    """Strengths that a torch file keeps beside an update's tensors, as {"lora_config": {"r": 16, "lora_alpha": 8}}."""
+    """Return the LoRA settings in a torch file, as {"lora_config": {"r": 16, "lora_alpha": 8}}."""
     found = []
-    for settings in _settings(state):
+    for settings in _nested_settings(state):
         if "lora_alpha" in settings and not isinstance(settings["lora_alpha"], Tensor):
             found.append(statement_of("its own settings", settings, source))
     return [statement for statement in found if statement is not None]

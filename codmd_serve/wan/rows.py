@@ -1,6 +1,6 @@
-"""What the transformer does to rows of channels between its matrix products: plain, or fused by Triton.
+"""Elementwise and norm operations of the transformer between its matrix products: plain, or fused by Triton.
 
-Eager torch passes over 32,760 tokens several times for every norm. A step of Wan 1.3B on an H200 takes 605 ms plain,
+Eager torch reads 32,760 tokens several times for every norm. A step of Wan 1.3B on an H200 takes 605 ms plain,
 516 compiled by inductor, whose reductions read a row twice, and 496 with these kernels, which read it once and write it
 once (10 of them saved by GELU in the epilogue of its matrix product). The plain code is the reference of the tests, and
 what a CPU runs.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+ROW_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WIDE_ROW = 4096  # elements from which a program takes 8 warps
 
 
@@ -49,7 +49,7 @@ def add_norm(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`RowOps.add_norm`, plain; gate, weight and bias are float32."""
+    """Compute `RowOps.add_norm` in plain torch; gate, weight and bias are float32."""
     total = hidden
     if update is not None:
         total = hidden + update if gate is None else _gated(hidden, update, gate)
@@ -57,7 +57,7 @@ def add_norm(
 
 
 def norm_rotate(features: Tensor, weight: Tensor, eps: float, num_heads: int, table: Tensor | None) -> Tensor:
-    """`RowOps.norm_rotate`, plain; rotated in float32."""
+    """Compute `RowOps.norm_rotate` in plain torch; rotated in float32."""
     if table is None:
         return split_last(rms_norm(features, weight, eps), num_heads, -1)
     pairs = split_last(rms_norm(features, weight, eps, keep_float32=True), num_heads, -1, 2)
@@ -65,7 +65,7 @@ def norm_rotate(features: Tensor, weight: Tensor, eps: float, num_heads: int, ta
 
 
 def linear_gelu(layer: nn.Module, features: Tensor) -> Tensor:
-    """`RowOps.linear_gelu`, plain."""
+    """Compute `RowOps.linear_gelu` in plain torch."""
     return functional.gelu(layer(features), approximate="tanh")
 
 
@@ -75,13 +75,13 @@ def split_last(features: Tensor, *sizes: int) -> Tensor:
 
 
 def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm in float32, returned in the dtype of `hidden`; weight and bias are float32."""
+    """Apply LayerNorm in float32, returned in the dtype of `hidden`; weight and bias are float32."""
     normed = functional.layer_norm(hidden.float(), weight.shape, weight.float(), bias.float(), eps)
     return normed.to(hidden.dtype)
 
 
 def rms_norm(features: Tensor, weight: Tensor, eps: float, keep_float32: bool = False) -> Tensor:
-    """RMSNorm in float32 over the last dimension: torch's own is six operators on a CPU, this one is three."""
+    """Apply RMSNorm in float32 over the last dimension: torch's own is six operators on a CPU, this one is three."""
     wide = features.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = (length.square_() * (1.0 / wide.shape[-1])).add_(eps).rsqrt_()
@@ -90,7 +90,7 @@ def rms_norm(features: Tensor, weight: Tensor, eps: float, keep_float32: bool = 
 
 
 def rotated(pairs: Tensor, table: Tensor) -> Tensor:
-    """Turn (..., 2) pairs of channels by the angles whose cosine and sine are in (..., 2) `table`."""
+    """Rotate (..., 2) pairs of channels by the angles whose cosine and sine are in (..., 2) `table`."""
     if torch.compiler.is_compiling():
         # The compiler has no complex numbers: it would leave the fusion around every one of them.
         (first, second), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
@@ -99,7 +99,7 @@ def rotated(pairs: Tensor, table: Tensor) -> Tensor:
 
 
 def _gated(hidden: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """hidden + gate * update, in float32, returned in the dtype of `hidden`."""
+    """Return hidden + gate * update, in float32, cast to the dtype of `hidden`."""
     if hidden.dtype == torch.float32:
         return torch.addcmul(hidden, update, gate)
     return torch.addcmul(hidden.float(), update.float(), gate).to(hidden.dtype)
@@ -113,7 +113,7 @@ def add_norm_triton(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`RowOps.add_norm` as one kernel."""
+    """Compute `RowOps.add_norm` in one kernel."""
     has_out = weight is not None and bias is not None
     if update is None and not has_out:
         return hidden, hidden
@@ -146,7 +146,7 @@ def add_norm_triton(
 
 
 def norm_rotate_triton(features: Tensor, weight: Tensor, eps: float, num_heads: int, table: Tensor | None) -> Tensor:
-    """`RowOps.norm_rotate` as one kernel."""
+    """Compute `RowOps.norm_rotate` in one kernel."""
     from codmd_serve.wan.triton_kernels import norm_rotate_kernel
 
     batch, tokens, parts, width = features.shape
@@ -178,7 +178,7 @@ def _num_warps(padded: int) -> int:
 
 
 def linear_gelu_epilogue(layer: nn.Module, features: Tensor) -> Tensor:
-    """`RowOps.linear_gelu` in the epilogue of cuBLASLt; layers of other kinds than nn.Linear take the plain code."""
+    """Fuse `RowOps.linear_gelu` into cuBLASLt's epilogue; layers other than nn.Linear take the plain code."""
     if type(layer) is not nn.Linear:
         return linear_gelu(layer, features)
     rows = features.reshape(-1, features.shape[-1])
@@ -191,7 +191,7 @@ FUSED = RowOps(add_norm_triton, norm_rotate_triton, linear_gelu_epilogue, True)
 
 
 def choose_rows(device: torch.device, dtype: torch.dtype) -> tuple[RowOps, str]:
-    """The fused operations where they work, else the plain ones and one sentence that says why."""
+    """Return the fused operations where they work, else the plain ones and one sentence that says why."""
     if device.type != "cuda":
         return PLAIN, ""
     if importlib.util.find_spec("triton") is None:
@@ -201,14 +201,14 @@ def choose_rows(device: torch.device, dtype: torch.dtype) -> tuple[RowOps, str]:
     except Exception as problem:  # a compiler that is missing or broken raises anything
         reason = (str(problem).strip() or "no message").splitlines()[0]
         return PLAIN, f"norms unfused: {type(problem).__name__}: {reason}"
-    if not error <= TOLERANCE[dtype]:
+    if not error <= ROW_TOLERANCE[dtype]:
         return PLAIN, f"norms unfused: the Triton kernels are {error:.2g} off"
     return FUSED, ""
 
 
 @torch.no_grad()
 def self_test(ops: RowOps, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest difference from the plain code, of numbers around 1."""
+    """Return the largest difference from the plain code, on values around 1."""
     rng = torch.Generator(device).manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:

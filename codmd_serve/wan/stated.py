@@ -1,4 +1,4 @@
-"""How a published pipeline folder says it is sampled: dmd2_config in model_index.json, or our own scheduler.
+"""Reads how a published pipeline folder is sampled: dmd2_config in model_index.json, or our own scheduler.
 
 `dmd2_config` is the contract of FastGen's few-step folders, which vLLM-Omni and others read:
 {"num_inference_steps": 4, "denoising_timesteps": [999, 937, 833, 624], "solver": "ode", "guidance_scale": 1.0}; the
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from codmd_serve.errors import CheckpointError
-from codmd_serve.grid import SAMPLERS
+from codmd_serve.grid import MAX_TIMESTEP, SAMPLERS
 from codmd_serve.textfiles import read_json_object, shown
 from codmd_serve.wan.hub import INDEX_FILE
 
 DMD2_KEY = "dmd2_config"
-MAX_TIMESTEP = 1000.0
 # Flat spellings of the same, older ones first.
 _FLAT = {
     "denoising_timesteps": ("dmd2_denoising_timesteps", "dmd_denoising_steps", "dmd_timesteps"),
@@ -31,7 +30,7 @@ _SCHEDULER = "StudentScheduler"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """What a folder says about its steps; None is what it does not say.
+    """The sampling settings that a folder states; None where it does not.
 
     Attributes:
         timesteps: what the network is fed.
@@ -61,7 +60,7 @@ def dmd2_config(timesteps: Sequence[float], sampler: str) -> dict[str, Any]:
 
 
 def read_sampling(source: Path) -> Sampling:
-    """Read how the pipeline folder that a checkpoint is, or lies in, says it is sampled.
+    """Read the sampling settings of the pipeline folder that a checkpoint is or lies in.
 
     Raises:
         CheckpointError: a malformed entry, one that needs guidance, or files that contradict each other.
@@ -96,7 +95,7 @@ def _from_index(path: Path) -> Sampling:
             f"{path}: guidance_scale is {shown(guidance)}, so its student is sampled with guidance: only students that "
             "have the guidance built in are served"
         )
-    timesteps = _timesteps(block.get("denoising_timesteps"), str(path))
+    timesteps = _stated_timesteps(block.get("denoising_timesteps"), str(path))
     num_steps = block.get("num_inference_steps")
     if num_steps is not None and (type(num_steps) is not int or num_steps < 1):
         raise CheckpointError(f"{path}: num_inference_steps must be a count, got {shown(num_steps)}")
@@ -116,7 +115,7 @@ def _from_index(path: Path) -> Sampling:
     )
 
 
-def _timesteps(value: object, where: str) -> tuple[float, ...] | None:
+def _stated_timesteps(value: object, where: str) -> tuple[float, ...] | None:
     if value is None:
         return None
     wanted = f"{where}: denoising_timesteps must be descending numbers in (0, 1000], got {shown(value)}"

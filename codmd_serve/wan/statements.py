@@ -1,4 +1,4 @@
-"""What stands beside the tensors of a file about how to use it: adapter strengths in the words of PEFT and kohya.
+"""Reads adapter scales from the metadata beside a file's tensors, as PEFT and kohya write them.
 
 Knows dictionaries only, neither files nor tensors.
 """
@@ -24,7 +24,7 @@ _TRANSFORMER = "transformer."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statement:
-    """What one place beside the tensors says about the strength of an update: alpha / rank, or alpha / sqrt(rank).
+    """The scale of an update as one piece of metadata states it: alpha / rank, or alpha / sqrt(rank).
 
     Attributes:
         where: the place, in words.
@@ -104,14 +104,14 @@ def statement_of(where: str, data: Mapping[str, Any], source: str) -> Statement 
     """
     _refuse_other_updates(where, data, source)
     alpha, rank = (
-        _number(data, names, where, source) for names in (("lora_alpha", "alpha"), ("r", "rank", "lora_rank"))
+        _stated_number(data, names, where, source) for names in (("lora_alpha", "alpha"), ("r", "rank", "lora_rank"))
     )
     patterns: dict[str, dict[str, float]] = {}
     for name in ("alpha_pattern", "rank_pattern"):
         entries = data.get(name) or {}
         if not isinstance(entries, Mapping):
             raise CheckpointError(f"{source}: {name} of {where} must be an object, got {shown(entries)}")
-        patterns[name] = {str(key): _number(entries, (key,), where, source) or 0.0 for key in entries}
+        patterns[name] = {str(key): _stated_number(entries, (key,), where, source) or 0.0 for key in entries}
     if alpha is None and not patterns["alpha_pattern"]:
         return None
     return Statement(
@@ -144,7 +144,7 @@ def _refuse_other_updates(where: str, data: Mapping[str, Any], source: str) -> N
         )
 
 
-def _number(data: Mapping[str, Any], names: tuple[str, ...], where: str, source: str) -> float | None:
+def _stated_number(data: Mapping[str, Any], names: tuple[str, ...], where: str, source: str) -> float | None:
     name = next((name for name in names if data.get(name) is not None), None)
     if name is None:
         return None

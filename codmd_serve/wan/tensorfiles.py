@@ -1,4 +1,4 @@
-"""Files and folders of tensors: safetensors, torch files, sharded folders, and what stands beside the tensors.
+"""Reads files and folders of tensors: safetensors, torch files, sharded folders, and their metadata.
 
 Knows nothing of Wan. Every file is read without running code: torch files with weights_only.
 """
@@ -36,7 +36,7 @@ DTENSOR_ADVICE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """What a file or folder holds.
+    """Content of a file or folder: tensors and metadata.
 
     Attributes:
         state: names to tensors, dictionaries and whatever else a torch file holds.
@@ -52,7 +52,7 @@ class Stored:
 
 
 def read_stored(path: Path) -> Stored:
-    """Read a file or folder of tensors, without running anything in it.
+    """Read a file or folder of tensors without running code in it.
 
     Raises:
         CheckpointError: not there, truncated, holding pickled objects or shards of a distributed run, a folder of
@@ -185,7 +185,7 @@ def _read_folder(folder: Path) -> Stored:
 
 
 def _refuse_shards(folder: Path) -> None:
-    """Name the kinds of folders that a distributed run leaves, with the tool that gathers them."""
+    """Refuse the sharded folders of a distributed run, and name the tool that merges them."""
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         if (place / ".metadata").is_file() or any(place.glob("*.distcp")):
             raise CheckpointError(f"{place} is {DCP_ADVICE}")

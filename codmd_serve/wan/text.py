@@ -1,4 +1,4 @@
-"""Prompts to embeddings, as Wan was trained on them, each encoded once; knows nothing of sampling.
+"""Encodes prompts as Wan was trained on them, and caches the embeddings; knows nothing of sampling.
 
 Legend: B prompts, L positions, D width of the text encoder.
 """
@@ -40,8 +40,8 @@ def encode_prompts(
 ) -> Tensor:
     """Embed prompts; equals `WanPipeline.encode_prompt` of diffusers, up to rounding.
 
-    Only as many positions are encoded as the longest of them has: padding is masked inside the encoder and zeroed
-    behind it, so that encoding all positions, as diffusers does, makes the same numbers in many times the time.
+    Only the positions of the longest prompt are encoded: padding is masked inside the encoder and zeroed after it.
+    Encoding all positions, as diffusers does, gives the same numbers and takes many times longer.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -73,7 +73,7 @@ def encode_prompts(
 def prompt_warnings(
     tokenizer: Any, prompt: str, max_sequence_length: int = MAX_SEQUENCE_LENGTH, grammar: Grammar | None = None
 ) -> list[str]:
-    """Say what of a prompt the text encoder will not see, and what the model was never shown.
+    """Return warnings: parts of a prompt that the text encoder does not see, and words the model was not trained on.
 
     Args:
         tokenizer: a transformers tokenizer; without an unknown token, or not a fast one, no word is reported.
@@ -110,22 +110,22 @@ def prompt_warnings(
 
 
 def _says_something(span: str) -> bool:
-    """Whether a span is more than punctuation: letters, digits, and symbols such as emoji."""
+    """Return whether a span is more than punctuation: letters, digits, and symbols such as emoji."""
     return not is_blank(span) and any(not unicodedata.category(char).startswith("P") for char in span)
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """64 hexadecimal digits that tell weights apart: names, shapes, dtypes, and up to 4,096 values of every tensor."""
+    """Hash weights to 64 hex digits: names, shapes, dtypes, and up to 4,096 values of every tensor."""
     digest = hashlib.blake2b(digest_size=32)
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().flatten()
         values = flat[:: max(1, len(flat) // NUM_VALUES_HASHED)][:NUM_VALUES_HASHED]
-        digest.update(_bytes(values))
+        digest.update(_tensor_bytes(values))
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _tensor_bytes(tensor: Tensor) -> bytes:
     data: bytes = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return data
 
@@ -155,7 +155,7 @@ def choose_text_encoder(name: str, device: torch.device, encoder_bytes: int, oth
 
 @contextlib.contextmanager
 def lent_to(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Let a module be on `device` for a while; its own tensors are kept, so nothing is copied back."""
+    """Move a module to `device` within the block; its host tensors are kept, so nothing is copied back."""
     tensors = [*itertools.chain(module.parameters(), module.buffers())]
     homes = [tensor.data for tensor in tensors]
     try:
@@ -170,7 +170,7 @@ def lent_to(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class PromptEmbedder:
-    """Trimmed embeddings of prompts, from memory, from disk or from the encoder. Not thread-safe.
+    """Trimmed prompt embeddings from an LRU cache, from disk or from the encoder. Not thread-safe.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -178,7 +178,7 @@ class PromptEmbedder:
         lend_to: a device that the encoder is lent to while it encodes; None leaves it where it is.
         folder: keeps embeddings over restarts, one file each, without a bound; None is memory only. Servers may share
             one: a name is made of the prompt, the tokenizer and the weights.
-        size: prompts kept in memory; the one asked for longest ago goes.
+        size: capacity of the LRU cache, in prompts.
 
     Raises:
         ConfigError: the folder cannot be made.
@@ -207,7 +207,7 @@ class PromptEmbedder:
             self._identity = f"{fingerprint(text_encoder)} {len(tokenizer)} {probe}"
 
     def __call__(self, prompt: str) -> Tensor:
-        """Embeddings of one prompt, (1, L, D) on the CPU, trimmed by `compact_prompt_embeds`."""
+        """Return the embeddings of one prompt, (1, L, D) on the CPU, trimmed by `compact_prompt_embeds`."""
         cleaned = clean_prompt(prompt)
         if cleaned in self._known:
             self._known.move_to_end(cleaned)
@@ -217,7 +217,7 @@ class PromptEmbedder:
         if embeds_BLD is None:
             embeds_BLD = self._encode(cleaned)
             if path is not None:
-                _write(path, embeds_BLD)
+                _write_entry(path, embeds_BLD)
         self._known[cleaned] = embeds_BLD
         if len(self._known) > self._size:
             self._known.popitem(last=False)
@@ -236,7 +236,7 @@ class PromptEmbedder:
         return self._folder / f"{name}.safetensors"
 
     def _read(self, path: Path) -> Tensor | None:
-        """The embeddings in a file; None when there is none, or one that is damaged."""
+        """Return the embeddings in a file; None when it is missing or damaged."""
         try:
             with safe_open(path, "pt") as file:
                 embeds_BLD: Tensor = file.get_tensor("prompt_embeds")
@@ -254,12 +254,12 @@ class PromptEmbedder:
 
 def _checksum(embeds: Tensor) -> str:
     return hashlib.blake2b(
-        f"{tuple(embeds.shape)} {embeds.dtype}".encode() + _bytes(embeds), digest_size=16
+        f"{tuple(embeds.shape)} {embeds.dtype}".encode() + _tensor_bytes(embeds), digest_size=16
     ).hexdigest()
 
 
-def _write(path: Path, embeds_BLD: Tensor) -> None:
-    """Write an entry atomically. A cache that cannot be written costs time, not the video."""
+def _write_entry(path: Path, embeds_BLD: Tensor) -> None:
+    """Write a cache entry atomically. A failed write costs time later, not the video."""
     try:
         with atomic_file(path) as temporary:
             save_file({"prompt_embeds": embeds_BLD}, temporary, metadata={"blake2b": _checksum(embeds_BLD)})

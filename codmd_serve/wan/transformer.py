@@ -1,12 +1,12 @@
 """The student's forward pass, rebuilt from a WanTransformer3DModel for a fixed list of steps; knows no sampler.
 
-What four fixed steps and no guidance make possible, all of it `same math` (other order of rounding, no other formula):
+Four fixed steps without guidance allow these optimisations, all of them the same math up to rounding:
 
 - the modulation of every block at every step is a constant, computed at load in float32 and folded into LayerNorm;
 - keys and values of the prompt are computed once per prompt, not once per step;
 - queries, keys and values of a token are one matrix product, normalised and rotated together;
 - rotary tables are computed once per shape;
-- patches enter and leave by a matrix product instead of a convolution.
+- patches are embedded and projected by a matrix product instead of a convolution.
 
 Legend: B batch, C channels, F latent frames, H and W latent rows and columns, N tokens, L prompt positions, D width,
 G heads, E width of a head, S steps.
@@ -35,7 +35,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PromptCache:
-    """What the network keeps of a prompt: per block the keys and values (B, L, G, E), and the bias of their logits."""
+    """Cross-attention cache of a prompt: per block the keys and values (B, L, G, E), and the bias of their logits."""
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     logit_bias: Tensor | None
@@ -43,7 +43,7 @@ class PromptCache:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """hidden + gate * update, not added up yet: (B, N, D), an update of that shape or None, (D,) or None."""
+    """A deferred sum hidden + gate * update: (B, N, D), an update of that shape or None, (D,) or None."""
 
     hidden: Tensor
     update: Tensor | None = None
@@ -51,7 +51,7 @@ class Pending:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -> Tensor:
-    """Attention by torch's own choice of kernel; (B, N, G, E) in and out."""
+    """Attend with the kernel that torch chooses; (B, N, G, E) in and out."""
     out = functional.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=logit_bias
     )
@@ -59,10 +59,9 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, logit_bias: Tensor | None) -
 
 
 class FewStepTransformer(nn.Module):
-    """A text-to-video Wan transformer that knows the timesteps it will be called at.
+    """A text-to-video Wan transformer specialised to a fixed list of timesteps.
 
-    Takes over the weights of `source`, block by block, and leaves it empty: at no time are there two copies of more
-    than one block.
+    Takes over the weights of `source` block by block and leaves it empty, so that at most one block exists twice.
 
     Args:
         source: any size, any floating dtype; its device is kept.
@@ -72,7 +71,7 @@ class FewStepTransformer(nn.Module):
 
     Attributes:
         rows: norms and what goes with them, fused where Triton runs.
-        problem: why they are not fused on a CUDA device, one sentence; else empty.
+        problem: one sentence why they are not fused on a CUDA device; else empty.
         prefers_compiled: whether layers were put in whose elementwise parts only a compiler fuses.
 
     Raises:
@@ -111,7 +110,7 @@ class FewStepTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         device: torch.device = self.proj_out.weight.device
         return device
 
@@ -135,7 +134,7 @@ class FewStepTransformer(nn.Module):
 
     @torch.no_grad()
     def encode_prompt(self, embeds_BLD: Tensor) -> PromptCache:
-        """Compute what all steps need of the prompts.
+        """Compute the prompt cache that all steps share.
 
         Args:
             embeds_BLD: (B, L, text width), full-length or trimmed by `compact_prompt_embeds`, of any floating dtype.
@@ -149,7 +148,7 @@ class FewStepTransformer(nn.Module):
 
     @torch.no_grad()
     def forward(self, latents_BCFHW: Tensor, step_index: int, prompt: PromptCache, is_compiled: bool = False) -> Tensor:
-        """Flow prediction of step `step_index`, (B, C, F, H, W) in the dtype of the weights.
+        """Predict the flow of step `step_index`, (B, C, F, H, W) in the dtype of the weights.
 
         Args:
             latents_BCFHW: (B, C, F, H, W), any floating dtype; sides divisible by the patch.
@@ -185,12 +184,12 @@ class FewStepTransformer(nn.Module):
         return split.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames, height, width)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Let the blocks be compiled at the next call with `is_compiled`; all blocks share the compiled code."""
+        """Compile the blocks at the next call with `is_compiled`; all blocks share the compiled code."""
         for block in self.blocks:
             block.compile(backend=backend)
 
     def rotary_table(self, shape: Sequence[int]) -> Tensor:
-        """Cosines and sines (1, N, 1, E/2, 2), float32, of latents (B, C, F, H, W); all heads share them."""
+        """Return the rotary cosines and sines (1, N, 1, E/2, 2), float32, of latents (B, C, F, H, W)."""
         key = (shape[2], shape[3], shape[4])
         if key not in self._tables:
             if len(self._tables) >= NUM_SHAPES_CACHED:
@@ -202,7 +201,7 @@ class FewStepTransformer(nn.Module):
 
 
 class _Block(nn.Module):
-    """One WanTransformerBlock whose modulation is known for every step."""
+    """One WanTransformerBlock with precomputed modulation for every step."""
 
     # (S, D) each, a scale with its 1 added
     shift: Tensor
@@ -217,10 +216,10 @@ class _Block(nn.Module):
         self.attend, self.num_heads = attend, source.attn1.heads
         self.eps, self.qk_eps = source.norm1.eps, source.attn1.norm_q.eps
         self_attn, cross = source.attn1, source.attn2
-        self.qkv = _joined(self_attn.to_q, self_attn.to_k, self_attn.to_v)
+        self.qkv = _fuse_linears(self_attn.to_q, self_attn.to_k, self_attn.to_v)
         self.qk_weight = nn.Parameter(torch.stack([self_attn.norm_q.weight, self_attn.norm_k.weight]).float())
         self.attn_out = self_attn.to_out[0]
-        self.cross_q, self.cross_kv, self.cross_out = cross.to_q, _joined(cross.to_k, cross.to_v), cross.to_out[0]
+        self.cross_q, self.cross_kv, self.cross_out = cross.to_q, _fuse_linears(cross.to_k, cross.to_v), cross.to_out[0]
         self.cross_q_weight = nn.Parameter(cross.norm_q.weight.float())
         self.cross_k_weight = nn.Parameter(cross.norm_k.weight.float())
         self.cross_norm = None if isinstance(source.norm2, nn.Identity) else source.norm2
@@ -235,7 +234,7 @@ class _Block(nn.Module):
         return self._heads(rms_norm(key, self.cross_k_weight, self.qk_eps)), self._heads(value).contiguous()
 
     def modulation(self, step: int) -> tuple[Tensor, ...]:
-        """Six vectors (D,) of a step. As tensors, or compiled code would be compiled anew for every step."""
+        """Return the six vectors (D,) of a step, as tensors: constants would recompile the block for every step."""
         tables = (self.shift, self.scale, self.gate, self.ffn_shift, self.ffn_scale, self.ffn_gate)
         return tuple(table[step] for table in tables)
 
@@ -248,7 +247,7 @@ class _Block(nn.Module):
         value: Tensor,
         logit_bias: Tensor | None,
     ) -> Tensor:
-        """The whole block by plain operations, as the compiler takes it: inductor does the fusing then."""
+        """Run the whole block in plain torch, for inductor to fuse."""
         left = self.run(PLAIN, Pending(hidden), modulation, table, key, value, logit_bias)
         return PLAIN.add_norm(left.hidden, left.update, left.gate, None, None, self.eps)[0]
 
@@ -262,7 +261,7 @@ class _Block(nn.Module):
         value: Tensor,
         logit_bias: Tensor | None,
     ) -> Pending:
-        """The block, but for the addition of its last update, which the next norm does on its way."""
+        """Run the block and defer the addition of its last update to the next norm."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         hidden, normed = rows.add_norm(entered.hidden, entered.update, entered.gate, scale, shift, self.eps)
         attended = self.attn_out(self._self_attention(rows, normed, table))
@@ -286,7 +285,7 @@ class _Block(nn.Module):
 
 
 def _time_modulation(embedder: Any, timesteps: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Time embedding (S, D) and the six modulation vectors it gives, (S, 6, D), in float32 whatever the weights are."""
+    """Return the time embedding (S, D) and its six modulation vectors (S, 6, D), in float32 for any weights."""
     steps = torch.tensor(list(timesteps), dtype=torch.float32, device=device)
     frequencies = embedder.timesteps_proj(steps).float()
     first, second = embedder.time_embedder.linear_1, embedder.time_embedder.linear_2
@@ -299,8 +298,8 @@ def _float_linear(features: Tensor, layer: nn.Linear) -> Tensor:
     return functional.linear(features, layer.weight.float(), layer.bias.float())
 
 
-def _joined(*layers: nn.Linear) -> nn.Linear:
-    """One linear layer whose output is theirs, side by side."""
+def _fuse_linears(*layers: nn.Linear) -> nn.Linear:
+    """Return one linear layer that concatenates the outputs of several."""
     weight = torch.cat([layer.weight for layer in layers])
     joined = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)
@@ -309,7 +308,7 @@ def _joined(*layers: nn.Linear) -> nn.Linear:
 
 
 def _return_freed_memory() -> None:
-    """Give what a block left behind back to the system.
+    """Return the freed memory of a block to the system.
 
     Its separate projections lie between weights that stay, and the next block's fused ones do not fit into such holes:
     the allocator would keep the memory of all of them, a third of the network, until the process ends.

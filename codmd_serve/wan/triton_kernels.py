@@ -1,4 +1,4 @@
-"""The Triton kernels of `fused` and `rows`, in a module of their own: importing it needs the package triton."""
+"""The Triton kernels of `fused` and `rows`; importing this module needs the package triton."""
 
 import triton
 import triton.language as tl

@@ -1,1 +1,1 @@
-"""What a training iteration costs."""
+"""Benchmarks of a training iteration."""

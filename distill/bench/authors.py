@@ -1,7 +1,7 @@
 """The authors' training iteration, reimplemented as a baseline for `bench-step`; nothing trains with it.
 
-Source: CoDMD, copula_dmd/dmd.py@6a8259b. A rollout always runs all steps but the last without gradient, picks one of
-the states and calls the network on it again. The guided teacher is two calls. Every prompt keeps its padding. x0 goes
+Source: CoDMD, copula_dmd/dmd.py@6a8259b. A rollout runs all steps but the last without gradient, picks one of the
+states and calls the network on it again. The guided teacher takes two calls. Prompts keep their padding. x0 goes
 through float64 and back, and the critic's flow is recovered from it. `Ablation` removes these one by one.
 
 Legend: B batch, C channels, F latent frames, H and W latent rows and columns, L prompt positions, D text width.
@@ -28,7 +28,7 @@ NUM_PADDED_POSITIONS = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ablation:
-    """Which parts of the authors' iteration are kept; all True is theirs. No part changes the losses."""
+    """The parts of the authors' iteration that are kept; all True is theirs. No part changes the losses."""
 
     padded_prompts: bool = True
     full_rollout: bool = True
@@ -57,7 +57,9 @@ def authors_student_step(
         config: method codmd, frame term only.
         ablation: parts of the authors' iteration to keep.
     """
-    student_x0 = _sample(denoiser(networks.student, networks.precision), batch, draws, config, ablation, with_grad=True)
+    student_x0 = _authors_sample(
+        denoiser(networks.student, networks.precision), batch, draws, config, ablation, with_grad=True
+    )
     with torch.no_grad():
         latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
         timestep, sigma = draws.score_timestep, draws.score_sigma
@@ -89,7 +91,7 @@ def authors_critic_step(
     networks: Networks, batch: Batch, draws: MatchingDraws, config: DistillConfig, ablation: Ablation
 ) -> StepResult:
     """Compute the critic's loss; equals `scores.critic_step` up to rounding. Arguments as above."""
-    student_x0 = _sample(
+    student_x0 = _authors_sample(
         denoiser(networks.student, networks.precision), batch, draws, config, ablation, with_grad=False
     )
     latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
@@ -111,7 +113,7 @@ def _teacher_x0(
     return _to_x0(latents, flows[0], sigma), _to_x0(latents, flows[1], sigma)
 
 
-def _sample(
+def _authors_sample(
     denoise: Denoise, batch: Batch, draws: MatchingDraws, config: DistillConfig, ablation: Ablation, *, with_grad: bool
 ) -> Tensor:
     grid = config.grid()

@@ -1,8 +1,8 @@
-"""`codmd-distill bench-step`: time of our training iteration beside the authors', with the share of each difference.
+"""`codmd-distill bench-step`: times our training iteration against the authors', with the share of each difference.
 
-Variants run in turn within each trial, in an order that rotates, so that load on the machine affects all alike. CPU
-time of the one thread is reported, which other processes do not add to, and wall-clock time. Exit steps are stratified:
-over 4 trials student and critic stop at each of the 4 steps equally often, as they do on average.
+Within each trial the variants run in a rotating order, so that load on the machine affects all alike. Reported are CPU
+time of the one thread, which other processes do not affect, and wall-clock time. Exit steps are stratified: over 4
+trials student and critic stop at each of the 4 steps equally often.
 """
 
 import argparse
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from distill.networks.ema import Ema
 
 # From the authors' iteration to ours: each variant removes one more difference.
-VARIANTS = ("authors", "prompts trimmed", "rollout stops at its exit", "one teacher call", "ours")
-TOLERANCE = 1e-3  # relative: losses sum a million float32 products in another order
+VARIANT_NAMES = ("authors", "prompts trimmed", "rollout stops at its exit", "one teacher call", "ours")
+LOSS_TOLERANCE = 1e-3  # relative: losses sum a million float32 products in another order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """One variant with networks and optimizers of its own.
+    """One variant with its own networks and optimizers.
 
     Attributes:
         losses: (role, iteration, exit step) -> loss.
@@ -66,10 +66,10 @@ def run_bench_step(args: argparse.Namespace) -> int:
     """
     if args.trials < 4 or args.trials % 4:
         raise ConfigError(f"--trials must be a multiple of 4, got {args.trials}: each exit step has to come as often")
-    report = measure(bench_config(args.base, args.batch_size), args.trials)
+    report = measure_iterations(bench_config(args.base, args.batch_size), args.trials)
     if args.json is not None:
         write_json(args.json, report)
-    print(describe(report))
+    print(report_text(report))
     return 0
 
 
@@ -82,7 +82,7 @@ def bench_config(base: str, batch_size: int) -> "DistillConfig":
     return with_overrides(recipe_config(), [*settings, "num_captions=64", "precision=fp32"])
 
 
-def measure(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
+def measure_iterations(config: "DistillConfig", num_trials: int) -> dict[str, Any]:
     """Check that all variants give the same losses, then time them in turn on one CPU thread.
 
     Returns:
@@ -136,7 +136,7 @@ def summary(cpu_s: dict[str, list[float]], wall_s: dict[str, list[float]]) -> di
 
 
 def build_arms(config: "DistillConfig") -> list[Arm]:
-    """Build the variants of VARIANTS from the same weights."""
+    """Build the variants of VARIANT_NAMES from the same weights."""
     import tempfile
 
     import torch
@@ -157,7 +157,9 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
         Ablation(padded_prompts=False, full_rollout=False, two_teacher_calls=False),
         None,
     )
-    return [_arm(name, config, base, data, shape, ablation) for name, ablation in zip(VARIANTS, ablations, strict=True)]
+    return [
+        _arm(name, config, base, data, shape, ablation) for name, ablation in zip(VARIANT_NAMES, ablations, strict=True)
+    ]
 
 
 def _arm(
@@ -209,7 +211,7 @@ def check_losses(arms: list[Arm]) -> float:
     """Return the largest relative difference of any loss from the first variant's, at every exit step.
 
     Raises:
-        CodmdError: it is above TOLERANCE.
+        CodmdError: it is above LOSS_TOLERANCE.
     """
     worst = 0.0
     for role in ("student", "critic"):
@@ -217,13 +219,13 @@ def check_losses(arms: list[Arm]) -> float:
             values = [float(arm.losses(role, exit_step, exit_step).detach()) for arm in arms]
             error = max(abs(value - values[0]) / abs(values[0]) for value in values)
             worst = max(worst, error)
-            if not error < TOLERANCE:
+            if not error < LOSS_TOLERANCE:
                 raise CodmdError(f"losses of the {role} at exit step {exit_step} differ by {error:.2g}: {values}")
     return worst
 
 
 def _cycle(arm: Arm, config: "DistillConfig", trial: int) -> None:
-    """Run the iterations of one trial: the student's turn in the first, the critic's in each."""
+    """Run the iterations of one trial: a student update in the first, a critic update in each."""
     every = config.student_every_iterations
     for iteration in range(trial * every, (trial + 1) * every):
         for role in ("student", "critic") if iteration % every == 0 else ("critic",):
@@ -243,7 +245,7 @@ def _update(arm: Arm, role: str, loss: "Tensor", clip_norm: float | None) -> Non
         arm.ema.update(network)
 
 
-def describe(report: dict[str, Any]) -> str:
+def report_text(report: dict[str, Any]) -> str:
     """Return the report as Markdown: seconds by variant, shares by reason, the ratio with its spread."""
     lines = ["| variant | CPU s per iteration | clock s | share of the saving |", "|---|---|---|---|"]
     for name, times in report["cpu_s"].items():

@@ -20,7 +20,7 @@ from codmd_serve.wan.attention import NUM_PROMPT_POSITIONS, prompt_lengths
 from distill.data.texts import check_prompt
 
 PROMPT_SUFFIX, EMBED_SUFFIX = ".prompt.txt", ".embed.pt"
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+EMBED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 READ_BYTES = 1 << 20
 
 
@@ -66,7 +66,7 @@ def _members(path: Path) -> dict[str, tuple[str, bytes]]:
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                _take(archive, member, {PROMPT_SUFFIX: prompts, EMBED_SUFFIX: embeds}, path)
+                _read_member(archive, member, {PROMPT_SUFFIX: prompts, EMBED_SUFFIX: embeds}, path)
             _check_end(archive, path, len(prompts))
     except ConfigError:
         raise
@@ -78,10 +78,15 @@ def _members(path: Path) -> dict[str, tuple[str, bytes]]:
         raise ConfigError(f"{path.name}: sample {alone[0]} has no {lacking}")
     if not prompts:
         raise ConfigError(f"prompts {path} holds no prompt: expected members KEY{PROMPT_SUFFIX} and KEY{EMBED_SUFFIX}")
-    return {key: (_prompt(f"{path.name}: {key}{PROMPT_SUFFIX}", prompts[key]), embeds[key]) for key in sorted(prompts)}
+    return {
+        key: (_decode_prompt(f"{path.name}: {key}{PROMPT_SUFFIX}", prompts[key]), embeds[key])
+        for key in sorted(prompts)
+    }
 
 
-def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, wanted: dict[str, dict[str, bytes]], path: Path) -> None:
+def _read_member(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, wanted: dict[str, dict[str, bytes]], path: Path
+) -> None:
     name = member.name.removeprefix("./")
     if name.rpartition("/")[2].startswith("."):
         return
@@ -112,7 +117,7 @@ def _check_end(archive: tarfile.TarFile, path: Path, num_samples: int) -> None:
             )
 
 
-def _prompt(where: str, data: bytes) -> str:
+def _decode_prompt(where: str, data: bytes) -> str:
     prompt = decode_text(data, where, ConfigError).strip()
     check_prompt(prompt, where)
     return prompt
@@ -124,7 +129,7 @@ def _embedding(where: str, data: bytes, width: int) -> Tensor:
     except Exception as error:  # zip, pickle and torch each raise their own kinds
         raise ConfigError(f"{where} is no plain tensor; nothing else in it is loaded or run") from error
     is_plain = isinstance(embeds, Tensor) and embeds.layout == torch.strided and not embeds.is_meta
-    if not is_plain or embeds.dtype not in FLOAT_DTYPES:
+    if not is_plain or embeds.dtype not in EMBED_DTYPES:
         kind = f"{embeds.dtype} tensor" if isinstance(embeds, Tensor) else type(embeds).__name__
         raise ConfigError(f"{where} must be a floating-point tensor, got {kind}")
     if embeds.ndim == 3 and embeds.shape[0] == 1:

@@ -1,1 +1,1 @@
-"""ShapeBench: clips measured from pixels, and teachers and students scored against the known world."""
+"""ShapeBench: measures clips from pixels, and scores teachers and students against the known world."""

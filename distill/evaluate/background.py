@@ -26,7 +26,7 @@ _SPLIT_CAP = 60.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Background:
-    """What stands behind the objects.
+    """A fitted background: sky, floor and horizon.
 
     Attributes:
         rows: float32 (H, 3), colour of each row.
@@ -68,7 +68,7 @@ def fit_background(planes: np.ndarray) -> Background:
 
 
 def refine_background(first: Background, planes: np.ndarray, is_object: np.ndarray) -> Background:
-    """Fit again by the mean of the pixels that belong to no object, which is finer than a median of whole levels.
+    """Refit by the mean of the pixels outside objects, which is finer than a median of whole levels.
 
     Args:
         first: of `fit_background`; its rows stand in where a row is all object.
@@ -83,7 +83,7 @@ def refine_background(first: Background, planes: np.ndarray, is_object: np.ndarr
 
 
 def world_rows(background: Background, height: int) -> np.ndarray:
-    """Rows of the nearest background the world can show, with a sharp horizon; float32 (H, 3)."""
+    """Return the rows of the nearest background of the world, with a sharp horizon; float32 (H, 3)."""
     if background.name == UNCLEAR:
         return background.rows
     horizon_px = background.horizon_px if np.isfinite(background.horizon_px) else float(height)
@@ -126,7 +126,7 @@ def _split_row(brightness: np.ndarray) -> int:
 
 
 def _horizon(brightness: np.ndarray, above: float, below: float, split: int) -> float:
-    """Return the step's row coordinate; the row it crosses is a mixture of both levels, in proportion.
+    """Return the horizon's row coordinate at sub-pixel precision; its row mixes both levels in proportion.
 
     Both gradients bring the rows next to the horizon closer together, by as much above as below.
     """

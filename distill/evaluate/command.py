@@ -1,4 +1,4 @@
-"""`codmd-distill eval shapebench`: arguments, arms in order, files; imports nothing heavy until it runs."""
+"""`codmd-distill eval shapebench`: arguments, order of arms, output files; imports nothing heavy until it runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from codmd_serve.files import write_text
 if TYPE_CHECKING:
     import numpy as np
 
-    from distill.evaluate.sample import Model
-    from distill.evaluate.shapebench import ArmResult, BenchConfig, Reference, Suite
+    from distill.evaluate.sample import SampledModel
+    from distill.evaluate.shapebench import ArmResult, Reference, Suite, SuiteConfig
 
 STUDENTS = "students"
 ARMS = ("truth", "vae", "teacher", "teacher_again", "few", "few_unguided", STUDENTS)
@@ -56,21 +56,21 @@ def run_eval(args: argparse.Namespace) -> int:
         ConfigError, CheckpointError: settings, weights or folders that cannot work.
         CodmdError: sampling failed.
     """
-    _check(args)
+    _check_args(args)
 
     import torch
 
     from codmd_serve.device import choose_device
     from codmd_serve.wan.checkpoint import read_spec, silence_libraries
-    from distill.evaluate.report import Analysis, as_json
-    from distill.evaluate.shapebench import BenchConfig, plan_suite
+    from distill.evaluate.report import Analysis, analysis_json
+    from distill.evaluate.shapebench import SuiteConfig, plan_suite
     from distill.evaluate.tables import as_markdown
     from distill.networks.base import open_base
 
     silence_libraries()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    config = BenchConfig(
+    config = SuiteConfig(
         num_captions=args.num_captions,
         num_seeds=args.seeds,
         depth_captions=args.depth_captions,
@@ -85,15 +85,15 @@ def run_eval(args: argparse.Namespace) -> int:
     suite = plan_suite(config)
     runner = _Runner(args, config, suite, students, choose_device(args.device))
     arms = runner.run()
-    settings = _settings(args)
+    settings = _report_settings(args)
     analysis = Analysis(arms, suite, runner.reference, args.seed)
     report = as_markdown(analysis, list(students), settings)
     print(report, end="")
-    _write(args, report, as_json(analysis, list(students), settings), arms, suite)
+    _write_report(args, report, analysis_json(analysis, list(students), settings), arms, suite)
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check_args(args: argparse.Namespace) -> None:
     for name in ("steps", "few_steps", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -115,7 +115,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _text_before_marker(path: Path) -> str | None:
-    """Text of a file up to and with its one marker line, None when there is no such file or line."""
+    """Return the text of a file up to and including its marker line; None without such a file or line."""
     try:
         before, *after = path.read_text(encoding="utf-8").split(INSERT_MARKER)
     except (OSError, UnicodeDecodeError):
@@ -134,16 +134,16 @@ def _student_names(args: argparse.Namespace) -> dict[str, Path]:
     return result
 
 
-def _settings(args: argparse.Namespace) -> dict[str, object]:
+def _report_settings(args: argparse.Namespace) -> dict[str, object]:
     names = ("teacher", "num_captions", "seeds", "depth_captions", "depth_seeds", "guidance", "steps", "few_steps")
     return {name: getattr(args, name) for name in (*names, "seed")}
 
 
 class _Runner:
-    """Draws and measures the arms one after the other, under one progress bar."""
+    """Draw and measure the arms one after the other, under one progress bar."""
 
     def __init__(
-        self, args: argparse.Namespace, config: BenchConfig, suite: Suite, students: dict[str, Path], device: Any
+        self, args: argparse.Namespace, config: SuiteConfig, suite: Suite, students: dict[str, Path], device: Any
     ) -> None:
         from tqdm import tqdm
 
@@ -158,7 +158,7 @@ class _Runner:
         self.keep = tuple(range(min(SAMPLED_CAPTIONS, config.num_captions))) if args.samples else ()
 
     def run(self) -> list[ArmResult]:
-        """Every arm, in the order of the table."""
+        """Run every arm, in the order of the table."""
         from distill.evaluate.sample import load_student, load_teacher, render_truth, sample_student
         from distill.evaluate.shapebench import measure_reference
 
@@ -181,7 +181,7 @@ class _Runner:
                 results.append(self._measure(name, label, clips))
         return results
 
-    def _teacher_arms(self, teacher: Model, truth: np.ndarray | None) -> list[ArmResult]:
+    def _teacher_arms(self, teacher: SampledModel, truth: np.ndarray | None) -> list[ArmResult]:
         from distill.evaluate.sample import sample_teacher, through_vae
         from distill.pretrain.vae import psnr_db
 
@@ -219,7 +219,7 @@ class _Runner:
         return measure_arm(name, label, clips, self.suite, self.reference, update, psnr_db=psnr, keep_samples=self.keep)
 
 
-def _write(
+def _write_report(
     args: argparse.Namespace, report: str, numbers: dict[str, object], arms: list[ArmResult], suite: Suite
 ) -> None:
     try:

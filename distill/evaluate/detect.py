@@ -1,4 +1,4 @@
-"""What a clip shows, measured from its pixels alone: objects, motion, background and the factors captions leave open.
+"""Measures a clip from its pixels alone: objects, motion, background, and the factors that captions leave open.
 
 Knows the world's palette, shapes and ranges; knows neither captions nor latents.
 
@@ -82,22 +82,22 @@ class Track:
 
     @property
     def motion(self) -> str:
-        """One of MOTIONS, by the larger component of the velocity."""
+        """Return one of MOTIONS, by the larger component of the velocity."""
         return motion_of(self.velocity)
 
     @property
     def speed(self) -> float:
-        """World units per native frame along `motion`; the length of the velocity when still."""
+        """Return world units per native frame along `motion`; the length of the velocity when still."""
         return float(np.hypot(*self.velocity) if self.motion == STILL else max(abs(v) for v in self.velocity))
 
     @property
     def speed_word(self) -> str | None:
-        """One of SPEEDS, or None when still."""
+        """Return one of SPEEDS, or None when still."""
         return None if self.motion == STILL else ("quickly" if self.speed > SPEED_BOUNDARY else "slowly")
 
     @property
     def bend(self) -> float:
-        """Signed peak of the sideways bow, with the sign convention of the law; 0 when still."""
+        """Return the signed peak of the sideways bow, with the sign convention of the law; 0 when still."""
         if self.motion == STILL:
             return 0.0
         along = DIRECTIONS[self.motion]
@@ -106,7 +106,7 @@ class Track:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Detection:
-    """All that was read off a clip.
+    """Everything measured on a clip.
 
     Attributes:
         tracks: objects seen in at least half of the frames, largest first.
@@ -130,7 +130,7 @@ class Detection:
 
     @property
     def count(self) -> int:
-        """Number of objects."""
+        """Return the number of objects."""
         return len(self.tracks)
 
 
@@ -175,7 +175,7 @@ def detect(clip: np.ndarray) -> Detection:
 
 
 def motion_of(velocity: tuple[float, float]) -> str:
-    """Name a velocity (x, y) in world units per native frame: one of MOTIONS."""
+    """Return the motion, one of MOTIONS, of a velocity (x, y) in world units per native frame."""
     if np.hypot(*velocity) < STILL_SPEED:
         return STILL
     axis = 0 if abs(velocity[0]) >= abs(velocity[1]) else 1
@@ -184,13 +184,13 @@ def motion_of(velocity: tuple[float, float]) -> str:
 
 
 def relation_holds(relation: str, first: Track, second: Track) -> bool:
-    """Judge a stated relation by its own axis at the first frame."""
+    """Return whether a stated relation holds along its axis at the first frame."""
     step = RELATIONS[relation]
     return sum(s * (a - b) for s, a, b in zip(step, first.start, second.start, strict=True)) > 0
 
 
 def relation_of(first: Track, second: Track) -> str:
-    """Name where `first` is from `second`, by the axis of the larger separation at the first frame."""
+    """Return the relation of `first` to `second`, by the axis of the larger separation at the first frame."""
     gap = (first.start[0] - second.start[0], first.start[1] - second.start[1])
     axis = 0 if abs(gap[0]) >= abs(gap[1]) else 1
     sign = 1 if gap[axis] > 0 else -1
@@ -277,7 +277,7 @@ def _nearest_colours(above: np.ndarray, ys: np.ndarray, background: Background) 
 
 
 def _link(parts: _Parts, num_frames: int, scale: float) -> list[list[int]]:
-    """Chain parts over frames, by colour first and then by place; each chain lists part indices, one per frame."""
+    """Link parts over frames, by colour and then by position; each chain lists part indices, one per frame."""
     chains: list[list[int]] = []
     colours = parts.colour_votes.argmax(axis=1) if len(parts.frame) else np.zeros(0, dtype=int)
     for frame in range(num_frames):
@@ -347,7 +347,7 @@ def _fit_path(tau: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _line(tau: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Return value at tau 0 and slope, by the median of all pairwise slopes, which a few bad frames cannot move.
+    """Return intercept and slope by the median of all pairwise slopes (Theil-Sen), robust to a few bad frames.
 
     Source: Theil 1950 and Sen 1968.
     """

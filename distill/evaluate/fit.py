@@ -1,4 +1,4 @@
-"""One object over time: which shape of the world, where, how large and how bright, by fitting renders to pixels.
+"""Fits one object over time to rendered shapes: shape, position, radius and brightness.
 
 Knows nothing of captions or of how the object's pixels were found.
 
@@ -33,7 +33,7 @@ _MAX_REACH = 0.4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
-    """An object in the N frames it was seen in.
+    """The fit of one object in the N frames that show it.
 
     Attributes:
         shape: one of SHAPES, or "unclear" when the best explains less than half of the object's energy.
@@ -54,7 +54,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Patches:
-    """Sums over channels that every candidate shares, in patches around the object: (N, P, P), or (N, P, 1).
+    """Sums over channels that all candidates share, in patches around the object: (N, P, P), or (N, P, 1).
 
     `above` is the pixels less background, (3, N, P, P), and `rows` the background, (3, N, P, 1).
     """
@@ -76,7 +76,7 @@ class _Patches:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sums:
-    """What a candidate's coverage m is multiplied with, for one shading of the patches.
+    """Coefficients of a candidate's coverage m, for one shading of the patches.
 
     Attributes:
         energy: (N,), of the pixels less background.
@@ -126,7 +126,7 @@ def fit_object(
     patches = _cut(planes, rows, owner, frames, parts, boxes, np.array(COLOURS[colour], dtype=np.float32))
     centre, area = _centre_and_area(patches)
     picks = np.unique(np.linspace(0, len(frames) - 1, min(_SHAPE_FRAMES, len(frames))).round().astype(int))
-    shape, factor, blur_px = _choose_shape(_take(patches, picks), centre[picks], area[picks])
+    shape, factor, blur_px = _choose_shape(_select(patches, picks), centre[picks], area[picks])
     radius = np.sqrt(area / AREA[shape]) * factor
     shading = _shade(patches, centre, radius)
     sums = _sum_up(patches, shading)
@@ -184,7 +184,7 @@ def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return total
 
 
-def _take(patches: _Patches, picks: np.ndarray) -> _Patches:
+def _select(patches: _Patches, picks: np.ndarray) -> _Patches:
     values = {name: getattr(patches, name) for name in _Patches.__slots__}
     taken = {name: values[name][:, picks] for name in ("above", "rows")}
     rest = {name: value[picks] for name, value in values.items() if name not in (*taken, "colour_energy")}
@@ -199,7 +199,7 @@ def _shade(patches: _Patches, centre: np.ndarray, radius: np.ndarray) -> np.ndar
 
 
 def _sum_up(patches: _Patches, shading: np.ndarray) -> _Sums:
-    """Fold a shading into what candidates are multiplied with: their radii differ too little to change it."""
+    """Fold a shading into the shared sums; the candidates' radii differ too little to change it."""
     weight, num = patches.weight, len(patches.weight)
     by_cover = (patches.dot_row * weight, patches.dot_colour * shading * weight)
     by_square = (patches.row_row * weight, patches.row_colour * shading * weight, shading * shading * weight)
@@ -239,7 +239,7 @@ def _centre_and_area(patches: _Patches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _choose_shape(patches: _Patches, centre: np.ndarray, area: np.ndarray) -> tuple[str, float, float]:
-    """Return shape, factor on the radius that the area gives, and blur in pixels of the least squared error."""
+    """Return the shape, radius factor and blur in pixels with the least squared error."""
     sums = _sum_up(patches, _shade(patches, centre, np.sqrt(area / np.pi)))
     covers = {
         shape: _cover(patches, shape, centre, np.sqrt(area / AREA[shape])[:, None] * _SHAPE_FACTORS) for shape in SHAPES
@@ -264,7 +264,7 @@ def _cover(patches: _Patches, shape: str, centre: np.ndarray, radius: np.ndarray
 
 
 def _blur(cover: np.ndarray, blur_px: float) -> np.ndarray:
-    """Blur (N, R, P, P) by a Gaussian of `blur_px`, by sums of shifted copies: BLAS would wake its threads for it."""
+    """Blur (N, R, P, P) by a Gaussian of `blur_px` with shifted sums: BLAS would start its threads."""
     if blur_px == 0.0:
         return cover
     for axis in (2, 3):

@@ -1,6 +1,6 @@
-"""How well the form of what a clip shows is kept: overlap of every object with the ideal shape fitted to it.
+"""Scores the form of objects: overlap of every object with the ideal shape fitted to it.
 
-A score that sees what a person sees: the caption scores call an octagon a circle and a torn ring a ring.
+Catches what caption scores miss: an octagon that counts as a circle, or a torn ring that counts as a ring.
 
 Legend: T frames, H and W rows and columns, N frames an object was seen in, P and Q rows and columns of a window.
 """
@@ -39,7 +39,7 @@ def form_scores(detection: Detection, tracks: Sequence[Track | None], clip: np.n
 
 
 def track_overlap(track: Track, detection: Detection, clip: np.ndarray) -> np.ndarray:
-    """Return intersection over union of an object's pixels with its fitted shape, float (T,); 0 where it is not seen.
+    """Return the IoU of an object's pixels with its fitted shape, float (T,); 0 where it is not seen.
 
     A pixel is the object's when it shows more than half of the object's colour, as lit, over the background, and no
     other object is nearer, in radii.

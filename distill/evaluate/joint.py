@@ -1,6 +1,6 @@
-"""How far samples are from the known law of what captions leave open: margins, dependences and spread, reported apart.
+"""Distances of samples from the known joint law of factors: margins, dependence and spread, reported separately.
 
-Margins and dependence are judged separately because either can be right while the other is wrong (Sklar's theorem).
+Margins and dependence are separate because either can be right while the other is wrong (Sklar's theorem).
 
 Legend: S seeds of one caption, F factors, C captions, R resamples.
 """
@@ -46,7 +46,7 @@ _LEVELS = (np.arange(64) + 0.5) / 64
 
 
 def measure_factors(scene: Scene, detection: Detection) -> np.ndarray:
-    """Read every factor of FACTORS off a detection.
+    """Return every factor of FACTORS of a detection.
 
     Where objects with a motion of their own start is not a factor: the law ties their places to nothing.
 
@@ -76,7 +76,7 @@ def measure_factors(scene: Scene, detection: Detection) -> np.ndarray:
 
 
 def marginal_distances(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Wasserstein-1 distance of each factor for one caption, in standard deviations of the truth.
+    """Return the Wasserstein-1 distance of each factor for one caption, in standard deviations of the truth.
 
     Args:
         samples: (S, F), nan columns for factors the caption does not have.
@@ -94,7 +94,7 @@ def marginal_distances(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def pair_taus(groups: list[np.ndarray], counts: list[np.ndarray] | None = None) -> np.ndarray:
-    """Kendall's tau of every tied pair, concordance pooled over captions but only counted within them.
+    """Return Kendall's tau of every tied pair; concordance is counted within captions and pooled over them.
 
     Args:
         groups: per caption the factors (S, F).
@@ -122,7 +122,7 @@ def pair_taus(groups: list[np.ndarray], counts: list[np.ndarray] | None = None) 
 
 
 def dependence_distance(taus: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Mean over the tied pairs of |tau - tau of the truth|: (R, P) and (1, P) or (R, P) to (R,)."""
+    """Return the mean over tied pairs of |tau - tau of the truth|: (R, P) and (1, P) or (R, P) to (R,)."""
     gap = np.abs(taus - truth)
     is_known = ~np.isnan(gap)
     distance: np.ndarray = np.where(is_known, gap, 0.0).sum(axis=1) / np.maximum(is_known.sum(axis=1), 1)
@@ -130,7 +130,7 @@ def dependence_distance(taus: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def bend_coverage(samples: np.ndarray) -> float:
-    """Twice the share of the rarer side among paths clearly bowed to one side: 1 both modes alike, 0 one mode or none.
+    """Return twice the share of the rarer bow side among clearly bowed paths: 1 is both modes alike, 0 one or none.
 
     Args:
         samples: (S, F) of one caption; nan when nothing moves.
@@ -143,7 +143,7 @@ def bend_coverage(samples: np.ndarray) -> float:
 
 
 def factor_spread(samples: np.ndarray, truth: np.ndarray) -> float:
-    """Mean pairwise distance of one caption's samples over that of the truth, factors in sd of the truth; 1 is right.
+    """Return samples' mean pairwise distance relative to the truth's, factors in sd of the truth; 1 is ideal.
 
     Args:
         samples, truth: (S, F) and (S', F); nan columns are left out. nan with fewer than two samples.
@@ -164,7 +164,7 @@ def pixel_points(clips: np.ndarray) -> np.ndarray:
 
 
 def mean_distance(points: np.ndarray) -> float:
-    """Mean Euclidean distance over all pairs of rows of (S, D); unbiased in S, so sizes may differ."""
+    """Return the mean Euclidean distance over all pairs of rows of (S, D); unbiased in S, so sizes may differ."""
     norm = (points * points).sum(axis=1)
     squared = norm[:, None] + norm - 2.0 * points @ points.T
     upper = np.triu_indices(len(points), k=1)
@@ -172,7 +172,7 @@ def mean_distance(points: np.ndarray) -> float:
 
 
 def _shared(scene: Scene, tracks: list[Track | None]) -> dict[str, float]:
-    """Factors that all objects share, or that are averaged over those that were found; `tracks` is one per object."""
+    """Return the factors that objects share, or their mean over the objects found; `tracks` is one per object."""
     found = [track for track in tracks if track is not None]
 
     def mean(name: str, bounds: tuple[float, float]) -> float:
@@ -196,18 +196,18 @@ def _shared(scene: Scene, tracks: list[Track | None]) -> dict[str, float]:
 
 
 def _places(scene: Scene, tracks: list[Track]) -> dict[str, float]:
-    """Start positions within the room that size and path leave, as the law draws them."""
+    """Return start positions relative to the room that size and path leave, as the law draws them."""
     if scene.count == 1:
-        return {"place_x": _place(scene, tracks[0], 0), "place_y": _place(scene, tracks[0], 1)}
+        return {"place_x": _relative_place(scene, tracks[0], 0), "place_y": _relative_place(scene, tracks[0], 1)}
     if scene.relation is not None:
         across = 1 if RELATIONS[scene.relation][0] else 0
     else:
         gap = np.abs(np.subtract(tracks[0].start, tracks[1].start))
         across = 1 if gap[0] >= gap[1] else 0
-    return {"offset1": _place(scene, tracks[0], across), "offset2": _place(scene, tracks[1], across)}
+    return {"offset1": _relative_place(scene, tracks[0], across), "offset2": _relative_place(scene, tracks[1], across)}
 
 
-def _place(scene: Scene, track: Track, axis: int) -> float:
+def _relative_place(scene: Scene, track: Track, axis: int) -> float:
     extent = track.radius * EXTENT.get(track.shape, 1.0) * (1.0 + max(track.growth, 0.0))
     path = np.zeros(3)
     if scene.speed:

@@ -1,4 +1,4 @@
-"""Arms to numbers, and numbers to Markdown and JSON; draws and measures nothing itself."""
+"""Turns measured arms into numbers, Markdown and JSON; draws and measures nothing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ RETENTION_WANTED = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A column: which score of which clips, and which way is better.
+    """A column of the report: a score, the clips it is taken from, and which way is better.
 
-    Args:
+    Attributes:
         key: unique name, as in the JSON file.
         score: name of a clip score, of a depth score, or "dependence".
         heading: of the column.
@@ -39,7 +39,7 @@ class Metric:
     target: float = 1.0
 
     def badness(self, value: float) -> float:
-        """How far from good a value is, in its own unit; more is worse."""
+        """Return the distance of a value from the ideal, in its own unit; more is worse."""
         if self.better == "target":
             return abs(value - self.target)
         return -value if self.better == "high" else value
@@ -56,7 +56,7 @@ FOLLOWING = (
         for name in ("object", "colour", "count", "direction", "speed", "background", "relation", "all")
     ),
 )
-VIDEO = (
+VIDEO_METRICS = (
     Metric("flicker", "flicker", "flicker (levels) v", "low"),
     Metric("smoothness", "smoothness", "smoothness ^"),
     Metric("dynamic", "dynamic", "dynamic", "target"),
@@ -76,11 +76,11 @@ JOINT = (
     Metric(DEPENDENCE, DEPENDENCE, "dependence v", "low"),
     Metric("bend_modes", "bend_modes", "bend modes ^"),
 )
-METRICS = FOLLOWING + VIDEO + FORM + JOINT
+METRICS = FOLLOWING + VIDEO_METRICS + FORM + JOINT
 
 
 class Analysis:
-    """All numbers of a bench: `value` of an arm, `difference` of two arms."""
+    """All numbers of a bench run: `value` of an arm, `difference` of two arms."""
 
     def __init__(self, arms: Sequence[ArmResult], suite: Suite, reference: Reference, seed: int) -> None:
         self.arms = {arm.name: arm for arm in arms}
@@ -96,7 +96,7 @@ class Analysis:
         ]
 
     def metrics(self, group: Sequence[Metric] = METRICS) -> list[Metric]:
-        """Those of a group that this suite can measure."""
+        """Return the metrics of a group that this suite can measure."""
         return [metric for metric in group if metric not in JOINT or self.suite.depth]
 
     def value(self, metric: Metric, name: str) -> Interval:
@@ -114,7 +114,7 @@ class Analysis:
         return paired_difference(values, self._values(metric, second)[0], clusters, seed=self.seed)
 
     def taus(self, name: str | None) -> dict[str, float]:
-        """Kendall's tau of each tied pair in the depth suite; of the reference when `name` is None."""
+        """Return Kendall's tau of each tied pair in the depth suite; of the reference when `name` is None."""
         taus = self._truth_taus if name is None else pair_taus(self._depth_factors(name))
         return {f"{a}-{b}": float(tau) for (a, b), tau in zip(TIED_PAIRS, taus[0], strict=True)}
 
@@ -142,14 +142,14 @@ class Analysis:
 
 
 def comparisons(analysis: Analysis, students: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of arms to subtract: the A/A pair, few steps against many, each student against both."""
+    """Return the pairs of arms to compare: A/A, few steps against many, each student against both."""
     wanted = [("teacher_again", "teacher"), ("few", "teacher"), ("few_unguided", "teacher")]
     wanted += [(student, other) for student in students for other in ("teacher", "few", "few_unguided")]
     return [(a, b) for a, b in wanted if a in analysis.arms and b in analysis.arms]
 
 
 def headroom(analysis: Analysis) -> list[dict[str, float | str | bool | None]]:
-    """Say how far few steps fall behind many, in units of what two samples with many steps differ by.
+    """Report how far few steps fall behind many, in units of the A/A difference.
 
     The unit is the larger of the A/A difference and its bootstrap standard deviation, since one difference may be
     small by luck. Where both are zero there is no unit, and `units` is None.
@@ -182,7 +182,7 @@ def headroom(analysis: Analysis) -> list[dict[str, float | str | bool | None]]:
 
 
 def targets(analysis: Analysis, student: str) -> dict[str, object]:
-    """Judge a student: its share of the teacher's following scores, and video scores worse than few guided steps."""
+    """Report a student's share of the teacher's following scores, and its video scores below guided few steps."""
     result: dict[str, object] = {}
     if "teacher" in analysis.arms:
         shares = {}
@@ -194,7 +194,9 @@ def targets(analysis: Analysis, student: str) -> dict[str, object]:
         result["below_wanted_share"] = [key for key, share in shares.items() if share < RETENTION_WANTED]
     for other in ("few", "few_unguided"):
         if other in analysis.arms:
-            judged = analysis.metrics([m for m in VIDEO + FORM + JOINT if m.key not in ("dynamic", "saturation")])
+            judged = analysis.metrics(
+                [m for m in VIDEO_METRICS + FORM + JOINT if m.key not in ("dynamic", "saturation")]
+            )
             result[f"worse_than_{other}"] = [
                 metric.key
                 for metric in judged
@@ -204,8 +206,8 @@ def targets(analysis: Analysis, student: str) -> dict[str, object]:
     return result
 
 
-def as_json(analysis: Analysis, students: Sequence[str], settings: dict[str, object]) -> dict[str, object]:
-    """Everything the tables show, and the tables' intervals, as JSON values."""
+def analysis_json(analysis: Analysis, students: Sequence[str], settings: dict[str, object]) -> dict[str, object]:
+    """Return all numbers of the tables, with intervals, as JSON values."""
     metrics = analysis.metrics()
     return {
         "settings": settings,

@@ -1,4 +1,4 @@
-"""Draw the clips that are compared: teachers, students, ground truth, ground truth through the VAE.
+"""Draws the clips that are compared: teachers, students, ground truth, ground truth through the VAE.
 
 Knows nothing of scores. Every arm gets the same captions and, from (bench seed, caption, seed), the same first noise.
 
@@ -36,7 +36,7 @@ _NOISE_STREAM, _TRUTH_STREAM = 11, 12
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One clip to draw: a caption, its index in the bench, and which of its samples this is."""
+    """One clip to draw: a caption, its index in the bench, and a sample seed."""
 
     caption: str
     caption_index: int
@@ -53,8 +53,8 @@ class Canvas:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Model:
-    """A network with how to prompt it, step it and see its output.
+class SampledModel:
+    """A network with its text encoder, step grid and VAE.
 
     Attributes:
         denoise: the transformer, in float32, taking compact prompt embeddings.
@@ -78,7 +78,7 @@ class Model:
 OnClips = Callable[[int], object]
 
 
-def load_teacher(folder: str, device: torch.device) -> Model:
+def load_teacher(folder: str, device: torch.device) -> SampledModel:
     """Load a diffusers Wan pipeline folder.
 
     Raises:
@@ -92,7 +92,7 @@ def load_teacher(folder: str, device: torch.device) -> Model:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=base.scheduler_shift())
     for module in (transformer, vae, text_encoder):
         module.requires_grad_(False).eval().to(device)
-    return Model(
+    return SampledModel(
         denoise=denoiser(use_compact_cross_attention(transformer), "fp32"),
         tokenizer=tokenizer,
         text_encoder=text_encoder,
@@ -102,14 +102,14 @@ def load_teacher(folder: str, device: torch.device) -> Model:
     )
 
 
-def load_student(folder: Path, device: torch.device) -> Model:
+def load_student(folder: Path, device: torch.device) -> SampledModel:
     """Load a student bundle with its own step grid.
 
     Raises:
         CheckpointError: as `codmd_serve.wan.checkpoint.load_bundle`.
     """
     bundle = load_bundle(folder, torch.float32, device)
-    return Model(
+    return SampledModel(
         denoise=denoiser(use_compact_cross_attention(bundle.transformer), "fp32"),
         tokenizer=bundle.tokenizer,
         text_encoder=bundle.text_encoder,
@@ -121,7 +121,7 @@ def load_student(folder: Path, device: torch.device) -> Model:
     )
 
 
-def draw_noise(
+def draw_bench_noise(
     requests: Sequence[Request], shape: Sequence[int], num_draws: int, bench_seed: int, repeat: int = 0
 ) -> Tensor:
     """Return N(0, 1) of shape (num_draws, B, *shape), float32, from (bench seed, caption, seed) alone.
@@ -146,7 +146,12 @@ def draw_noise(
 
 
 def teacher_latents(
-    model: Model, noise: Tensor, prompt_embeds: Tensor, negative_embeds: Tensor, num_steps: int, guidance_scale: float
+    model: SampledModel,
+    noise: Tensor,
+    prompt_embeds: Tensor,
+    negative_embeds: Tensor,
+    num_steps: int,
+    guidance_scale: float,
 ) -> Tensor:
     """Sample a teacher by Euler steps on the shifted grid of its scheduler; equals diffusers.WanPipeline.
 
@@ -171,7 +176,7 @@ def teacher_latents(
 
 
 def sample_teacher(
-    model: Model,
+    model: SampledModel,
     requests: Sequence[Request],
     *,
     num_steps: int,
@@ -186,14 +191,14 @@ def sample_teacher(
         raise ConfigError(f"the number of steps must be 1 or more, got {num_steps}")
 
     def latents(batch: Sequence[Request], embeds: Tensor, negative: Tensor, shape: Sequence[int]) -> Tensor:
-        noise = draw_noise(batch, shape, 1, bench_seed, repeat).to(model.device)
+        noise = draw_bench_noise(batch, shape, 1, bench_seed, repeat).to(model.device)
         return teacher_latents(model, noise, embeds, negative, num_steps, guidance_scale)
 
-    return _sample(model, requests, latents, canvas or Canvas(), on_clips)
+    return _sample_clips(model, requests, latents, canvas or Canvas(), on_clips)
 
 
 def sample_student(
-    model: Model,
+    model: SampledModel,
     requests: Sequence[Request],
     *,
     bench_seed: int,
@@ -204,10 +209,10 @@ def sample_student(
     num_draws = len(model.timesteps) if model.sampler == "sde" else 1
 
     def latents(batch: Sequence[Request], embeds: Tensor, negative: Tensor, shape: Sequence[int]) -> Tensor:
-        noise = draw_noise(batch, shape, num_draws, bench_seed).to(model.device)
+        noise = draw_bench_noise(batch, shape, num_draws, bench_seed).to(model.device)
         return rollout(model.denoise, noise, embeds, model.sigmas, model.timesteps, sampler=model.sampler)
 
-    return _sample(model, requests, latents, canvas or Canvas(), on_clips)
+    return _sample_clips(model, requests, latents, canvas or Canvas(), on_clips)
 
 
 def render_truth(
@@ -222,8 +227,8 @@ def render_truth(
     return np.stack(clips)
 
 
-def through_vae(model: Model, clips: np.ndarray, on_clips: OnClips | None = None) -> np.ndarray:
-    """Encode and decode clips: what the best sampler could show at most; uint8 in, uint8 out, (B, T, H, W, 3)."""
+def through_vae(model: SampledModel, clips: np.ndarray, on_clips: OnClips | None = None) -> np.ndarray:
+    """Encode and decode clips, the upper bound of any sampler; uint8 in, uint8 out, (B, T, H, W, 3)."""
     vae, parts = model.vae, []
     shape = (1, -1, 1, 1, 1)
     mean, std = (
@@ -239,8 +244,8 @@ def through_vae(model: Model, clips: np.ndarray, on_clips: OnClips | None = None
     return np.concatenate(parts)
 
 
-def _sample(
-    model: Model,
+def _sample_clips(
+    model: SampledModel,
     requests: Sequence[Request],
     latents: Callable[[Sequence[Request], Tensor, Tensor, Sequence[int]], Tensor],
     canvas: Canvas,
@@ -259,8 +264,8 @@ def _sample(
     return np.concatenate(clips)
 
 
-def embed_captions(model: Model, captions: Sequence[str]) -> tuple[dict[str, int], Tensor]:
-    """Embed distinct captions, trimmed alike.
+def embed_captions(model: SampledModel, captions: Sequence[str]) -> tuple[dict[str, int], Tensor]:
+    """Embed distinct captions, trimmed to the same length.
 
     Returns:
         The row of each caption, and (P, N, D) of them all; row 0 is the empty negative prompt.

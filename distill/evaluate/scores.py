@@ -1,4 +1,4 @@
-"""Scores of one clip against its caption's scene: what it follows, and how it looks.
+"""Scores one clip against its caption's scene: caption following and video quality.
 
 Knows scenes and detections; knows neither latents nor how a clip was made. A score that has no meaning for a caption
 (speed of something still, an unsaid relation) is nan. Missing objects lower scores, they never raise an error.
@@ -28,7 +28,7 @@ _MIN_STATIC_SHARE = 0.02
 
 
 def pair_objects(scene: Scene, detection: Detection) -> list[Track | None]:
-    """Give each stated object the track that fits it best: colour counts for more than shape, then size."""
+    """Match each stated object to its best track: by colour, then shape, then size."""
     candidates: list[Track | None] = [*detection.tracks[:5], *[None] * scene.count]
     best: tuple[Track | None, ...] = (None,) * scene.count
     best_fit = 0
@@ -100,7 +100,7 @@ def video_scores(scene: Scene, detection: Detection, tracks: list[Track | None],
 
 
 def flicker(clip: np.ndarray, foreground: np.ndarray) -> float:
-    """Mean absolute difference of successive frames where both show background, in 8-bit levels; nan if nowhere."""
+    """Return the mean absolute difference of successive frames on shared background, in 8-bit levels; nan if none."""
     static = ~(foreground[1:] | foreground[:-1])
     if static.mean() < _MIN_STATIC_SHARE:
         return float("nan")
@@ -110,7 +110,7 @@ def flicker(clip: np.ndarray, foreground: np.ndarray) -> float:
 
 
 def smoothness(track: Track) -> float:
-    """One less the mean length of the centre's second difference over time, at most 1 world unit each.
+    """Return 1 minus the mean length of the centre's second time difference, each capped at 1 world unit.
 
     A moment at which the object was not seen counts as a full unit. The world's bowed paths score about 0.87 when
     they move, 1 when still.
@@ -121,13 +121,13 @@ def smoothness(track: Track) -> float:
 
 
 def saturation(colour: np.ndarray) -> float:
-    """(max - min) / max of an RGB colour: free of brightness, so shade and fade leave it alone."""
+    """Return (max - min) / max of an RGB colour, which does not depend on brightness, shade or fade."""
     low, high = np.clip([float(colour.min()), float(colour.max())], 0.0, 255.0).tolist()
     return float((high - low) / high) if high >= 1.0 else 0.0
 
 
 def reconstruct(detection: Detection, height: int, width: int) -> np.ndarray:
-    """Draw what was detected as the world would: palette colours, its light, sharp edges; uint8 (T, H, W, 3)."""
+    """Render the detection as the world would: palette colours, its light, sharp edges; uint8 (T, H, W, 3)."""
     rows = np.clip(np.rint(world_rows(detection.background, height)), 0, 255).astype(np.uint8)
     frames = np.empty((len(detection.foreground), height, width, 3), dtype=np.uint8)
     frames[:] = np.repeat(rows[:, None, :], width, axis=1)
@@ -145,7 +145,7 @@ def reconstruct(detection: Detection, height: int, width: int) -> np.ndarray:
 
 
 def imaging_quality(clip: np.ndarray, detection: Detection) -> float:
-    """Agreement of the clip's edges with those of the best-fitting render: 2<g, r> / (|g|^2 + |r|^2), at least 0.
+    """Compare the clip's edges with the best-fitting render's: 2<g, r> / (|g|^2 + |r|^2), at least 0.
 
     g and r are the spatial gradients of clip and render. Blur shortens g, noise and mush add to it, a wrong colour or
     a missing object takes from r: each lowers the score; 1 is a clip the world could have drawn. 0 without objects.

@@ -1,4 +1,4 @@
-"""ShapeBench: which clips to draw, from which arms, and every clip's scores and factors; knows no tables.
+"""ShapeBench: the clips and arms to draw, and every clip's scores and factors; knows no tables.
 
 The breadth suite is many captions with few seeds, for caption following and looks; the depth suite a few moving
 captions with many seeds, for what the caption leaves open. Both are held-out captions, the same for every arm.
@@ -36,10 +36,10 @@ _DEPTH_POOL = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
-    """What is drawn.
+class SuiteConfig:
+    """Settings of the suites.
 
-    Args:
+    Attributes:
         num_captions: held-out captions of the breadth suite, one and two objects in turn.
         num_seeds: clips of each.
         depth_captions: captions of the depth suite, one and two objects in turn, all of them moving alike; 0 leaves
@@ -66,7 +66,7 @@ class BenchConfig:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The clips every arm has to draw.
+    """The clips that every arm draws.
 
     Attributes:
         requests: all of them, each once.
@@ -80,16 +80,16 @@ class Suite:
 
     @property
     def caption_index(self) -> np.ndarray:
-        """Caption of each clip: int (K,)."""
+        """Return the caption index of each clip: int (K,)."""
         return np.array([request.caption_index for request in self.requests])
 
     @property
     def num_objects(self) -> np.ndarray:
-        """Objects each clip's caption states: int (K,)."""
+        """Return the number of objects each clip's caption states: int (K,)."""
         return np.array([parse_caption(request.caption).count for request in self.requests])
 
     def rows(self, caption_index: int) -> np.ndarray:
-        """Where the clips of one caption stand among the requests, in order of their seeds."""
+        """Return the request indices of one caption's clips, in order of their seeds."""
         return np.nonzero(self.caption_index == caption_index)[0]
 
 
@@ -108,7 +108,7 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmResult:
-    """What was measured of one arm.
+    """Measurements of one arm.
 
     Attributes:
         name, label: short key, and the row's heading.
@@ -128,7 +128,7 @@ class ArmResult:
     samples: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-def plan_suite(config: BenchConfig) -> Suite:
+def plan_suite(config: SuiteConfig) -> Suite:
     """Choose captions and seeds; the same for the same config."""
     pool = held_out_captions(max(config.num_captions, _DEPTH_POOL * config.depth_captions), config.seed)
     moving: dict[int, list[int]] = {1: [], 2: []}
@@ -147,7 +147,7 @@ def plan_suite(config: BenchConfig) -> Suite:
     return Suite(tuple(requests), np.array(is_breadth), depth)
 
 
-def measure_reference(suite: Suite, config: BenchConfig, on_clips: Callable[[int], object]) -> Reference:
+def measure_reference(suite: Suite, config: SuiteConfig, on_clips: Callable[[int], object]) -> Reference:
     """Render and measure the ground truth that the depth scores are judged against."""
     factors, spread = {}, {}
     for index in suite.depth:
@@ -162,8 +162,8 @@ def measure_reference(suite: Suite, config: BenchConfig, on_clips: Callable[[int
     return Reference(factors, spread)
 
 
-def num_reference(config: BenchConfig) -> int:
-    """Ground-truth renders of each depth caption."""
+def num_reference(config: SuiteConfig) -> int:
+    """Return the number of ground-truth renders per depth caption."""
     return max(_MIN_REFERENCE, 2 * config.depth_seeds)
 
 

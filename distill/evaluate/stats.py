@@ -1,6 +1,6 @@
-"""Means with bootstrap intervals that take captions, not clips, as the independent unit.
+"""Bootstrap means and intervals, clustered by caption.
 
-Clips of one caption share its difficulty, so resampling clips would give intervals that are too narrow.
+Clips of one caption share its difficulty, so resampling clips instead of captions gives intervals that are too narrow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its percentile interval.
+    """A mean with its percentile bootstrap interval.
 
     Attributes:
         mean: over all values; nan when there is none.
@@ -34,7 +34,7 @@ class Interval:
     num_clusters: int
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """JSON values; None for nan."""
+        """Return JSON values; None for nan."""
         return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(self).items()}
 
 

@@ -1,4 +1,4 @@
-"""The Markdown of a ShapeBench report; computes no score."""
+"""Formats a ShapeBench report as Markdown; computes no score."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.evaluate.report import (
     HEADROOM_WANTED,
     JOINT,
     RETENTION_WANTED,
-    VIDEO,
+    VIDEO_METRICS,
     Analysis,
     Metric,
     comparisons,
@@ -22,7 +22,7 @@ from distill.evaluate.report import (
 
 
 def as_markdown(analysis: Analysis, students: Sequence[str], settings: dict[str, object]) -> str:
-    """The whole report.
+    """Return the whole report.
 
     Args:
         analysis: of all arms.
@@ -39,7 +39,7 @@ def as_markdown(analysis: Analysis, students: Sequence[str], settings: dict[str,
         "## Video",
         "^ higher is better, v lower is better. Saturation error is signed and 0 is right; dynamic is right when it "
         "equals the ground truth's. PSNR is against the ground-truth renders.",
-        _score_table(analysis, VIDEO, has_psnr=any(arm.psnr_db is not None for arm in analysis.arms.values())),
+        _score_table(analysis, VIDEO_METRICS, has_psnr=any(arm.psnr_db is not None for arm in analysis.arms.values())),
     ]
     blocks += [
         "## Form",
@@ -78,7 +78,7 @@ def _score_table(analysis: Analysis, group: Sequence[Metric], has_psnr: bool = F
     metrics = analysis.metrics(group)
     rows = []
     for name, arm in analysis.arms.items():
-        cells = [_number(analysis.value(metric, name).mean, metric) for metric in metrics]
+        cells = [_format_value(analysis.value(metric, name).mean, metric) for metric in metrics]
         if has_psnr:
             cells.append("" if arm.psnr_db is None else f"{arm.psnr_db:.1f}")
         rows.append([arm.label, *cells])
@@ -147,7 +147,7 @@ def _target_lines(analysis: Analysis, student: str) -> list[str]:
     return lines
 
 
-def _number(value: float, metric: Metric) -> str:
+def _format_value(value: float, metric: Metric) -> str:
     if np.isnan(value):
         return ""
     return f"{value:+.3f}" if metric.key == "saturation" else f"{value:.3f}"

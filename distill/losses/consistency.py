@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from codmd_serve.schedule import expand_sigma
+from distill.losses.flow import at_least_float32
 
 TANGENT_OFFSET = 0.1
 
@@ -41,7 +42,7 @@ def trig_state(x0: Tensor, noise: Tensor, theta: Tensor) -> Tensor:
         theta: (B,) in [0, pi / 2].
     """
     angle = expand_sigma(theta, x0)
-    return angle.cos() * _widen(x0) + angle.sin() * _widen(noise)
+    return angle.cos() * at_least_float32(x0) + angle.sin() * at_least_float32(noise)
 
 
 def trig_to_rectified(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ def trig_to_rectified(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """
     angle = expand_sigma(theta, x)
     sine, total = angle.sin(), angle.cos() + angle.sin()
-    return _widen(x) / total, (sine / total).flatten()
+    return at_least_float32(x) / total, (sine / total).flatten()
 
 
 def trig_velocity(x: Tensor, flow: Tensor, theta: Tensor) -> Tensor:
@@ -71,13 +72,13 @@ def trig_velocity(x: Tensor, flow: Tensor, theta: Tensor) -> Tensor:
     """
     angle = expand_sigma(theta, x)
     cosine, sine = angle.cos(), angle.sin()
-    return (_widen(flow) + (cosine - sine) * _widen(x)) / (cosine + sine)
+    return (at_least_float32(flow) + (cosine - sine) * at_least_float32(x)) / (cosine + sine)
 
 
 def trig_x0(x: Tensor, velocity: Tensor, theta: Tensor) -> Tensor:
     """Return cos(theta) * x - sin(theta) * velocity, which of a consistency model is its prediction of x0."""
     angle = expand_sigma(theta, x)
-    return angle.cos() * _widen(x) - angle.sin() * _widen(velocity)
+    return angle.cos() * at_least_float32(x) - angle.sin() * at_least_float32(velocity)
 
 
 def velocity_and_tangent(
@@ -101,11 +102,11 @@ def velocity_and_tangent(
     """
     angle = expand_sigma(theta, x)
     scale = angle.cos() * angle.sin()
-    tangents = (scale * _widen(teacher_velocity), scale.flatten())
+    tangents = (scale * at_least_float32(teacher_velocity), scale.flatten())
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         # torch warns of torch.jit.script, which it calls itself to load its rules at the first use.
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
-        own, tangent = torch.func.jvp(velocity, (_widen(x), theta.to(scale.dtype)), tangents)  # type: ignore[misc]
+        own, tangent = torch.func.jvp(velocity, (at_least_float32(x), theta.to(scale.dtype)), tangents)  # type: ignore[misc]
     return own.detach(), tangent.detach()
 
 
@@ -144,8 +145,8 @@ def scm_tangent(
         angle = expand_sigma(theta, x)
         cosine, sine = angle.cos(), angle.sin()
         pull = cosine * (1.0 - (ratio * sine).square()).clamp_min(0.0).sqrt()
-        gap = _widen(velocity) - _widen(teacher_velocity)
-        return -pull * gap - (ratio * cosine * sine * _widen(x) + _widen(velocity_tangent))
+        gap = at_least_float32(velocity) - at_least_float32(teacher_velocity)
+        return -pull * gap - (ratio * cosine * sine * at_least_float32(x) + at_least_float32(velocity_tangent))
 
 
 def teacher_step(x: Tensor, teacher_velocity: Tensor, theta: Tensor, lower_theta: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def teacher_step(x: Tensor, teacher_velocity: Tensor, theta: Tensor, lower_theta
         lower_theta: (B,) where to.
     """
     turn = expand_sigma(theta - lower_theta, x)
-    return turn.cos() * _widen(x) - turn.sin() * _widen(teacher_velocity)
+    return turn.cos() * at_least_float32(x) - turn.sin() * at_least_float32(teacher_velocity)
 
 
 def dcm_tangent(x0_pred: Tensor, lower_x0_pred: Tensor, theta: Tensor, lower_theta: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ def dcm_tangent(x0_pred: Tensor, lower_x0_pred: Tensor, theta: Tensor, lower_the
     with torch.no_grad():
         step = expand_sigma(theta - lower_theta, x0_pred)
         cosine = expand_sigma(theta, x0_pred).cos()
-        return cosine * (_widen(x0_pred) - _widen(lower_x0_pred)) / step
+        return cosine * (at_least_float32(x0_pred) - at_least_float32(lower_x0_pred)) / step
 
 
 def normalise_tangent(tangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +218,7 @@ def consistency_loss(velocity: Tensor, tangent: Tensor) -> Tensor:
     Source: rCM, algorithm 1. Deviation: the constant is this F and not the one that came with the tangent, since two
     evaluations in different precision differ by more than a g of length 1 spread over millions of elements.
     """
-    wide = _widen(velocity)
+    wide = at_least_float32(velocity)
     residual = wide - wide.detach() - tangent.detach()
     return residual.square().flatten(1).sum(dim=1).mean()
 
@@ -239,9 +240,5 @@ def velocity_loss(flow_pred: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor) -
     """
     level = expand_sigma(sigma, flow_pred)
     weight = level.square() + (1.0 - level).square()
-    target = (_widen(noise) - _widen(x0)).detach()
-    return (weight * (_widen(flow_pred) - target).square()).flatten(1).sum(dim=1).mean()
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    target = (at_least_float32(noise) - at_least_float32(x0)).detach()
+    return (weight * (at_least_float32(flow_pred) - target).square()).flatten(1).sum(dim=1).mean()

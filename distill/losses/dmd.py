@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from codmd_serve.schedule import expand_sigma, flow_to_x0
+from distill.losses.flow import at_least_float32
 
 NORMALISER_FLOOR = 1e-5
 
@@ -24,7 +25,7 @@ def guided_flow(cond_flow: Tensor, uncond_flow: Tensor, guidance_scale: float) -
     Returns:
         (B, C, F, H, W), float32 or wider.
     """
-    cond, uncond = _widen(cond_flow), _widen(uncond_flow)
+    cond, uncond = at_least_float32(cond_flow), at_least_float32(uncond_flow)
     return uncond + guidance_scale * (cond - uncond)
 
 
@@ -48,7 +49,7 @@ def dmd_direction(
     rounded to bfloat16 differ by rounding alone at small sigma; and the normaliser has a floor.
     """
     with torch.no_grad():
-        gap = expand_sigma(sigma, latents) * (_widen(teacher_flow) - _widen(critic_flow))
+        gap = expand_sigma(sigma, latents) * (at_least_float32(teacher_flow) - at_least_float32(critic_flow))
         teacher_x0 = flow_to_x0(latents, teacher_flow, sigma)
         distance = (student_x0 - teacher_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
         return gap / distance.clamp_min(NORMALISER_FLOOR)
@@ -64,10 +65,6 @@ def dmd_loss(student_x0: Tensor, direction: Tensor) -> Tensor:
     Returns:
         Scalar, float32 or wider.
     """
-    wide_x0 = _widen(student_x0)
+    wide_x0 = at_least_float32(student_x0)
     target = (wide_x0 - direction).detach()
     return 0.5 * (wide_x0 - target).square().mean()
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -24,3 +24,8 @@ def flow_loss(flow_pred: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     dtype = torch.promote_types(flow_pred.dtype, torch.float32)
     target = (noise.to(dtype) - x0.to(dtype)).detach()
     return (flow_pred.to(dtype) - target).square().mean()
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or in its own dtype where that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,1 +1,1 @@
-"""What a distillation run needs before anyone rents a machine: memory, operations and hours, from closed forms."""
+"""Estimates memory, operations and hours of a distillation run from closed forms, before renting a machine."""

@@ -7,8 +7,8 @@ except in `derivative_working_bytes`.
 
 Legend: S tokens on this GPU, T prompt positions, d width, f width of the feed-forward, H heads.
 
-Forms are for eager mode: a compiled block keeps less. RMS norms are counted as the composite that CPUs run; the fused
-one of CUDA keeps 12 S d bytes of a block less.
+The forms hold for eager mode; a compiled block keeps less. RMS norms are counted as the composite that CPUs run; CUDA's
+fused one keeps 12 S d bytes less per block.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def block_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
-    """Return what one block keeps for its backward, for one sample, its own input included.
+    """Return the bytes that one block keeps for its backward, for one sample, its input included.
 
     Source: counted on diffusers 0.42 with saved_tensors_hooks, tensor by tensor; bytes per token and unit of width in
     float32, then under bf16 autocast:
@@ -50,7 +50,7 @@ def input_bytes(architecture: "Architecture", sequence: Sequence) -> int:
 
 
 def outer_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
-    """Return what the layers around the blocks keep, for one sample: patches, text, last norm, projection."""
+    """Return the bytes that the layers around the blocks keep, for one sample: patches, text, last norm, projection."""
     a, d = architecture, architecture.dim
     width = 4 if precision == "fp32" else 2
     patches = 4 * sequence.tokens * a.in_channels * a.patch_volume
@@ -58,7 +58,7 @@ def outer_bytes(architecture: "Architecture", sequence: Sequence, precision: str
 
 
 def head_bytes(architecture: "Architecture", sequence: Sequence) -> int:
-    """Return what the last norm and projection keep of that, for one sample; it is free before any block's backward."""
+    """Return the share of the last norm and projection, for one sample; freed before any block's backward."""
     return sequence.tokens * (3 * 4 * architecture.dim + 2 * 4)
 
 
@@ -68,7 +68,7 @@ def rotation_bytes(architecture: "Architecture", sequence: Sequence) -> int:
 
 
 def saved_bytes(architecture: "Architecture", sequence: Sequence, precision: str, *, checkpointing: bool) -> int:
-    """Return what a network keeps from its forward to its backward, for one sample.
+    """Return the bytes that a network keeps from forward to backward, for one sample.
 
     Args:
         architecture: sizes of the network.
@@ -84,7 +84,7 @@ def saved_bytes(architecture: "Architecture", sequence: Sequence, precision: str
 
 
 def forward_working_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
-    """Return the most that one block holds at once in a forward that keeps nothing, for one sample, input included.
+    """Return the peak bytes of one block in a forward without gradient, for one sample, input included.
 
     It is reached in the rotation of q or k (float32: input, modulated input, q, k, v, the rotated half and its terms),
     in the norm of cross-attention's q (bf16: input, residual, normed residual, self-attention's output, q, and the
@@ -98,7 +98,7 @@ def forward_working_bytes(architecture: "Architecture", sequence: Sequence, prec
 
 
 def derivative_working_bytes(architecture: "Architecture", sequence: Sequence) -> int:
-    """Return the most that the student's forward-mode derivative holds at once, for one sample, its input included.
+    """Return the peak bytes of the student's forward-mode derivative, for one sample, input included.
 
     It runs in float32 with attention as plain matrix products, which have a derivative: five matrices of tokens x
     tokens for every head, of scores, softmax and their tangents. At Wan's size they are most of the memory of a run.
@@ -111,7 +111,7 @@ def derivative_working_bytes(architecture: "Architecture", sequence: Sequence) -
 
 
 def backward_working_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
-    """Return what the backward of a block adds at its worst to what the block kept, for one sample.
+    """Return the peak bytes that a block's backward adds to its saved activations, for one sample.
 
     It is reached at the block's end: gradients of the residual and of the gated feed-forward with their product, or
     the gradients on both sides of GELU.

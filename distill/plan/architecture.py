@@ -1,4 +1,4 @@
-"""The Wan transformer that a plan is about: its sizes, its parameter counts and its tokens per sample.
+"""The planned Wan transformer: sizes, parameter counts and tokens per sample.
 
 Reads configs and builds the network on the meta device; loads no weights, contacts no hub, computes no cost.
 """
@@ -50,12 +50,12 @@ class Architecture:
 
     @property
     def dim(self) -> int:
-        """Width of the residual stream."""
+        """Return the width of the residual stream."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def patch_volume(self) -> int:
-        """Latent positions that become one token."""
+        """Return the latent positions per token."""
         frames, height, width = self.patch_size
         return frames * height * width
 
@@ -81,7 +81,7 @@ class ParameterCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What is planned: settings, network, and the latents (C, F, H, W) of one sample."""
+    """The subject of a plan: settings, network, and the latents (C, F, H, W) of one sample."""
 
     config: DistillConfig
     architecture: Architecture
@@ -90,7 +90,7 @@ class Subject:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one sample."""
+        """Return the tokens of one sample."""
         _, frames, height, width = self.latents
         return frames * height * width // self.architecture.patch_volume
 

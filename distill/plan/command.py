@@ -7,7 +7,7 @@ import shlex
 
 from distill.plan.options import PlanOptions, flag
 
-HELP = {
+PLAN_HELP = {
     "gpus": "GPUs; from 2 on every network is sharded over all of them, block by block",
     "gpu_gib": "memory of one GPU, GiB",
     "reserve_gib": "of it kept free for the CUDA context, NCCL, workspaces and fragmentation, GiB",
@@ -38,7 +38,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for field in dataclasses.fields(PlanOptions):
         kind = type(field.default)
-        text = f"{HELP[field.name]} (default {field.default})"
+        text = f"{PLAN_HELP[field.name]} (default {field.default})"
         if kind is bool:
             parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
@@ -65,25 +65,25 @@ def run_plan(args: argparse.Namespace) -> int:
     from distill.plan.architecture import read_subject
     from distill.plan.planner import make_plan, smallest, suggest
     from distill.plan.reference import reference_layout
-    from distill.plan.report import Report, as_json, as_text
+    from distill.plan.report import PlanReport, plan_json, plan_text
 
     config = with_overrides(recipe_config(args.recipe, args.method), args.settings)
     silence_libraries()
     subject = read_subject(config)
     plan = make_plan(subject, options)
     suggestion = None if plan.fits else suggest(subject, options)
-    report = Report(
+    report = PlanReport(
         plan=plan,
         suggestion=suggestion,
         smallest=None if plan.fits or suggestion else smallest(subject, options),
         reference=reference_layout(subject, options),
-        command=_command(args, given),
+        command=_typed_command(args, given),
     )
-    print(json.dumps(as_json(report), indent=2) if args.json else as_text(report))
+    print(json.dumps(plan_json(report), indent=2) if args.json else plan_text(report))
     return 0
 
 
-def _command(args: argparse.Namespace, given: dict[str, object]) -> str:
+def _typed_command(args: argparse.Namespace, given: dict[str, object]) -> str:
     words = ["codmd-distill", "plan"]
     for name in ("recipe", "method"):
         words += [flag(name), getattr(args, name)] if getattr(args, name) is not None else []

@@ -21,7 +21,7 @@ ATTENTION_BACKWARD = 2.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sequence:
-    """Lengths that one network sees: tokens on this GPU, tokens of the whole sample, prompt positions."""
+    """Sequence lengths of one network: tokens on this GPU, tokens of the whole sample, prompt positions."""
 
     tokens: int
     context_tokens: int

@@ -23,7 +23,7 @@ from distill.plan.architecture import Subject
 from distill.plan.flops import Sequence
 from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions
 
-PARTS = (
+MEMORY_PARTS = (
     "student weights",
     "critic weights",
     "teacher weights",
@@ -47,8 +47,8 @@ MemoryByPhase = dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """What one GPU computes at a time: the samples of a micro-batch, and the lengths of each."""
+class MicroBatch:
+    """A micro-batch of one GPU: its number of samples, and the sequence lengths of each."""
 
     samples: int
     sequence: Sequence
@@ -68,7 +68,7 @@ def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
 def state_bytes(
     subject: Subject, options: PlanOptions, roles: tuple[str, ...] = ("student", "critic")
 ) -> dict[str, int]:
-    """Return what one GPU holds all the time: weights, moments of the roles that are updated, EMA."""
+    """Return the persistent bytes of one GPU: weights, optimizer moments of the trained roles, EMA."""
     config, parameters = subject.config, subject.parameters
     trained, master = trained_counts(subject, options), DTYPE_BYTES[options.master_dtype]
     teacher = DTYPE_BYTES[config.teacher_dtype] * parameters.total
@@ -84,8 +84,10 @@ def state_bytes(
     return {part: -(-size // options.gpus) for part, size in whole.items()}
 
 
-def phase_bytes(subject: Subject, options: PlanOptions, load: Load, passes: Mapping[str, Passes]) -> MemoryByPhase:
-    """Return the memory of one GPU by phase and part, each phase at its worst moment.
+def phase_bytes(
+    subject: Subject, options: PlanOptions, load: MicroBatch, passes: Mapping[str, Passes]
+) -> MemoryByPhase:
+    """Return the peak memory of one GPU in each phase, by part.
 
     Args:
         subject: settings and network.
@@ -94,15 +96,15 @@ def phase_bytes(subject: Subject, options: PlanOptions, load: Load, passes: Mapp
         passes: of the method, by role.
 
     Returns:
-        Bytes for all PHASES and PARTS. In "student scores" critic and teacher evaluate a sample whose graph is held, or
-        the student's forward-mode derivative is taken. A backward is at its worst where it begins (all activations) or
-        where that of one graph ends (all gradients). An update also holds one temporary of the size of the trained
-        parameters, as AdamW's default on CUDA does.
+        Bytes for all PHASES and MEMORY_PARTS. In "student scores", critic and teacher evaluate a sample whose graph is
+        held, or the student's forward-mode derivative is taken. A backward peaks at its start (all activations) or at
+        its end (all gradients). An update also holds one temporary of the size of the trained parameters, as AdamW's
+        default on CUDA does.
     """
     # A role without turns, as the critic of a plain consistency model, has weights and nothing else.
     roles = tuple(role for role in ("student", "critic") if passes[role].turns > 0)
     always = {
-        **dict.fromkeys(PARTS, 0),
+        **dict.fromkeys(MEMORY_PARTS, 0),
         **state_bytes(subject, options, roles),
         "latents and text": _data_bytes(subject, options, load, passes),
         "reserve": round(options.reserve_gib * GIB),
@@ -118,7 +120,7 @@ def phase_bytes(subject: Subject, options: PlanOptions, load: Load, passes: Mapp
 
 
 def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward: bool) -> int:
-    """Return the weights that a network's pass holds beside its own: gathered shards, or autocast's bf16 copies.
+    """Return the bytes of temporary weights in a network's pass: all-gathered shards, or autocast's bf16 copies.
 
     Sharded, `DistillConfig.gather_precision` gives the dtype. In fp32 three blocks are held. Forward: the block being
     freed, the buffer that gathers the next one, and the copy out of that buffer. Backward: the block that computes, the
@@ -148,7 +150,7 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
     return width * parameters.cast
 
 
-def _score_moments(subject: Subject, options: PlanOptions, load: Load, own: Passes) -> list[dict[str, int]]:
+def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own: Passes) -> list[dict[str, int]]:
     held_gradients = {"gradients": _held_gradient_bytes(subject, options, "student")}
     saved, samples = _saved(subject, options, load), load.samples
     working = samples * forward_working_bytes(subject.architecture, load.sequence, precision_of(subject.config))
@@ -171,14 +173,14 @@ def _score_moments(subject: Subject, options: PlanOptions, load: Load, own: Pass
 
 
 def _kept_copies(subject: Subject, options: PlanOptions) -> int:
-    """Return autocast's copies that one student graph keeps on one GPU."""
+    """Return the bytes of autocast's weight copies that one student graph keeps on one GPU."""
     if options.gpus > 1 or options.activation_checkpointing:
         return 0
     return copy_bytes(subject, options, "student", is_backward=False)
 
 
 def _backward_moments(
-    subject: Subject, options: PlanOptions, load: Load, role: str, graphs: int
+    subject: Subject, options: PlanOptions, load: MicroBatch, role: str, graphs: int
 ) -> list[dict[str, int]]:
     architecture, sequence, precision = subject.architecture, load.sequence, precision_of(subject.config)
     block = load.samples * block_bytes(architecture, sequence, precision)
@@ -205,7 +207,7 @@ def _backward_moments(
     return [begin, end]
 
 
-def _saved(subject: Subject, options: PlanOptions, load: Load) -> int:
+def _saved(subject: Subject, options: PlanOptions, load: MicroBatch) -> int:
     architecture, sequence = subject.architecture, load.sequence
     precision, checkpointing = precision_of(subject.config), options.activation_checkpointing
     saved = saved_bytes(architecture, sequence, precision, checkpointing=checkpointing)
@@ -221,7 +223,7 @@ def _held_gradient_bytes(subject: Subject, options: PlanOptions, role: str) -> i
     return _gradient_bytes(subject, options, role) if options.accumulate > 1 else 0
 
 
-def _data_bytes(subject: Subject, options: PlanOptions, load: Load, passes: Mapping[str, Passes]) -> int:
+def _data_bytes(subject: Subject, options: PlanOptions, load: MicroBatch, passes: Mapping[str, Passes]) -> int:
     channels, frames, height, width = subject.latents
     # Every GPU of a context-parallel group has the whole latents: the network splits them. Noise is one per step and
     # one for the scores.

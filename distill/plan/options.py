@@ -1,4 +1,4 @@
-"""The machine and the layout that a plan is made for; standard library only.
+"""Machine and parallel layout of a plan; standard library only.
 
 Knows no network. Every field of `PlanOptions` is an option of `codmd-distill plan`.
 """
@@ -41,12 +41,12 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "context_parallel", "accumulate"):
-            _check(name, getattr(self, name), 1, 10**6)
-        _check("prompt_tokens", self.prompt_tokens, 1, 512)
-        _check("lora_critic_rank", self.lora_critic_rank, 0, 4096)
-        _check("gpu_gib", self.gpu_gib, 0.1, 1e5)
-        _check("reserve_gib", self.reserve_gib, 0.0, self.gpu_gib)
-        _check("tflops", self.tflops, 1e-3, 1e6)
+            _check_range(name, getattr(self, name), 1, 10**6)
+        _check_range("prompt_tokens", self.prompt_tokens, 1, 512)
+        _check_range("lora_critic_rank", self.lora_critic_rank, 0, 4096)
+        _check_range("gpu_gib", self.gpu_gib, 0.1, 1e5)
+        _check_range("reserve_gib", self.reserve_gib, 0.0, self.gpu_gib)
+        _check_range("tflops", self.tflops, 1e-3, 1e6)
         if self.master_dtype not in DTYPE_BYTES:
             raise ConfigError(
                 f"{flag('master_dtype')} must be one of {', '.join(DTYPE_BYTES)}, got {self.master_dtype!r}"
@@ -59,7 +59,7 @@ class PlanOptions:
 
     @property
     def data_parallel(self) -> int:
-        """Groups of GPUs that each train on samples of their own."""
+        """Return the data-parallel degree."""
         return self.gpus // self.context_parallel
 
 
@@ -73,6 +73,6 @@ def divisors(number: int) -> list[int]:
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
-def _check(name: str, value: float, low: float, high: float) -> None:
+def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{flag(name)} must be in {low:.10g}..{high:.10g}, got {value!r}")

@@ -1,4 +1,4 @@
-"""A plan from settings and options, and the smallest change of options that makes a run fit; pure arithmetic."""
+"""Makes a plan from settings and options, and finds the smallest change that makes a run fit; pure arithmetic."""
 
 import dataclasses
 import itertools
@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from codmd_serve.errors import ConfigError
+from distill.config import DistillConfig
 from distill.data.prompts import load_prompts
 from distill.methods.draws import Passes
 from distill.methods.registry import METHODS
 from distill.plan.architecture import Subject
 from distill.plan.flops import Sequence, derivative_flops, iteration_flops, network_flops
-from distill.plan.memory import Load, MemoryByPhase, phase_bytes, precision_of, trained_counts
+from distill.plan.memory import MemoryByPhase, MicroBatch, phase_bytes, precision_of, trained_counts
 from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions, divisors, flag
 
 SUGGESTED_LORA_RANK = 64
@@ -20,7 +21,7 @@ ITERATIONS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a run needs.
+    """Memory and time that a run needs.
 
     Attributes:
         memory: bytes of one GPU by phase and part.
@@ -31,7 +32,7 @@ class Plan:
 
     subject: Subject
     options: PlanOptions
-    load: Load
+    load: MicroBatch
     memory: MemoryByPhase
     flops: dict[str, float]
     gathered_bytes: float
@@ -39,37 +40,37 @@ class Plan:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Bytes of one GPU by phase."""
+        """Return the bytes of one GPU by phase."""
         return {phase: sum(parts.values()) for phase, parts in self.memory.items()}
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """Return the phase with the highest memory."""
         return max(self.totals, key=lambda phase: self.totals[phase])
 
     @property
     def headroom_bytes(self) -> int:
-        """Bytes that the worst phase leaves of a GPU; negative when it does not fit."""
+        """Return the free bytes in the worst phase; negative when it does not fit."""
         return round(self.options.gpu_gib * GIB) - self.totals[self.peak_phase]
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits."""
+        """Return whether every phase fits."""
         return self.headroom_bytes >= 0
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Mean seconds of an iteration at the stated rate, with all communication hidden."""
+        """Return the mean seconds of an iteration at the stated rate, with all communication hidden."""
         return sum(self.flops.values()) / (self.options.gpus * self.options.tflops * 1e12)
 
     @property
     def hours_per_1000_iterations(self) -> float:
-        """The same in hours per 1000 iterations."""
+        """Return hours per 1000 iterations at that rate."""
         return self.seconds_per_iteration * ITERATIONS / 3600
 
     @property
     def sampling_flops(self) -> float:
-        """Operations of one GPU before the first iteration, for samples of the teacher.
+        """Return the operations of one GPU for the teacher's samples, before the first iteration.
 
         Raises:
             ConfigError: the prompts cannot be read.
@@ -78,13 +79,13 @@ class Plan:
 
     @property
     def sampling_hours(self) -> float:
-        """Hours before the first iteration at the stated rate, for samples of the teacher."""
+        """Return the hours for the teacher's samples at the stated rate, before the first iteration."""
         return self.sampling_flops / (self.options.tflops * 1e12) / 3600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suggestion:
-    """A plan that fits, and the arguments that the command needs for it."""
+    """A plan that fits, and the command-line arguments that give it."""
 
     plan: Plan
     changes: tuple[str, ...]
@@ -121,6 +122,15 @@ def make_plan(subject: Subject, options: PlanOptions) -> Plan:
     )
 
 
+def num_prompts(config: DistillConfig) -> int:
+    """Return the number of training prompts; num_captions while no prompts are named.
+
+    Raises:
+        ConfigError: the prompts cannot be read.
+    """
+    return len(load_prompts(config)) if config.prompts else config.num_captions
+
+
 def suggest(subject: Subject, options: PlanOptions) -> Suggestion | None:
     """Find the smallest change of options that fits on the same GPUs; None when there is none.
 
@@ -148,7 +158,7 @@ def smallest(subject: Subject, options: PlanOptions) -> Plan:
     return max(plans, key=lambda plan: plan.headroom_bytes)
 
 
-def _split(subject: Subject, options: PlanOptions) -> Load:
+def _split(subject: Subject, options: PlanOptions) -> MicroBatch:
     degree, heads, tokens = options.context_parallel, subject.architecture.num_attention_heads, subject.num_tokens
     if heads % degree or tokens % degree:
         usable = [value for value in divisors(options.gpus) if heads % value == 0 and tokens % value == 0]
@@ -171,10 +181,12 @@ def _split(subject: Subject, options: PlanOptions) -> Load:
             f"got {options.lora_critic_rank}: use 64, or 0 for a full critic"
         )
     sequence = Sequence(tokens=tokens // degree, context_tokens=tokens, prompt_tokens=options.prompt_tokens)
-    return Load(samples=batch_size // groups, sequence=sequence)
+    return MicroBatch(samples=batch_size // groups, sequence=sequence)
 
 
-def _sample_flops(subject: Subject, options: PlanOptions, load: Load, passes: Mapping[str, Passes]) -> dict[str, float]:
+def _sample_flops(
+    subject: Subject, options: PlanOptions, load: MicroBatch, passes: Mapping[str, Passes]
+) -> dict[str, float]:
     return iteration_flops(
         network_flops(subject.architecture, load.sequence),
         network_flops(subject.architecture, load.sequence, options.lora_critic_rank),
@@ -189,13 +201,13 @@ def _is_guided(subject: Subject) -> bool:
     return subject.config.guidance_scale != 1.0
 
 
-def _sampling_flops(subject: Subject, load: Load) -> float:
-    """Count the samples of the teacher: every group of ranks that share a sample makes all of them."""
+def _sampling_flops(subject: Subject, load: MicroBatch) -> float:
+    """Count the operations of the teacher's samples: every group of ranks that share a sample makes all of them."""
     sampling = METHODS[subject.config.method].teacher_sampling(subject.config)
     if sampling is None:
         return 0.0
     forward = network_flops(subject.architecture, load.sequence).forward
-    return len(load_prompts(subject.config)) * sampling.num_steps * (2 if _is_guided(subject) else 1) * forward
+    return num_prompts(subject.config) * sampling.num_steps * (2 if _is_guided(subject) else 1) * forward
 
 
 def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str, Passes]) -> float:

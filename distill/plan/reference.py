@@ -1,4 +1,4 @@
-"""The CoDMD authors' training layout on the same GPUs, part by part, and what our layout saves; pure arithmetic.
+"""The memory of the CoDMD authors' training layout on the same GPUs, and what our layout saves; pure arithmetic.
 
 Sizes are derived from their code, not measured on their machine.
 """
@@ -28,12 +28,12 @@ class ReferenceLayout:
 
     @property
     def total(self) -> int:
-        """Bytes of one GPU."""
+        """Return the bytes of one GPU."""
         return sum(self.parts.values())
 
     @property
     def headroom_bytes(self) -> int:
-        """Bytes left of a GPU; negative when it does not fit."""
+        """Return the free bytes of a GPU; negative when it does not fit."""
         return self.gpu_bytes - self.total
 
 

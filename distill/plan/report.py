@@ -1,13 +1,13 @@
-"""A plan as text and as JSON; computes nothing but sums."""
+"""Formats a plan as text and as JSON; computes only sums."""
 
 import dataclasses
 import textwrap
 from typing import Any
 
 from distill.methods.registry import METHODS
-from distill.plan.memory import PARTS, PHASES
+from distill.plan.memory import MEMORY_PARTS, PHASES
 from distill.plan.options import GIB
-from distill.plan.planner import Plan, Suggestion
+from distill.plan.planner import Plan, Suggestion, num_prompts
 from distill.plan.reference import ReferenceLayout
 
 LABEL_WIDTH = 20
@@ -18,8 +18,8 @@ _STATES = ("weights", "optimizer", "gradients")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """Everything that is printed about a plan.
+class PlanReport:
+    """The content of a plan's report.
 
     Attributes:
         plan: the requested one.
@@ -36,7 +36,7 @@ class Report:
     command: str
 
 
-def as_text(report: Report) -> str:
+def plan_text(report: PlanReport) -> str:
     """Return the whole report, lines of at most 120 characters but for commands."""
     plan = report.plan
     sections = [_head(plan), _memory_table(plan), _verdict(report), _operations(plan)]
@@ -49,8 +49,8 @@ def as_text(report: Report) -> str:
     return "\n\n".join(sections)
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """Return the content of the text as plain values, sizes in bytes."""
+def plan_json(report: PlanReport) -> dict[str, Any]:
+    """Return the report as JSON values, sizes in bytes."""
     data = _plan_json(report.plan)
     data["suggestion"] = None
     if report.suggestion is not None:
@@ -109,7 +109,7 @@ def _memory_table(plan: Plan) -> str:
     )
     rows = [(f"memory per GPU, {unit}", [phase.split()[0] for phase in PHASES])]
     rows.append(("", [phase.split()[1] for phase in PHASES]))
-    for part in PARTS:
+    for part in MEMORY_PARTS:
         sizes = [plan.memory[phase][part] for phase in PHASES]
         if any(sizes):
             rows.append((part, [f"{value / size:,.1f}" for value in sizes]))
@@ -119,7 +119,7 @@ def _memory_table(plan: Plan) -> str:
     return "\n".join([*lines[:2], ruler, *lines[2:-1], ruler, lines[-1]])
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: PlanReport) -> str:
     plan, suggestion = report.plan, report.suggestion
     size = f"{plan.options.gpu_gib:g} GiB"
     if plan.fits:
@@ -143,7 +143,7 @@ def _verdict(report: Report) -> str:
 
 
 def _operations(plan: Plan) -> str:
-    options, total = plan.options, sum(plan.flops.values())
+    config, options, total = plan.subject.config, plan.options, sum(plan.flops.values())
     unit, size = next(
         ((unit, size) for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12)) if total >= size), ("GFLOP", 1e9)
     )
@@ -161,7 +161,7 @@ def _operations(plan: Plan) -> str:
     ]
     if plan.sampling_flops:
         lines.append(
-            "before the first iteration every GPU samples the teacher for all prompts: "
+            f"before the first iteration every GPU samples the teacher for all {num_prompts(config):,} prompts: "
             f"{plan.sampling_flops / 1e15:,.3g} PFLOP, {plan.sampling_hours:.3g} h"
         )
     if plan.gathered_bytes:

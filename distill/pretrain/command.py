@@ -17,9 +17,9 @@ from pathlib import Path
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import write_text
-from distill.pretrain.config import PRESETS, PretrainConfig, config_to_dict
+from distill.pretrain.config import PRETRAIN_PRESETS, PretrainConfig, pretrain_config_to_dict
 
-CONFIG_FILE = "config.json"
+PRETRAIN_CONFIG_FILE = "config.json"
 
 
 def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,13 +53,13 @@ def run_teacher(args: argparse.Namespace) -> int:
         CodmdError: training diverged.
     """
     start = time.monotonic()
-    if args.preset not in PRESETS:
-        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {args.preset!r}")
+    if args.preset not in PRETRAIN_PRESETS:
+        raise ConfigError(f"--preset must be one of {', '.join(PRETRAIN_PRESETS)}, got {args.preset!r}")
     if args.minutes is not None and not args.minutes > 0:
         raise ConfigError(f"--minutes must be positive, got {args.minutes}")
     if args.precision not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"--precision must be auto, fp32 or bf16, got {args.precision!r}")
-    config = dataclasses.replace(PRESETS[args.preset](), seed=args.seed, start=args.start)
+    config = dataclasses.replace(PRETRAIN_PRESETS[args.preset](), seed=args.seed, start=args.start)
 
     import torch
 
@@ -69,7 +69,7 @@ def run_teacher(args: argparse.Namespace) -> int:
     from distill.networks.precision import resolve_precision
     from distill.pretrain.clock import Clock
     from distill.pretrain.stage import StageOptions
-    from distill.pretrain.stages import Run, run_stages
+    from distill.pretrain.stages import PretrainRun, run_stages
     from distill.run.trainer import stop_signal
 
     silence_libraries()
@@ -93,7 +93,7 @@ def run_teacher(args: argparse.Namespace) -> int:
             stop=lambda: bool(received),
             compiled=args.compile,
         )
-        last_stage = run_stages(Run(config, options, clock, args.until))
+        last_stage = run_stages(PretrainRun(config, options, clock, args.until))
         if received:
             print(f"interrupted in stage {last_stage}; go on with --resume --out {args.out}", file=sys.stderr)
             return 128 + received[0]
@@ -103,7 +103,7 @@ def run_teacher(args: argparse.Namespace) -> int:
 
 def _claim(out: Path, config: PretrainConfig, resume: bool) -> None:
     """Write config.json of a new run, or check that a resumed run has the same one."""
-    path, text = out / CONFIG_FILE, json.dumps(config_to_dict(config), indent=2) + "\n"
+    path, text = out / PRETRAIN_CONFIG_FILE, json.dumps(pretrain_config_to_dict(config), indent=2) + "\n"
     if resume:
         try:
             saved = path.read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ from distill.networks.build import compile_blocks
 from distill.pretrain.config import TransformerConfig
 
 POLL_EVERY_CALLS = 20
-END_TIMEOUT_S = 5.0
+COMPILER_EXIT_TIMEOUT_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def compile_ahead(job: CompileJob) -> Iterator[BlockCompiler]:
         if child.poll() is None:
             child.terminate()
             try:
-                child.wait(END_TIMEOUT_S)
+                child.wait(COMPILER_EXIT_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 child.kill()
         child.wait()

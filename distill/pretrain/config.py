@@ -253,7 +253,7 @@ def gpu_tiny() -> PretrainConfig:
     )
 
 
-PRESETS = {
+PRETRAIN_PRESETS = {
     "shapeworld": PretrainConfig,
     "tiny": tiny,
     "more": more,
@@ -264,7 +264,7 @@ PRESETS = {
 }
 
 
-def config_to_dict(config: PretrainConfig) -> dict[str, Any]:
+def pretrain_config_to_dict(config: PretrainConfig) -> dict[str, Any]:
     """The config as plain JSON values."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain

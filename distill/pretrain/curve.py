@@ -24,7 +24,7 @@ from codmd_serve.files import write_json
 from codmd_serve.sampler import Denoise, rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.evaluate.joint import FACTORS, TIED_PAIRS, dependence_distance, marginal_distances, pair_taus
-from distill.evaluate.shapebench import BenchConfig, plan_suite
+from distill.evaluate.shapebench import SuiteConfig, plan_suite
 from distill.networks.build import denoiser
 from distill.pretrain.curve_worker import ignore_interrupts, measure_clip, measure_truth
 from distill.pretrain.prompts import PromptTable
@@ -33,7 +33,7 @@ from distill.pretrain.whole_clip import decode_clip
 NUM_CAPTIONS = 4
 DECODE_BATCH = 16
 TRUTH_PER_SEED = 2
-END_TIMEOUT_S = 30.0
+CURVE_TIMEOUT_S = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class FactorCurve:
 
     def __init__(self, path: Path, num_seeds: int, num_workers: int, seed: int) -> None:
         self.path, self.num_seeds, self.seed = path, num_seeds, seed
-        suite = plan_suite(BenchConfig(num_captions=2, depth_captions=NUM_CAPTIONS, depth_seeds=2, seed=seed))
+        suite = plan_suite(SuiteConfig(num_captions=2, depth_captions=NUM_CAPTIONS, depth_seeds=2, seed=seed))
         self.captions = [suite.requests[suite.rows(index)[0]].caption for index in suite.depth]
         # No fork: the main process holds a GPU.
         self.executor = ProcessPoolExecutor(
@@ -65,7 +65,7 @@ class FactorCurve:
         return self
 
     def __exit__(self, *_: object) -> None:
-        deadline = time.monotonic() + END_TIMEOUT_S
+        deadline = time.monotonic() + CURVE_TIMEOUT_S
         while not self.write() and time.monotonic() < deadline:
             time.sleep(0.1)
         self.executor.shutdown(wait=True, cancel_futures=True)
@@ -121,7 +121,9 @@ class FactorCurve:
         for row in finished:
             measured = [future.result() for future in row.factors]
             all_right = float(np.mean([is_right for _, is_right in measured]))
-            rows.append(row.head | {"all": all_right} | describe(self._by_caption([f for f, _ in measured]), truth))
+            rows.append(
+                row.head | {"all": all_right} | factor_distances(self._by_caption([f for f, _ in measured]), truth)
+            )
         if rows:
             write_json(self.path, {"captions": self.captions, "seeds": self.num_seeds, "rows": rows})
         return len(finished) == len(self.rows)
@@ -137,7 +139,7 @@ class FactorCurve:
         return list(np.stack(factors).reshape(len(self.captions), -1, len(FACTORS)))
 
 
-def describe(groups: list[np.ndarray], truth: list[np.ndarray]) -> dict[str, Any]:
+def factor_distances(groups: list[np.ndarray], truth: list[np.ndarray]) -> dict[str, Any]:
     """Distance of measured factors from the truth's, per factor and per tied pair.
 
     Args:

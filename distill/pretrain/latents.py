@@ -24,7 +24,7 @@ from distill.pretrain.stage import StageOptions, autocast
 from distill.pretrain.whiten import Whitening, fit_whitening
 from distill.pretrain.whole_clip import encode_clip
 
-CLIPS_PER_PART = 256
+CLIPS_PER_FILE = 256
 APPLY_BATCH = 2048
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def encode_clips(
     parts: list[Tensor] = []
     captions: list[str] = []
     with tqdm(total=config.num_clips, desc="latents", disable=None, dynamic_ncols=True) as bar:
-        for start in range(0, config.num_clips, CLIPS_PER_PART):
+        for start in range(0, config.num_clips, CLIPS_PER_FILE):
             if options.stop():
                 return None
             deadline = None if options.budget_s is None else start_s + options.budget_s
@@ -94,8 +94,8 @@ def encode_clips(
             if parts and is_over and not (path is not None and path.is_file()):
                 logger.info("stage=latents the time budget ends it at clips=%d of=%d", start, config.num_clips)
                 break
-            indices = range(start, min(start + CLIPS_PER_PART, config.num_clips))
-            encoded = _encode_part(vae, path, indices, _Reader(config, source, options, pool, deadline))
+            indices = range(start, min(start + CLIPS_PER_FILE, config.num_clips))
+            encoded = _encode_part(vae, path, indices, _PartReader(config, source, options, pool, deadline))
             if encoded is None:
                 if options.stop():
                     return None
@@ -113,7 +113,7 @@ def source_captions(source: ClipSource, indices: range) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class _PartReader:
     """Where the pixels of a part come from."""
 
     config: TransformerConfig
@@ -127,12 +127,12 @@ class _Reader:
         if self.pool is None:
             return None if self.options.stop() else render_clips(self.source, indices, self.options.device)[0].pixels
         # The first batches are worth waiting for: without a clip there is nothing to train on.
-        deadline = self.deadline if indices.start >= CLIPS_PER_PART else None
+        deadline = self.deadline if indices.start >= CLIPS_PER_FILE else None
         ready = self.pool.wait(indices.stop, self.options.stop, deadline)
         return self.pool.clips.pixels[indices.start : indices.stop] if ready >= indices.stop else None
 
 
-def _encode_part(vae: AutoencoderKLWan, path: Path | None, indices: range, reader: _Reader) -> Tensor | None:
+def _encode_part(vae: AutoencoderKLWan, path: Path | None, indices: range, reader: _PartReader) -> Tensor | None:
     if path is not None and path.is_file():
         try:
             with safe_open(path, framework="pt") as file:

@@ -40,7 +40,7 @@ class PromptTable:
 
 
 @torch.no_grad()
-def embed_captions(
+def build_prompt_table(
     tokenizer: PreTrainedTokenizerFast, text_encoder: UMT5EncoderModel, captions: list[str], device: torch.device
 ) -> PromptTable:
     """Embed captions and the empty one; equal ones once, on `device`."""

@@ -190,7 +190,7 @@ class _Loop:
             self.check()
         self.optimizer.step()
         if self.average is not None and self.ema_decay is not None:
-            _follow(self.average, self.module, self.ema_decay, self.step)
+            _update_average(self.average, self.module, self.ema_decay, self.step)
         self.step += 1
         self._wait()
         self.progress = self.step / self.num_steps
@@ -214,7 +214,7 @@ class _Loop:
         self.check()
         state: dict[str, Any] = {"step": self.step, "elapsed_s": self.elapsed_s(), "progress": self.progress}
         state |= {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
-        _write(self.path, state)
+        _write_state(self.path, state)
         self.last_save = time.monotonic()
 
     def _wait(self) -> None:
@@ -249,7 +249,7 @@ def load_weights(module: nn.Module, pipeline: str, subfolder: str) -> None:
         raise CheckpointError(f"{subfolder} of {pipeline} has another layout than this run's: {error}") from error
 
 
-def _follow(average: dict[str, Tensor], module: nn.Module, decay: float, step: int) -> None:
+def _update_average(average: dict[str, Tensor], module: nn.Module, decay: float, step: int) -> None:
     """Move the average towards the parameters; its memory is short at first, so that the start does not linger."""
     weight = 1.0 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.values()), [parameter.detach() for parameter in module.parameters()], weight)
@@ -273,7 +273,7 @@ def _restore(
         ) from error
 
 
-def _write(path: Path, state: dict[str, Any]) -> None:
+def _write_state(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         torch.save(state, temporary)

@@ -18,7 +18,7 @@ from distill.pretrain.curve import FactorCurve, step_levels
 from distill.pretrain.latents import Latents, encode_clips
 from distill.pretrain.pipeline import save_scheduler, save_text, save_transformer, save_vae
 from distill.pretrain.pool import ClipPool
-from distill.pretrain.prompts import MIN_POSITIONS, PromptTable, embed_captions
+from distill.pretrain.prompts import MIN_POSITIONS, PromptTable, build_prompt_table
 from distill.pretrain.stage import Snapshots, StageOptions
 from distill.pretrain.teacher import averaged_transformer, prepare_transformer, train_transformer
 from distill.pretrain.text import train_text_encoder
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PretrainRun:
     """One run: its settings, its clock, and options that all stages share.
 
     Attributes:
@@ -51,7 +51,7 @@ class Run:
         return replace(self.options, budget_s=self.clock.budget_s(stage))
 
 
-def run_stages(run: Run) -> str:
+def run_stages(run: PretrainRun) -> str:
     """Run every stage that is not done; return the name of the last one entered.
 
     Raises:
@@ -102,7 +102,9 @@ def num_render_processes(config: PretrainConfig) -> int:
     return max(len(os.sched_getaffinity(0)) - 1, 1)
 
 
-def _start_helpers(run: Run, source: ClipSource, stack: ExitStack) -> tuple[ClipPool | None, BlockCompiler | None]:
+def _start_helpers(
+    run: PretrainRun, source: ClipSource, stack: ExitStack
+) -> tuple[ClipPool | None, BlockCompiler | None]:
     """Start the rendering processes and, on a GPU, the process that compiles ahead, as far as they are needed."""
     config, options, settings = run.config, run.options, run.config.transformer
     pool = None
@@ -130,7 +132,7 @@ def _latent_size(config: PretrainConfig) -> tuple[int, int, int]:
     return (CLIP_SHAPE[0] - 1) // time + 1, CLIP_SHAPE[1] // space, CLIP_SHAPE[2] // space
 
 
-def _save_unwhitened(run: Run, vae: AutoencoderKLWan) -> None:
+def _save_unwhitened(run: PretrainRun, vae: AutoencoderKLWan) -> None:
     """Write the VAE as soon as it is trained; a run that is cut before its latents are whitened has this one.
 
     A kept encoder has the start's statistics of its latents.
@@ -144,7 +146,7 @@ def _save_unwhitened(run: Run, vae: AutoencoderKLWan) -> None:
 
 
 def _train_teacher(
-    run: Run,
+    run: PretrainRun,
     encoded: Latents,
     vae: AutoencoderKLWan,
     text: tuple[PreTrainedTokenizerFast, UMT5EncoderModel],
@@ -152,7 +154,7 @@ def _train_teacher(
 ) -> None:
     config, settings, pipeline = run.config, run.config.transformer, run.options.folder / "pipeline"
     device = run.options.device
-    prompts = embed_captions(*text, encoded.captions, device)
+    prompts = build_prompt_table(*text, encoded.captions, device)
     with ExitStack() as stack:
         curve = None
         if settings.curve_seeds:
@@ -162,7 +164,7 @@ def _train_teacher(
                 )
             )
         measure = (
-            None if curve is None else _Measurement(curve, run, vae, embed_captions(*text, curve.captions, device))
+            None if curve is None else _Measurement(curve, run, vae, build_prompt_table(*text, curve.captions, device))
         )
 
         def take(step: int, progress: float, average: dict[str, Tensor]) -> None:
@@ -191,7 +193,7 @@ class _Measurement:
     """Hands snapshots of the moving average to a FactorCurve."""
 
     curve: FactorCurve
-    run: Run
+    run: PretrainRun
     vae: AutoencoderKLWan
     prompts: PromptTable
 

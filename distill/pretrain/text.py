@@ -82,7 +82,7 @@ def attribute_labels(scene: Scene) -> list[int]:
     return [options.index(value) for options, value in zip(ATTRIBUTES.values(), values, strict=True)]
 
 
-class _Reader(nn.Module):
+class _FactorHeads(nn.Module):
     """The encoder with one linear head per attribute on the mean over a caption's positions."""
 
     def __init__(self, encoder: UMT5EncoderModel) -> None:
@@ -111,7 +111,7 @@ def train_text_encoder(
     encoder = build_text_encoder(config, len(tokenizer))
     if start:
         load_words(tokenizer, encoder, start, may_be_new=config.num_steps > 0)
-    reader = _Reader(encoder).to(options.device)
+    reader = _FactorHeads(encoder).to(options.device)
 
     def compute_loss(step: int, _progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         rng = np.random.default_rng([seed, 2, step])

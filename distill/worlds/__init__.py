@@ -1,1 +1,1 @@
-"""Worlds whose law is known: what students are trained and judged on here."""
+"""Procedural worlds with a known law, on which students are trained and evaluated."""

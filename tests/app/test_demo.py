@@ -180,7 +180,7 @@ def test_an_answer_without_times_is_shown_all_the_same() -> None:
     assert "total <b>0.00 s</b>" in demo.times_html({**JOB, "timings_ms": {}})
 
 
-@pytest.mark.parametrize("example", demo.EXAMPLES)
+@pytest.mark.parametrize("example", demo.EXAMPLE_PROMPTS)
 def test_the_examples_are_captions_of_the_embedded_world(example: str) -> None:
     assert parse_caption(example).objects
     assert example in [each["prompt"] for each in API_EXAMPLES if isinstance(each, dict)]
@@ -194,7 +194,7 @@ def test_the_page_has_the_parts_that_the_screenshot_drives() -> None:
     config = asyncio.run(build())
     parts = {each["props"].get("elem_id"): each["props"] for each in config["components"]}
     assert {"prompt", "seed", "dice", "generate", "screen", "times"} <= set(parts)
-    assert parts["prompt"]["value"] == demo.EXAMPLES[0] and parts["seed"]["value"] == demo.DEFAULT_SEED
+    assert parts["prompt"]["value"] == demo.EXAMPLE_PROMPTS[0] and parts["seed"]["value"] == demo.DEFAULT_SEED
     assert not config.get("analytics_enabled")
 
 

@@ -153,7 +153,7 @@ def test_auto_races_one_step_then_records_the_longest_first(
     monkeypatch.setattr(transformer, "forward", step)
     monkeypatch.setattr(loop, "_run", whole_loop)
     monkeypatch.setattr(loop._graphs, "record", recording)
-    monkeypatch.setattr(denoise_module, "WORTH_IT", 1e9)  # everything pays
+    monkeypatch.setattr(denoise_module, "MAX_TIME_RATIO", 1e9)  # everything pays
     loop.warm(noise_of(0), [prompt_of(transformer, 0, (size,)) for size in (32, 512, 128)])
     assert loop.execution == "compiled+graph"
     # What is recorded runs too; only firsts tell the order.
@@ -171,7 +171,7 @@ def test_auto_leaves_the_compiler_alone_where_kernels_are_fused(
 ) -> None:
     monkeypatch.setattr(transformer, "compile_blocks", lambda: pytest.fail("compiled"))
     transformer.rows = dataclasses.replace(transformer.rows, is_fused=True)
-    monkeypatch.setattr(denoise_module, "WORTH_IT", 1e9)
+    monkeypatch.setattr(denoise_module, "MAX_TIME_RATIO", 1e9)
     loop = DenoiseLoop(transformer, tiny_spec, execution="auto", record=PassThrough())
     loop.warm(noise_of(0), [prompt_of(transformer, 0)])
     assert loop.execution == "graph"
@@ -181,7 +181,7 @@ def test_a_verdict_spares_the_race(
     transformer: FewStepTransformer, tiny_spec: StudentSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(transformer, "compile_blocks", lambda: None)
-    monkeypatch.setattr(denoise_module, "WORTH_IT", 1e9)
+    monkeypatch.setattr(denoise_module, "MAX_TIME_RATIO", 1e9)
     races, race = list[str](), DenoiseLoop._race
     monkeypatch.setattr(DenoiseLoop, "_race", lambda *given: (races.append("race"), race(*given))[1])
 
@@ -213,7 +213,7 @@ def test_auto_keeps_only_what_pays(
     transformer: FewStepTransformer, tiny_spec: StudentSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformer, "compile_blocks", lambda: None)
-    monkeypatch.setattr(denoise_module, "WORTH_IT", 0.0)  # nothing pays
+    monkeypatch.setattr(denoise_module, "MAX_TIME_RATIO", 0.0)  # nothing pays
     loop = DenoiseLoop(transformer, tiny_spec, execution="auto", record=PassThrough())
     loop.warm(noise_of(0), [prompt_of(transformer, 0)])
     assert (loop.execution, loop.fallback, len(loop._graphs)) == ("eager", "", 0)

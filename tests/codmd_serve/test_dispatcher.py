@@ -21,7 +21,7 @@ from codmd_serve.jobs.leases import Leases
 from codmd_serve.jobs.ownership import Ownership
 from codmd_serve.jobs.rows import content_key
 from codmd_serve.jobs.states import Job, NewJob
-from codmd_serve.jobs.store import JobStore, Limits
+from codmd_serve.jobs.store import JobStore, QueueLimits
 from codmd_serve.serving import Parts, make_dispatcher
 
 PARAMS = GenerateParams(prompt="", seed=1, height=64, width=64, num_frames=17, fps=16, crf=18)
@@ -44,7 +44,7 @@ class World:
     def submit(self, prompt: str, seed: int = 1) -> Job:
         params = replace(PARAMS, prompt=prompt, seed=seed)
         new = NewJob(params=params, bundle="b", content_key=content_key("b", "e", params))
-        return self.store.submit(new, Limits(1000), may_reuse=False)[0]
+        return self.store.submit(new, QueueLimits(1000), may_reuse=False)[0]
 
     def job(self, job: Job) -> Job:
         found = self.store.get(job.id)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from codmd_serve.threads import HandOver, Memory
+from codmd_serve.threads import BoundedQueue, LruCache
 
 DEADLINE_S = 60.0
 
 
-def ends(handover: HandOver[int, list[int]]) -> bool:
+def ends(handover: BoundedQueue[int, list[int]]) -> bool:
     """Whether the consumer's thread is gone, waiting for it as long as a machine with little to spare may need."""
     joiner = threading.Thread(target=handover.join, daemon=True)
     joiner.start()
@@ -19,7 +19,7 @@ def ends(handover: HandOver[int, list[int]]) -> bool:
 
 
 def test_items_arrive_in_order_and_the_result_holds_what_the_consumer_returned() -> None:
-    handover: HandOver[int, list[int]] = HandOver(list)
+    handover: BoundedQueue[int, list[int]] = BoundedQueue(list)
     for number in range(20):
         handover.put(number)
     handover.complete()
@@ -30,12 +30,12 @@ def test_items_arrive_in_order_and_the_result_holds_what_the_consumer_returned()
 def test_no_more_items_wait_than_allowed() -> None:
     may_go_on, taken = threading.Event(), list[int]()
 
-    def consume(items: HandOver[int, list[int]]) -> list[int]:
+    def consume(items: BoundedQueue[int, list[int]]) -> list[int]:
         may_go_on.wait(DEADLINE_S)
         taken.extend(items)
         return taken
 
-    handover = HandOver(consume, size=2)
+    handover = BoundedQueue(consume, size=2)
     put: list[int] = []
 
     def produce() -> None:
@@ -56,11 +56,11 @@ def test_no_more_items_wait_than_allowed() -> None:
 
 
 def test_a_consumer_that_fails_ends_the_producer() -> None:
-    def consume(items: HandOver[int, list[int]]) -> list[int]:
+    def consume(items: BoundedQueue[int, list[int]]) -> list[int]:
         next(iter(items))
         raise ValueError("cannot take more")
 
-    handover = HandOver(consume, size=1)
+    handover = BoundedQueue(consume, size=1)
 
     def produce() -> None:
         for number in range(1000):
@@ -72,7 +72,7 @@ def test_a_consumer_that_fails_ends_the_producer() -> None:
 
 
 def test_what_a_consumer_does_not_want_any_more_is_dropped() -> None:
-    handover: HandOver[int, list[int]] = HandOver(lambda items: [next(iter(items))], size=1)
+    handover: BoundedQueue[int, list[int]] = BoundedQueue(lambda items: [next(iter(items))], size=1)
     for number in range(100):
         handover.put(number)
     handover.complete()
@@ -82,14 +82,14 @@ def test_what_a_consumer_does_not_want_any_more_is_dropped() -> None:
 def test_abandoning_raises_the_reason_in_a_consumer_that_waits_for_items() -> None:
     seen: list[BaseException] = []
 
-    def consume(items: HandOver[int, list[int]]) -> list[int]:
+    def consume(items: BoundedQueue[int, list[int]]) -> list[int]:
         try:
             return list(items)
         except KeyError as error:
             seen.append(error)
             raise
 
-    handover = HandOver(consume)
+    handover = BoundedQueue(consume)
     handover.put(1)
     reason = KeyError("enough")
     handover.abandon(reason)
@@ -100,14 +100,14 @@ def test_abandoning_raises_the_reason_in_a_consumer_that_waits_for_items() -> No
 def test_abandoning_interrupts_a_consumer_that_waits_for_something_else() -> None:
     is_interrupted, is_waiting = threading.Event(), threading.Event()
 
-    def consume(items: HandOver[int, list[int]]) -> list[int]:
+    def consume(items: BoundedQueue[int, list[int]]) -> list[int]:
         items.on_abandon(is_interrupted.set)
         taken = list(items)
         is_waiting.set()
         assert is_interrupted.wait(DEADLINE_S)
         return taken
 
-    handover = HandOver(consume)
+    handover = BoundedQueue(consume)
     handover.complete()
     assert is_waiting.wait(DEADLINE_S)
     handover.abandon(KeyError("enough"))
@@ -117,7 +117,7 @@ def test_abandoning_interrupts_a_consumer_that_waits_for_something_else() -> Non
 def test_callbacks_of_the_result_have_run_when_join_returns() -> None:
     told: list[list[int]] = []
     go_on = threading.Event()
-    handover: HandOver[int, list[int]] = HandOver(lambda items: list(items) if go_on.wait(DEADLINE_S) else [])
+    handover: BoundedQueue[int, list[int]] = BoundedQueue(lambda items: list(items) if go_on.wait(DEADLINE_S) else [])
     handover.result.add_done_callback(lambda future: told.append(future.result()))
     handover.put(3)
     handover.complete()
@@ -133,7 +133,7 @@ def test_memory_computes_once_and_lets_go_of_the_oldest() -> None:
         computed.append(key)
         return None if key == "n" else key.upper()
 
-    memory: Memory[str, str | None] = Memory(compute, size=2)
+    memory: LruCache[str, str | None] = LruCache(compute, size=2)
     assert [memory(key) for key in "anan"] == ["A", None, "A", None]
     assert computed == ["a", "n"]
     memory("a")
@@ -153,7 +153,7 @@ def test_memory_does_not_remember_a_failure() -> None:
             raise answer
         return answer
 
-    memory = Memory(compute, size=2)
+    memory = LruCache(compute, size=2)
     with pytest.raises(ValueError, match="not yet"):
         memory("a")
     assert memory("a") == 7
@@ -175,7 +175,7 @@ def test_memory_finds_what_it_knows_while_another_thread_computes_and_computes_a
             assert may_end.wait(DEADLINE_S)
         return key.upper()
 
-    memory = Memory(compute, size=4)
+    memory = LruCache(compute, size=4)
     memory("known")
     threads = [in_thread(lambda: memory("slow")) for _ in range(2)]
     assert is_slow.wait(DEADLINE_S)

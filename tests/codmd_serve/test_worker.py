@@ -130,7 +130,7 @@ def test_a_bundle_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(loading_module, "load_engine", load_engine)
     sent: list[FromWorker] = []
-    worker.serve(Load("/nowhere", dict.fromkeys(ENGINE_SETTINGS, "auto")), io.StringIO(), sent.append)
+    worker.serve_jobs(Load("/nowhere", dict.fromkeys(ENGINE_SETTINGS, "auto")), io.StringIO(), sent.append)
     assert sent == [Fatal("the bundle is truncated")]
 
 

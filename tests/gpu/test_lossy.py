@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from codmd_serve.bench.lossy import VARIANTS, outputs, unsupported
+from codmd_serve.bench.lossy import LOSSY_SETTINGS, outputs, unsupported
 from codmd_serve.config import GenerateParams
 from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import StudentSpec, default_bundle_path
@@ -65,11 +65,11 @@ def test_sage_stays_within_its_tolerance(num_tokens: int) -> None:
     assert entry.self_ms is not None
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", LOSSY_SETTINGS)
 def test_a_variant_that_is_not_refused_serves(name: str, tmp_path: Path) -> None:
     if name in unsupported(CUDA, torch.bfloat16):
         pytest.skip("refused on this device")
-    engine = load_engine(default_bundle_path(), "cuda", **VARIANTS[name])  # type: ignore[arg-type]
+    engine = load_engine(default_bundle_path(), "cuda", **LOSSY_SETTINGS[name])  # type: ignore[arg-type]
     assert engine.facts.lossy == name
 
 

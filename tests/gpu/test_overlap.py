@@ -8,7 +8,7 @@ import torch
 
 from codmd_serve.config import GenerateParams
 from codmd_serve.loading import load_engine
-from codmd_serve.stages import Download
+from codmd_serve.stages import HostCopy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PARAMS = GenerateParams(prompt="a red circle", seed=7, height=64, width=64, num_frames=17, fps=16, crf=18)
@@ -20,7 +20,7 @@ def test_downloaded_frames_are_those_that_were_made_whatever_is_made_after_them(
     for number in range(20):
         frames = torch.full((16, 256, 256, 3), number, dtype=torch.uint8, device="cuda")
         frames.add_(torch.arange(3, dtype=torch.uint8, device="cuda"))
-        downloads.append(Download(frames, stream))
+        downloads.append(HostCopy(frames, stream))
         expected.append(bytes([number, number + 1, number + 2]) * (16 * 256 * 256))
         del frames  # its memory is the next one's, as soon as the copy allows
     assert [download.bytes().tobytes() for download in downloads] == expected

@@ -89,7 +89,7 @@ _NEAR = {
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Return every word any caption of the grammar can hold, sorted; the tokenizer is built from it."""
+    """Return all words of the grammar, sorted; the tokenizer is built from them."""
     words: set[str] = {*_FUNCTION_WORDS, *_AUXILIARIES}
     words.update(
         w for table in (_COLOUR_WORDS, _SHAPE_WORDS, _BACKGROUND_WORDS, _SPEED_WORDS) for v in table.values() for w in v
@@ -137,12 +137,12 @@ _GRAMMAR = Grammar(
 
 
 def grammar() -> Grammar:
-    """Return the grammar as a bundle carries it, for servers to read captions by."""
+    """Return the grammar that a bundle carries, with which servers parse captions."""
     return _GRAMMAR
 
 
 def canonical_caption(scene: Scene) -> str:
-    """Return the canonical sentence of a scene, the form every parser and example relies on."""
+    """Return the canonical sentence of a scene."""
     return _GRAMMAR.caption(Reading(scene.objects, scene.moves, scene.background, scene.relation))
 
 

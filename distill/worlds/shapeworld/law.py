@@ -49,7 +49,7 @@ _MOMENTS = np.linspace(0.0, 1.0, 49)
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """One draw of what the caption leaves open; with the scene it determines every pixel.
+    """One draw of the factors that the caption leaves open; with the scene it determines every pixel.
 
     Attributes:
         radius: per object, at the first frame.
@@ -104,7 +104,7 @@ def sample_latent(
     else:
         if scene.count == 2 and relation is None:
             relation = str(rng.choice(list(RELATIONS)))
-        start = _place(extents, *_excursion(scene.motion, speed[0], bend[0]), relation, size, rng)
+        start = _draw_start(extents, *_excursion(scene.motion, speed[0], bend[0]), relation, size, rng)
     return Latent(
         radius=radii,
         start=start,
@@ -151,7 +151,7 @@ def _excursion(motion: str, speed: float, bend: float) -> tuple[np.ndarray, np.n
 def place_apart(
     extents: list[float], paths: list[np.ndarray], size: np.ndarray, rng: np.random.Generator
 ) -> tuple[tuple[float, float], ...]:
-    """Draw start centres of two objects with paths (M, 2) of their own, uniform where nothing is cut or touches.
+    """Draw start centres of two objects with paths (M, 2), uniform where nothing is cut or touches.
 
     The smallest canvas has room for every pair of motions: in the worst case, two large triangles that move quickly
     and at right angles, one draw in two hundred fits.
@@ -168,13 +168,13 @@ def place_apart(
 
 
 def _relation_of(start: tuple[tuple[float, float], ...]) -> str:
-    """Name where the first object stands from the second, by the larger separation."""
+    """Return the relation of the first object to the second, by the larger separation."""
     gap = np.subtract(start[0], start[1])
     axis = 0 if abs(gap[0]) >= abs(gap[1]) else 1
     return next(name for name, step in RELATIONS.items() if step[axis] * gap[axis] > 0)
 
 
-def _place(
+def _draw_start(
     extents: list[float],
     low: np.ndarray,
     high: np.ndarray,
@@ -182,7 +182,7 @@ def _place(
     size: np.ndarray,
     rng: np.random.Generator,
 ) -> tuple[tuple[float, float], ...]:
-    """Draw start centres such that nothing ever leaves the canvas and two objects never touch."""
+    """Draw start centres so that nothing leaves the canvas and objects never touch."""
     if relation is None:
         e = extents[0]
         x, y = (e - low) + rng.random(2) * (size - 2 * e + low - high)

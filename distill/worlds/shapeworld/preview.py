@@ -1,4 +1,4 @@
-"""`codmd-distill shapeworld preview`: a contact sheet and an mp4 of what the world looks like."""
+"""`codmd-distill shapeworld preview`: writes a contact sheet and an mp4 of the world."""
 
 import argparse
 from pathlib import Path
@@ -81,7 +81,7 @@ def contact_sheet(captions: list[str], clips: list[np.ndarray], columns: int = 2
 
 
 def tile(clips: list[np.ndarray]) -> np.ndarray:
-    """Place clips (T, H, W, 3) of one size on a near-square grid, black where there is none: (T, rows*H, cols*W, 3)."""
+    """Tile clips (T, H, W, 3) of one size on a near-square grid, padded black: (T, rows*H, cols*W, 3)."""
     columns = int(np.ceil(np.sqrt(len(clips))))
     rows = -(-len(clips) // columns)
     num_frames, height, width, _ = clips[0].shape

@@ -1,4 +1,4 @@
-"""Scene and latent to pixels: antialiased, deterministic, at any size that is a multiple of 16.
+"""Renders a scene and latent to pixels: antialiased, deterministic, at any multiple of 16.
 
 Knows the schema and the law; knows nothing of captions or networks.
 """
@@ -66,7 +66,7 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray, px_
 
 
 def volume(dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Return the brightness factor in [1 - VOLUME, 1] that the light from the upper left gives a shape's pixels.
+    """Return the shading in [1 - VOLUME, 1] of a shape's pixels, lit from the upper left.
 
     Args:
         dx, dy, radius: as for `coverage`.
@@ -112,7 +112,7 @@ def paint(
     light: np.ndarray,
     covered: np.ndarray | None = None,
 ) -> None:
-    """Paint one lit object over frames, in place; the renderer and every score that draws what it detected use this.
+    """Paint one lit object over frames, in place; shared by the renderer and the scores that render detections.
 
     Args:
         frames: uint8 (T, H, W, 3).
@@ -141,7 +141,7 @@ def paint(
 def frame_windows(
     centre: np.ndarray, reach: float, height: int, width: int
 ) -> tuple[list[tuple[int, slice, slice]], np.ndarray, np.ndarray]:
-    """Cut a window of one size out of every frame, about a centre, moved inside the frame where that is near an edge.
+    """Crop a window of one size around a centre from every frame, shifted inside the frame near its edges.
 
     Args:
         centre: (T, 2), x and y in pixels.

@@ -1,7 +1,7 @@
 """The one schema of ShapeWorld: names, colours and the `Scene` a caption states.
 
-Knows nothing of phrasing, of the law of what a caption leaves open, or of pixels. Captions, law, renderer, parser
-and detector all import it, so that a word added here exists everywhere.
+Knows nothing of phrasing, of the law of the open factors, or of pixels. Captions, law, renderer, parser and detector
+import it, so a word added here exists everywhere.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ NATIVE_FPS = 16
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """All that a caption says.
+    """Everything a caption states.
 
     Attributes:
         objects: one or two (colour, shape) pairs; two objects always differ in colour.
@@ -101,18 +101,18 @@ class Scene:
 
     @property
     def count(self) -> int:
-        """Number of objects."""
+        """Return the number of objects."""
         return len(self.objects)
 
     @property
     def moves(self) -> tuple[tuple[str, str | None], ...]:
-        """(motion, speed) of every object."""
+        """Return (motion, speed) of every object."""
         first = (self.motion, self.speed)
         return (first, self.second_move or first)[: self.count]
 
     @property
     def is_held_out(self) -> bool:
-        """True for the combinations that no training caption ever shows.
+        """Return whether no training caption shows this combination.
 
         One object: 1/8 of the (colour, shape, motion) triples. Two objects: 1/8 of the unordered object pairs.
         """

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from codmd_serve import cli
-from codmd_serve.bench.command import HELP, typed
+from codmd_serve.bench.command import BENCH_HELP, typed
 from codmd_serve.bench.options import BenchConfig, writable_folder
 from codmd_serve.errors import ConfigError
 
@@ -51,8 +51,8 @@ def test_every_setting_is_an_option_with_help(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         cli.main(["bench", "--help"])
     shown = capsys.readouterr().out
-    assert HELP.keys() == BenchConfig.__dataclass_fields__.keys()
-    for name in HELP:
+    assert BENCH_HELP.keys() == BenchConfig.__dataclass_fields__.keys()
+    for name in BENCH_HELP:
         assert "--" + name.replace("_", "-") in shown
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from codmd_serve.bench import gpu_report
-from codmd_serve.bench.gpu_report import Report, main, measure
+from codmd_serve.bench.gpu_report import GpuReport, main, measure_device
 
 CPU = torch.device("cpu")
 
@@ -54,14 +54,14 @@ def test_what_fails_is_a_line_and_the_next_part_runs(tmp_path: Path, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gpu_report, "StreamingDecoder", short_of_memory)
-    measure(tmp_path / "report.json", "tiny", CPU, limit_s=10_000)
+    measure_device(tmp_path / "report.json", "tiny", CPU, limit_s=10_000)
     entries = {entry["name"]: entry for entry in numbers_of(tmp_path / "report.json")}
     assert entries["vae"]["error"] == "OutOfMemoryError: CUDA out of memory"
     assert entries["step"]["ms"] > 0 and entries["diffusers-decode"]["ms"] > 0
 
 
 def test_no_part_is_begun_without_time_for_it(tmp_path: Path) -> None:
-    measure(tmp_path / "report.json", "tiny", CPU, limit_s=0.0)
+    measure_device(tmp_path / "report.json", "tiny", CPU, limit_s=0.0)
     numbers = numbers_of(tmp_path / "report.json")
     assert [entry["name"] for entry in numbers if "skipped" in entry] == [
         "vae",
@@ -76,7 +76,7 @@ def test_no_part_is_begun_without_time_for_it(tmp_path: Path) -> None:
 
 
 def test_each_number_is_on_disk_when_it_is_found(tmp_path: Path) -> None:
-    report = Report(tmp_path / "report.json", CPU, 100.0)
+    report = GpuReport(tmp_path / "report.json", CPU, 100.0)
     report.tell("one", ms=1.0)
     assert [entry["name"] for entry in numbers_of(tmp_path / "report.json")] == ["one"]
     with report.part("broken", 1.0):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from codmd_serve.bench import lossy
-from codmd_serve.bench.lossy import VARIANTS, left_out, psnr, unsupported
+from codmd_serve.bench.lossy import LOSSY_SETTINGS, capped_psnr_db, left_out, unsupported
 from codmd_serve.bench.options import BenchConfig
 from codmd_serve.bench.report import document
 from codmd_serve.bench.row import measure_row
@@ -41,9 +41,9 @@ def read_row(folder: Path) -> dict[str, Any]:
 
 def test_psnr_follows_its_definition() -> None:
     want = torch.full((2, 4, 4, 3), 100, dtype=torch.uint8)
-    assert psnr(want, want) == 100.0
-    assert psnr(want + 5, want) == pytest.approx(20 * math.log10(255 / 5))
-    assert psnr(torch.zeros_like(want), torch.full_like(want, 255)) == pytest.approx(0.0)
+    assert capped_psnr_db(want, want) == 100.0
+    assert capped_psnr_db(want + 5, want) == pytest.approx(20 * math.log10(255 / 5))
+    assert capped_psnr_db(torch.zeros_like(want), torch.full_like(want, 255)) == pytest.approx(0.0)
 
 
 def test_an_error_is_that_of_the_output_for_the_same_seeds(tiny_bundle: Path) -> None:
@@ -52,15 +52,15 @@ def test_an_error_is_that_of_the_output_for_the_same_seeds(tiny_bundle: Path) ->
     assert len({(params.seed, params.prompt) for params in asked}) == lossy.NUM_SEEDS
     wanted = [lossy.outputs(engine, params) for params in asked]
     assert wanted[0][0].shape == (1, 4, 3, 4, 4) and wanted[0][1].shape == (9, 32, 32, 3)
-    same = lossy.error_of(engine, wanted, asked)
+    same = lossy.compare_outputs(engine, wanted, asked)
     assert same.latents == [0.0] * lossy.NUM_SEEDS and same.psnr_db == [100.0] * lossy.NUM_SEEDS
     moved = [(1.25 * latents, frames) for latents, frames in wanted]
-    assert lossy.error_of(engine, moved, asked).latents == pytest.approx([0.2] * lossy.NUM_SEEDS)
+    assert lossy.compare_outputs(engine, moved, asked).latents == pytest.approx([0.2] * lossy.NUM_SEEDS)
 
 
 def test_a_cpu_says_in_one_line_that_it_has_none_and_goes_on(config: BenchConfig, tmp_path: Path) -> None:
     problems = unsupported(CPU, torch.float32)
-    assert problems.keys() == VARIANTS.keys() and left_out({}) == []
+    assert problems.keys() == LOSSY_SETTINGS.keys() and left_out({}) == []
     printed = measure_row(config, tmp_path, "codmd-serve bench --against lossy")
     row = read_row(tmp_path)
     (said,) = row["left_out"]
@@ -115,7 +115,7 @@ def test_rows_from_before_there_were_variants_are_still_shown(config: BenchConfi
     assert file.name == "performance-tiny-codmd-cpu.json" and "## tiny-codmd-cpu" in document([row])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", LOSSY_SETTINGS)
 def test_variants_differ_from_the_engine_in_their_settings_only(
     name: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,4 +123,4 @@ def test_variants_differ_from_the_engine_in_their_settings_only(
     reference = load_engine(tiny_bundle, "cpu")
     monkeypatch.setattr(lossy, "load_engine", lambda *words, **settings: asked.update(settings, words=words))
     lossy.load_variant(name, tiny_bundle, reference)
-    assert asked == {"words": (tiny_bundle, "cpu", "float32"), "execution": "eager", **VARIANTS[name]}
+    assert asked == {"words": (tiny_bundle, "cpu", "float32"), "execution": "eager", **LOSSY_SETTINGS[name]}

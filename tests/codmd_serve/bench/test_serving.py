@@ -12,7 +12,7 @@ from codmd_serve.bench.options import BenchConfig
 from codmd_serve.bench.report import document, serving_lines
 from codmd_serve.bench.row import measure_row
 from codmd_serve.bench.serving import run_in_a_row, run_overlapped
-from codmd_serve.bench.timeline import COLOURS, LANES, draw_timeline, overlap_s
+from codmd_serve.bench.timeline import BAR_COLOURS, LANES, draw_timeline, overlap_s
 from codmd_serve.bench.weights import PROMPTS
 from codmd_serve.config import GenerateParams
 from codmd_serve.errors import ConfigError
@@ -42,7 +42,7 @@ def test_serving_row_writes_its_numbers_a_section_and_the_timeline(measured: tup
     assert printed in text
     with Image.open(folder / "t.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(2**20)}  # type: ignore[union-attr]
-    assert {tuple(bytes.fromhex(name[1:])) for name in COLOURS[:3]} <= colours
+    assert {tuple(bytes.fromhex(name[1:])) for name in BAR_COLOURS[:3]} <= colours
 
 
 def test_spans_of_the_timeline_are_whole_and_in_order(measured: tuple[dict[str, Any], Path, str]) -> None:

@@ -13,10 +13,10 @@ from codmd_serve.jobs.database import Database, open_database
 from codmd_serve.jobs.leases import Leases
 from codmd_serve.jobs.rows import content_key
 from codmd_serve.jobs.states import Job, NewJob
-from codmd_serve.jobs.store import JobStore, Limits
+from codmd_serve.jobs.store import JobStore, QueueLimits
 
 PARAMS = GenerateParams(prompt="a red circle", seed=1, height=64, width=64, num_frames=17, fps=16, crf=18)
-LIMITS = Limits(queue_size=100)
+LIMITS = QueueLimits(queue_size=100)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def store(database: Database) -> JobStore:
 def submit(store: JobStore) -> Callable[..., Job]:
     """Submit a job of the bundle "b"; the prompt decides its content."""
 
-    def submitted(prompt: str = "a", limits: Limits = LIMITS, may_reuse: bool = True, **values: Any) -> Job:
+    def submitted(prompt: str = "a", limits: QueueLimits = LIMITS, may_reuse: bool = True, **values: Any) -> Job:
         params = replace(PARAMS, prompt=prompt)
         new = NewJob(params=params, bundle="b", content_key=content_key("b", "e", params), **values)
         return store.submit(new, limits, may_reuse)[0]

@@ -19,7 +19,7 @@ from codmd_serve.jobs import database as database_module
 from codmd_serve.jobs.database import Database, open_database
 from codmd_serve.jobs.schema import VERSION, metadata, migrate, schema_table
 from codmd_serve.jobs.states import Job, NewJob
-from codmd_serve.jobs.store import JobStore, Limits
+from codmd_serve.jobs.store import JobStore, QueueLimits
 
 Submit = Callable[..., Job]
 PARAMS = GenerateParams(prompt="a", seed=1, height=64, width=64, num_frames=17, fps=16, crf=18)
@@ -186,7 +186,7 @@ def test_a_full_disk_is_named_as_such(file: Path) -> None:
     store = JobStore(database)
     new = NewJob(params=PARAMS, bundle="b" * 64, content_key="c" * 64, webhook_url="w" * 100_000)
     with pytest.raises(StorageFullError, match="is full"):
-        store.submit(new, Limits(queue_size=9))
+        store.submit(new, QueueLimits(queue_size=9))
     assert store.counts()["queued"] == 0
     database.close()
 

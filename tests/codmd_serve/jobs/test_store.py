@@ -9,7 +9,7 @@ import pytest
 from codmd_serve.errors import ConflictError, QueueFullError
 from codmd_serve.jobs.leases import Finished, Leases
 from codmd_serve.jobs.states import Job, NewJob, Result
-from codmd_serve.jobs.store import JobStore, Limits
+from codmd_serve.jobs.store import JobStore, QueueLimits
 
 Submit = Callable[..., Job]
 LeasesOf = Callable[..., Leases]
@@ -69,7 +69,7 @@ def test_position_counts_what_waits_before(store: JobStore, submit: Submit, leas
 
 
 def test_a_full_queue_takes_no_more_and_says_when(submit: Submit, leases: LeasesOf) -> None:
-    limits = Limits(queue_size=2, retry_after_s=7)
+    limits = QueueLimits(queue_size=2, retry_after_s=7)
     submit("1", limits)
     submit("2", limits)
     with pytest.raises(QueueFullError, match="2 jobs are waiting") as caught:
@@ -80,7 +80,7 @@ def test_a_full_queue_takes_no_more_and_says_when(submit: Submit, leases: Leases
 
 
 def test_an_owner_takes_no_more_than_its_share(submit: Submit) -> None:
-    limits = Limits(queue_size=10, owner_share=1)
+    limits = QueueLimits(queue_size=10, owner_share=1)
     submit("1", limits, owner="me")
     with pytest.raises(QueueFullError, match="of this API key") as caught:
         submit("2", limits, owner="me")
@@ -91,7 +91,7 @@ def test_an_owner_takes_no_more_than_its_share(submit: Submit) -> None:
 def test_the_bound_holds_against_threads(store: JobStore, submit: Submit) -> None:
     def attempt(number: int) -> bool:
         try:
-            submit(str(number), Limits(queue_size=5))
+            submit(str(number), QueueLimits(queue_size=5))
         except QueueFullError:
             return False
         return True
@@ -108,7 +108,7 @@ def test_the_same_key_and_body_is_the_same_job(store: JobStore, submit: Submit) 
     first = submit("a", idempotency_key="k", body_hash="1")
     key = first.content_key
     new = NewJob(params=first.params, bundle="b", content_key=key, idempotency_key="k", body_hash="1")
-    again, is_new = store.submit(new, Limits(queue_size=1))
+    again, is_new = store.submit(new, QueueLimits(queue_size=1))
     assert again == first and not is_new
 
 
@@ -173,7 +173,7 @@ def test_a_job_deleted_while_it_runs_leaves_nothing(store: JobStore, submit: Sub
 def test_an_equal_request_is_answered_from_the_store(store: JobStore, submit: Submit, leases: LeasesOf) -> None:
     submit("a")
     first = complete(leases("d"), result("r"))
-    again = submit("a", Limits(queue_size=1))
+    again = submit("a", QueueLimits(queue_size=1))
     assert again.status == "completed" and again.is_reused and again.id != first.id
     assert again.result is not None and again.result.name == "r.mp4"
     assert submit("b").status == "queued", "another content"

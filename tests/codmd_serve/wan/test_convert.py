@@ -17,7 +17,7 @@ from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.grid import causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import NativeShape, load_bundle, read_spec
-from codmd_serve.wan.convert import CONTRACTS, FAMILIES, ConvertOptions, convert
+from codmd_serve.wan.convert import FAMILIES, METHOD_SAMPLING, ConvertOptions, convert
 from codmd_serve.wan.names import original_name
 from codmd_serve.wan.pipeline import save_pipeline
 
@@ -151,8 +151,8 @@ def test_a_named_method_brings_its_own_steps(write: Write, golden_base: Path, tm
 
 
 def test_codmd_has_other_steps_at_14b() -> None:
-    assert CONTRACTS["codmd"].grid(1536) == wan_1_3b_grid()
-    assert CONTRACTS["codmd"].grid(5120) == wan_14b_grid()
+    assert METHOD_SAMPLING["codmd"].grid(1536) == wan_1_3b_grid()
+    assert METHOD_SAMPLING["codmd"].grid(5120) == wan_14b_grid()
 
 
 def test_an_unknown_method_is_refused() -> None:

@@ -130,7 +130,7 @@ def test_a_hub_that_never_answers_costs_seconds(monkeypatch: pytest.MonkeyPatch,
             silent.wait(60)  # as a name look-up that no time-out reaches
 
     monkeypatch.setattr(hub, "HfApi", Silent)
-    monkeypatch.setattr(hub, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(hub, "HUB_TIMEOUT_S", 0.1)
     monkeypatch.setattr(hub, "_cached", lambda name: None)
     start_s = time.monotonic()
     with pytest.raises(CheckpointError, match=r"there is no folder .*x/y, and the hub does not give x/y: .*no answer"):

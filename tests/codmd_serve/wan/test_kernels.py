@@ -125,7 +125,7 @@ def test_one_that_ignores_the_bias_is_not_used_for_prompts(
 
 def test_of_equally_fast_ones_the_first_is_taken() -> None:
     entries = [
-        kernels.Measured(name=name, self_ms=ms, prompt_ms=None, problem="")
+        kernels.KernelTiming(name=name, self_ms=ms, prompt_ms=None, problem="")
         for name, ms in (("a", 1.2), ("b", 1.04), ("c", 1.0), ("d", None))
     ]
     assert kernels._fastest(entries, [entry.self_ms for entry in entries]) == "b"

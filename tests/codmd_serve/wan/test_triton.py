@@ -66,4 +66,4 @@ def test_wrong_numbers_leave_the_plain_code(monkeypatch: pytest.MonkeyPatch, err
 def test_the_self_test_of_rows_finds_no_difference_between_the_plain_code_and_itself() -> None:
     assert rows.self_test(rows.PLAIN, torch.device("cpu"), torch.bfloat16) == 0.0
     wrong = rows.RowOps(rows.add_norm, rows.norm_rotate, lambda layer, features: layer(features), False)
-    assert rows.self_test(wrong, torch.device("cpu"), torch.float32) > rows.TOLERANCE[torch.float32]
+    assert rows.self_test(wrong, torch.device("cpu"), torch.float32) > rows.ROW_TOLERANCE[torch.float32]

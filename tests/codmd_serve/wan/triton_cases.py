@@ -50,7 +50,7 @@ def check(case: int) -> None:
     runs = (add_norm_silu, add_norm_silu_triton)
     totals = [run(Sum(copied(value), bias, residual), weight, out, keep) for run, out in zip(runs, outs, strict=True)]
     assert all((total is not None) == keep for total in totals)
-    tolerance = fused.TOLERANCE[dtype]
+    tolerance = fused.NORM_SILU_TOLERANCE[dtype]
     for want, got in (outs, totals):
         if want is not None and got is not None:
             torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance * max(1.0, size))
@@ -86,7 +86,7 @@ def check_rows(case: int) -> None:
     features = torch.randn(batch, tokens, 3 * width).to(dtype).reshape(batch, tokens, 3, width)[:, :, :parts]
     factors = torch.randn(parts, width)
     table = torch.randn(1, tokens, 1, width // heads // 2, 2) if rng.random() < 0.6 else None
-    tolerance = rows.TOLERANCE[dtype]
+    tolerance = rows.ROW_TOLERANCE[dtype]
     wanted, got = (
         [
             *ops.add_norm(hidden, added, gate, weight, bias, 1e-6),

@@ -10,11 +10,11 @@ import torch
 from codmd_serve.errors import CodmdError
 from distill.bench import iteration as bench_step
 from distill.bench.iteration import (
-    VARIANTS,
+    VARIANT_NAMES,
     Arm,
     build_arms,
     check_losses,
-    describe,
+    report_text,
     summary,
 )
 from distill.cli import main
@@ -49,7 +49,7 @@ def gradient(arm: Arm, role: str) -> torch.Tensor:
 
 
 def test_all_variants_give_the_same_losses(arms: list[Arm]) -> None:
-    assert [arm.name for arm in arms] == list(VARIANTS)
+    assert [arm.name for arm in arms] == list(VARIANT_NAMES)
     assert check_losses(arms) < 1e-4
 
 
@@ -98,7 +98,7 @@ def test_shares_add_up_and_the_ratio_is_of_all_trials() -> None:
     assert report["ratio_of_blocks"] == pytest.approx([0.6, 5 / 12])
     assert report["ratio_prompts_trimmed"] == pytest.approx(5.5 / 8)
     assert report["shares"] == pytest.approx({"trimmed": 3 / 5.5, "ours": 2.5 / 5.5})
-    text = describe(report | {"batch_size": 2, "trials": 8, "loss_error": 1e-6})
+    text = report_text(report | {"batch_size": 2, "trials": 8, "loss_error": 1e-6})
     assert "ours / authors: 0.500" in text and "| trimmed | 8.000 | 8.000 | 55% |" in text
 
 
@@ -115,7 +115,7 @@ def test_command_measures_prints_and_writes(
     monkeypatch.setattr(bench_step, "build_arms", lambda _config: arms)  # a loss of fresh copies is mostly rounding
     assert main(["bench-step", "--trials", "4", "--json", str(tmp_path / "step.json")]) == 0
     report = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
-    assert list(report["cpu_s"]) == list(VARIANTS)
+    assert list(report["cpu_s"]) == list(VARIANT_NAMES)
     assert all(len(times) == 4 and min(times) > 0 for times in report["cpu_s"].values())
     assert sum(report["shares"].values()) == pytest.approx(1.0)
     assert capsys.readouterr().out.startswith("| variant |")

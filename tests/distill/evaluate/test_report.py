@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from distill.evaluate.report import METRICS, Analysis, as_json, comparisons, headroom, targets
+from distill.evaluate.report import METRICS, Analysis, analysis_json, comparisons, headroom, targets
 from distill.evaluate.sample import render_truth
-from distill.evaluate.shapebench import BenchConfig, Reference, Suite, measure_arm, measure_reference, plan_suite
+from distill.evaluate.shapebench import Reference, Suite, SuiteConfig, measure_arm, measure_reference, plan_suite
 from distill.evaluate.tables import as_markdown
 
-CONFIG = BenchConfig(num_captions=8, num_seeds=1, depth_captions=2, depth_seeds=6)
+CONFIG = SuiteConfig(num_captions=8, num_seeds=1, depth_captions=2, depth_seeds=6)
 
 
 def ignore(num_clips: int) -> None:
@@ -97,7 +97,7 @@ def test_report_shows_every_arm_and_is_valid_json(analysis: Analysis) -> None:
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.endswith("|")
-    data = as_json(analysis, ["frozen"], settings)
+    data = analysis_json(analysis, ["frozen"], settings)
     again = json.loads(json.dumps(data, allow_nan=False))
     assert set(again["arms"]) == {"teacher", "teacher_again", "few", "frozen"}
     assert set(again["arms"]["few"]["scores"]) == {metric.key for metric in METRICS}
@@ -105,14 +105,14 @@ def test_report_shows_every_arm_and_is_valid_json(analysis: Analysis) -> None:
 
 
 def test_report_without_depth_leaves_the_joint_table_out() -> None:
-    config = BenchConfig(num_captions=4, depth_captions=0)
+    config = SuiteConfig(num_captions=4, depth_captions=0)
     suite = plan_suite(config)
     reference = measure_reference(suite, config, ignore)
     arm = measure_arm("truth", "ground truth", render_truth(suite.requests, 0), suite, reference, ignore)
     analysis = Analysis([arm], suite, reference, 0)
     text = as_markdown(analysis, [], {})
     assert "Caption following" in text and "Kendall" not in text and "Headroom" not in text
-    json.dumps(as_json(analysis, [], {}), allow_nan=False)
+    json.dumps(analysis_json(analysis, [], {}), allow_nan=False)
 
 
 def test_headroom_without_a_unit_is_a_dash_and_not_a_large_number(suite: Suite, analysis: Analysis) -> None:
@@ -126,4 +126,4 @@ def test_headroom_without_a_unit_is_a_dash_and_not_a_large_number(suite: Suite, 
     assert rows and all(row["units"] is None and not row["enough"] for row in rows)
     text = as_markdown(alike, [], {})
     assert "few: imaging" in text and "000000" not in text
-    json.dumps(as_json(alike, [], {}), allow_nan=False)
+    json.dumps(analysis_json(alike, [], {}), allow_nan=False)

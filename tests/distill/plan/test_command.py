@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.cli import main
-from distill.plan.command import HELP
+from distill.plan.command import PLAN_HELP
 from distill.plan.options import PlanOptions
 
 
@@ -57,7 +57,7 @@ def test_method_brings_its_settings_and_its_loop(method: str, capsys: pytest.Cap
 
 
 def test_every_option_has_help() -> None:
-    assert set(HELP) == {field.name for field in dataclasses.fields(PlanOptions)}
+    assert set(PLAN_HELP) == {field.name for field in dataclasses.fields(PlanOptions)}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from distill.data.prompts import PromptData
 from distill.networks.base import open_base
 from distill.networks.build import build_networks
 from distill.plan.architecture import Subject, read_subject
-from distill.plan.memory import PARTS, copy_bytes, state_bytes
+from distill.plan.memory import MEMORY_PARTS, copy_bytes, state_bytes
 from distill.plan.options import PlanOptions
 from distill.plan.planner import Plan, make_plan
 from distill.run.trainer import Trainer, native_latents
@@ -249,7 +249,7 @@ def test_context_parallel_divides_activations(tiny_config: DistillConfig) -> Non
 
 def test_every_phase_lists_every_part(tiny_config: DistillConfig, tmp_path: Path) -> None:
     plan = make_plan(big(tiny_config), PlanOptions())
-    assert all(tuple(parts) == PARTS for parts in plan.memory.values())
+    assert all(tuple(parts) == MEMORY_PARTS for parts in plan.memory.values())
     assert plan.fits
     tight = dataclasses.replace(plan.options, gpu_gib=0.1, reserve_gib=0.1)
     assert not make_plan(plan.subject, tight).fits

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from distill.plan.memory import PHASES
 from distill.plan.options import GIB, PlanOptions, divisors
 from distill.plan.planner import make_plan, smallest, suggest
 from distill.plan.reference import ReferenceLayout, reference_layout
-from distill.plan.report import Report, as_json, as_text, plan_notes
+from distill.plan.report import PlanReport, plan_json, plan_notes, plan_text
 
 EIGHT = PlanOptions(gpus=8, gpu_gib=80.0)
 STATES = ("student weights", "critic weights", "teacher weights", "optimizer", "EMA")
@@ -76,7 +77,7 @@ def test_nothing_fits_one_consumer_gpu_and_the_report_says_the_least(subject_14b
     least = smallest(subject_14b, options)
     assert least.options.activation_checkpointing and least.options.lora_critic_rank > 0
     plan = make_plan(subject_14b, options)
-    text = as_text(Report(plan=plan, suggestion=None, smallest=least, reference=None, command="x"))
+    text = plan_text(PlanReport(plan=plan, suggestion=None, smallest=least, reference=None, command="x"))
     assert "No option makes it fit: the least is" in text
 
 
@@ -120,10 +121,10 @@ def test_fsdp_traffic_grows_with_micro_batches_and_is_none_on_one_gpu(subject_14
 
 def test_text_and_json_say_the_same(subject_14b: Subject, authors_on_8: ReferenceLayout) -> None:
     plan, suggestion = make_plan(subject_14b, EIGHT), suggest(subject_14b, EIGHT)
-    report = Report(
+    report = PlanReport(
         plan=plan, suggestion=suggestion, smallest=None, reference=authors_on_8, command="codmd-distill plan"
     )
-    text, data = as_text(report), json.loads(json.dumps(as_json(report)))
+    text, data = plan_text(report), json.loads(json.dumps(plan_json(report)))
     assert "DOES NOT FIT" in text and f"{-plan.headroom_bytes / GIB:,.1f} GiB more than 80 GiB" in text
     assert "codmd-distill plan --context-parallel 4 --accumulate 16" in text
     assert "the authors' layout on these GPUs" in text and "Why: weights, moments and gradients take" in text
@@ -170,9 +171,17 @@ def test_every_method_of_every_recipe_is_planned(recipe: str, method: str) -> No
     plan = make_plan(read_subject(config), PlanOptions(gpus=8, gpu_gib=1e5))
     assert (plan.flops["derivative"] > 0) == (plan.passes["student"].derivatives > 0) == (method == "rcm")
     assert (plan.sampling_flops > 0) == (method in ("rcm", "dcm"))
-    text = as_text(Report(plan=plan, suggestion=None, smallest=None, reference=None, command="x"))
+    text = plan_text(PlanReport(plan=plan, suggestion=None, smallest=None, reference=None, command="x"))
     assert f"plan of {recipe} by {method} on 8 x" in text
-    assert ("samples the teacher for all prompts" in text) == (method in ("rcm", "dcm"))
+    assert ("samples the teacher for all 4,096 prompts" in text) == (method in ("rcm", "dcm"))
+
+
+def test_samples_of_the_teacher_are_counted_for_the_prompts_that_are_named(tmp_path: Path) -> None:
+    (tmp_path / "two.txt").write_text("a cat\na dog\n")
+    config = recipe_config("wan_1_3b", "rcm")
+    named = with_overrides(config, [f"prompts={tmp_path / 'two.txt'}"])
+    plans = [make_plan(read_subject(one), PlanOptions(gpu_gib=1e5)) for one in (config, named)]
+    assert plans[0].sampling_flops == pytest.approx(2048 * plans[1].sampling_flops)
 
 
 def test_a_layout_that_a_method_cannot_train_in_is_refused() -> None:

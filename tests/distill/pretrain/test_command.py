@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from distill.cli import main
 from distill.pretrain import stage
 from distill.pretrain.clips import ClipSource
-from distill.pretrain.config import PRESETS, VaeConfig, VaePhase, tiny
+from distill.pretrain.config import PRETRAIN_PRESETS, VaeConfig, VaePhase, tiny
 from distill.pretrain.latents import encode_clips
 from distill.pretrain.pool import render_clips, to_pixels
 
@@ -111,7 +111,7 @@ def test_start_goes_on_from_the_weights_of_a_pipeline(
     still = dataclasses.replace(tiny(), vae=VaeConfig(base_dim=8, phases=(), whiten=False))
     still = dataclasses.replace(still, text=dataclasses.replace(still.text, num_steps=0))
     still = dataclasses.replace(still, transformer=dataclasses.replace(still.transformer, num_steps=0))
-    monkeypatch.setitem(PRESETS, "tiny", lambda: still)
+    monkeypatch.setitem(PRETRAIN_PRESETS, "tiny", lambda: still)
     assert teacher("--out", str(tmp_path / "run"), "--start", str(finished / "pipeline")) == 0
     expected, got = weights(finished), weights(tmp_path / "run")
     assert expected.keys() == got.keys()
@@ -128,7 +128,7 @@ def test_decoder_only_keeps_the_encoder_and_the_latent_statistics(
 ) -> None:
     phases = (VaePhase(num_frames=5, batch_size=1, num_steps=2),)
     config = dataclasses.replace(tiny(), vae=VaeConfig(base_dim=8, phases=phases, decoder_only=True))
-    monkeypatch.setitem(PRESETS, "tiny", lambda: config)
+    monkeypatch.setitem(PRETRAIN_PRESETS, "tiny", lambda: config)
     start = finished / "pipeline"
     assert teacher("--out", str(tmp_path / "run"), "--start", str(start), "--until", "vae") == 0
     before, after = (
@@ -159,7 +159,7 @@ def test_time_budget_ends_every_stage_early(tmp_path: Path) -> None:
 def test_time_budget_ends_the_latents_with_the_parts_that_are_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.pretrain.latents.CLIPS_PER_PART", 2)
+    monkeypatch.setattr("distill.pretrain.latents.CLIPS_PER_FILE", 2)
     out = tmp_path / "run"
     assert teacher("--out", str(out), "--minutes", "0.0001") == 0
     assert [path.name for path in sorted((out / "latents").iterdir())] == ["00000000.safetensors"]
@@ -186,7 +186,7 @@ def test_processes_render_and_snapshots_are_measured(tmp_path: Path, monkeypatch
         config.transformer, num_clips=20, keep_latents=False, num_steps=2, snapshot_s=1e-6, curve_seeds=2, curve_steps=2
     )
     config = dataclasses.replace(config, transformer=transformer, render_processes=1)
-    monkeypatch.setitem(PRESETS, "tiny", lambda: config)
+    monkeypatch.setitem(PRETRAIN_PRESETS, "tiny", lambda: config)
     out = tmp_path / "run"
     assert teacher("--out", str(out)) == 0
     assert not (out / "latents").exists()

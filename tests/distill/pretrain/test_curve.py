@@ -8,7 +8,7 @@ import torch
 
 from distill.evaluate.joint import FACTORS
 from distill.pretrain.config import VaeConfig
-from distill.pretrain.curve import _stoppable, _StoppedError, describe, draw_clips, step_levels
+from distill.pretrain.curve import _stoppable, _StoppedError, draw_clips, factor_distances, step_levels
 from distill.pretrain.curve_worker import measure_clip, measure_truth
 from distill.pretrain.prompts import PromptTable
 from distill.pretrain.vae import build_vae
@@ -21,12 +21,12 @@ CAPTION = "a red circle left of a blue ring move up quickly on a black backgroun
 def test_the_truth_has_no_distance_from_itself_and_another_law_has() -> None:
     rng = np.random.default_rng(0)
     factors = rng.random((40, len(FACTORS)))
-    same = describe([factors, factors], [factors, factors])
+    same = factor_distances([factors, factors], [factors, factors])
     assert same["tau_error"] == 0.0 and same["marginal_error"] == 0.0
     shifted = factors.copy()
     shifted[:, FACTORS.index("radius")] += 0.5
     shifted[:, FACTORS.index("fade")] = factors[:, FACTORS.index("growth")]
-    other = describe([shifted], [factors])
+    other = factor_distances([shifted], [factors])
     assert other["marginal"]["radius"] > 1.0 > other["marginal"]["speed"]
     assert other["tau"]["growth-fade"] == pytest.approx(1.0)
     assert other["tau_error"] > 0.1

@@ -6,7 +6,7 @@ import torch
 from codmd_serve.wan.attention import compact_prompt_embeds
 from codmd_serve.wan.text import encode_prompts
 from distill.pretrain.config import TextConfig
-from distill.pretrain.prompts import MIN_POSITIONS, embed_captions
+from distill.pretrain.prompts import MIN_POSITIONS, build_prompt_table
 from distill.pretrain.text import build_text_encoder, build_tokenizer
 from distill.worlds.shapeworld.captions import sample_caption
 
@@ -20,7 +20,7 @@ def test_rows_are_the_encoders_and_a_dropped_caption_is_the_empty_one() -> None:
     rng = np.random.default_rng(0)
     captions = [sample_caption(rng) for _ in range(70)]
     captions.append(captions[3])
-    table = embed_captions(tokenizer, encoder, captions, CPU)
+    table = build_prompt_table(tokenizer, encoder, captions, CPU)
     assert table.embeds.shape == (72, MIN_POSITIONS, 16)
     wanted = compact_prompt_embeds(encode_prompts(tokenizer, encoder, [*captions, ""], MIN_POSITIONS))
     torch.testing.assert_close(table.embeds[:, : wanted.shape[1]], wanted)
