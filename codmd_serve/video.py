@@ -93,12 +93,11 @@ def check_encoder(program: str) -> None:
 
 @functools.cache
 def has_webp_encoder(program: str) -> bool:
-    """Whether an ffmpeg writes animated WebP.
-
-    Raises:
-        ConfigError: it cannot be run.
-    """
-    return re.search(rb"(?m)^ V\S* +libwebp_anim ", _list_encoders(program).stdout) is not None
+    """Whether an ffmpeg writes animated WebP; not when it cannot be run."""
+    try:
+        return re.search(rb"(?m)^ V\S* +libwebp_anim ", _list_encoders(program).stdout) is not None
+    except ConfigError:
+        return False
 
 
 def _list_encoders(program: str) -> "subprocess.CompletedProcess[bytes]":
@@ -159,8 +158,7 @@ def write_video(
         fps: frames per second.
         crf: constant rate factor, 1 (best) to 51. WebP takes a quality of 118 - 2 crf, a gif takes none.
         comment: stored in an mp4, printable ASCII.
-        format: mp4 (H.264, yuv420p, BT.709), gif (one palette of 256 colours) or webp
-            (lossy, animated). The last two play for ever.
+        format: mp4 (H.264, yuv420p, BT.709), gif (one palette of 256 colours) or webp (lossy). The two play for ever.
         on_start: is given a function that ends ffmpeg at once, from any thread and at any time; encode_failed follows.
         on_wait: called several times a second after the last frame, and once when the file is about to appear; what it
             raises ends ffmpeg.
@@ -172,20 +170,14 @@ def write_video(
     """
     # Absolute: ffmpeg would take "-x/out.mp4" for an option and "a:b.mp4" for a protocol.
     path = Path(path).absolute()
-    try:
-        program = find_ffmpeg()
-    except ConfigError as error:
-        logger.error("code=encoder_missing %s", error)
-        raise GenerationError("the server has no working ffmpeg; its log says more", "encoder_missing") from error
+    program = _working_ffmpeg()
     with _storage_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
     with _storage_errors(), atomic_file(path) as partial:
         command = _command(
             program, partial, height=height, width=width, fps=fps, crf=crf, comment=comment, format=format
         )
-        # What is no mp4 is written when the last frame has come.
-        px = height * width
-        encoder = _Encoder(command, px * LOOKAHEAD_FRAMES) if format == "mp4" else _Encoder(command)
+        encoder = _Encoder(command, height * width * LOOKAHEAD_FRAMES if format == "mp4" else math.inf)
         try:
             if on_start is not None:
                 on_start(encoder.kill)
@@ -203,18 +195,26 @@ def write_video(
             on_wait()
 
 
+def _working_ffmpeg() -> str:
+    try:
+        return find_ffmpeg()
+    except ConfigError as error:
+        logger.error("code=encoder_missing %s", error)
+        raise GenerationError("the server has no working ffmpeg; its log says more", "encoder_missing") from error
+
+
 class _Encoder:
     """A running ffmpeg.
 
     Args:
         command: of ffmpeg, which reads frames from its input.
-        max_px_left: pixels that it may hold back until its input ends, where it is x264. Bounds how long it may take.
+        max_px_left: pixels that it may hold back until its input ends; infinite where that is all of them.
 
     Raises:
         GenerationError: code encoder_missing.
     """
 
-    def __init__(self, command: list[str | Path], max_px_left: float = math.inf) -> None:
+    def __init__(self, command: list[str | Path], max_px_left: float) -> None:
         self._max_px_left = max_px_left
         self._num_bytes = 0
         self._is_hung = False

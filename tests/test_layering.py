@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.prompts": (),
     "codmd_serve.textfiles": ("codmd_serve.errors", "codmd_serve.files"),
     "codmd_serve.video": PURE,
+    "codmd_serve.webp": (),
     "codmd_serve.schedule": PURE,
     "codmd_serve.sampler": (*PURE, "codmd_serve.schedule"),
     "codmd_serve.student_scheduler": (*PURE, "codmd_serve.schedule"),
