@@ -254,7 +254,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="shapeworld",
             base="weights/shapeworld",
-            native=NativeConfig(height=64, width=64, num_frames=17, fps=16),
+            native=NativeConfig(height=96, width=96, num_frames=25, fps=16),
             bundle_dtype="fp16",
         ),
         dataclasses.replace(_WAN_RECIPE, name="wan_1_3b", base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),

@@ -185,7 +185,7 @@ def _train_teacher(
             return
         save_transformer(pipeline, trained)
         if measure is not None:
-            measure(-1, 1.0, dict(trained.named_parameters()))
+            measure(None, 1.0, dict(trained.named_parameters()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +197,12 @@ class _Measurement:
     vae: AutoencoderKLWan
     prompts: PromptTable
 
-    def __call__(self, step: int, progress: float, average: dict[str, Tensor]) -> None:
-        """Draw and submit the clips of one snapshot; step -1 is the end."""
+    def __call__(self, step: int | None, progress: float, average: dict[str, Tensor]) -> None:
+        """Draw and submit the clips of one snapshot; None is the end, whose step is in the log."""
         run, settings, device = self.run, self.run.config.transformer, self.run.options.device
         precision = run.options.precision
         teacher = averaged_transformer(settings, average, run.config.vae.z_dim, self.prompts.width)
         prepare_transformer(teacher, precision, device)
         levels = step_levels(settings.curve_steps, settings.sigma_shift)
-        head = {"step": step, "progress": progress, "clips_seen": step * settings.batch_size}
+        head = {"step": step, "progress": progress, "clips_seen": step and step * settings.batch_size}
         self.curve.measure(head, teacher, self.vae, self.prompts, precision, levels, run.options.stop)

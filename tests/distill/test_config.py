@@ -16,6 +16,7 @@ from distill.config import (
     RECIPES,
     RENAMED,
     WAN_NEGATIVE_PROMPT,
+    DistillConfig,
     config_to_dict,
     settings_digest,
     with_overrides,
@@ -23,6 +24,7 @@ from distill.config import (
 from distill.methods.draws import reference_sigma
 from distill.methods.matching import copula_settings
 from distill.methods.registry import METHODS, config_from_dict, recipe_config
+from distill.settings import NativeConfig
 
 # Every recipe by every method as format 1 saved it, with its steps and its digest.
 FORMAT_1: dict[str, dict[str, Any]] = json.loads(
@@ -40,9 +42,16 @@ def test_recipe_survives_json(name: str, method: str) -> None:
     assert (config.recipe, config.method) == (name, method)
 
 
+def first_edition(config: DistillConfig) -> DistillConfig:
+    """The recipe of today with the size that the world had when format 1 was written."""
+    if config.recipe != "shapeworld":
+        return config
+    return dataclasses.replace(config, native=NativeConfig(height=64, width=64, num_frames=17, fps=16))
+
+
 @pytest.mark.parametrize("name", sorted(FORMAT_1))
 def test_configs_of_format_1_load_as_what_the_recipe_is_today(name: str) -> None:
-    saved, config = FORMAT_1[name], recipe_config(*name.split("/"))
+    saved, config = FORMAT_1[name], first_edition(recipe_config(*name.split("/")))
     assert config_from_dict(saved["config"]) == config
     assert list(config.grid().sigmas) == saved["sigmas"] and list(config.grid().timesteps) == saved["timesteps"]
     # What a bundle of that time says is the digest of its run's config.json as it stands.
@@ -66,10 +75,11 @@ def test_every_renamed_setting_of_format_1_loads_and_is_still_taken_by_set() -> 
         data = json.loads(json.dumps(FORMAT_1[f"shapeworld/{method}"]["config"]))
         *groups, leaf = name.split(".")
         (data[groups[0]] if groups else data)[leaf] = value
-        want = with_overrides(recipe_config("shapeworld", method), [f"{RENAMED[name]}={json.dumps(value)}"])
-        assert want != recipe_config("shapeworld", method)
+        recipe = first_edition(recipe_config("shapeworld", method))
+        want = with_overrides(recipe, [f"{RENAMED[name]}={json.dumps(value)}"])
+        assert want != recipe
         assert config_from_dict(data) == want
-        assert with_overrides(recipe_config("shapeworld", method), [f"{name}={json.dumps(value)}"]) == want
+        assert with_overrides(recipe, [f"{name}={json.dumps(value)}"]) == want
 
 
 @pytest.mark.parametrize("newer", [FORMAT + 1, "3", None])
@@ -275,7 +285,7 @@ def test_settings_saved_before_the_newer_methods_still_load() -> None:
         del data[key]
     for key in ("kind", "length"):
         del data["ema"][key]
-    assert config_from_dict(data) == recipe_config()
+    assert config_from_dict(data) == first_edition(recipe_config())
 
 
 def test_rcm_steps_are_angles_unless_timesteps_are_given() -> None:

@@ -63,7 +63,7 @@ def test_stock_pipeline_makes_the_video_of_our_sampler(tmp_path: Path, with_gene
     save_pipeline(bundle, tmp_path / "pipeline")
     stock = stock_frames(tmp_path / "pipeline", read_spec(bundle), 7, with_generator=with_generator)
     ours = our_frames(bundle, 7)
-    assert stock.shape == ours.shape == (17, 64, 64, 3)
+    assert stock.shape == ours.shape == (25, 96, 96, 3)
     assert ours.std() > 10
     assert np.abs(stock - ours).max() < 0.51  # half of a level is the rounding of `ours` itself
     assert (np.rint(stock) != ours).mean() < 1e-3

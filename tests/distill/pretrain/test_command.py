@@ -191,7 +191,7 @@ def test_processes_render_and_snapshots_are_measured(tmp_path: Path, monkeypatch
     assert teacher("--out", str(out)) == 0
     assert not (out / "latents").exists()
     curve = json.loads((out / "curve.json").read_text())
-    assert [row["step"] for row in curve["rows"]] == [1, 2, -1]
+    assert [row["step"] for row in curve["rows"]] == [1, 2, None]
     assert all(0 <= row["tau_error"] <= 2 and row["marginal_error"] > 0 for row in curve["rows"])
     assert len(curve["captions"]) == 4
     assert multiprocessing.active_children() == []
