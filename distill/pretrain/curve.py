@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    head: dict[str, float]
+    head: dict[str, float | None]
     factors: list["Future[tuple[np.ndarray, bool]]"]
 
 
@@ -72,7 +72,7 @@ class FactorCurve:
 
     def measure(
         self,
-        head: dict[str, float],
+        head: dict[str, float | None],
         transformer: WanTransformer3DModel,
         vae: AutoencoderKLWan,
         prompts: PromptTable,

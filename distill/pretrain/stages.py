@@ -204,5 +204,9 @@ class _Measurement:
         teacher = averaged_transformer(settings, average, run.config.vae.z_dim, self.prompts.width)
         prepare_transformer(teacher, precision, device)
         levels = step_levels(settings.curve_steps, settings.sigma_shift)
-        head = {"step": step, "progress": progress, "clips_seen": step and step * settings.batch_size}
+        head: dict[str, float | None] = {
+            "step": step,
+            "progress": progress,
+            "clips_seen": step and step * settings.batch_size,
+        }
         self.curve.measure(head, teacher, self.vae, self.prompts, precision, levels, run.options.stop)
