@@ -31,6 +31,9 @@ class Running:
         self.out = folder / "server.out"
         spool = folder / "spool"
         spool.mkdir()
+        # S5: gradio's default place is taken by somebody else, and nothing can be written below it, not even as root.
+        self.foreign = spool / "gradio"
+        self.foreign.write_text("of another user")
         self.spool = spool
         command = [sys.executable, "-m", "codmd_serve.cli", "--bundle", str(bundle), "--port", str(self.port)]
         self.data = folder / "data"
@@ -135,6 +138,12 @@ def test_the_page_is_at_the_root_and_makes_a_video(server: Running) -> None:
     assert server.client.get(f"/{source}").content == server.generate(seed=7).content
 
 
+def test_s5_the_page_keeps_its_files_in_a_folder_of_our_own(server: Running) -> None:
+    server.until(lambda: server.client.get("/").status_code == 200)
+    assert server.foreign.read_text() == "of another user"
+    assert (server.data / "page").is_dir()
+
+
 def test_a_killed_worker_leaves_the_server_up_and_the_next_request_works(server: Running) -> None:
     before = server.generate(seed=7)
     os.kill(server.worker(), signal.SIGKILL)
@@ -157,6 +166,6 @@ def test_sigterm_ends_it_soon_with_a_page_open_and_leaves_nothing(server: Runnin
         # An open tab would hold it for the whole drain timeout, 120 s here.
         assert time.monotonic() - start_s < 60
     assert not Path(f"/proc/{worker}").exists()
-    assert not list(server.spool.iterdir())
+    assert list(server.spool.iterdir()) == [server.foreign]
     assert not list((server.data / "spool").iterdir()) and not list((server.data / "dispatchers").iterdir())
     assert "Traceback" not in server.log.read_text()

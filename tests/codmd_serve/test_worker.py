@@ -2,6 +2,7 @@
 
 import base64
 import io
+import tempfile
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,10 +18,12 @@ from codmd_serve.errors import CancelledError, CheckpointError, GenerationError
 from codmd_serve.messages import Cancelled, Done, Failed, Fatal, FromWorker, Generate, Load, Progress, Started
 
 PARAMS = GenerateParams(prompt="a", seed=1, height=32, width=32, num_frames=9, fps=16, crf=18)
+# The worker makes the folder of the video, also as root.
+VIDEO = Path(tempfile.gettempdir()) / "codmd-serve-test-worker" / "a.mp4"
 
 
 def job(name: str) -> Generate:
-    return Generate(name, "/nowhere/a.mp4", PARAMS)
+    return Generate(name, str(VIDEO), PARAMS)
 
 
 class FakeEngine:
@@ -56,7 +59,7 @@ def test_a_finished_job_is_told_with_its_progress() -> None:
         Done("j1", {"text": 1.5}, ["w"], 3.5),
     ]
     params, path = engine.seen[0]
-    assert params.prompt == "a" and params.num_frames == 9 and path == Path("/nowhere/a.mp4")
+    assert params.prompt == "a" and params.num_frames == 9 and path == VIDEO
 
 
 def test_a_failure_on_purpose_keeps_its_code_and_message() -> None:
@@ -150,7 +153,7 @@ class AskingEngine(FakeEngine):
 def ran(is_previewed: bool) -> list[FromWorker]:
     sent = list[FromWorker]()
     engine = AskingEngine(SimpleNamespace(timings_ms={}, warnings=[], peak_memory_mb=3.5))
-    worker.run_job(engine, Generate("j1", "/nowhere/a.mp4", PARAMS, is_previewed), set(), sent.append)  # type: ignore[arg-type]
+    worker.run_job(engine, Generate("j1", str(VIDEO), PARAMS, is_previewed), set(), sent.append)  # type: ignore[arg-type]
     return sent
 
 

@@ -118,7 +118,7 @@ def test_dry_run_prints_the_settings_and_writes_nothing(
         (["--method", "gan"], "method"),
         (["--set", "colour=1"], "colour"),
         (["--set", "batch_size=0"], "batch_size"),
-        (["--set", "base=/nowhere"], "no pipeline at /nowhere"),
+        (["--set", "base=/nowhere/at/all"], "no pipeline at /nowhere/at/all"),
         (["--set", "prompts=nothing.txt"], "nothing.txt"),
         (["--set", "optimizer.momentum=1"], "unknown setting 'optimizer.momentum'"),
         (["--set", "context_parallel=2"], "context_parallel 2 needs a multiple of 2 processes, got 1"),
