@@ -20,6 +20,7 @@ from torch import Tensor
 from codmd_serve.config import EXECUTIONS
 from codmd_serve.cuda_graph import MAX_WARNED_SHAPES, CudaRecorder, GraphKey, Graphs, Record
 from codmd_serve.errors import ConfigError
+from codmd_serve.files import first_line
 from codmd_serve.sampler import OnStep, rollout
 from codmd_serve.verdicts import Verdicts
 from codmd_serve.wan.checkpoint import StudentSpec
@@ -202,7 +203,7 @@ class DenoiseLoop:
             return float("inf")
 
     def _refuse_compiled(self, error: Exception) -> None:
-        self.fallback = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        self.fallback = first_line(error)
         logger.warning("execution=eager reason=%r", self.fallback)
 
     def _warm_compiled(self, noise: Tensor, prompts: Sequence[PromptCache]) -> None:

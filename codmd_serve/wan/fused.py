@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from codmd_serve.files import first_line
+
 NORM_EPS = 1e-12
 # The fastest of 2048, 4096 and 8192 with 4 and 8 warps on an H200: 2.8 TB/s alone, 3.6 with bias, residual and total.
 ELEMENTS_PER_PROGRAM = 4096
@@ -99,8 +101,7 @@ def choose_add_norm_silu(device: torch.device, dtype: torch.dtype) -> tuple[AddN
     try:
         error = _self_test(device, dtype)
     except Exception as problem:  # a compiler that is missing or broken raises anything
-        reason = (str(problem).strip() or "no message").splitlines()[0]
-        return add_norm_silu, f"VAE norms unfused: {type(problem).__name__}: {reason}"
+        return add_norm_silu, f"VAE norms unfused: {first_line(problem)}"
     if not error <= NORM_SILU_TOLERANCE[dtype]:
         return add_norm_silu, f"VAE norms unfused: the Triton kernel is {error:.2g} off"
     return add_norm_silu_triton, ""

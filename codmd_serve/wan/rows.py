@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from codmd_serve.files import first_line
+
 ROW_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WIDE_ROW = 4096  # elements from which a program takes 8 warps
 
@@ -199,8 +201,7 @@ def choose_rows(device: torch.device, dtype: torch.dtype) -> tuple[RowOps, str]:
     try:
         error = self_test(FUSED, device, dtype)
     except Exception as problem:  # a compiler that is missing or broken raises anything
-        reason = (str(problem).strip() or "no message").splitlines()[0]
-        return PLAIN, f"norms unfused: {type(problem).__name__}: {reason}"
+        return PLAIN, f"norms unfused: {first_line(problem)}"
     if not error <= ROW_TOLERANCE[dtype]:
         return PLAIN, f"norms unfused: the Triton kernels are {error:.2g} off"
     return FUSED, ""
