@@ -23,7 +23,10 @@ ENGINE_SETTINGS = (
     "vae_dtype",
     "cache",
     "threads",
+    "teacher",
 )
+# Of them, those that do not decide the bytes of the student's videos.
+NEUTRAL_SETTINGS = ("text_cache", "teacher")
 QUANTIZATIONS = ("none", "fp8")
 TEXT_ENCODERS = ("auto", "gpu", "cpu", "offload")
 EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
@@ -63,6 +66,7 @@ class ServeConfig:
     text_cache: str = ""
     cache: str = ""
     threads: int = 0
+    teacher: bool = False
     workers: str = "auto"
     spare_worker: bool = True
     overlap: str = "auto"
@@ -156,6 +160,7 @@ class GenerateParams:
         fps: frames per second of playback.
         crf: H.264 constant rate factor, 1 (best) to 51.
         format: one of FORMATS.
+        teacher: fingerprint of the teacher that makes it instead of the student; empty is the student.
     """
 
     prompt: str
@@ -166,13 +171,34 @@ class GenerateParams:
     fps: int
     crf: int
     format: str = "mp4"
+    teacher: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields by name. mp4 goes without saying: content keys and mp4 files of before there was `format` hold."""
+        """Fields by name, without newer ones at their default: the content keys of older versions stay valid."""
         fields = asdict(self)
         if self.format == "mp4":
             del fields["format"]
+        if not self.teacher:
+            del fields["teacher"]
         return fields
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherFacts:
+    """Facts of the teacher that an engine runs beside its student.
+
+    Attributes:
+        name: of the base model.
+        fingerprint: see GenerateParams.teacher.
+        num_steps, guidance_scale: how it is sampled.
+        service_s: seconds that the native video takes, estimated from two steps.
+    """
+
+    name: str
+    fingerprint: str
+    num_steps: int
+    guidance_scale: float
+    service_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,6 +220,9 @@ class ModelFacts:
         max_video_px: height * width * num_frames that the memory of the device has room for; 0 is unknown.
         num_devices: GPUs that the worker sees; 1 on a CPU.
         lossy: what makes another picture than the weights ask for, as `fp8+sage`; empty when nothing does.
+        about: one sentence on what the model can draw; empty when the bundle does not say.
+        examples: prompts that the bundle suggests.
+        teacher: what runs beside the student; None when nothing does.
     """
 
     name: str
@@ -217,3 +246,12 @@ class ModelFacts:
     max_video_px: int = 0
     num_devices: int = 1
     lossy: str = ""
+    about: str = ""
+    examples: tuple[str, ...] = ()
+    teacher: TeacherFacts | None = None
+
+    def __post_init__(self) -> None:
+        # From JSON come lists and objects.
+        object.__setattr__(self, "examples", tuple(self.examples))
+        if isinstance(self.teacher, dict):
+            object.__setattr__(self, "teacher", TeacherFacts(**self.teacher))

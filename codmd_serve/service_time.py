@@ -11,11 +11,11 @@ MAX_SHAPES_KEPT = 64
 DEADLINE_FACTOR = 10.0
 STALL_FACTOR = 5.0
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, int, int, bool]
 
 
 class ServiceTimes:
-    """Moving averages of service time by shape; a new shape is scaled from the native one.
+    """Moving averages of service time by shape, for the student and the teacher; a new shape is scaled from the native.
 
     Args:
         facts: of the engine, with the time of its native video.
@@ -23,21 +23,23 @@ class ServiceTimes:
 
     def __init__(self, facts: ModelFacts) -> None:
         self._native = (facts.height, facts.width, facts.num_frames)
-        self._known: OrderedDict[Shape, float] = OrderedDict({self._native: facts.service_s})
+        self._known: OrderedDict[Shape, float] = OrderedDict({(*self._native, False): facts.service_s})
+        if facts.teacher is not None:
+            self._known[(*self._native, True)] = facts.teacher.service_s
 
     def add(self, params: GenerateParams, took_s: float) -> None:
         """Update the average with a video that took `took_s` on the device."""
-        shape = (params.height, params.width, params.num_frames)
+        shape = _shape(params)
         known_s = self._known.get(shape)
         self._known[shape] = took_s if known_s is None else known_s + WEIGHT * (took_s - known_s)
         self._known.move_to_end(shape)
         while len(self._known) > MAX_SHAPES_KEPT:
-            self._known.pop(next(shape for shape in self._known if shape != self._native))
+            self._known.pop(next(shape for shape in self._known if shape[:3] != self._native))
 
     def expected_s(self, params: GenerateParams) -> float:
         """Return the expected seconds of a video of this shape."""
-        known_s = self._known.get((params.height, params.width, params.num_frames))
-        return self._known[self._native] * self._size(params) if known_s is None else known_s
+        known_s = self._known.get(_shape(params))
+        return self._native_s(params) * self._size(params) if known_s is None else known_s
 
     def deadline_s(self, params: GenerateParams, floor_s: float) -> float:
         """Return the seconds after its start at which a job counts as hung; at least `floor_s`."""
@@ -47,10 +49,18 @@ class ServiceTimes:
         """Return the seconds without progress at which a job counts as hung; at least `floor_s`."""
         return floor_s + STALL_FACTOR * self._longest_s(params)
 
+    def _native_s(self, params: GenerateParams) -> float:
+        student_s = self._known[(*self._native, False)]
+        return self._known.get((*self._native, True), student_s) if params.teacher else student_s
+
     def _size(self, params: GenerateParams) -> float:
         height, width, num_frames = self._native
         return params.height * params.width * params.num_frames / (height * width * num_frames)
 
     def _longest_s(self, params: GenerateParams) -> float:
         """Return an upper bound: attention is quadratic in tokens, and nothing grows faster."""
-        return max(self.expected_s(params), self._known[self._native] * self._size(params) ** 2)
+        return max(self.expected_s(params), self._native_s(params) * self._size(params) ** 2)
+
+
+def _shape(params: GenerateParams) -> Shape:
+    return params.height, params.width, params.num_frames, bool(params.teacher)

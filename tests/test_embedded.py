@@ -66,7 +66,7 @@ def test_previews_look_like_the_videos(engine: Engine) -> None:
         sizes = {"height": facts.height, "width": facts.width, "num_frames": facts.num_frames, "fps": facts.fps}
         params = GenerateParams(prompt=prompt, seed=seed, crf=18, **sizes)
         with torch.inference_mode():
-            x0_pred = engine.loop(engine._noise(params), engine.embed(prompt).prompt)
+            x0_pred = engine.loop(engine.draw(params), engine.embed(prompt).prompt)
             frames_THWC = torch.cat([frames.clone() for frames in engine.decoder.frames(x0_pred)], dim=1)[0].double()
         preview_FHWC = preview_frames(x0_pred, engine.preview_map).double()
         rows = facts.height // preview_FHWC.shape[1]

@@ -91,6 +91,7 @@ CODES = {
     "worker_hung": "500: the worker made no progress on any attempt of this job",
     "worker_lost": "500: the machine that ran the job was not heard of again, on every attempt",
     "worker_fatal": "500: the model cannot be loaded",
+    "no_teacher": "500: the teacher that the job was for is not served any more",
     "encode_failed": "500: ffmpeg could not encode the video",
     "encoder_hung": "500: ffmpeg made no progress",
     "encoder_missing": "500: the server has no ffmpeg that works",

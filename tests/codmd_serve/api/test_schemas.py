@@ -45,6 +45,7 @@ def test_what_is_left_out_is_what_the_model_was_trained_at() -> None:
         "fps": 16,
         "crf": 18,
         "format": "mp4",
+        "teacher": "",
     }
 
 
