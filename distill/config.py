@@ -13,7 +13,7 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from codmd_serve.errors import ConfigError
@@ -21,6 +21,7 @@ from codmd_serve.grid import SAMPLERS, StepGrid
 from distill.settings import EmaConfig as EmaConfig
 from distill.settings import NativeConfig as NativeConfig
 from distill.settings import OptimizerConfig as OptimizerConfig
+from distill.settings import StartConfig as StartConfig
 from distill.settings import check_choice, check_range
 
 # Of config.json. A file without a format is of format 1.
@@ -98,6 +99,7 @@ class DistillConfig:
         base: folder or hub id of the teacher's diffusers pipeline.
         student_from, critic_from: weights that student and critic start from, in place of the base's: a bundle, or a
             file or folder that `codmd-serve convert` reads.
+        start: regression of the student on the teacher's paths, from these weights, before the method's own iterations.
         method: name of the distillation method.
         method_settings: settings of the method's family; in JSON they stand under the family's own key.
         batch_size: samples of one update, over all processes and micro-batches.
@@ -143,6 +145,7 @@ class DistillConfig:
     critic_warmup_iterations: int = 0
     student_from: str = ""
     critic_from: str = ""
+    start: StartConfig = field(default_factory=StartConfig)
     guidance_scale: float
     negative_prompt: str = ""
     sampler: str = "sde"

@@ -77,6 +77,32 @@ class NativeConfig:
             check_range(f"native.{name}", getattr(self, name), 1, 10_000)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartConfig:
+    """The regressed start: before a run, its student is trained on the ends of the teacher's own paths.
+
+    Attributes:
+        updates: of the student, before the first iteration of the method; 0 leaves the start out.
+        paths: of the teacher, sampled once and stored in the cache.
+        teacher_steps: Euler steps of a path.
+        shift: of the teacher's steps.
+        student_lr: learning rate of the start.
+    """
+
+    updates: int = 0
+    paths: int = 4096
+    teacher_steps: int = 50
+    shift: float = 3.0
+    student_lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_range("start.updates", self.updates, 0, 10**9)
+        check_range("start.paths", self.paths, 1, 10**9)
+        check_range("start.teacher_steps", self.teacher_steps, 1, 10_000)
+        check_range("start.shift", self.shift, 1e-3, 1e3)
+        check_range("start.student_lr", self.student_lr, 1e-12, 1.0)
+
+
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ConfigError, naming the key, unless `value` is one of `choices`."""
     if value not in choices:
