@@ -54,6 +54,7 @@ SLOW = (
     "faults",
     "test_embedded.py",
     "test_readme.py",
+    "test_wheel.py",
 )
 
 
