@@ -33,7 +33,7 @@ format: $(DEV_STAMP)
 
 # The site in build/site; a warning is an error.
 docs: $(DEV_STAMP)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # On a machine that has torch, diffusers and transformers, and nothing else of ours: no installation, no network. Under
 # 8 minutes, the most valuable numbers first, each on disk when it is found; then the GPU tests. One JSON comes back.
