@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-fast check format docs gpu-report clean
+.PHONY: serve test test-fast timing check format docs gpu-report clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
@@ -16,7 +16,11 @@ test: $(DEV_STAMP)
 	$(BIN)/python -m pytest
 
 test-fast: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m 'not gpu and not slow'
+	$(BIN)/python -m pytest -m 'not gpu and not timing and not slow'
+
+# On a machine that does nothing else.
+timing: $(DEV_STAMP)
+	$(BIN)/python -m pytest -s -m timing tests/timing
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .

@@ -32,7 +32,7 @@ def test_serve_installs_nothing_of_development(clone: Path) -> None:
     assert shown.rstrip().endswith(".venv/bin/codmd-serve serve")
 
 
-@pytest.mark.parametrize("target", ["test", "test-fast", "check", "format", "docs"])
+@pytest.mark.parametrize("target", ["test", "test-fast", "timing", "check", "format", "docs"])
 def test_targets_of_development_install_its_tools(clone: Path, target: str) -> None:
     shown = commands(clone, target)
     assert shown.index("install -e .\n") < shown.index("install -e '.[dev]'")
