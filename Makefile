@@ -2,34 +2,42 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two states of .venv: what both commands need, and the tools of development on top of it.
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-fast timing check format gpu-report clean
+.PHONY: serve test test-fast timing check format docs gpu-report clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
 
-test: $(STAMP)
+test: $(DEV_STAMP)
 	$(BIN)/python -m pytest
 
-test-fast: $(STAMP)
+test-fast: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m 'not gpu and not timing and not slow'
 
 # On a machine that does nothing else.
-timing: $(STAMP)
+timing: $(DEV_STAMP)
 	$(BIN)/python -m pytest -s -m timing tests/timing
 
-check: $(STAMP)
+check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(MAKE) docs
 	$(BIN)/python -m pytest
 
-format: $(STAMP)
+format: $(DEV_STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/python scripts/readme_tree.py --write
+	$(BIN)/python scripts/reference.py --write
+
+# The site in build/site; a warning is an error.
+docs: $(DEV_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # On a machine that has torch, diffusers and transformers, and nothing else of ours: no installation, no network. Under
 # 8 minutes, the most valuable numbers first, each on disk when it is found; then the GPU tests. One JSON comes back.
@@ -49,5 +57,9 @@ $(STAMP): pyproject.toml
 	    { echo 'make: Python 3.11 or newer is needed; name one with "make PYTHON=python3.12 ..."' >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -e /dev/nvidia0 || $(PIP) install 'torch==2.13.0' || true
+	$(PIP) install -e .
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
 	$(PIP) install -e '.[dev]'
 	touch $@

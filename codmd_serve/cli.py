@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
-from codmd_serve.commands import EXIT_BAD_INPUT, OneLineParser, print_error, run_command
+from codmd_serve.commands import EXIT_BAD_INPUT, OneLineParser, app_module, print_error, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.cpu import prepare_threads
@@ -275,14 +275,15 @@ def _page_loader(config: ServeConfig) -> Callable[[], Any]:
         import gradio
         from fastapi import FastAPI
 
-        from app.demo import build_page, page_options
         from codmd_serve.api.page import Page
+
+        demo = app_module("demo")
 
         # The page is a client like any other, so it needs an address that this machine reaches itself by.
         host = "127.0.0.1" if config.host in ANY_HOST else config.host
-        page = build_page(f"http://{_in_url(host)}:{config.port}")
+        page = demo.build_page(f"http://{_in_url(host)}:{config.port}")
         parent = FastAPI()
-        gradio.mount_gradio_app(parent, page, path="/", **page_options())
+        gradio.mount_gradio_app(parent, page, path="/", **demo.page_options())
         mounted: Any = parent.routes[-1]
         num_inputs = {number: len(each.inputs) for number, each in page.fns.items()}
 

@@ -15,7 +15,10 @@ class OptimizerConfig:
     """AdamW of student and critic.
 
     Attributes:
+        student_lr, critic_lr: learning rates.
         betas: published are (0.9, 0.999) and (0, 0.999); torch keeps the first moment for either.
+        eps: of AdamW.
+        weight_decay: of AdamW.
         clip_norm: largest gradient norm; None (null in JSON) switches clipping off.
         warmup_updates: linear warm-up of the learning rate, counted in each network's own updates.
     """
@@ -65,7 +68,13 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NativeConfig:
-    """The video a student is trained on: pixels, frames, frames per second."""
+    """The video a student is trained on.
+
+    Attributes:
+        height, width: pixels.
+        num_frames: frames, 4k + 1.
+        fps: frames per second.
+    """
 
     height: int
     width: int

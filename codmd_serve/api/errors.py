@@ -122,6 +122,9 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     for status in statuses:
         lines = [f"`{code}`: {text.partition(': ')[2]}" for code, text in CODES.items() if str(status) in text[:10]]
         found[status] = {"model": ErrorBody, "description": "; ".join(lines) or "refused"}
+        if status in (429, 503, 507):
+            text = "seconds after which to come back"
+            found[status]["headers"] = {"Retry-After": {"description": text, "schema": {"type": "string"}}}
     return found
 
 
