@@ -59,7 +59,7 @@ class JobDone:
 
 @dataclass(frozen=True, slots=True)
 class JobFailed:
-    """The job did not end well; a partial file of a killed worker may lie beside its path (files.leftovers).
+    """The job did not end well; a partial file of a killed worker may lie beside its path.
 
     Attributes:
         code: stable machine-readable word: out_of_memory, storage_full, worker_died, worker_hung, device_error,

@@ -251,6 +251,11 @@ class JobStore:
         with self.database.read() as connection:
             return set(connection.execute(select(results.c.name).where(results.c.name.in_(names))).scalars())
 
+    def has_results(self, result_ids: list[str]) -> set[str]:
+        """Which of these results are written down."""
+        with self.database.read() as connection:
+            return set(connection.execute(select(results.c.id).where(results.c.id.in_(result_ids))).scalars())
+
     def models(self) -> list[ServedModel]:
         """Bundles that dispatchers serve or have served, those with a live one first."""
         with self.database.read() as connection:

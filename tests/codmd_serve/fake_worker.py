@@ -32,6 +32,7 @@ from typing import Any
 
 from codmd_serve.config import GenerateParams, ModelFacts
 from codmd_serve.errors import CheckpointError, GenerationError
+from codmd_serve.files import TEMPORARY_PREFIX
 
 FACTS = ModelFacts(
     name="fake",
@@ -99,7 +100,7 @@ class FakeEngine:
         order, _, rest = params.prompt.partition(" ")
         on_progress("text", 1, 1)
         if order == "die" or (order == "die-once" and not Path(rest).exists()):
-            path.with_name(f".{path.name}.1.partial").write_bytes(b"half")
+            path.with_name(f"{TEMPORARY_PREFIX}1.partial").write_bytes(b"half")
             if rest:
                 Path(rest).touch()
             die()
