@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-fast check format gpu-report clean
+.PHONY: serve test test-fast faults check format gpu-report clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
@@ -14,7 +14,13 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not gpu and not slow'
+	$(BIN)/python -m pytest -m 'not gpu and not slow and not faults'
+
+# Real servers on loopback, killed, starved and overloaded; about an hour. FAULT_PERCENT=10 does a tenth of each count,
+# FAULTS='-k overload' a part of it. What it finds lies in build/faults, one file per test, and in docs/results.
+faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults tests/faults $(FAULTS)
+	$(BIN)/python scripts/reliability.py build/faults
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -19,6 +19,15 @@ from codmd_serve.jobs.states import Job
 KEEP_ALIVE_S = 15.0
 POLL_S = 1.0
 KIND_OF_STATUS = {"completed": "done", "expired": "done"}
+EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
 
 router = APIRouter()
 
@@ -101,7 +110,7 @@ async def get_video(job_id: str, request: Request) -> Response:
     "/jobs/{job_id}/events",
     response_class=Response,
     responses={
-        200: {"description": "Server-Sent Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"description": "Server-Sent Events", "content": {"text/event-stream": {"schema": EVENT}}},
         **refusals(401, 404),
     },
     summary="Follow a job",

@@ -114,7 +114,7 @@ async def create_video_sync(request: Request) -> Response:
     return await answer_video(backend, finished, request, headers)
 
 
-@router.get("/videos", responses=refusals(401, 422), summary="Your videos (OpenAI-style)")
+@router.get("/videos", responses=refusals(401, 404, 422), summary="Your videos (OpenAI-style)")
 async def list_videos(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
