@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-fast timing check format docs gpu-report clean
+.PHONY: serve test test-fast faults timing check format docs gpu-report clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
@@ -16,7 +16,13 @@ test: $(DEV_STAMP)
 	$(BIN)/python -m pytest
 
 test-fast: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m 'not gpu and not timing and not slow'
+	$(BIN)/python -m pytest -m 'not gpu and not timing and not slow and not faults'
+
+# Real servers on loopback, killed, starved and overloaded; about an hour. FAULT_PERCENT=10 does a tenth of each count,
+# FAULTS='-k overload' a part of it. What it finds lies in build/faults, one file per test, and in docs/results.
+faults: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m faults tests/faults $(FAULTS)
+	$(BIN)/python scripts/reliability.py build/faults
 
 # On a machine that does nothing else.
 timing: $(DEV_STAMP)

@@ -92,6 +92,7 @@ SERVE_FLAGS = (
     _serve_flag("result_hours", "hours that a video is kept after it was made or asked for again"),
     _serve_flag("result_max_mib", "size of all videos, beyond which the least used go; 0 is without a bound"),
     _serve_flag("lease_s", "seconds after which a machine that is not heard of loses its jobs to another"),
+    _serve_flag("unserved_hours", "hours that a job waits while no worker serves its bundle; 0 is for ever"),
     _serve_flag("api_keys", "file of API keys, one NAME and SHA-256 of the key a line; empty lets everybody in"),
     _serve_flag("key_share_percent", "percent of the queue that one API key may fill"),
     _serve_flag("key_jobs_per_minute", "jobs that one API key may send; 0 is without a bound"),

@@ -82,6 +82,7 @@ class ServeConfig:
     result_hours: int = 168
     result_max_mib: int = 20_480
     lease_s: int = 30
+    unserved_hours: int = 168
     api_keys: str = ""
     key_share_percent: int = 50
     key_jobs_per_minute: int = 60
@@ -107,6 +108,7 @@ class ServeConfig:
             "result_hours": (1, 876_000),
             "result_max_mib": (0, 2**40),
             "lease_s": (3, 86_400),
+            "unserved_hours": (0, 876_000),
             "key_share_percent": (1, 100),
             "key_jobs_per_minute": (0, 1_000_000),
             "max_connections": (16, 1_000_000),

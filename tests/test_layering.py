@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.jobs": (*PURE, "codmd_serve.files", "codmd_serve.jobs"),
     "codmd_serve.prompts": (),
     "codmd_serve.textfiles": ("codmd_serve.errors", "codmd_serve.files"),
-    "codmd_serve.video": PURE,
+    "codmd_serve.video": (*PURE, "codmd_serve.service_time"),
     "codmd_serve.webp": (),
     "codmd_serve.schedule": PURE,
     "codmd_serve.sampler": (*PURE, "codmd_serve.schedule"),

@@ -134,7 +134,7 @@ async def create_video_sync(request: Request) -> Response:
 
 
 @router.get(
-    "/videos", responses={200: {"model": VideoPage}, **refusals(401, 422)}, summary="Your videos (OpenAI-style)"
+    "/videos", responses={200: {"model": VideoPage}, **refusals(401, 404, 422)}, summary="Your videos (OpenAI-style)"
 )
 async def list_videos(
     request: Request,
