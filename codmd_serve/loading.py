@@ -9,17 +9,24 @@ from pathlib import Path
 import torch
 
 from codmd_serve import __version__
-from codmd_serve.config import ModelFacts
+from codmd_serve.config import LOSSY_ENGINES, ModelFacts
 from codmd_serve.denoise import choose_execution
 from codmd_serve.device import choose_device, choose_dtype
 from codmd_serve.engine import Engine
-from codmd_serve.errors import CheckpointError, CodmdError, GenerationError
+from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
 from codmd_serve.files import first_line
 from codmd_serve.verdicts import Verdicts
 from codmd_serve.video import find_ffmpeg
 from codmd_serve.wan.checkpoint import Bundle, load_bundle, native_attention_shape
 from codmd_serve.wan.fp8 import check_quantization, quantize_blocks
-from codmd_serve.wan.kernels import LOSSY, check_attention_name, choose_attention, installed_kernels
+from codmd_serve.wan.kernels import (
+    LOSSY,
+    AttentionShape,
+    ChosenAttention,
+    check_attention_name,
+    choose_attention,
+    installed_kernels,
+)
 from codmd_serve.wan.precision import choose_vae_dtype
 from codmd_serve.wan.preview import fit_preview
 from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder, fingerprint
@@ -36,6 +43,7 @@ def load_engine(
     *,
     attention: str = "auto",
     quantization: str = "none",
+    lossy: str = "none",
     execution: str = "auto",
     text_encoder: str = "auto",
     text_cache: str = "",
@@ -50,7 +58,8 @@ def load_engine(
         device: auto (cuda where there is one), cpu, cuda or cuda:N.
         dtype: auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float16.
         attention: auto (the fastest right one that is installed), or the name of a kernel.
-        quantization: none, or fp8 for 8-bit matrix products.
+        quantization: none, fp8 for 8-bit matrix products, or fp8-emulated.
+        lossy: none, or what a second, lossy engine beside the exact one has: fp8, sage, fp8+sage or fp8-emulated.
         execution: auto (what is fastest; eager on a CPU), eager, graph, compiled or compiled+graph.
         text_encoder: auto (gpu where its weights leave room, else offload), gpu, cpu or offload.
         text_cache, cache: folders for embeddings, and for what was measured, for the next load; empty keeps neither.
@@ -72,6 +81,7 @@ def load_engine(
     chosen_vae_dtype = choose_vae_dtype(vae_dtype, chosen_device)
     check_attention_name(attention, chosen_device)
     check_quantization(quantization, chosen_device, chosen_dtype)
+    _check_lossy(lossy, _lossy(quantization, attention), chosen_device, chosen_dtype)
     choose_text_encoder(text_encoder, chosen_device, 0, 0, 0)  # a wrong name shall not cost a load
     free_bytes = torch.cuda.mem_get_info(chosen_device)[0] if chosen_device.type == "cuda" else 0
     bundle = load_bundle(path, chosen_dtype, chosen_device, text_device="cpu")
@@ -83,9 +93,15 @@ def load_engine(
     chosen = choose_attention(attention, shape, chosen_device, chosen_dtype, verdicts)
     facts = replace(facts, attention=chosen.name, lossy=_lossy(quantization, attention))
     transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
-    if quantization == "fp8":
+    twin = None
+    if lossy != "none":
+        twin = _lossy_twin(lossy, transformer, chosen, shape)
+        facts = replace(facts, lossy_beside=lossy)
+    if quantization != "none":
         quantize_blocks(transformer)
-    engine = Engine(bundle, transformer, facts, execution=chosen_execution, verdicts=verdicts, embedder=embedder)
+    engine = Engine(
+        bundle, transformer, facts, execution=chosen_execution, verdicts=verdicts, embedder=embedder, lossy=twin
+    )
     _warm_up(engine, path, chosen_vae_dtype)
     engine.facts = replace(engine.facts, load_s=time.perf_counter() - start_s)
     return engine
@@ -107,7 +123,40 @@ def _warm_up(engine: Engine, path: Path, vae_dtype: torch.dtype) -> None:
 
 def _lossy(*names: str) -> str:
     """Return the names of the lossy settings, joined by `+`; empty when all are exact."""
-    return "+".join(name for name in names if name == "fp8" or name in LOSSY)
+    return "+".join(name for name in names if name.startswith("fp8") or name in LOSSY)
+
+
+def _check_lossy(name: str, of_main: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a second, lossy engine that cannot run, or one beside an engine that is lossy itself.
+
+    Raises:
+        ConfigError: says what would work.
+    """
+    if name not in LOSSY_ENGINES:
+        raise ConfigError(f"lossy must be one of {', '.join(LOSSY_ENGINES)}, got {name!r}")
+    if name == "none":
+        return
+    if of_main:
+        raise ConfigError(f"lossy {name} is for beside an exact engine, and this one has {of_main}: leave one out")
+    for part in name.split("+"):
+        if part in LOSSY:
+            check_attention_name(part, device)
+        else:
+            check_quantization(part, device, dtype)
+
+
+def _lossy_twin(
+    name: str, transformer: FewStepTransformer, exact: ChosenAttention, shape: AttentionShape
+) -> FewStepTransformer:
+    """Return a lossy network that shares the weights of the exact one, but for those that are quantized."""
+    parts = name.split("+")
+    attend = exact.attend
+    for kernel in (part for part in parts if part in LOSSY):
+        attend = choose_attention(kernel, shape, transformer.device, transformer.dtype).attend
+    twin = transformer.twin(attend)
+    if any(part.startswith("fp8") for part in parts):
+        quantize_blocks(twin)
+    return twin
 
 
 def _verdicts(cache: str, bundle: Bundle, facts: ModelFacts, asked: tuple[object, ...]) -> Verdicts:

@@ -42,6 +42,10 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype) -> None:
     # Before anything is recorded: libraries have chosen their kernels, and activations took what they take.
     needed_bytes = _peak_bytes(device) - resident_bytes
     engine.warm_loop(params)
+    fallbacks = [engine.loop.fallback, engine.transformer.problem, engine.decoder.problem]
+    if engine.lossy_loop is not None:
+        engine.denoised(replace(params, may_be_lossy=True))  # libraries choose kernels, and what is broken shows
+        fallbacks.append(engine.lossy_loop.fallback and f"lossy engine: {engine.lossy_loop.fallback}")
     max_video_px = _affordable_px(params, device, needed_bytes)
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="codmd-warm-") as folder:
@@ -50,7 +54,7 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype) -> None:
         engine.facts,
         execution=engine.loop.execution,
         vae_dtype=str(engine.decoder.dtype).removeprefix("torch."),
-        fallback="; ".join(filter(None, (engine.loop.fallback, engine.transformer.problem, engine.decoder.problem))),
+        fallback="; ".join(filter(None, fallbacks)),
         max_video_px=max_video_px,
         num_devices=torch.cuda.device_count() if device.type == "cuda" else 1,
         service_s=time.perf_counter() - start_s,
