@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-fast check format gpu-report clean
+.PHONY: serve test test-fast timing check format gpu-report clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
@@ -14,7 +14,11 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not gpu and not slow'
+	$(BIN)/python -m pytest -m 'not gpu and not timing and not slow'
+
+# On a machine that does nothing else.
+timing: $(STAMP)
+	$(BIN)/python -m pytest -s -m timing tests/timing
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -96,6 +96,8 @@ class DistillConfig:
     Attributes:
         recipe: name of the recipe that it started from.
         base: folder or hub id of the teacher's diffusers pipeline.
+        student_from, critic_from: weights that student and critic start from, in place of the base's: a bundle, or a
+            file or folder that `codmd-serve convert` reads.
         method: name of the distillation method.
         method_settings: settings of the method's family; in JSON they stand under the family's own key.
         batch_size: samples of one update, over all processes and micro-batches.
@@ -139,6 +141,8 @@ class DistillConfig:
     max_iterations: int
     student_every_iterations: int = 5
     critic_warmup_iterations: int = 0
+    student_from: str = ""
+    critic_from: str = ""
     guidance_scale: float
     negative_prompt: str = ""
     sampler: str = "sde"
@@ -187,6 +191,8 @@ class DistillConfig:
                 "expected 0 < score_sigma_min < score_sigma_max <= 1, "
                 f"got {self.score_sigma_min} and {self.score_sigma_max}"
             )
+        if self.critic_from and self.lora_critic_rank:
+            raise ConfigError("critic_from needs lora_critic_rank 0: a LoRA critic is the teacher with adapters")
         if self.teacher_dtype == "bf16" and self.precision == "fp32":
             raise ConfigError("teacher_dtype bf16 needs precision bf16: a bf16 teacher runs under autocast")
         self.method_settings.check(self)

@@ -275,7 +275,10 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     data = processes.on_all_ranks(lambda: cached_prompt_data(config, base, cache_dir, device))
     if processes.is_rank0:
         logger.info("trains on %s from=%s", data.report, config.prompts or "captions")
-    networks = build_networks(config, base, device, processes)
+    checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
+    # A checkpoint replaces what student and critic started from, which may be gone by now.
+    start = config if not checkpoints else replace(config, student_from="", critic_from="")
+    networks = build_networks(start, base, device, processes)
     if options.compiled:
         for network in networks.transformers():
             compile_blocks(network)
@@ -285,7 +288,6 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         latents = cached_teacher_latents(config, sampling, base, networks, data, shape, cache_dir, device, processes)
     trainer = Trainer(config, networks, data, shape, device, latents, processes)
     elapsed_s = 0.0
-    checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
     if checkpoints:
         elapsed_s = processes.on_all_ranks(lambda: _load_state(trainer, checkpoints[-1]))
     processes.on_rank0(lambda: _start_folder(options.out, config))
