@@ -63,9 +63,9 @@ def _serve_flag(name: str, help_text: str) -> Flag:
 MODEL_FLAGS = (
     _serve_flag("bundle", "folder of the student bundle"),
     _serve_flag("device", "auto, cpu, cuda or cuda:N"),
-    _serve_flag("dtype", "auto (bfloat16 on cuda, else float32), float32, bfloat16 or float16"),
+    _serve_flag("dtype", "auto (bfloat16 on cuda, on a cpu what is faster), float32, bfloat16 or float16"),
     _serve_flag("cache", "folder that keeps what was measured at load for the next one; empty measures every time"),
-    _serve_flag("vae_dtype", "auto (float16 on cuda where the activations fit, else float32), or a dtype"),
+    _serve_flag("vae_dtype", "auto (float16 on cuda where the activations fit, on a cpu what is faster), or a dtype"),
     _serve_flag("quantization", "none; fp8: 8-bit products, lossy, CUDA of capability 8.9; fp8-emulated, on a CPU"),
     _serve_flag("execution", "auto (what is fastest on the device), eager, graph, compiled or compiled+graph"),
     _serve_flag("text_encoder", "auto, gpu, cpu, or offload: on the cpu, lent to the device while it encodes"),

@@ -201,6 +201,7 @@ class ModelFacts:
         lossy: what makes another picture than the weights ask for, as `fp8+sage`; empty when nothing does.
         lossy_beside: the same of a second engine, which makes what `quality` high, medium or low asks for; empty when
             there is none.
+        threads: of torch on a CPU, which decide the order of its sums; 0 on a GPU.
     """
 
     name: str
@@ -225,3 +226,4 @@ class ModelFacts:
     num_devices: int = 1
     lossy: str = ""
     lossy_beside: str = ""
+    threads: int = 0

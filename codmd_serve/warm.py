@@ -15,28 +15,35 @@ import torch
 from torch import Tensor
 
 from codmd_serve.config import DEFAULT_CRF, GenerateParams
+from codmd_serve.device import multiplies_bfloat16
 from codmd_serve.engine import Engine
 from codmd_serve.errors import GenerationError
-from codmd_serve.wan.precision import fit_dtype
+from codmd_serve.verdicts import Verdicts
+from codmd_serve.wan.precision import fit_dtype, race_dtype
 
 MEMORY_SHARE = 0.9  # of what is free; the rest is for fragments, workspaces and the driver
 
 logger = logging.getLogger(__name__)
 
 
-def warm_engine(engine: Engine, vae_dtype: torch.dtype) -> None:
+def warm_engine(engine: Engine, vae_dtype: torch.dtype | None, verdicts: Verdicts | None = None) -> None:
     """Make the native video, so that the first request is fast, and record the findings in the facts.
 
     Args:
         engine: just made.
-        vae_dtype: of the VAE, where its activations fit; the engine's decoder says in `problem` where they do not.
+        vae_dtype: of the VAE, where its activations fit; the engine's decoder says in `problem` where they do not. None
+            is what a CPU is faster in.
+        verdicts: of earlier loads; None remembers nothing.
     """
     device = engine.transformer.device
     params = _native_params(engine)
     engine.embed(params.prompt)  # first, or an encoder that is lent to the device would be taken for activations
     resident_bytes = _allocated_bytes(device)
     x0_pred = engine.denoised(params)
-    fit_dtype(engine.decoder, vae_dtype, x0_pred)
+    if vae_dtype is not None:
+        fit_dtype(engine.decoder, vae_dtype, x0_pred)
+    elif multiplies_bfloat16(device):
+        race_dtype(engine.decoder, x0_pred, verdicts or Verdicts(None))
     _warm_decoder(engine, x0_pred)
     del x0_pred
     # Before anything is recorded: libraries have chosen their kernels, and activations took what they take.
@@ -56,6 +63,7 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype) -> None:
         vae_dtype=str(engine.decoder.dtype).removeprefix("torch."),
         fallback="; ".join(filter(None, fallbacks)),
         max_video_px=max_video_px,
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,
         num_devices=torch.cuda.device_count() if device.type == "cuda" else 1,
         service_s=time.perf_counter() - start_s,
     )

@@ -69,6 +69,19 @@ def test_quality_picks_the_engine_and_its_videos_are_kept_apart(serve: Serve) ->
         assert client.runner.ran == ran  # type: ignore[attr-defined]  # both were there already
 
 
+def test_a_video_of_another_precision_is_not_taken_for_this_one(serve: Serve) -> None:
+    with serve() as client:
+        runner: Any = client.runner  # type: ignore[attr-defined]
+        post(client, "a", seed=1)
+        runner.facts = replace(FACTS, dtype="bfloat16")
+        post(client, "a", seed=1)
+        post(client, "a", seed=1)
+        assert runner.ran == ["a", "a"]
+        runner.facts = FACTS
+        post(client, "a", seed=1)
+        assert runner.ran == ["a", "a"]
+
+
 def test_lossless_is_refused_where_nothing_is(serve: Serve) -> None:
     with serve() as client:
         client.runner.facts = replace(FACTS, lossy="fp8")  # type: ignore[attr-defined]
