@@ -63,10 +63,10 @@ def _serve_flag(name: str, help_text: str) -> Flag:
 MODEL_FLAGS = (
     _serve_flag("bundle", "folder of the student bundle"),
     _serve_flag("device", "auto, cpu, cuda or cuda:N"),
-    _serve_flag("dtype", "auto (bfloat16 on cuda, else float32), float32, bfloat16 or float16"),
+    _serve_flag("dtype", "auto (bfloat16 on cuda, on a cpu what is faster), float32, bfloat16 or float16"),
     _serve_flag("cache", "folder that keeps what was measured at load for the next one; empty measures every time"),
-    _serve_flag("vae_dtype", "auto (float16 on cuda where the activations fit, else float32), or a dtype"),
-    _serve_flag("quantization", "none, or fp8: 8-bit matrix products, lossy; CUDA of capability 8.9 or higher"),
+    _serve_flag("vae_dtype", "auto (float16 on cuda where the activations fit, on a cpu what is faster), or a dtype"),
+    _serve_flag("quantization", "none; fp8: 8-bit products, lossy, CUDA of capability 8.9; fp8-emulated, on a CPU"),
     _serve_flag("execution", "auto (what is fastest on the device), eager, graph, compiled or compiled+graph"),
     _serve_flag("text_encoder", "auto, gpu, cpu, or offload: on the cpu, lent to the device while it encodes"),
     _serve_flag("threads", "CPU threads; 0 is the cores that affinity and CPU quota leave to this process"),
@@ -79,6 +79,9 @@ SERVE_FLAGS = (
     *MODEL_FLAGS,
     _serve_flag("host", "address to listen on"),
     _serve_flag("port", "port to listen on"),
+    _serve_flag(
+        "lossy", "none, fp8, sage or fp8+sage: a lossy engine beside the exact one, for requests with a quality"
+    ),
     _serve_flag("workers", "worker processes: auto (one per GPU, one on a CPU), a number, or 0 for the API alone"),
     _serve_flag("spare_worker", "keep a process ready, imports done, to replace a worker that dies in seconds"),
     _serve_flag("overlap", "auto (on with a GPU), on or off: begin a job while the one before it is being encoded"),
@@ -341,7 +344,8 @@ def generate(options: argparse.Namespace) -> int:
     from codmd_serve.wan.checkpoint import silence_libraries
 
     silence_libraries()
-    engine = load_engine(Path(options.bundle), **{name: getattr(options, name) for name in ENGINE_SETTINGS})
+    settings = {name: getattr(options, name) for name in ENGINE_SETTINGS if name in vars(options)}
+    engine = load_engine(Path(options.bundle), **settings)
     params = to_params(body, engine.facts, max_pixels=sys.maxsize)
     with _ended_by_sigterm():
         result = _generate_with_bar(engine, params, output)

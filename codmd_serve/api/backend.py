@@ -276,7 +276,8 @@ class Backend:
         return job, is_new
 
     def content_key(self, model: ServedModel, params: Any) -> str:
-        return content_key(model.bundle, model.engine_key, params)
+        facts = model.facts if model.facts is not None and model.facts.dtype else None  # declared ones have none
+        return content_key(model.bundle, model.engine_key, params, facts)
 
     async def get(self, job_id: str, owner: str | None) -> Job | None:
         return await self.call(self.store.get, job_id, owner)

@@ -19,12 +19,13 @@ from codmd_serve.api.content import FILE_REQUEST, file_answers, header_docs, vid
 from codmd_serve.api.errors import describe_problem, refusals
 from codmd_serve.api.generate import SUBMIT_REQUEST, VIDEO, answer_video, server_timing, submit, wait_for_client
 from codmd_serve.api.jobs import find_job
-from codmd_serve.api.schemas import QUALITY_CRF, GenerateBody, error_of
+from codmd_serve.api.schemas import LOSSLESS, QUALITY_CRF, GenerateBody, error_of, qualities
 from codmd_serve.api.security import owner_of
 from codmd_serve.api.wire import DeletedVideo, ModelCard, ModelPage, VideoObject, VideoPage
 from codmd_serve.config import FORMATS
 from codmd_serve.errors import InvalidRequestError
 from codmd_serve.jobs.states import Job
+from codmd_serve.jobs.store import ServedModel
 
 # Fields of the wire form that are ours too, and those whose form numbers may be text because the body is a form.
 OWN = ("prompt", "model", "seed", "height", "width", "num_frames", "fps", "crf", "quality", "preview", "webhook_url")
@@ -43,7 +44,7 @@ BODY_SCHEMA = {
         "seconds": {"type": "string", "description": "length; rounded to what the model can make"},
         "format": {"type": "string", "enum": list(FORMATS)},
         **{name: {"type": "integer"} for name in ("seed", "height", "width", "num_frames", "fps", "crf")},
-        "quality": {"type": "string", "enum": list(QUALITY_CRF), "description": "instead of crf"},
+        "quality": {"type": "string", "enum": [LOSSLESS, *QUALITY_CRF], "description": "as for /generate"},
         "preview": {"type": "boolean", "description": "as for /generate"},
         "webhook_url": {"type": "string", "description": "as for /generate"},
         "n": {"type": "integer", "description": "only 1"},
@@ -77,20 +78,25 @@ router = APIRouter(prefix="/v1")
 async def list_models(request: Request) -> dict[str, Any]:
     """Names for `model`, the default first."""
     backend: Backend = request.app.state.backend
-    return {"object": "list", "data": [_model(model.name) for model in backend.models()]}
+    return {"object": "list", "data": [_model(model) for model in backend.models()]}
 
 
 @router.get("/models/{name}", responses={200: {"model": ModelCard}, **refusals(401, 404)}, summary="One model")
 async def get_model(name: str, request: Request) -> dict[str, Any]:
     """A model by its name."""
     backend: Backend = request.app.state.backend
-    if name not in [model.name for model in backend.models()]:
+    model = next((model for model in backend.models() if model.name == name), None)
+    if model is None:
         raise HTTPException(404, "no such model; /v1/models lists them")
-    return _model(name)
+    return _model(model)
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "codmd-serve"}
+def _model(model: ServedModel) -> dict[str, Any]:
+    described: dict[str, Any] = {"id": model.name, "object": "model", "created": 0, "owned_by": "codmd-serve"}
+    if model.facts is not None:
+        described["qualities"] = qualities(model.facts)
+        described["lossy"] = model.facts.lossy_beside or model.facts.lossy
+    return described
 
 
 @router.post(

@@ -170,7 +170,9 @@ def test_bodies_that_cannot_be_read_are_refused(client: TestClient, content: byt
 
 
 def test_a_model_is_found_by_its_name(client: TestClient) -> None:
-    assert client.get("/v1/models/fake").json()["id"] == "fake"
+    model = client.get("/v1/models/fake").json()
+    assert model["id"] == "fake" and model["lossy"] == ""
+    assert model["qualities"] == ["lossless", "high", "medium", "low"]
     refusal(client.get("/v1/models/sora-2"), 404, "not_found")
 
 
