@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-fast check format gpu-report clean
+.PHONY: serve test test-fast check format gpu-report vbench-env vbench-check clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
@@ -34,6 +34,18 @@ gpu-report:
 	mkdir -p build
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) -m codmd_serve.bench.gpu_report --out build/gpu-report.json --limit-s 330
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH timeout 120 $(GPU_PYTHON) -m pytest -m gpu tests/gpu -p no:cacheprovider || test $$? -eq 5
+
+# VBench pins an old transformers and numpy, so it lives apart. Some 6 GB, most of it the CUDA libraries of its torch.
+VBENCH_ENV := build/vbench-env
+vbench-env: $(VBENCH_ENV)/.installed
+$(VBENCH_ENV)/.installed: distill/evaluate/vbench/requirements.txt
+	test -x $(VBENCH_ENV)/bin/python || $(PYTHON) -m venv $(VBENCH_ENV)
+	$(VBENCH_ENV)/bin/python -m pip --disable-pip-version-check install -r $<
+	touch $@
+
+# temporal_flickering, the one dimension whose evaluator downloads nothing, scored by the real package.
+vbench-check: $(STAMP) vbench-env
+	$(BIN)/python -m pytest -m vbench tests/distill/evaluate/vbench
 
 clean:
 	rm -rf $(VENV)
