@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-fast faults timing check format docs gpu-report clean
+.PHONY: serve test test-fast faults timing check format docs gpu-report vbench-env vbench-check clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
@@ -16,7 +16,7 @@ test: $(DEV_STAMP)
 	$(BIN)/python -m pytest
 
 test-fast: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m 'not gpu and not timing and not slow and not faults'
+	$(BIN)/python -m pytest -m 'not gpu and not timing and not faults and not vbench and not slow'
 
 # Real servers on loopback, killed, starved and overloaded; about an hour. FAULT_PERCENT=10 does a tenth of each count,
 # FAULTS='-k overload' a part of it. What it finds lies in build/faults, one file per test, and in docs/results.
@@ -52,6 +52,18 @@ gpu-report:
 	mkdir -p build
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) -m codmd_serve.bench.gpu_report --out build/gpu-report.json --limit-s 330
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH timeout 120 $(GPU_PYTHON) -m pytest -m gpu tests/gpu -p no:cacheprovider || test $$? -eq 5
+
+# VBench pins an old transformers and numpy, so it lives apart. Some 6 GB, most of it the CUDA libraries of its torch.
+VBENCH_ENV := build/vbench-env
+vbench-env: $(VBENCH_ENV)/.installed
+$(VBENCH_ENV)/.installed: distill/evaluate/vbench/requirements.txt
+	test -x $(VBENCH_ENV)/bin/python || $(PYTHON) -m venv $(VBENCH_ENV)
+	$(VBENCH_ENV)/bin/python -m pip --disable-pip-version-check install -r $<
+	touch $@
+
+# temporal_flickering, the one dimension whose evaluator downloads nothing, scored by the real package.
+vbench-check: $(STAMP) vbench-env
+	$(BIN)/python -m pytest -m vbench tests/distill/evaluate/vbench
 
 clean:
 	rm -rf $(VENV)
