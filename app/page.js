@@ -147,6 +147,9 @@ async function loadModels() {
   }));
   if (!$("prompt").value && now.examples.length && !shown) $("prompt").value = now.examples[0];
   for (const name of ["width", "height", "num_frames", "fps"]) if (!$(name).value) $(name).value = now[name];
+  const quality = $("quality").value;
+  $("quality").replaceChildren(...now.qualities.map((name) => make("option", { value: name, textContent: name })));
+  $("quality").value = now.qualities.includes(quality) ? quality : now.qualities[0];
   const most = { width: now.max_side_px, height: now.max_side_px, num_frames: now.max_num_frames };
   for (const [name, value] of Object.entries(most)) $(name).max = value;
   $("width").step = $("height").step = $("width").min = $("height").min = now.size_multiple;

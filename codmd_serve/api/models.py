@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from codmd_serve.api.backend import Backend
 from codmd_serve.api.errors import refusals
-from codmd_serve.api.schemas import pixel_budget
+from codmd_serve.api.schemas import pixel_budget, qualities
 from codmd_serve.config import FORMATS
 from codmd_serve.jobs.store import ServedModel
 
@@ -42,6 +42,7 @@ class ModelBody(BaseModel):
     about: str = Field(description="what it can draw, as far as the bundle says so")
     examples: list[str] = Field(description="prompts that the bundle suggests")
     formats: list[str]
+    qualities: list[str]
 
 
 class ModelList(BaseModel):
@@ -70,4 +71,5 @@ def _body(model: ServedModel, max_pixels: int) -> ModelBody:
         guidance_scale=1.0 if model.teacher is None else model.teacher.guidance_scale,
         max_pixels=pixel_budget(facts, max_pixels),
         formats=list(FORMATS),
+        qualities=qualities(facts),
     )

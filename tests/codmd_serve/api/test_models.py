@@ -45,6 +45,7 @@ def test_models_tell_what_a_client_needs_to_ask_for_a_video(taught: Any) -> None
     )
     assert student["about"] == "It draws a ring." and student["examples"] == ["a ring", "two rings"]
     assert student["max_pixels"] == 4 * 64 * 64 * 17 and student["formats"] == ["mp4", "gif", "webp"]
+    assert student["qualities"] == ["lossless", "high", "medium", "low"]
     assert student["service_s"] == 2.5 and teacher["service_s"] == 40.0
     assert {"device": "cpu", "attention": "none", "execution": "eager", "is_ready": True}.items() <= student.items()
     assert answer.json()["version"]

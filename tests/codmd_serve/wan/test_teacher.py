@@ -35,7 +35,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(weights: Path) -> Engine:
-    return load_engine(weights / "shapeworld-codmd", "cpu", teacher=True)
+    return load_engine(weights / "shapeworld-codmd", "cpu", "float32", teacher=True)
 
 
 def params_of(engine: Engine, seed: int = 3, **changes: object) -> GenerateParams:
@@ -149,7 +149,7 @@ def test_an_engine_without_that_teacher_says_so(engine: Engine, tmp_path: Path) 
 
 
 def test_student_is_untouched_by_the_teacher_beside_it(engine: Engine, weights: Path, tmp_path: Path) -> None:
-    alone = load_engine(weights / "shapeworld-codmd", "cpu")
+    alone = load_engine(weights / "shapeworld-codmd", "cpu", "float32")
     assert alone.teacher is None and alone.facts.teacher is None
     params = params_of(engine, teacher="")
     engine.generate(params, tmp_path / "a.mp4")
