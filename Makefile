@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Each worker of the tests takes up to 2 GiB; tests of one file stay together, because they share servers and weights.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: serve test test-fast faults timing check format docs gpu-report vbench-env vbench-check clean
 
@@ -13,10 +16,10 @@ serve: $(STAMP)
 	$(BIN)/codmd-serve serve
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m 'not gpu and not timing and not faults and not vbench and not slow'
+	$(PYTEST) -m 'not gpu and not timing and not faults and not vbench and not slow'
 
 # Real servers on loopback, killed, starved and overloaded; about an hour. FAULT_PERCENT=10 does a tenth of each count,
 # FAULTS='-k overload' a part of it. What it finds lies in build/faults, one file per test, and in docs/results.
@@ -33,7 +36,7 @@ check: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) docs
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: $(DEV_STAMP)
 	$(BIN)/ruff format .
@@ -62,7 +65,7 @@ $(VBENCH_ENV)/.installed: distill/evaluate/vbench/requirements.txt
 	touch $@
 
 # temporal_flickering, the one dimension whose evaluator downloads nothing, scored by the real package.
-vbench-check: $(STAMP) vbench-env
+vbench-check: $(DEV_STAMP) vbench-env
 	$(BIN)/python -m pytest -m vbench tests/distill/evaluate/vbench
 
 clean:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,11 @@ def settings_page() -> str:
     """Return the page of the settings of a run."""
     from distill.config import RENAMED, RESUMABLE, DistillConfig, config_to_dict
     from distill.methods.registry import METHODS, recipe_config
-    from distill.settings import EmaConfig, NativeConfig, OptimizerConfig
 
     columns = [_flat(config_to_dict(recipe_config(*each))) for each in RECIPES]
     top = {name: text for name, text in described(DistillConfig).items() if name not in ("method_settings",)}
-    groups: dict[str, type] = {"optimizer": OptimizerConfig, "ema": EmaConfig, "native": NativeConfig}
+    hints = typing.get_type_hints(DistillConfig)
+    groups: dict[str, type] = {name: hints[name] for name in top if dataclasses.is_dataclass(hints[name])}
     keys = {name: text for name, text in top.items() if name not in groups}
     for group, kind in groups.items():
         keys |= {f"{group}.{name}": text for name, text in described(kind).items()}
