@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-fast check format gpu-report clean
+.PHONY: serve test test-fast check format clients gpu-report clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
@@ -26,6 +26,16 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/python scripts/readme_tree.py --write
+
+# Clients that are too heavy for the tests, each in an environment of its own (AIPerf: 1.2 GB). Writes docs/results/clients.md.
+CLIENTS := build/clients
+clients: $(STAMP) $(CLIENTS)/litellm/.1.110.2 $(CLIENTS)/aiperf/.0.13.0
+	$(BIN)/python tests/clients/stock_clients.py --environments $(CLIENTS)
+
+$(CLIENTS)/litellm/.% $(CLIENTS)/aiperf/.%:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q '$(notdir $(@D))==$*'
+	touch $@
 
 # On a machine that has torch, diffusers and transformers, and nothing else of ours: no installation, no network. Under
 # 8 minutes, the most valuable numbers first, each on disk when it is found; then the GPU tests. One JSON comes back.
