@@ -45,6 +45,7 @@ SLOW = (
     "codmd_serve/bench",
     "codmd_serve/test_cpu.py",
     "codmd_serve/test_load_memory.py",
+    "codmd_serve/test_models_cli.py",
     "codmd_serve/test_pool.py",
     "codmd_serve/test_server_process.py",
     "distill/evaluate/test_detect.py",
