@@ -147,18 +147,22 @@ def convert(source: Path, base: Path | None, output: Path, options: ConvertOptio
         "preview_map": preview_map_of_base(folder),
     }
     finished = StudentSpec(**spec)
-    try:
-        save_bundle(output, transformer, finished)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"bundle {output} cannot be written: {first_line(error)}; nothing was left there"
-        ) from error
+    _save(output, transformer, finished)
     return Converted(
         looks=FAMILIES[published.family].looks,
         num_tensors=len(published.weights),
         spec=finished,
         notes=_notes(published, sampling, scales),
     )
+
+
+def _save(output: Path, transformer: WanTransformer3DModel, spec: StudentSpec) -> None:
+    try:
+        save_bundle(output, transformer, spec)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"bundle {output} cannot be written: {first_line(error)}; nothing was left there"
+        ) from error
 
 
 def _guess_base(published: Published, source: Path) -> Path:
