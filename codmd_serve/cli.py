@@ -84,6 +84,9 @@ SERVE_FLAGS = (
     *MODEL_FLAGS,
     _serve_flag("host", "address to listen on"),
     _serve_flag("port", "port to listen on"),
+    _serve_flag(
+        "metrics_port", "port of `work` for Prometheus, on --host; 0 is none. `serve` has /metrics on its own port"
+    ),
     _serve_flag("workers", "worker processes: auto (one per GPU, one on a CPU), a number, or 0 for the API alone"),
     _serve_flag("spare_worker", "keep a process ready, imports done, to replace a worker that dies in seconds"),
     _serve_flag("overlap", "auto (on with a GPU), on or off: begin a job while the one before it is being encoded"),

@@ -208,6 +208,10 @@ class Backend:
             return "no worker is alive"
         return "" if models[0].is_ready else models[0].reason or "the model is loading"
 
+    def known_queue(self) -> tuple[int, int, float] | None:
+        """Return `queue`; None when the store did not answer when it was last asked."""
+        return None if self._store_error else self._queue
+
     @property
     def queue(self) -> tuple[int, int, float]:
         """Jobs that wait, jobs that run, seconds that the oldest waits; a second old at most."""
