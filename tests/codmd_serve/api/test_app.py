@@ -184,7 +184,7 @@ def test_metrics_count_jobs_and_hold_no_prompt(client: TestClient) -> None:
         'codmd_submissions_total{source="store"} 1.0',
         'codmd_stage_seconds_count{stage="denoise"} 1.0',
         "codmd_job_seconds_count 1.0",
-        "codmd_peak_memory_megabytes 12.5",
+        "codmd_job_peak_memory_bytes 1.31072e+07",
         "codmd_ready 1.0",
         "codmd_workers 1.0",
     ):
