@@ -1,4 +1,7 @@
-"""`codmd-distill eval shapebench`: arguments, order of arms, output files; imports nothing heavy until it runs."""
+"""`codmd-distill eval shapebench`: arguments, order of arms, output files; imports nothing heavy until it runs.
+
+`eval study` is in study/command.py.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import write_text
+from distill.evaluate.study.command import add_study_arguments, run_study
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +31,12 @@ SAMPLED_CAPTIONS = 4
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill eval`."""
-    parser.add_argument("suite", choices=("shapebench",), help="held-out ShapeWorld captions, scored from pixels")
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    _add_shapebench_arguments(suites.add_parser("shapebench", help="held-out ShapeWorld captions, scored from pixels"))
+    add_study_arguments(suites.add_parser("study", help="blind pairwise study with human raters"))
+
+
+def _add_shapebench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", default="weights/shapeworld", help="diffusers Wan pipeline folder")
     parser.add_argument("--student", dest="students", type=Path, action="append", default=[], help="bundle; repeatable")
     parser.add_argument("--num-captions", type=int, default=128, help="breadth suite (default 128)")
@@ -47,7 +56,19 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """Run `codmd-distill eval`; the same arguments print and write the same numbers.
+    """Run `codmd-distill eval`.
+
+    Returns:
+        0 when done.
+
+    Raises:
+        CodmdError: as the suite says.
+    """
+    return run_study(args) if args.suite == "study" else run_shapebench(args)
+
+
+def run_shapebench(args: argparse.Namespace) -> int:
+    """Run `codmd-distill eval shapebench`; the same arguments print and write the same numbers.
 
     Returns:
         0 when the report is written.
