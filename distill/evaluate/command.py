@@ -1,7 +1,4 @@
-"""`codmd-distill eval shapebench`: arguments, order of arms, output files; imports nothing heavy until it runs.
-
-`eval study` is in study/command.py.
-"""
+"""`codmd-distill eval`: its suites; arguments, arms and files of shapebench; imports nothing heavy until it runs."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import write_text
 from distill.evaluate.study.command import add_study_arguments, run_study
+from distill.evaluate.vbench.command import add_vbench_arguments, run_vbench
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,13 +28,21 @@ SAMPLED_CAPTIONS = 4
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `codmd-distill eval`."""
+    """Add the suites of `codmd-distill eval`, each with its own arguments."""
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
-    _add_shapebench_arguments(suites.add_parser("shapebench", help="held-out ShapeWorld captions, scored from pixels"))
-    add_study_arguments(suites.add_parser("study", help="blind pairwise study with human raters"))
+    for name, (summary, add_arguments, run) in SUITES.items():
+        suite = suites.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        add_arguments(suite)
+        suite.set_defaults(run_suite=run)
 
 
-def _add_shapebench_arguments(parser: argparse.ArgumentParser) -> None:
+def run_eval(args: argparse.Namespace) -> int:
+    """Run the chosen suite of `codmd-distill eval`; return its exit code."""
+    return int(args.run_suite(args))
+
+
+def add_shapebench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `codmd-distill eval shapebench`."""
     parser.add_argument("--teacher", default="weights/shapeworld", help="diffusers Wan pipeline folder")
     parser.add_argument("--student", dest="students", type=Path, action="append", default=[], help="bundle; repeatable")
     parser.add_argument("--num-captions", type=int, default=128, help="breadth suite (default 128)")
@@ -53,18 +59,6 @@ def _add_shapebench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=Path, metavar="PNG", help="write a contact sheet of every arm")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-
-
-def run_eval(args: argparse.Namespace) -> int:
-    """Run `codmd-distill eval`.
-
-    Returns:
-        0 when done.
-
-    Raises:
-        CodmdError: as the suite says.
-    """
-    return run_study(args) if args.suite == "study" else run_shapebench(args)
 
 
 def run_shapebench(args: argparse.Namespace) -> int:
@@ -263,3 +257,10 @@ def _write_report(
             contact_sheet([text for text, _ in strips], [clip for _, clip in strips]).save(args.samples)
     except OSError as error:
         raise ConfigError(f"the report cannot be written: {error}") from error
+
+
+SUITES: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "shapebench": ("score held-out ShapeWorld captions from pixels", add_shapebench_arguments, run_shapebench),
+    "study": ("run a blind pairwise study: make, serve, analyse", add_study_arguments, run_study),
+    "vbench": ("drive VBench: plan, generate, check, run, score, compare, curve", add_vbench_arguments, run_vbench),
+}
