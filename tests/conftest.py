@@ -41,6 +41,7 @@ WORDS = [
 
 # Files that start processes or train for seconds, below tests/; `make test-fast` leaves them out.
 SLOW = (
+    "browser",
     "clients",
     "codmd_serve/bench",
     "codmd_serve/test_cpu.py",
