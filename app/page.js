@@ -187,7 +187,8 @@ function problem(name) {
   if (name === "fps") return value <= 120 ? "" : "At most 120 frames per second.";
   if (!now) return "";
   if (name === "num_frames") {
-    const most = Math.min(now.max_num_frames, Math.floor(now.max_pixels / ($("width").value * $("height").value)) || Infinity);
+    const affordable = Math.floor(now.max_pixels / ($("width").value * $("height").value)) || Infinity;
+    const most = now.frame_multiple * Math.floor((Math.min(now.max_num_frames, affordable) - 1) / now.frame_multiple) + 1;
     if ((value - 1) % now.frame_multiple === 0 && value <= most) return "";
     const nearest = now.frame_multiple * Math.round((Math.min(value, most) - 1) / now.frame_multiple) + 1;
     return `Frames must be ${now.frame_multiple}k + 1 and at this size up to ${most}; ${Math.max(1, Math.min(nearest, most))} would do.`;
@@ -296,8 +297,14 @@ function begin() {
   $("form").onsubmit = (event) => { event.preventDefault(); run(false); };
   $("compare").onclick = () => run(true);
   $("prompt").onkeydown = (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); run(false); } };
-  $("new-seed").onchange = () => { $("seed").disabled = $("new-seed").checked; check("seed"); if (!$("new-seed").checked) $("seed").focus(); };
-  for (const name of FIELDS) $(name).addEventListener("change", () => check(name));
+  $("new-seed").onchange = () => {
+    $("seed").disabled = $("new-seed").checked;
+    if ($("new-seed").checked) mark("seed", "");
+    else $("seed").focus();
+  };
+  // What was wrong is judged again while it is mended. Nothing is marked before it is sent: a sentence that appears
+  // while a button is pressed would move the button away.
+  for (const name of FIELDS) $(name).addEventListener("input", () => $(name).hasAttribute("aria-invalid") && check(name));
   addEventListener("pagehide", leave);
   addEventListener("pageshow", (event) => { if (event.persisted) followAll(); });
   loadModels().then(() => { if (!$("prompt").value) $("prompt").focus({ preventScroll: true }); });
