@@ -11,6 +11,7 @@ from typing import Any
 from reference_commands import escape, table
 
 ROOT = Path(__file__).resolve().parent.parent
+METHOD_GROUP = "method_settings"
 RECIPES = (("shapeworld", "codmd"), ("wan_1_3b", "codmd"), ("wan_14b", "codmd"))
 # Names in log.jsonl and on TensorBoard; a test trains and compares.
 LOG_KEYS = {
@@ -86,10 +87,10 @@ def settings_page() -> str:
     from distill.methods.registry import METHODS, recipe_config
 
     columns = [_flat(config_to_dict(recipe_config(*each))) for each in RECIPES]
-    top = {name: text for name, text in described(DistillConfig).items() if name not in ("method_settings",)}
-    hints = typing.get_type_hints(DistillConfig)
-    groups: dict[str, type] = {name: hints[name] for name in top if dataclasses.is_dataclass(hints[name])}
-    keys = {name: text for name, text in top.items() if name not in groups}
+    kinds = typing.get_type_hints(DistillConfig)
+    groups = {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind) and name != METHOD_GROUP}
+    top = described(DistillConfig)
+    keys = {name: text for name, text in top.items() if name not in groups and name != METHOD_GROUP}
     for group, kind in groups.items():
         keys |= {f"{group}.{name}": text for name, text in described(kind).items()}
     lines = ["# Settings of a training run", ""]

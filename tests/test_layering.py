@@ -275,6 +275,13 @@ def test_app_is_an_http_client(module: str, path: Path) -> None:
         assert not within(name, PACKAGES), f"{module} must not import {name}; siblings are imported as `from .name`"
 
 
+@pytest.mark.parametrize("package", ["codmd_serve", "distill"])
+def test_pages_are_imported_by_app_module_only(package: str) -> None:
+    for module, path in modules(package):
+        named = [name for name in imports(path) if within(name, ("app",))]
+        assert named == [], f"{module}: a wheel has no package app; call codmd_serve.commands.app_module"
+
+
 @pytest.mark.parametrize("module", PURE)
 def test_the_bottom_layer_needs_the_standard_library_only(module: str) -> None:
     path = ROOT / (module.replace(".", "/") + ".py")
