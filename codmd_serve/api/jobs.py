@@ -19,6 +19,15 @@ from codmd_serve.jobs.states import Job
 KEEP_ALIVE_S = 15.0
 POLL_S = 1.0
 KIND_OF_STATUS = {"completed": "done", "expired": "done"}
+EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
 
 router = APIRouter()
 
@@ -38,7 +47,7 @@ async def find_job(backend: Backend, job_id: str, request: Request) -> Job:
 async def describe(backend: Backend, job: Job) -> JobBody:
     """The public view of a job at this moment."""
     position, eta_s = await backend.position(job)
-    return job_body(job, backend.hub.known(job.id), position, eta_s)
+    return job_body(job, backend.hub.known(job.id), position, eta_s, backend.waiting_for(job))
 
 
 @router.get("/jobs", responses=refusals(401, 422), summary="Your jobs, newest first")
@@ -97,7 +106,7 @@ async def get_video(job_id: str, request: Request) -> Response:
     "/jobs/{job_id}/events",
     response_class=Response,
     responses={
-        200: {"description": "Server-Sent Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"description": "Server-Sent Events", "content": {"text/event-stream": {"schema": EVENT}}},
         **refusals(401, 404),
     },
     summary="Follow a job",
@@ -135,7 +144,9 @@ async def event_stream(backend: Backend, job: Job, last_event_id: str = "") -> A
             data: dict[str, Any] = {"status": job.status}
             if job.status == "queued":
                 position, eta_s = await backend.position(job)
-                channel.add("queued", {"position": position, "eta_s": eta_s, "attempt": job.attempts})
+                waiting_for = backend.waiting_for(job)
+                queued = {"position": position, "eta_s": eta_s, "attempt": job.attempts}
+                channel.add("queued", queued | ({"waiting_for": waiting_for} if waiting_for else {}))
             elif job.status == "running" and not any(event.kind == "started" for event in channel.events):
                 channel.add("started", {"attempt": job.attempts})
             elif job.is_final:

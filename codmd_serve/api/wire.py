@@ -60,6 +60,8 @@ class ModelCard(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    qualities: list[str] | None = Field(None, description="words for `quality` that it takes; absent until it is known")
+    lossy: str | None = Field(None, description="the lossy engine, alone or beside the exact one; empty without one")
 
 
 class ModelPage(BaseModel):
