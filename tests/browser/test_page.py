@@ -201,6 +201,7 @@ def test_what_is_wrong_is_said_beside_its_field_and_not_sent(form: Any, name: st
 def form(server: Any, browser: Any) -> Any:
     """One page for all wrong fields; `posted` are the jobs that it sent."""
     page = browser.new_page()
+    page.set_default_timeout(1000 * DEADLINE_S)
     page.posted = []
     page.on("request", lambda request: page.posted.append(request.url) if request.method == "POST" else None)
     page.goto(server.url)
