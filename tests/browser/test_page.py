@@ -43,14 +43,15 @@ CONTRASTS = """() => {
     const found = [];
     for (const element of document.querySelectorAll('.codmd *')) {
         const isText = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-        if (!(isText || element.matches('input, textarea, select')) || !element.checkVisibility()) continue;
+        const isField = element.matches('input:not([type=checkbox]), textarea, select');
+        if (!(isText || isField) || !element.checkVisibility()) continue;
         if (element.closest('.frame, .unseen')) continue;  // on a dark picture in both themes
         const style = getComputedStyle(element), size = parseFloat(style.fontSize);
         const isLarge = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
         const pair = [luminance(colour(style.color)), luminance(behind(element))].sort((a, b) => b - a);
         const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
         const text = element.textContent.slice(0, 30);
-        if (ratio < (isLarge ? 3 : 4.5)) found.push([ratio, element.tagName, element.className, text]);
+        if (ratio < (isLarge ? 3 : 4.5)) found.push([ratio, element.tagName, element.id, element.className, text]);
     }
     return found;
 }"""
