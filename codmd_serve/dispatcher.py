@@ -317,7 +317,7 @@ class Dispatcher:
         self.wake()
 
     async def _finish(self, job: Job, finished: Finished) -> bool:
-        is_written = await self._persist(lambda: self.leases.finish(job.id, finished))
+        is_written = await self._persist(lambda: self.leases.finish(job.id, finished, self.runner.facts))
         if is_written:
             self._concluded(job, finished)
         else:

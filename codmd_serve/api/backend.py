@@ -239,6 +239,10 @@ class Backend:
         """Jobs that wait for a bundle that no live worker serves; a second old at most."""
         return self._num_unserved
 
+    def known_queue(self) -> tuple[int, int, float] | None:
+        """Return `queue`; None when the store did not answer when it was last asked."""
+        return None if self._store_error else self._queue
+
     @property
     def queue(self) -> tuple[int, int, float]:
         """Jobs that wait, jobs that run, seconds that the oldest waits; a second old at most."""
@@ -276,7 +280,8 @@ class Backend:
         return job, is_new
 
     def content_key(self, model: ServedModel, params: Any) -> str:
-        return content_key(model.bundle, model.engine_key, params)
+        facts = model.facts if model.facts is not None and model.facts.dtype else None  # declared ones have none
+        return content_key(model.bundle, model.engine_key, params, facts)
 
     async def get(self, job_id: str, owner: str | None) -> Job | None:
         return await self.call(self.store.get, job_id, owner)

@@ -126,6 +126,9 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     for status in statuses:
         lines = [f"`{code}`: {text.partition(': ')[2]}" for code, text in CODES.items() if str(status) in text[:10]]
         found[status] = {"model": ErrorBody, "description": "; ".join(lines) or "refused"}
+        if status in (429, 503, 507):
+            text = "seconds after which to come back"
+            found[status]["headers"] = {"Retry-After": {"description": text, "schema": {"type": "string"}}}
     return found
 
 
@@ -137,7 +140,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-async def on_codmd_error(_: Request, error: Exception) -> Response:
+async def on_codmd_error(request: Request, error: Exception) -> Response:
     """The answer to an error that was raised on purpose."""
     status = next(STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR)
     code = getattr(error, "code", None)
@@ -149,6 +152,7 @@ async def on_codmd_error(_: Request, error: Exception) -> Response:
         logger.error("%s", error)
         message = "no room to keep a video or a job" if status == 507 else "the job store cannot be used at the moment"
     answer = error_response(status, message, code=code, field=getattr(error, "field", None))
+    request.app.state.metrics.refused(code or CODE_OF_STATUS.get(status, "internal_error"))
     if isinstance(error, QueueFullError):
         answer.headers["Retry-After"] = str(error.retry_after_s)
     for name, value in getattr(error, "headers", {}).items():

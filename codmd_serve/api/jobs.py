@@ -9,7 +9,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from codmd_serve.api.backend import Backend
-from codmd_serve.api.content import CONTENT, video_response
+from codmd_serve.api.content import FILE_REQUEST, file_answers, parameter_docs, video_response
 from codmd_serve.api.errors import refusals
 from codmd_serve.api.schemas import JobBody, JobList, error_of, job_body
 from codmd_serve.api.security import owner_of
@@ -91,13 +91,9 @@ async def cancel_job(job_id: str, request: Request) -> JobBody:
 @router.get(
     "/jobs/{job_id}/video",
     response_class=Response,
-    responses={
-        200: {"content": CONTENT},
-        206: {"description": "the part that Range asked for"},
-        304: {"description": "the ETag of If-None-Match still holds"},
-        **refusals(401, 404, 409, 410, 416),
-    },
+    responses={**file_answers(X_Seed="the seed that makes this video again"), **refusals(401, 404, 409, 410, 416)},
     summary="The video of a finished job",
+    openapi_extra=FILE_REQUEST,
 )
 async def get_video(job_id: str, request: Request) -> Response:
     """The bytes; Range, ETag and If-None-Match are obeyed."""
@@ -114,11 +110,20 @@ async def get_video(job_id: str, request: Request) -> Response:
         **refusals(401, 404),
     },
     summary="Follow a job",
+    openapi_extra=parameter_docs(Last_Event_ID="the `id` of the last event that was seen; what came after it is sent"),
 )
 async def get_events(job_id: str, request: Request) -> Response:
-    """queued (position, eta_s), started, text, step (of num_steps, preview), decoding (frames), and how it ended.
+    """Server-Sent Events; `data` is a JSON object.
 
-    A client that reconnects with `Last-Event-ID` gets what it missed, as far as that is kept.
+    - `queued`: position, eta_s, attempt
+    - `started`: attempt
+    - `text`: the prompt is being embedded: done, total, progress
+    - `step`: step, num_steps, progress, and preview, a data URL, where the request said `"preview": true`
+    - `decoding`, `encoding`: frames, num_frames, progress
+    - `done`, `failed`, `cancelled`: status, and error (code, message) of a job that failed; the stream ends
+
+    A client that reconnects with `Last-Event-ID` gets what it missed, as far as that is kept. A comment line comes
+    every 15 seconds.
     """
     backend: Backend = request.app.state.backend
     job = await find_job(backend, job_id, request)

@@ -103,6 +103,17 @@ def test_workers_share_the_cores(run: Run, tmp_path: Path, workers: str, threads
     run(story, workers=workers)
 
 
+def test_what_the_first_worker_chose_by_measuring_holds_for_all_later_ones(run: Run, tmp_path: Path) -> None:
+    async def story(harness: PoolHarness) -> None:
+        await harness.until(lambda: harness.pool.num_workers == 2)
+        assert isinstance(await harness.submit("die").outcome(), JobFailed)
+        await harness.until(lambda: len(harness.starts) == 3)
+        dtypes = [line.split()[2] for line in (tmp_path / "starts").read_text().splitlines()]
+        assert dtypes == ["auto", "float32", "float32"]
+
+    run(story, workers="2")
+
+
 def test_with_overlap_three_jobs_are_in_flight_on_one_worker(run: Run) -> None:
     async def story(harness: PoolHarness) -> None:
         jobs = [harness.submit(f"tail {harness.gate('encoded')}"), harness.submit(f"wait {harness.gate()}")]
