@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from codmd_serve.bench.mlperf import mlperf_line
 from codmd_serve.bench.units import count, duration, percent, rate, size
 
 Row = dict[str, Any]
@@ -141,6 +142,7 @@ def serving_lines(row: Row) -> list[str]:
         f"- {row['request']['text']}; load average before {load['before']:.1f}, up to {load['highest']:.1f}, "
         f"on {row['machine']['cores']} cores.",
         *own,
+        *(mlperf_line(name, entry) for name, entry in row.get("mlperf", {}).items()),
         f"- {overlap['num_jobs']} queued requests: overlapped {ratio['median']:.2f}x as quick as one after the other "
         f"({ratio['q25']:.2f} to {ratio['q75']:.2f}, {_counted(ratio['count'], 'block')} in turns)"
         + (BUSY_OVERLAP if row["machine"]["is_busy"] else "."),
