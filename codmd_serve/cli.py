@@ -20,12 +20,14 @@ from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
+from codmd_serve.caches import prepare_caches
 from codmd_serve.commands import EXIT_BAD_INPUT, OneLineParser, print_error, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.cpu import prepare_threads
 from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
 from codmd_serve.files import check_name
+from codmd_serve.lean_imports import import_lean
 from codmd_serve.textfiles import shown
 from codmd_serve.video import check_encoder, find_ffmpeg, format_of
 
@@ -137,6 +139,7 @@ def _run(words: list[str]) -> int:
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     prepare_threads(os.environ, getattr(options, "threads", 0))  # before torch is imported
+    prepare_caches(os.environ, getattr(options, "cache", ""))
     if options.command == "bench":
         with _ended_by_sigterm():
             return run_bench(options, words)
@@ -338,6 +341,7 @@ def generate(options: argparse.Namespace) -> int:
         field = str(problem["loc"][0])
         raise InvalidRequestError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", field) from None
     check_encoder(find_ffmpeg())
+    import_lean("codmd_serve.loading")
     from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 

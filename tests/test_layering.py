@@ -95,7 +95,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *WAN,
     ),
     "codmd_serve.messages": PURE,
+    "codmd_serve.caches": (),
     "codmd_serve.cpu": (),
+    "codmd_serve.lean_imports": (),
     "codmd_serve.service_time": PURE,
     "codmd_serve.worker_process": (*PURE, "codmd_serve.messages"),
     "codmd_serve.worker_slot": (
@@ -108,7 +110,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "codmd_serve.worker": (
         *PURE,
+        "codmd_serve.caches",
         "codmd_serve.cpu",
+        "codmd_serve.lean_imports",
         "codmd_serve.messages",
         "codmd_serve.engine",
         "codmd_serve.loading",

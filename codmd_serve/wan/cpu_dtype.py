@@ -4,13 +4,14 @@ bfloat16 pays where the processor multiplies it (AVX512-BF16, AMX), and only for
 step may differ from float32 by at most MAX_STEP_ERROR.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from codmd_serve.verdicts import Verdicts
 from codmd_serve.wan.transformer import FewStepTransformer
@@ -84,14 +85,15 @@ def _step(
     embeds: Tensor,
 ) -> Callable[[], Tensor]:
     """Return a function that runs the last step of a copy of the first blocks in `dtype`."""
-    with torch.device("meta"):
-        part = WanTransformer3DModel.from_config(
-            {**source.config, "num_layers": min(NUM_RACED_BLOCKS, source.config.num_layers)}
-        )
-    weights = source.state_dict()
-    copied = {name: weights[name].to(dtype, copy=True) for name in part.state_dict()}
-    part.load_state_dict(copied, assign=True)
-    part.rope = source.rope  # its tables are no weights, and still on the meta device
+    # By hand: from_config would draw weights, and compute rotary tables that are there already.
+    part = copy.copy(source)
+    parts = {name: copy.deepcopy(child) for name, child in source.named_children() if name not in ("rope", "blocks")}
+    parts["blocks"] = nn.ModuleList(copy.deepcopy(block) for block in source.blocks[:NUM_RACED_BLOCKS])
+    part._modules = {name: child.to(dtype) for name, child in parts.items()} | {"rope": source.rope}
+    part._parameters = {
+        name: nn.Parameter(values.detach().to(dtype, copy=True), requires_grad=False)
+        for name, values in source.named_parameters(recurse=False)
+    }
     network = FewStepTransformer(part, timesteps[-1:])
     prompt = network.encode_prompt(embeds)
 
