@@ -56,6 +56,7 @@ class ServeConfig:
     bundle: str = field(default_factory=lambda: str(default_bundle_path()))
     host: str = "127.0.0.1"
     port: int = 8000
+    metrics_port: int = 0
     device: str = "auto"
     dtype: str = "auto"
     vae_dtype: str = "auto"
@@ -86,6 +87,7 @@ class ServeConfig:
     result_hours: int = 168
     result_max_mib: int = 20_480
     lease_s: int = 30
+    unserved_hours: int = 168
     api_keys: str = ""
     key_share_percent: int = 50
     key_jobs_per_minute: int = 60
@@ -99,6 +101,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         ranges = {
             "port": (1, 65535),
+            "metrics_port": (0, 65535),
             "queue_size": (1, 10_000),
             "max_pixels": (0, 2**40),
             "max_body_bytes": (1024, 2**30),
@@ -111,6 +114,7 @@ class ServeConfig:
             "result_hours": (1, 876_000),
             "result_max_mib": (0, 2**40),
             "lease_s": (3, 86_400),
+            "unserved_hours": (0, 876_000),
             "key_share_percent": (1, 100),
             "key_jobs_per_minute": (0, 1_000_000),
             "max_connections": (16, 1_000_000),

@@ -242,6 +242,8 @@ class WorkerPool:
         if isinstance(message, Started | Progress):
             if isinstance(message, Started):
                 entry.started_s = now_s
+            elif message.stage in ("decode", "encode") and message.done >= message.total:
+                entry.is_encoding = True
             try:
                 entry.on_event(message)
             except Exception:  # the caller's own fault: neither the job nor the worker shall pay for it

@@ -59,6 +59,7 @@ STATUS_OF_CODE = {
     "storage_full": 507,
     "cancelled": 409,
     "server_stopped": 503,
+    "not_served": 503,
 }
 # Every code that an answer or a job may carry, for /docs and docs/.
 CODES = {
@@ -90,7 +91,10 @@ CODES = {
     "worker_died": "500: the worker died on every attempt of this job",
     "worker_hung": "500: the worker made no progress on any attempt of this job",
     "worker_lost": "500: the machine that ran the job was not heard of again, on every attempt",
+    "not_served": "503: no worker of its bundle was there for `--unserved-hours`",
     "worker_fatal": "500: the model cannot be loaded",
+    "non_finite": "500: the network or the VAE gave values that are not finite",
+    "wrong_vae": "500: the bundle's VAE makes frames of another size than it says",
     "encode_failed": "500: ffmpeg could not encode the video",
     "encoder_hung": "500: ffmpeg made no progress",
     "encoder_missing": "500: the server has no ffmpeg that works",
@@ -122,6 +126,9 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     for status in statuses:
         lines = [f"`{code}`: {text.partition(': ')[2]}" for code, text in CODES.items() if str(status) in text[:10]]
         found[status] = {"model": ErrorBody, "description": "; ".join(lines) or "refused"}
+        if status in (429, 503, 507):
+            text = "seconds after which to come back"
+            found[status]["headers"] = {"Retry-After": {"description": text, "schema": {"type": "string"}}}
     return found
 
 
@@ -133,7 +140,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-async def on_codmd_error(_: Request, error: Exception) -> Response:
+async def on_codmd_error(request: Request, error: Exception) -> Response:
     """The answer to an error that was raised on purpose."""
     status = next(STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR)
     code = getattr(error, "code", None)
@@ -145,6 +152,7 @@ async def on_codmd_error(_: Request, error: Exception) -> Response:
         logger.error("%s", error)
         message = "no room to keep a video or a job" if status == 507 else "the job store cannot be used at the moment"
     answer = error_response(status, message, code=code, field=getattr(error, "field", None))
+    request.app.state.metrics.refused(code or CODE_OF_STATUS.get(status, "internal_error"))
     if isinstance(error, QueueFullError):
         answer.headers["Retry-After"] = str(error.retry_after_s)
     for name, value in getattr(error, "headers", {}).items():

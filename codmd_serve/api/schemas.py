@@ -89,6 +89,7 @@ class JobBody(BaseModel):
     stage: str = Field(description="text, denoise, decode or encode; empty before it starts")
     position: int | None = Field(description="jobs that wait before this one; null unless it is queued")
     eta_s: float | None = Field(description="seconds until it is done, as far as that is known")
+    waiting_for: str | None = Field(description="what is missing beside its turn, as a worker that serves its bundle")
     model: str
     seed: int
     params: dict[str, Any]
@@ -123,16 +124,20 @@ class HealthBody(BaseModel):
     num_running: int
     num_workers: int
     num_worker_restarts: int
+    num_unserved: int = Field(description="jobs that wait for a bundle that no live worker serves")
     version: str
 
 
-def job_body(job: Job, channel: Channel | None, position: int, eta_s: float | None) -> JobBody:
+def job_body(
+    job: Job, channel: Channel | None, position: int, eta_s: float | None, waiting_for: str | None = None
+) -> JobBody:
     """The public view of a job; where its video lies stays private.
 
     Args:
         job: as the store has it.
         channel: what is heard of it while it runs; None when nothing is.
         position, eta_s: of Backend.position.
+        waiting_for: of Backend.waiting_for.
     """
     is_running = job.status == "running" and channel is not None
     progress = 1.0 if job.status in ("completed", "expired") else channel.progress if is_running and channel else 0.0
@@ -145,6 +150,7 @@ def job_body(job: Job, channel: Channel | None, position: int, eta_s: float | No
         stage=channel.stage if is_running and channel else "",
         position=position if job.status == "queued" else None,
         eta_s=eta_s,
+        waiting_for=waiting_for,
         model=job.model,
         seed=job.params.seed,
         params={name: getattr(job.params, name) for name in GenerateParams.__slots__},

@@ -193,9 +193,13 @@ class Leases:
         return self._give_back_all(owner or self.owner, "the server was stopped", "server_stopped", is_charged=False)
 
     def forget_dispatcher(self, owner: str) -> None:
-        """Take a dispatcher out of the list, unless it is all that knows this bundle's facts."""
+        """Take a dispatcher out of the list, unless it is all that knows this bundle's facts.
+
+        The time of its end stays: it says since when nobody serves the bundle.
+        """
         with self.database.write() as connection:
-            connection.execute(dispatchers.update().where(dispatchers.c.id == owner).values(alive_until=0.0))
+            ended = dispatchers.update().where(dispatchers.c.id == owner, dispatchers.c.alive_until > 0.0)
+            connection.execute(ended.values(alive_until=self.database.now(connection) - 0.001))
             newest = (
                 select(dispatchers.c.id)
                 .where(dispatchers.c.bundle == self.bundle, dispatchers.c.facts != "")

@@ -1,5 +1,6 @@
 """What the classes of the job store share: reading rows as jobs, and the one compare-and-set of a job's status."""
 
+import functools
 import hashlib
 import json
 from typing import Any
@@ -17,6 +18,7 @@ CHANGED_CHANNEL = "codmd_changed"  # {"id", "status"}: a job has a new status, o
 PROGRESS_CHANNEL = "codmd_progress"  # an event of a running job
 
 
+@functools.cache
 def select_jobs() -> Select[Any]:
     """Jobs that their owner has not deleted, with their results."""
     joined = jobs.outerjoin(results, jobs.c.result_id == results.c.id)

@@ -1,4 +1,9 @@
-"""Reads, loads and writes student bundles; knows nothing of requests or training."""
+"""Reads, loads and writes student bundles; knows nothing of requests or training.
+
+BUNDLE/student.json     how to sample the student, and where it came from
+BUNDLE/transformer/     config.json and safetensors of a WanTransformer3DModel, in diffusers' layout
+BUNDLE/world.json       grammar of the captions it knows; only bundles of a world have it
+"""
 
 import json
 import math

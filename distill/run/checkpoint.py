@@ -4,6 +4,8 @@ RUN/config.json                    the resolved DistillConfig
 RUN/log.jsonl, curves.png          means of all metrics, and their plot (trainer.py, curves.py)
 RUN/tensorboard/                   the same, and the previews
 RUN/previews/                      pictures of the EMA student (previews.py)
+RUN/start/                         the run of the regressed start, where `start.updates` asks for one
+RUN/cache/                         embeddings of the prompts, unless --cache says otherwise
 RUN/checkpoints/step-00000200/     state.pt after 200 iterations, complete or absent
 RUN/bundle/                        the student, once the run has ended
 RUN/pipeline/                      the same as a complete diffusers folder, where the stock pipeline can sample it

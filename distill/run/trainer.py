@@ -68,6 +68,7 @@ class RunOptions:
         compiled: torch.compile the blocks of all networks.
         preview_every_iterations: between two pictures of the EMA student, the last of which comes at the end; 0 makes
             none.
+        has_pipeline: whether the run ends with a folder for diffusers beside the bundle.
     """
 
     out: Path
@@ -76,6 +77,7 @@ class RunOptions:
     cache_dir: Path | None = None
     compiled: bool = False
     preview_every_iterations: int = 200
+    has_pipeline: bool = True
     processes: Processes = SINGLE_PROCESS
 
 
@@ -175,12 +177,15 @@ class Trainer:
         )
 
     def _load(self, role: str, positions: range) -> Batch:
-        config = self.config
-        indices = batch_indices(self.iteration, self.data.num_prompts, config.batch_size, config.seed)
+        config, latents = self.config, self.latents if role == "student" else None
+        num_prompts = self.data.num_prompts
+        num_samples = num_prompts if latents is None else latents.num_samples
+        indices = batch_indices(self.iteration, num_samples, config.batch_size, config.seed)
         own = indices[positions.start : positions.stop]
-        batch = self.data.batch(own, self.device)
-        if self.latents is not None and role == "student":
-            batch = replace(batch, x0=self.latents.batch(own, self.device))
+        batch = self.data.batch([index % num_prompts for index in own], self.device)
+        if latents is not None:
+            states = latents.states(own, self.device) if latents.has_states else None
+            batch = replace(batch, x0=latents.batch(own, self.device), states=states)
         return batch
 
     def _update(self, role: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -250,47 +255,41 @@ class Trainer:
             raise CheckpointError(f"the checkpoint does not fit this run: {first_line(error)}") from error
 
 
-def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) -> RunOutcome:
+def run_training(
+    config: DistillConfig,
+    options: RunOptions,
+    *,
+    resume: bool,
+    started: Path | None = None,
+    elapsed_s: float = 0.0,
+) -> RunOutcome:
     """Train until max_iterations, the time budget or a signal; write checkpoints and, unless interrupted, the bundle.
 
     Args:
-        config: its precision must be resolved.
+        config: its precision must be resolved. Its regressed start is run/start.py's.
         options: where to and for how long.
         resume: continue the run in `options.out`; without it that folder must hold none.
+        started: the student's weights after the start, in place of config.student_from.
+        elapsed_s: seconds of the budget that the start took.
 
     Raises:
         ConfigError: settings, prompts or folder that cannot work.
         CheckpointError: base or checkpoint broken, or a checkpoint that cannot be written.
         CodmdError: training diverged; the last good checkpoint stays.
     """
-    processes, device = options.processes, options.device
-    processes.on_rank0(lambda: _check_out(config, options.out, resume))
+    processes = options.processes
+    processes.on_rank0(lambda: check_out(config, options.out, resume))
     base = open_base(config.base)
     # What the bundle at the end could not say is an error now.
     student_spec(options.out / "bundle", config, base, 0)
-    shape = native_latents(config, base)
-    cache_dir = options.cache_dir or options.out / "cache"
-    # Rank 0 fills the cache, the others read it.
-    processes.on_rank0(lambda: cached_prompt_data(config, base, cache_dir, device))
-    data = processes.on_all_ranks(lambda: cached_prompt_data(config, base, cache_dir, device))
-    if processes.is_rank0:
-        logger.info("trains on %s from=%s", data.report, config.prompts or "captions")
     checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
-    # A checkpoint replaces what student and critic started from, which may be gone by now.
-    start = config if not checkpoints else replace(config, student_from="", critic_from="")
-    networks = build_networks(start, base, device, processes)
-    if options.compiled:
-        for network in networks.transformers():
-            compile_blocks(network)
-    latents = None
-    sampling = METHODS[config.method].teacher_sampling(config)
-    if sampling is not None:
-        latents = cached_teacher_latents(config, sampling, base, networks, data, shape, cache_dir, device, processes)
-    trainer = Trainer(config, networks, data, shape, device, latents, processes)
-    elapsed_s = 0.0
+    begin = config if started is None else replace(config, student_from=str(started))
+    if checkpoints:  # they replace what student and critic started from, which may be gone by now
+        begin = replace(config, student_from="", critic_from="")
+    trainer = _build_trainer(config, begin, base, options)
     if checkpoints:
         elapsed_s = processes.on_all_ranks(lambda: _load_state(trainer, checkpoints[-1]))
-    processes.on_rank0(lambda: _start_folder(options.out, config))
+    processes.on_rank0(lambda: start_folder(options.out, config))
     signal_number, elapsed_s = _loop(trainer, base, options, elapsed_s)
     bundle = None
     if signal_number is None:
@@ -299,7 +298,8 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
 
         def export() -> None:
             write_bundle(bundle, config, base, average, trainer.updates["student"])
-            write_pipeline(bundle, options.out / "pipeline")
+            if options.has_pipeline:
+                write_pipeline(bundle, options.out / "pipeline")
 
         processes.on_rank0(export)
     return RunOutcome(
@@ -310,6 +310,27 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         bundle=bundle,
         signal_number=signal_number,
     )
+
+
+def _build_trainer(config: DistillConfig, begin: DistillConfig, base: Base, options: RunOptions) -> Trainer:
+    """Build what a run trains with; `begin` is its config with the weights that its networks begin from."""
+    processes, device = options.processes, options.device
+    shape = native_latents(config, base)
+    cache_dir = options.cache_dir or options.out / "cache"
+    # Rank 0 fills the cache, the others read it.
+    processes.on_rank0(lambda: cached_prompt_data(config, base, cache_dir, device))
+    data = processes.on_all_ranks(lambda: cached_prompt_data(config, base, cache_dir, device))
+    if processes.is_rank0:
+        logger.info("trains on %s from=%s", data.report, config.prompts or "captions")
+    networks = build_networks(begin, base, device, processes)
+    if options.compiled:
+        for network in networks.transformers():
+            compile_blocks(network)
+    latents = None
+    sampling = METHODS[config.method].teacher_sampling(config)
+    if sampling is not None:
+        latents = cached_teacher_latents(config, sampling, base, networks, data, shape, cache_dir, device, processes)
+    return Trainer(config, networks, data, shape, device, latents, processes)
 
 
 def _load_state(trainer: Trainer, folder: Path) -> float:
@@ -335,12 +356,18 @@ def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
     return shape
 
 
-def _start_folder(out: Path, config: DistillConfig) -> None:
+def start_folder(out: Path, config: DistillConfig) -> None:
+    """Make the folder of a run, which from now on can be resumed."""
     out.mkdir(parents=True, exist_ok=True)
     write_config(out, config)
 
 
-def _check_out(config: DistillConfig, out: Path, resume: bool) -> None:
+def check_out(config: DistillConfig, out: Path, resume: bool) -> None:
+    """Refuse a folder that cannot be resumed or written, or that holds another run.
+
+    Raises:
+        ConfigError: the message names the folder.
+    """
     holds_run = (out / CONFIG_FILE).is_file()
     if resume:
         check_resumable(read_config(out), config)

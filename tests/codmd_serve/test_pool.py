@@ -242,6 +242,27 @@ def test_s1_a_job_that_only_seems_to_progress_has_a_deadline(run: Run, tmp_path:
     run(story, stall_timeout_s=1)
 
 
+def test_a_job_whose_encoder_is_slow_is_no_stalled_one(run: Run, tmp_path: Path) -> None:
+    """All frames are decoded: ffmpeg gets 30 s more, within which it says itself that it hangs."""
+
+    async def story(harness: PoolHarness) -> None:
+        job = harness.submit(f"tail {harness.gate()}")
+        await harness.until(lambda: job.stage == "decode")
+        (entry,) = harness.pool._slots[0].in_flight
+        entry.last_event_s -= 12.0  # long past the 1.5 s of a stalled job
+        assert entry.started_s is not None
+        entry.started_s -= 12.0
+        limits, times = harness.pool._limits, harness.pool._times
+        assert times is not None and not harness.pool._slots[0].hangs(limits, times)
+        harness.pool._slots[0].kill_if_hung(limits, times)
+        harness.gate().touch()
+        assert isinstance(await job.outcome(), JobDone)
+        assert not harness.pool.restarts
+
+    (tmp_path / "service_s").write_text("0.1")
+    run(story, stall_timeout_s=1)
+
+
 def test_a_pool_that_stood_still_itself_blames_nobody(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_slot, "MAX_SILENCE_S", 1.5)
 
