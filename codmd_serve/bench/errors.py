@@ -43,7 +43,7 @@ Errors are |difference| / |reference| against float32, PSNR is that of the uint8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write errors.md; return 0."""
+    """Write precision.md; return 0."""
     parser = argparse.ArgumentParser(prog="codmd_serve.bench.errors", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="docs/results", metavar="FOLDER")
     parser.add_argument("--bundle", default=str(default_bundle_path()), metavar="FOLDER")
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fp8_table(engine, wanted, asked),
     ]
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    write_text(Path(options.out) / "errors.md", "\n".join(parts))
+    write_text(Path(options.out) / "precision.md", "\n".join(parts))
     return 0
 
 

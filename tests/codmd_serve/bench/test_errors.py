@@ -5,7 +5,7 @@ import re
 import torch
 from diffusers import WanPipeline
 
-from codmd_serve.bench.errors import activations, decoded, layer_table, quantized, random_network, traffic_of
+from codmd_serve.bench.errors import activations, decoded, layer_table, quantized, random_network, relative, traffic_of
 from codmd_serve.wan import vae as vae_module
 from codmd_serve.wan.vae import StreamingDecoder
 
@@ -44,9 +44,10 @@ def test_traffic_counts_bytes_and_not_views() -> None:
     assert traffic.num_bytes == 4 * (2 * 12 + 2 * 12)
 
 
-def test_row_scales_are_nearer_than_one_scale() -> None:
+def test_both_kinds_of_scales_are_near_at_the_widths_of_wan() -> None:
     network = random_network()
     latents, prompt = torch.randn(1, 16, 1, 8, 8), network.encode_prompt(torch.randn(1, 4, 512))
     want = network(latents, 0, prompt)
-    rows, tensor = (float((quantized(network, each)(latents, 0, prompt) - want).norm()) for each in (False, True))
-    assert 0 < rows < tensor
+    rows, tensor = (relative(quantized(network, each)(latents, 0, prompt), want) for each in (False, True))
+    # Random layers add little to what they pass on: .037 of a product is far less of the flow.
+    assert 1e-4 < rows < 0.037 and 1e-4 < tensor < 0.037 and rows != tensor
