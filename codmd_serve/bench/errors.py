@@ -162,11 +162,11 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
     """Counts operators that compute or copy, and the bytes of their inputs and outputs; views are free."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls = self.num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,7 +180,8 @@ class Traffic(TorchDispatchMode):
 
 def traffic_of(run: Callable[[], object]) -> Traffic:
     """Count one run."""
-    with torch.no_grad(), Traffic() as traffic:
+    traffic = Traffic()
+    with torch.no_grad(), traffic:
         run()
     return traffic
 

@@ -20,7 +20,7 @@ MIN_RACED_WEIGHTS = 1_000_000  # a smaller network waits for calls, not for prod
 NUM_RACED_BLOCKS = 8  # blocks are alike; all 30 of Wan 1.3B would take seconds and gigabytes
 MAX_RACED_TOKENS = 2048
 NUM_RACES = 3
-MAX_TIME_RATIO = 0.9  # of the time in float32; a smaller gain is not worth the rounding
+MAX_TIME_RATIO = 0.9  # of the CPU time in float32; a smaller gain is not worth the rounding
 MAX_STEP_ERROR = 0.02  # |difference| / |flow| of one step; bfloat16 itself rounds by .0017
 NUM_PROMPT_POSITIONS_RACED = 32
 
@@ -58,13 +58,16 @@ def fastest_dtype(
 
 
 def least_times_s(runs: Sequence[Callable[[], object]]) -> list[float]:
-    """Return the least seconds of each run, all timed in turns: other work on the machine only ever adds time."""
+    """Return the least CPU seconds of each run, timed in turns.
+
+    Not those of the clock: on a machine with other work, that is what would be measured.
+    """
     times_s = [[float("inf")] for _ in runs]
     for _ in range(NUM_RACES):
         for run, taken_s in zip(runs, times_s, strict=True):
-            start_s = time.perf_counter()
+            start_s = time.process_time()
             run()
-            taken_s.append(time.perf_counter() - start_s)
+            taken_s.append(time.process_time() - start_s)
     return [min(taken_s) for taken_s in times_s]
 
 
