@@ -33,6 +33,7 @@ from codmd_serve.wan.vae import StreamingDecoder
 WAN_WIDTHS = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 512, "freq_dim": 256}
 NUM_RANDOM_LAYERS = 2
 RANDOM_LATENTS = (1, 16, 2, 16, 16)
+NO_WORK = ("empty", "_unsafe_view")  # operators that touch no numbers
 COMMAND = "python -m codmd_serve.bench.errors --out docs/results"
 PREFACE = f"""\
 # Errors of reduced precision
@@ -172,7 +173,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch give
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [each for each in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
-        if not func.is_view and "empty" not in str(func):
+        if not func.is_view and not any(name in str(func) for name in NO_WORK):
             self.calls += 1
             self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return out
