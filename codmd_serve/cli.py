@@ -76,6 +76,7 @@ MODEL_FLAGS = (
     _serve_flag("quantization", "none; fp8: 8-bit products, lossy, CUDA of capability 8.9; fp8-emulated, on a CPU"),
     _serve_flag("execution", "auto (what is fastest on the device), eager, graph, compiled or compiled+graph"),
     _serve_flag("text_encoder", "auto, gpu, cpu, or offload: on the cpu, lent to the device while it encodes"),
+    _serve_flag("teacher", "load the base of the bundle too: the many-step teacher, beside the student"),
     _serve_flag("threads", "CPU threads; 0 is the cores that affinity and CPU quota leave to this process"),
     _serve_flag("text_cache", "folder that keeps prompt embeddings over restarts; empty is memory only"),
     _serve_flag(
@@ -303,7 +304,8 @@ def _print_ready(address: str, facts: ModelFacts, start_s: float) -> None:
     print(
         f"ready: {address}model={facts.name} device={facts.device} dtype={facts.dtype} "
         f"attention={facts.attention} execution={facts.execution} seconds_to_ready={seconds:.1f}"
-        f"{f' lossy={facts.lossy}' if facts.lossy else ''}",
+        f"{f' lossy={facts.lossy}' if facts.lossy else ''}"
+        f"{f' teacher={facts.teacher.name}' if facts.teacher else ''}",
         flush=True,
     )
 
@@ -387,7 +389,7 @@ def generate(options: argparse.Namespace) -> int:
     silence_libraries()
     settings = {name: getattr(options, name) for name in ENGINE_SETTINGS if name in vars(options)}
     engine = load_engine(Path(options.bundle), **settings)
-    params = to_params(body, engine.facts, max_pixels=sys.maxsize)
+    params = to_params(body, engine.facts, sys.maxsize, engine.facts.teacher)
     with _ended_by_sigterm():
         result = _generate_with_bar(engine, params, output)
     for warning in result.warnings:
@@ -401,11 +403,12 @@ def generate(options: argparse.Namespace) -> int:
 def _generate_with_bar(engine: Any, params: GenerateParams, output: Path) -> Any:
     from tqdm import tqdm
 
-    with tqdm(total=engine.facts.num_steps + params.num_frames, unit="step", leave=False) as bar:
+    num_steps = engine.facts.teacher.num_steps if params.teacher else engine.facts.num_steps
+    with tqdm(total=num_steps + params.num_frames, unit="step", leave=False) as bar:
 
         def on_progress(stage: str, done: int, total: int) -> None:
             bar.set_description(stage)
-            is_decoded = {"text": 0, "denoise": done, "decode": engine.facts.num_steps + done}
+            is_decoded = {"text": 0, "denoise": done, "decode": num_steps + done}
             bar.update(is_decoded.get(stage, bar.n) - bar.n)
 
         return engine.generate(params, output, on_progress)

@@ -162,7 +162,7 @@ def _read_messages(engine: "Engine", lines: IO[str], inbox: Inbox, cancelled: se
                     send(Cancelled(message.id))
                 else:
                     cancelled.add(message.id)
-            elif isinstance(message, Generate) and inbox.put(message):
+            elif isinstance(message, Generate) and inbox.put(message) and not message.params.teacher:
                 # What is wrong with a prompt shows again when its turn comes.
                 ahead.submit(engine.prepare, message.params.prompt)
         # Nobody is left to make a video for, whatever step it is at.
