@@ -246,6 +246,7 @@ _WAN_RECIPE = Recipe(
     precision="bf16",
     teacher_dtype="bf16",
     text_dtype="bf16",
+    bundle_dtype="bf16",
 )
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe

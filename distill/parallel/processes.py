@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import first_line
@@ -23,8 +21,10 @@ from distill.config import DistillConfig
 
 LAUNCHER = "torchrun --nproc-per-node N --no-python codmd-distill train ..."
 
-# Rank 0 encodes the prompts and writes checkpoints while the others wait in a collective.
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
+# Of an iteration: a rank that is later than this is gone or hangs.
+TRAINING_TIMEOUT = timedelta(minutes=20)
+# Of waiting for files: rank 0 reads weights or writes a bundle, or a save is in flight, while the others wait.
+FILES_TIMEOUT = timedelta(hours=2)
 
 T = TypeVar("T")
 
@@ -39,6 +39,9 @@ class Processes:
         device: of this rank.
         mesh: one-dimensional over all ranks; None without torch.distributed.
         context_parallel: neighbouring ranks that train on the same samples and split their tokens.
+        files_group: gloo group of all ranks that wait for rank 0's files; None without torch.distributed.
+        save_group: gloo group of all ranks, for checkpoints alone: saves run in a background thread, whose collectives
+            must not meet those of the training loop.
     """
 
     rank: int = 0
@@ -46,6 +49,8 @@ class Processes:
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # a constant
     mesh: DeviceMesh | None = None
     context_parallel: int = 1
+    files_group: dist.ProcessGroup | None = None
+    save_group: dist.ProcessGroup | None = None
 
     @property
     def is_rank0(self) -> bool:
@@ -91,23 +96,6 @@ class Processes:
         dist.all_gather(parts, own.detach().contiguous())
         return torch.cat(parts[:: self.context_parallel])
 
-    def gather_to_rank0(self, state: T) -> T:
-        """Gather the shards of nested dicts and lists of tensors.
-
-        Returns:
-            A copy of `state`. On rank 0, sharded tensors are whole and on the CPU; on the other ranks they are empty.
-            Tensors that are not sharded are the same objects.
-        """
-
-        def whole(leaf: Any) -> Any:
-            if not isinstance(leaf, DTensor):
-                return leaf
-            gathered = leaf.full_tensor().detach()
-            return gathered.cpu() if self.is_rank0 else gathered.new_empty(0)
-
-        copied: T = tree_map(whole, state)
-        return copied
-
     def on_rank0(self, action: Callable[[], T]) -> T | None:
         """Run `action` on rank 0 while the other ranks wait.
 
@@ -118,6 +106,9 @@ class Processes:
             CodmdError: of the same class on all ranks. Any other exception is re-raised on rank 0 and becomes
                 CodmdError on the other ranks, so that none of them hangs.
         """
+        return self._on_rank0(action, self.files_group)
+
+    def _on_rank0(self, action: Callable[[], T], group: dist.ProcessGroup | None) -> T | None:
         if self.mesh is None:
             return action()
         result: T | None = None
@@ -128,7 +119,7 @@ class Processes:
             except Exception as error:  # re-raised below, after the broadcast
                 failure = error
         told: list[tuple[str, str] | None] = [None if failure is None else _described(failure)]
-        dist.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(told, src=0, group=group)
         if failure is not None:
             raise failure
         if told[0] is not None:
@@ -145,9 +136,16 @@ class Processes:
         Raises:
             CodmdError: as `on_rank0`.
         """
-        found = [self.on_rank0(action)]
+        return self._broadcast_from_rank0(action, self.files_group)
+
+    def broadcast_in_save_group(self, action: Callable[[], T]) -> T:
+        """As `broadcast_from_rank0`, for the thread that saves a checkpoint."""
+        return self._broadcast_from_rank0(action, self.save_group)
+
+    def _broadcast_from_rank0(self, action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+        found = [self._on_rank0(action, group)]
         if self.mesh is not None:
-            dist.broadcast_object_list(found, src=0)
+            dist.broadcast_object_list(found, src=0, group=group)
         return cast(T, found[0])
 
     def on_all_ranks(self, action: Callable[[], T]) -> T:
@@ -166,7 +164,9 @@ class Processes:
             result = action()
         except Exception as error:  # re-raised below, after the other ranks know
             failure = error
-        (has_failed,) = self.all_reduce_max(int(failure is not None))
+        has_failed = torch.tensor(int(failure is not None))
+        if self.mesh is not None:
+            dist.all_reduce(has_failed, dist.ReduceOp.MAX, group=self.files_group)
         if failure is not None:
             raise failure
         if has_failed:
@@ -209,7 +209,7 @@ def process_group(device: torch.device, config: DistillConfig) -> Iterator[Proce
     if device.type == "cuda":
         device = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TRAINING_TIMEOUT)
     try:
         yield join_processes(device, config)
     finally:
@@ -231,6 +231,8 @@ def join_processes(device: torch.device, config: DistillConfig) -> Processes:
         device=device,
         mesh=mesh,
         context_parallel=config.context_parallel,
+        files_group=dist.new_group(backend="gloo", timeout=FILES_TIMEOUT),
+        save_group=dist.new_group(backend="gloo", timeout=FILES_TIMEOUT),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import whole_state
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,7 +20,7 @@ from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import cached_prompt_data
 from distill.networks.base import open_base
 from distill.networks.build import Networks, compile_blocks
-from distill.run.checkpoint import list_checkpoints, load_checkpoint
+from distill.run.checkpoint import list_checkpoints
 from distill.run.previews import Previews, averaged_weights, filmstrips
 from distill.run.trainer import RunOptions, native_latents, run_training
 
@@ -56,13 +57,13 @@ def test_parameters_are_the_same_bits_with_and_without_previews(
     tiny_config: DistillConfig, tmp_path: Path, train: Callable[..., Path]
 ) -> None:
     runs = [train(tiny_config, tmp_path / str(every), every) for every in (0, 1)]
-    states = [load_checkpoint(list_checkpoints(out)[-1])["trainer"] for out in runs]
+    states = [whole_state(list_checkpoints(out)[-1]) for out in runs]
     for role in ("student", "critic"):
         without, with_them = (state["networks"][role] for state in states)
         assert all(torch.equal(without[name], with_them[name]) for name in without)
-        moments = [state["optimizers"][role]["state"] for state in states]
-        for index, entry in moments[0].items():
-            assert all(torch.equal(value, moments[1][index][name]) for name, value in entry.items())
+        moments = [state["optimizers"][role] for state in states]
+        for key, entry in moments[0].items():
+            assert entry and all(torch.equal(value, moments[1][key][name]) for name, value in entry.items())
     assert all(
         torch.equal(value, states[1]["ema"]["shadow"][name]) for name, value in states[0]["ema"]["shadow"].items()
     )
