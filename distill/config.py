@@ -114,8 +114,8 @@ class DistillConfig:
         score_shift, score_sigma_min, score_sigma_max: law of the noise levels at which teacher and critic are compared.
         score_window: which of these levels judge which exit step, see `methods.draws.score_window`.
         score_shared_sigma: one such level per batch instead of one per sample.
-        prompts: a txt, jsonl or tar file; empty draws captions of one and two objects in turn from the ShapeWorld
-            grammar, num_captions of them.
+        prompts: a txt, jsonl or tar file, a folder of tars, or one of packed samples; empty draws captions of one and
+            two objects in turn from the ShapeWorld grammar, num_captions of them.
         bundle_dtype: of the exported student.
 
     Raises:

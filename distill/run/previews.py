@@ -23,7 +23,7 @@ from codmd_serve.files import atomic_file, first_line, write_text
 from codmd_serve.sampler import rollout
 from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
-from distill.data.prompts import PromptData, load_prompts
+from distill.data.prompts import PromptData
 from distill.networks.base import Base
 from distill.networks.build import denoiser
 from distill.streams import named_rng
@@ -63,7 +63,7 @@ class Previews:
     ) -> None:
         self.is_rank0 = is_rank0
         self.config, self.folder, self.device = config, out / PREVIEW_DIR, device
-        self.prompts = load_prompts(config)[:NUM_PROMPTS]
+        self.prompts = [data.text(index) for index in range(min(NUM_PROMPTS, data.num_prompts))]
         self.embeds_BLD = data.batch(list(range(len(self.prompts))), device).prompt_embeds
         size = (len(config.grid().timesteps), len(self.prompts), *shape)
         self.noise = torch.randn(size, generator=named_rng(config.seed, "preview", 0))

@@ -176,6 +176,8 @@ class Trainer:
         batch = self.data.batch(own, self.device)
         if self.latents is not None and role == "student":
             batch = replace(batch, x0=self.latents.batch(own, self.device))
+        elif self.data.latents is not None and role == "student":
+            batch = replace(batch, x0=self.data.x0(own, self.device))
         return batch
 
     def _update(self, role: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -231,6 +233,7 @@ class Trainer:
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": dict(self.nonfinite_in_row),
             "ema_updates": self.ema.num_updates,
+            "data": {"content": self.data.content, "samples": self.iteration * self.config.batch_size},
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -244,6 +247,12 @@ class Trainer:
         if method != self.config.method:
             raise CheckpointError(
                 f"checkpoint {checkpoint.folder} is of method {method}, the run is of {self.config.method}"
+            )
+        content = values.get("data", {}).get("content", "")
+        if content and self.data.content and content != self.data.content:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} was trained on other prompts than {self.config.prompts or 'these'}: "
+                "they have changed since, so its place in them means nothing; bring them back, or start a new run"
             )
         try:
             self._make_moments(checkpoint.names())
@@ -289,9 +298,8 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
     student_spec(options.out / "bundle", config, base, 0)
     shape = native_latents(config, base)
     cache_dir = options.cache_dir or options.out / "cache"
-    # Rank 0 fills the cache, the others read it.
-    processes.on_rank0(lambda: cached_prompt_data(config, base, cache_dir, device))
-    data = processes.on_all_ranks(lambda: cached_prompt_data(config, base, cache_dir, device))
+    sampling = METHODS[config.method].teacher_sampling(config)
+    data = cached_prompt_data(config, base, cache_dir, device, processes, shape if sampling is not None else ())
     if processes.is_rank0:
         logger.info("trains on %s from=%s", data.report, config.prompts or "captions")
     networks = build_networks(config, base, device, processes)
@@ -299,8 +307,8 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         for network in networks.transformers():
             compile_blocks(network)
     latents = None
-    sampling = METHODS[config.method].teacher_sampling(config)
-    if sampling is not None:
+    # Latents of the samples themselves take the place of the teacher's.
+    if sampling is not None and data.latents is None:
         latents = cached_teacher_latents(config, sampling, base, networks, data, shape, cache_dir, device, processes)
     trainer = Trainer(config, networks, data, shape, device, latents, processes)
     elapsed_s = 0.0

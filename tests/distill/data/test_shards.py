@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import cached_prompt_data, load_prompts
-from distill.data.shards import read_shards, shard_paths
+from distill.data.shards import shard_paths, shard_samples
 from distill.networks.base import open_base
 from distill.run.trainer import RunOptions, run_training
 
 CPU = torch.device("cpu")
 WIDTH = 16
+
+
+def read_shards(paths: list[Path], width: int) -> list[tuple[str, torch.Tensor]]:
+    return [(sample.text, sample.embeds) for path in paths for sample in shard_samples(path, width)]
 
 
 def saved(value: object) -> bytes:
@@ -61,10 +65,9 @@ def test_folder_of_shards_gives_prompts_and_embeddings_without_padding(
     data = cached_prompt_data(config, open_base(config.base), tmp_path / "cache", CPU)
     assert data.num_prompts == 3
     for index, (length, seed) in enumerate([(2, 1), (5, 2), (4, 3)]):
-        rows = data.packed[data.offsets[index] : data.offsets[index + 1]]
-        assert torch.equal(rows, embedding(length, seed)[:length])
+        assert torch.equal(data.rows(index), embedding(length, seed)[:length])
     encoded = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path / "cache", CPU)
-    negative = [part.packed[part.offsets[-2] : part.offsets[-1]] for part in (data, encoded)]
+    negative = [part.rows(part.num_prompts) for part in (data, encoded)]
     # Encoded alone and beside longer prompts: sums over another number of masked positions.
     assert torch.allclose(negative[0], negative[1], atol=1e-5)
 
