@@ -2,30 +2,48 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two states of .venv: what both commands need, and the tools of development on top of it.
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test test-fast check format gpu-report clean
+.PHONY: serve test test-fast faults timing check format docs gpu-report vbench-env vbench-check clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
 
-test: $(STAMP)
+test: $(DEV_STAMP)
 	$(BIN)/python -m pytest
 
-test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not gpu and not slow'
+test-fast: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m 'not gpu and not timing and not faults and not vbench and not slow'
 
-check: $(STAMP)
+# Real servers on loopback, killed, starved and overloaded; about an hour. FAULT_PERCENT=10 does a tenth of each count,
+# FAULTS='-k overload' a part of it. What it finds lies in build/faults, one file per test, and in docs/results.
+faults: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m faults tests/faults $(FAULTS)
+	$(BIN)/python scripts/reliability.py build/faults
+
+# On a machine that does nothing else.
+timing: $(DEV_STAMP)
+	$(BIN)/python -m pytest -s -m timing tests/timing
+
+check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(MAKE) docs
 	$(BIN)/python -m pytest
 
-format: $(STAMP)
+format: $(DEV_STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/python scripts/readme_tree.py --write
+	$(BIN)/python scripts/reference.py --write
+
+# The site in build/site; a warning is an error.
+docs: $(DEV_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # On a machine that has torch, diffusers and transformers, and nothing else of ours: no installation, no network. Under
 # 8 minutes, the most valuable numbers first, each on disk when it is found; then the GPU tests. One JSON comes back.
@@ -34,6 +52,18 @@ gpu-report:
 	mkdir -p build
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) -m codmd_serve.bench.gpu_report --out build/gpu-report.json --limit-s 330
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH timeout 120 $(GPU_PYTHON) -m pytest -m gpu tests/gpu -p no:cacheprovider || test $$? -eq 5
+
+# VBench pins an old transformers and numpy, so it lives apart. Some 6 GB, most of it the CUDA libraries of its torch.
+VBENCH_ENV := build/vbench-env
+vbench-env: $(VBENCH_ENV)/.installed
+$(VBENCH_ENV)/.installed: distill/evaluate/vbench/requirements.txt
+	test -x $(VBENCH_ENV)/bin/python || $(PYTHON) -m venv $(VBENCH_ENV)
+	$(VBENCH_ENV)/bin/python -m pip --disable-pip-version-check install -r $<
+	touch $@
+
+# temporal_flickering, the one dimension whose evaluator downloads nothing, scored by the real package.
+vbench-check: $(STAMP) vbench-env
+	$(BIN)/python -m pytest -m vbench tests/distill/evaluate/vbench
 
 clean:
 	rm -rf $(VENV)
@@ -45,5 +75,9 @@ $(STAMP): pyproject.toml
 	    { echo 'make: Python 3.11 or newer is needed; name one with "make PYTHON=python3.12 ..."' >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -e /dev/nvidia0 || $(PIP) install 'torch==2.13.0' || true
+	$(PIP) install -e .
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
 	$(PIP) install -e '.[dev]'
 	touch $@

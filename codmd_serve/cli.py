@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
-from codmd_serve.commands import EXIT_BAD_INPUT, OneLineParser, print_error, run_command
+from codmd_serve.commands import EXIT_BAD_INPUT, OneLineParser, app_module, print_error, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.cpu import prepare_threads
@@ -63,10 +63,10 @@ def _serve_flag(name: str, help_text: str) -> Flag:
 MODEL_FLAGS = (
     _serve_flag("bundle", "folder of the student bundle"),
     _serve_flag("device", "auto, cpu, cuda or cuda:N"),
-    _serve_flag("dtype", "auto (bfloat16 on cuda, else float32), float32, bfloat16 or float16"),
+    _serve_flag("dtype", "auto (bfloat16 on cuda, on a cpu what is faster), float32, bfloat16 or float16"),
     _serve_flag("cache", "folder that keeps what was measured at load for the next one; empty measures every time"),
-    _serve_flag("vae_dtype", "auto (float16 on cuda where the activations fit, else float32), or a dtype"),
-    _serve_flag("quantization", "none, or fp8: 8-bit matrix products, lossy; CUDA of capability 8.9 or higher"),
+    _serve_flag("vae_dtype", "auto (float16 on cuda where the activations fit, on a cpu what is faster), or a dtype"),
+    _serve_flag("quantization", "none; fp8: 8-bit products, lossy, CUDA of capability 8.9; fp8-emulated, on a CPU"),
     _serve_flag("execution", "auto (what is fastest on the device), eager, graph, compiled or compiled+graph"),
     _serve_flag("text_encoder", "auto, gpu, cpu, or offload: on the cpu, lent to the device while it encodes"),
     _serve_flag("threads", "CPU threads; 0 is the cores that affinity and CPU quota leave to this process"),
@@ -79,6 +79,9 @@ SERVE_FLAGS = (
     *MODEL_FLAGS,
     _serve_flag("host", "address to listen on"),
     _serve_flag("port", "port to listen on"),
+    _serve_flag(
+        "lossy", "none, fp8, sage or fp8+sage: a lossy engine beside the exact one, for requests with a quality"
+    ),
     _serve_flag("workers", "worker processes: auto (one per GPU, one on a CPU), a number, or 0 for the API alone"),
     _serve_flag("spare_worker", "keep a process ready, imports done, to replace a worker that dies in seconds"),
     _serve_flag("overlap", "auto (on with a GPU), on or off: begin a job while the one before it is being encoded"),
@@ -92,6 +95,7 @@ SERVE_FLAGS = (
     _serve_flag("result_hours", "hours that a video is kept after it was made or asked for again"),
     _serve_flag("result_max_mib", "size of all videos, beyond which the least used go; 0 is without a bound"),
     _serve_flag("lease_s", "seconds after which a machine that is not heard of loses its jobs to another"),
+    _serve_flag("unserved_hours", "hours that a job waits while no worker serves its bundle; 0 is for ever"),
     _serve_flag("api_keys", "file of API keys, one NAME and SHA-256 of the key a line; empty lets everybody in"),
     _serve_flag("key_share_percent", "percent of the queue that one API key may fill"),
     _serve_flag("key_jobs_per_minute", "jobs that one API key may send; 0 is without a bound"),
@@ -275,14 +279,15 @@ def _page_loader(config: ServeConfig) -> Callable[[], Any]:
         import gradio
         from fastapi import FastAPI
 
-        from app.demo import build_page, page_options
         from codmd_serve.api.page import Page
+
+        demo = app_module("demo")
 
         # The page is a client like any other, so it needs an address that this machine reaches itself by.
         host = "127.0.0.1" if config.host in ANY_HOST else config.host
-        page = build_page(f"http://{_in_url(host)}:{config.port}")
+        page = demo.build_page(f"http://{_in_url(host)}:{config.port}")
         parent = FastAPI()
-        gradio.mount_gradio_app(parent, page, path="/", **page_options())
+        gradio.mount_gradio_app(parent, page, path="/", **demo.page_options())
         mounted: Any = parent.routes[-1]
         num_inputs = {number: len(each.inputs) for number, each in page.fns.items()}
 
@@ -339,7 +344,8 @@ def generate(options: argparse.Namespace) -> int:
     from codmd_serve.wan.checkpoint import silence_libraries
 
     silence_libraries()
-    engine = load_engine(Path(options.bundle), **{name: getattr(options, name) for name in ENGINE_SETTINGS})
+    settings = {name: getattr(options, name) for name in ENGINE_SETTINGS if name in vars(options)}
+    engine = load_engine(Path(options.bundle), **settings)
     params = to_params(body, engine.facts, max_pixels=sys.maxsize)
     with _ended_by_sigterm():
         result = _generate_with_bar(engine, params, output)

@@ -1,12 +1,15 @@
-"""What codmd-serve and codmd-distill share on the command line: one-line errors and exit codes.
+"""What codmd-serve and codmd-distill share on the command line: one-line errors, exit codes, and the pages of app/.
 
 Exit codes: 0 done, 1 failed, 2 for what the user can mend, 128 + N when signal N ended the command.
 """
 
 import argparse
+import importlib
+import importlib.util
 import signal
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import NoReturn
 
 from codmd_serve.errors import (
@@ -51,6 +54,16 @@ def run_command(program: str, run: Callable[[], int]) -> int:
         return EXIT_BAD_INPUT if isinstance(error, MENDABLE) else EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def app_module(name: str) -> ModuleType:
+    """Import a module of app/, which an installed wheel carries as `codmd_serve._app`.
+
+    Args:
+        name: of the module, such as demo.
+    """
+    package = "codmd_serve._app" if importlib.util.find_spec("codmd_serve._app") else "app"
+    return importlib.import_module(f"{package}.{name}")
 
 
 def print_error(program: str, error: CodmdError | str) -> None:

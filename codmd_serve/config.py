@@ -17,6 +17,7 @@ ENGINE_SETTINGS = (
     "dtype",
     "attention",
     "quantization",
+    "lossy",
     "execution",
     "text_encoder",
     "text_cache",
@@ -24,7 +25,9 @@ ENGINE_SETTINGS = (
     "cache",
     "threads",
 )
-QUANTIZATIONS = ("none", "fp8")
+QUANTIZATIONS = ("none", "fp8", "fp8-emulated")
+# What a lossy engine beside the exact one may be: a quantization, an attention kernel, or both.
+LOSSY_ENGINES = ("none", "fp8", "sage", "fp8+sage", "fp8-emulated")
 TEXT_ENCODERS = ("auto", "gpu", "cpu", "offload")
 EXECUTIONS = ("auto", "eager", "graph", "compiled", "compiled+graph")
 OVERLAPS = ("auto", "on", "off")
@@ -58,6 +61,7 @@ class ServeConfig:
     vae_dtype: str = "auto"
     attention: str = "auto"
     quantization: str = "none"
+    lossy: str = "none"
     execution: str = "auto"
     text_encoder: str = "auto"
     text_cache: str = ""
@@ -82,6 +86,7 @@ class ServeConfig:
     result_hours: int = 168
     result_max_mib: int = 20_480
     lease_s: int = 30
+    unserved_hours: int = 168
     api_keys: str = ""
     key_share_percent: int = 50
     key_jobs_per_minute: int = 60
@@ -107,6 +112,7 @@ class ServeConfig:
             "result_hours": (1, 876_000),
             "result_max_mib": (0, 2**40),
             "lease_s": (3, 86_400),
+            "unserved_hours": (0, 876_000),
             "key_share_percent": (1, 100),
             "key_jobs_per_minute": (0, 1_000_000),
             "max_connections": (16, 1_000_000),
@@ -120,6 +126,7 @@ class ServeConfig:
             "dtype": DTYPE_CHOICES,
             "vae_dtype": DTYPE_CHOICES,
             "quantization": QUANTIZATIONS,
+            "lossy": LOSSY_ENGINES,
             "overlap": OVERLAPS,
             "execution": EXECUTIONS,
             "text_encoder": TEXT_ENCODERS,
@@ -156,6 +163,7 @@ class GenerateParams:
         fps: frames per second of playback.
         crf: H.264 constant rate factor, 1 (best) to 51.
         format: one of FORMATS.
+        may_be_lossy: whether the lossy engine makes it, where one is served beside the exact one.
     """
 
     prompt: str
@@ -166,13 +174,12 @@ class GenerateParams:
     fps: int
     crf: int
     format: str = "mp4"
+    may_be_lossy: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields by name. mp4 goes without saying: content keys and mp4 files of before there was `format` hold."""
-        fields = asdict(self)
-        if self.format == "mp4":
-            del fields["format"]
-        return fields
+        """Fields by name, later ones only where they differ from their default: older content keys and files hold."""
+        later = {"format": "mp4", "may_be_lossy": False}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,6 +201,9 @@ class ModelFacts:
         max_video_px: height * width * num_frames that the memory of the device has room for; 0 is unknown.
         num_devices: GPUs that the worker sees; 1 on a CPU.
         lossy: what makes another picture than the weights ask for, as `fp8+sage`; empty when nothing does.
+        lossy_beside: the same of a second engine, which makes what `quality` high, medium or low asks for; empty when
+            there is none.
+        threads: of torch on a CPU, which decide the order of its sums; 0 on a GPU.
     """
 
     name: str
@@ -217,3 +227,5 @@ class ModelFacts:
     max_video_px: int = 0
     num_devices: int = 1
     lossy: str = ""
+    lossy_beside: str = ""
+    threads: int = 0

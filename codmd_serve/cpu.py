@@ -8,6 +8,7 @@ machine.
 import contextlib
 import math
 import os
+import platform
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def prepare_threads(environment: MutableMapping[str, str], threads: int = 0) -> 
     count = str(threads or usable_cpus())
     for name, value in (*PASSIVE_WAITING.items(), *((name, count) for name in THREAD_COUNTS)):
         environment.setdefault(name, value)
+
+
+def processor_name(information: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the model of the first core; the machine's architecture where nothing names it."""
+    with contextlib.suppress(OSError):
+        for line in information.read_text(encoding="utf-8").split("\n"):
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:

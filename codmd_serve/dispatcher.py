@@ -6,7 +6,9 @@ killed runs again. Knows the store and a runner (`pool.WorkerPool`, or replicas 
 
 import asyncio
 import contextlib
+import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -175,16 +177,26 @@ class Dispatcher:
         for owner in self.ownership.dead():
             num_jobs = self.leases.release(owner)
             self.leases.forget_dispatcher(owner)
+            self._discard(owner)
             self.ownership.sweep(owner)
             logger.warning("dispatcher=%s was killed, jobs=%d are queued again", owner, num_jobs)
 
+    def _discard(self, owner: str) -> None:
+        """Delete the videos that a killed dispatcher had put in their place, but not written down."""
+        result_ids = {_result_id(owner, job_id) for job_id in self.ownership.unfinished(owner)}
+        for result_id in result_ids - self.store.has_results(sorted(result_ids)):
+            self.results.discard(result_id)
+
     async def _for_ever(self, loop: Callable[[], Awaitable[None]]) -> None:
-        """Call `loop` for ever; retry after an error of the store."""
+        """Call `loop` for ever; retry after an error of the store, and after any other: nobody would start it again."""
         while True:
             try:
                 await loop()
             except CodmdError as error:
                 logger.error("%s", error)
+                await asyncio.sleep(RETRY_S)
+            except Exception:
+                logger.exception("loop=%s", loop.__name__)
                 await asyncio.sleep(RETRY_S)
 
     # Claiming and running
@@ -208,16 +220,21 @@ class Dispatcher:
             raise
         self._is_claiming = False
         if job is not None:
-            self._begin(job)
-            if job.id in self._early:  # between the claim and now
-                self.runner.cancel(job.id)
+            try:
+                self._begin(job)
+            except (StorageFullError, StoreError) as error:
+                logger.error("%s", error)
+                await self._failed(job, _storage_failure(error))
+            else:
+                if job.id in self._early:  # between the claim and now
+                    self.runner.cancel(job.id)
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(POLL_S):
                 await self._wake.wait()
 
     def _begin(self, job: Job) -> None:
-        path = self.ownership.folder() / f"{job.id}.{job.params.format}"
+        path = self.ownership.place(job.id, job.params.format)
         queue_ms = 1000 * max(0.0, (job.started_at or job.created_at) - job.created_at)
         claimed_s = time.monotonic()
         waited_ms: list[float] = [queue_ms]
@@ -252,14 +269,13 @@ class Dispatcher:
         except Exception:  # the boundary of one job: the others go on, and its lease runs out
             logger.exception("job=%s outcome cannot be written", job.id)
         finally:
-            with contextlib.suppress(OSError):
-                for leftover in path.parent.glob(f"*{job.id}*"):
-                    leftover.unlink(missing_ok=True)
+            await asyncio.to_thread(shutil.rmtree, path.parent, ignore_errors=True)
 
     async def _keep(self, job: Job, path: Path, done: JobDone, queue_ms: float) -> None:
         """Store the video, then mark the job completed."""
         try:
-            result = await asyncio.to_thread(self.results.put, path, 3600.0 * self.config.result_hours)
+            ttl_s, result_id = 3600.0 * self.config.result_hours, _result_id(self.ownership.owner, job.id)
+            result = await asyncio.to_thread(self.results.put, path, ttl_s, result_id)
         except StorageFullError as error:
             self._block("storage_full", str(error))
             await self._finish(job, Finished(status=FAILED, error_code="storage_full", error_message=str(error)))
@@ -301,7 +317,7 @@ class Dispatcher:
         self.wake()
 
     async def _finish(self, job: Job, finished: Finished) -> bool:
-        is_written = await self._persist(lambda: self.leases.finish(job.id, finished))
+        is_written = await self._persist(lambda: self.leases.finish(job.id, finished, self.runner.facts))
         if is_written:
             self._concluded(job, finished)
         else:
@@ -441,3 +457,16 @@ class Dispatcher:
             await asyncio.to_thread(self.leases.webhook_done, job.id, retry_in_s)
         if not due:
             await asyncio.sleep(POLL_S)
+
+
+def _storage_failure(error: StorageFullError | StoreError) -> JobFailed:
+    """No fault of the job, which waits until there is room; the path stays in the log."""
+    if isinstance(error, StorageFullError):
+        return JobFailed("storage_full", "the server's disk is full", is_retryable=True, counts_attempt=False)
+    message = "the server cannot write videos"
+    return JobFailed("storage_unwritable", message, is_retryable=True, counts_attempt=False)
+
+
+def _result_id(owner: str, job_id: str) -> str:
+    """The id of the result that a dispatcher makes of a job: whoever sweeps after it knows what it may have left."""
+    return hashlib.sha256(f"{owner} {job_id}".encode()).hexdigest()[:24]

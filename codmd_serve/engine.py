@@ -75,6 +75,7 @@ class Engine:
         transformer: built for the timesteps of the bundle.
         facts: as reported to clients.
         execution, verdicts: as `DenoiseLoop` takes them; take effect at warm-up.
+        lossy: a twin of `transformer` with lossy layers or kernels, for requests that allow it; None is none.
         embedder: of the bundle's text encoder; None makes one without a disk cache.
     """
 
@@ -87,10 +88,13 @@ class Engine:
         execution: str = "eager",
         verdicts: Verdicts | None = None,
         embedder: PromptEmbedder | None = None,
+        lossy: FewStepTransformer | None = None,
     ) -> None:
         self.bundle = bundle
         self.transformer = transformer
         self.loop = DenoiseLoop(transformer, bundle.spec, execution=execution, verdicts=verdicts)
+        # Raced anew at every load: the verdicts are those of the exact engine.
+        self.lossy_loop = None if lossy is None else DenoiseLoop(lossy, bundle.spec, execution=execution)
         self.decoder = StreamingDecoder(bundle.vae)
         self.facts = facts
         self.preview_map = bundle.spec.preview_map
@@ -284,7 +288,8 @@ class Engine:
                 torch.cuda.current_stream(x0_pred.device).synchronize()
             report("denoise", step_index + 1, num_steps)
 
-        x0_pred = self.loop(noise, prompt, on_step)
+        loop = self.lossy_loop if params.may_be_lossy and self.lossy_loop is not None else self.loop
+        x0_pred = loop(noise, prompt, on_step)
         if not bool(x0_pred.isfinite().all()):
             raise GenerationError("the network gave values that are not finite", "non_finite")
         return x0_pred
@@ -297,12 +302,14 @@ class Engine:
 
     @torch.inference_mode()
     def warm_loop(self, params: GenerateParams) -> None:
-        """Compile and record the denoising loop of one shape for every prompt length, where requested."""
+        """Compile and record the denoising loops of one shape for every prompt length, where requested."""
         text_dim = self.transformer.config.text_dim
         empty = [torch.zeros(1, size, text_dim) for size in self.loop.prompt_sizes]
         if empty:
             noise = self._noise(params).to(self.transformer.device)
-            self.loop.warm(noise, [self.transformer.encode_prompt(embeds) for embeds in empty])
+            prompts = [self.transformer.encode_prompt(embeds) for embeds in empty]
+            for loop in filter(None, (self.loop, self.lossy_loop)):
+                loop.warm(noise, prompts)
 
     def _decoded(
         self, params: GenerateParams, x0_pred: Tensor, clock: StageClock, report: OnProgress

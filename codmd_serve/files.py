@@ -21,16 +21,17 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, token: str = "") -> Iterator[Path]:
     """Yield a temporary path to write a file to; rename it to `path` when the block succeeds.
 
     Args:
         path: the target; one that exists is replaced. Its folder must exist.
+        token: part of the temporary name, for who wants to find it again after a kill; random when empty.
 
     Raises:
         OSError: the file was not written, or cannot be flushed or renamed; `path` is untouched then.
     """
-    temporary = _temporary(path)
+    temporary = _temporary(path, token)
     try:
         yield temporary
         _flush(temporary)
@@ -148,10 +149,10 @@ def first_line(error: BaseException) -> str:
     return f"{name}: {line or 'no message'}"
 
 
-def _temporary(path: Path) -> Path:
+def _temporary(path: Path, token: str = "") -> Path:
     # Independent of the target's name, which can have the 255 bytes that a file system allows. With a suffix, because
     # torch.save refuses a name that is all suffix, as .tmp-1 is.
-    return path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}.partial")
+    return path.with_name(f"{TEMPORARY_PREFIX}{token or secrets.token_hex(6)}.partial")
 
 
 def _swap(fresh: Path, path: Path, old: Path) -> None:

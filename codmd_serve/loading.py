@@ -7,23 +7,34 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from codmd_serve import __version__
-from codmd_serve.config import ModelFacts
+from codmd_serve.config import LOSSY_ENGINES, ModelFacts
+from codmd_serve.cpu import processor_name
 from codmd_serve.denoise import choose_execution
-from codmd_serve.device import choose_device, choose_dtype
+from codmd_serve.device import choose_device, choose_dtype, multiplies_bfloat16
 from codmd_serve.engine import Engine
-from codmd_serve.errors import CheckpointError, CodmdError, GenerationError
+from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
 from codmd_serve.files import first_line
 from codmd_serve.verdicts import Verdicts
 from codmd_serve.video import find_ffmpeg
-from codmd_serve.wan.checkpoint import Bundle, load_bundle, native_attention_shape
+from codmd_serve.wan.checkpoint import Bundle, load_bundle, load_module, native_attention_shape
+from codmd_serve.wan.cpu_dtype import fastest_dtype
 from codmd_serve.wan.fp8 import check_quantization, quantize_blocks
-from codmd_serve.wan.kernels import LOSSY, check_attention_name, choose_attention, installed_kernels
+from codmd_serve.wan.kernels import (
+    LOSSY,
+    AttentionShape,
+    ChosenAttention,
+    check_attention_name,
+    choose_attention,
+    installed_kernels,
+)
 from codmd_serve.wan.precision import choose_vae_dtype
 from codmd_serve.wan.preview import fit_preview
 from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder, fingerprint
 from codmd_serve.wan.transformer import FewStepTransformer
+from codmd_serve.wan.vae import latent_shape
 from codmd_serve.warm import warm_engine
 
 logger = logging.getLogger(__name__)
@@ -36,6 +47,7 @@ def load_engine(
     *,
     attention: str = "auto",
     quantization: str = "none",
+    lossy: str = "none",
     execution: str = "auto",
     text_encoder: str = "auto",
     text_cache: str = "",
@@ -48,13 +60,14 @@ def load_engine(
     Args:
         path: the bundle folder.
         device: auto (cuda where there is one), cpu, cuda or cuda:N.
-        dtype: auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float16.
+        dtype: auto (bfloat16 on cuda, on a cpu what is faster), float32, bfloat16 or float16.
         attention: auto (the fastest right one that is installed), or the name of a kernel.
-        quantization: none, or fp8 for 8-bit matrix products.
+        quantization: none, fp8 for 8-bit matrix products, or fp8-emulated.
+        lossy: none, or what a second, lossy engine beside the exact one has: fp8, sage, fp8+sage or fp8-emulated.
         execution: auto (what is fastest; eager on a CPU), eager, graph, compiled or compiled+graph.
         text_encoder: auto (gpu where its weights leave room, else offload), gpu, cpu or offload.
         text_cache, cache: folders for embeddings, and for what was measured, for the next load; empty keeps neither.
-        vae_dtype: auto (float16 on cuda where the activations fit, else float32), float32, bfloat16 or float16.
+        vae_dtype: the same, but that auto is float16 on cuda, where the activations fit.
         threads: CPU threads of torch; 0 leaves them as they are.
 
     Raises:
@@ -70,33 +83,76 @@ def load_engine(
     chosen_dtype = choose_dtype(dtype, chosen_device)
     chosen_execution = choose_execution(execution, chosen_device)
     chosen_vae_dtype = choose_vae_dtype(vae_dtype, chosen_device)
-    check_attention_name(attention, chosen_device)
-    check_quantization(quantization, chosen_device, chosen_dtype)
-    choose_text_encoder(text_encoder, chosen_device, 0, 0, 0)  # a wrong name shall not cost a load
+    _check_names(attention, quantization, lossy, text_encoder, chosen_device, chosen_dtype)
     free_bytes = torch.cuda.mem_get_info(chosen_device)[0] if chosen_device.type == "cuda" else 0
-    bundle = load_bundle(path, chosen_dtype, chosen_device, text_device="cpu")
+    bundle = _load_bundle(path, chosen_dtype, chosen_device)
     embedder = _embedder(bundle, chosen_device, text_encoder, text_cache, free_bytes)
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
     shape = native_attention_shape(bundle.transformer.config, bundle.vae.config, bundle.spec.native)
     verdicts = _verdicts(cache, bundle, facts, (shape, attention, quantization, execution))
-    chosen = choose_attention(attention, shape, chosen_device, chosen_dtype, verdicts)
-    facts = replace(facts, attention=chosen.name, lossy=_lossy(quantization, attention))
-    transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
-    if quantization == "fp8":
-        quantize_blocks(transformer)
-    engine = Engine(bundle, transformer, facts, execution=chosen_execution, verdicts=verdicts, embedder=embedder)
-    _warm_up(engine, path, chosen_vae_dtype)
+    if dtype == "auto" and multiplies_bfloat16(chosen_device):
+        bundle = _raced(bundle, verdicts)
+    transformer, facts, twin = _network(bundle, facts, shape, attention, quantization, lossy, verdicts)
+    engine = Engine(
+        bundle, transformer, facts, execution=chosen_execution, verdicts=verdicts, embedder=embedder, lossy=twin
+    )
+    _warm_up(engine, path, chosen_vae_dtype, verdicts)
     engine.facts = replace(engine.facts, load_s=time.perf_counter() - start_s)
     return engine
 
 
-def _warm_up(engine: Engine, path: Path, vae_dtype: torch.dtype) -> None:
+def _load_bundle(path: Path, dtype: torch.dtype, device: torch.device) -> Bundle:
+    # A prompt takes milliseconds: on a CPU its encoder stays float32 whatever the network is.
+    text_dtype = torch.float32 if device.type == "cpu" else None
+    return load_bundle(path, dtype, device, text_device="cpu", text_dtype=text_dtype)
+
+
+def _raced(bundle: Bundle, verdicts: Verdicts) -> Bundle:
+    """Return a bundle whose transformer, if it is a float32 one on a CPU, has the faster dtype."""
+    if bundle.transformer.device.type != "cpu":
+        return bundle
+    native = bundle.spec.native
+    latents = latent_shape(bundle.vae, native.height, native.width, native.num_frames)
+    dtype = fastest_dtype(bundle.transformer, bundle.spec.timesteps, latents, verdicts)
+    if dtype == torch.float32:
+        return bundle
+    transformer = load_module(WanTransformer3DModel, bundle.path, "transformer", torch_dtype=dtype)
+    return replace(bundle, transformer=transformer.requires_grad_(False).eval())
+
+
+def _network(
+    bundle: Bundle,
+    facts: ModelFacts,
+    shape: AttentionShape,
+    attention: str,
+    quantization: str,
+    lossy: str,
+    verdicts: Verdicts,
+) -> tuple[FewStepTransformer, ModelFacts, FewStepTransformer | None]:
+    """Return the network, the facts with what was chosen for it, and its lossy twin where one is wanted."""
+    device, dtype = bundle.transformer.device, bundle.transformer.proj_out.weight.dtype
+    chosen = choose_attention(attention, shape, device, dtype, verdicts)
+    transformer = FewStepTransformer(bundle.transformer, bundle.spec.timesteps, attend=chosen.attend)
+    twin = _lossy_twin(lossy, transformer, chosen, shape) if lossy != "none" else None
+    if quantization != "none":
+        quantize_blocks(transformer)
+    facts = replace(
+        facts,
+        dtype=str(dtype).removeprefix("torch."),
+        attention=chosen.name,
+        lossy=_lossy(quantization, attention),
+        lossy_beside=_lossy(*lossy.split("+")),
+    )
+    return transformer, facts, twin
+
+
+def _warm_up(engine: Engine, path: Path, vae_dtype: torch.dtype | None, verdicts: Verdicts) -> None:
     """Make the warm-up videos, and record their findings in the facts."""
     try:
         if not engine.preview_map:  # a bundle of before there were previews
             engine.preview_map = fit_preview(engine.decoder)
-        warm_engine(engine, vae_dtype)
+        warm_engine(engine, vae_dtype, verdicts)
     except CodmdError:
         raise
     except Exception as error:  # parts that load but do not work together fail anywhere, with any exception
@@ -107,7 +163,50 @@ def _warm_up(engine: Engine, path: Path, vae_dtype: torch.dtype) -> None:
 
 def _lossy(*names: str) -> str:
     """Return the names of the lossy settings, joined by `+`; empty when all are exact."""
-    return "+".join(name for name in names if name == "fp8" or name in LOSSY)
+    return "+".join(name for name in names if name.startswith("fp8") or name in LOSSY)
+
+
+def _check_names(
+    attention: str, quantization: str, lossy: str, text_encoder: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuse what cannot run before it costs a load."""
+    check_attention_name(attention, device)
+    check_quantization(quantization, device, dtype)
+    _check_lossy(lossy, _lossy(quantization, attention), device, dtype)
+    choose_text_encoder(text_encoder, device, 0, 0, 0)
+
+
+def _check_lossy(name: str, of_main: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a second, lossy engine that cannot run, or one beside an engine that is lossy itself.
+
+    Raises:
+        ConfigError: says what would work.
+    """
+    if name not in LOSSY_ENGINES:
+        raise ConfigError(f"lossy must be one of {', '.join(LOSSY_ENGINES)}, got {name!r}")
+    if name == "none":
+        return
+    if of_main:
+        raise ConfigError(f"lossy {name} is for beside an exact engine, and this one has {of_main}: leave one out")
+    for part in name.split("+"):
+        if part in LOSSY:
+            check_attention_name(part, device)
+        else:
+            check_quantization(part, device, dtype)
+
+
+def _lossy_twin(
+    name: str, transformer: FewStepTransformer, exact: ChosenAttention, shape: AttentionShape
+) -> FewStepTransformer:
+    """Return a lossy network that shares the weights of the exact one, but for those that are quantized."""
+    parts = name.split("+")
+    attend = exact.attend
+    for kernel in (part for part in parts if part in LOSSY):
+        attend = choose_attention(kernel, shape, transformer.device, transformer.dtype).attend
+    twin = transformer.twin(attend)
+    if any(part.startswith("fp8") for part in parts):
+        quantize_blocks(twin)
+    return twin
 
 
 def _verdicts(cache: str, bundle: Bundle, facts: ModelFacts, asked: tuple[object, ...]) -> Verdicts:
@@ -115,8 +214,9 @@ def _verdicts(cache: str, bundle: Bundle, facts: ModelFacts, asked: tuple[object
     if not cache:
         return Verdicts(None)
     versions = (__version__, torch.__version__, torch.version.cuda, installed_kernels(torch.device("cuda")))
+    machine = (processor_name(), torch.get_num_threads()) if facts.device == "cpu" else ()
     what = (facts.name, facts.device, facts.dtype, bundle.spec, fingerprint(bundle.transformer))
-    return Verdicts(Path(cache), versions, what, asked)
+    return Verdicts(Path(cache), versions, machine, what, asked)
 
 
 def _embedder(bundle: Bundle, device: torch.device, place: str, cache: str, free_bytes: int) -> PromptEmbedder:

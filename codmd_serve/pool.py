@@ -242,6 +242,8 @@ class WorkerPool:
         if isinstance(message, Started | Progress):
             if isinstance(message, Started):
                 entry.started_s = now_s
+            elif message.stage in ("decode", "encode") and message.done >= message.total:
+                entry.is_encoding = True
             try:
                 entry.on_event(message)
             except Exception:  # the caller's own fault: neither the job nor the worker shall pay for it
@@ -277,6 +279,8 @@ class WorkerPool:
 
     def _add_slot(self, device: str) -> None:
         settings = {name: getattr(self.config, name) for name in ENGINE_SETTINGS} | {"device": device}
+        if self.facts is not None:
+            settings |= {"dtype": self.facts.dtype, "vae_dtype": self.facts.vae_dtype}
         if self.config.num_workers and not settings["threads"]:
             settings["threads"] = max(1, usable_cpus() // self.config.num_workers)
         slot = WorkerSlot(len(self._slots), settings)
@@ -310,6 +314,8 @@ class WorkerPool:
                 while (message := await slot.process.receive()) is not None:
                     if isinstance(message, JobMessage):
                         self._on_message(slot, message)
+                    elif isinstance(message, Ready):  # a fallback in the middle of its life
+                        self.facts = message.facts
                 reason = slot.end_reason or "died"
             except (CodmdError, OSError) as error:
                 reason = "load"
@@ -355,6 +361,9 @@ class WorkerPool:
 
     def _on_loaded(self, ready: Ready) -> None:
         self.load_error = ""
+        for slot in self._slots:
+            # Measured once: another worker, or this one after a restart, might measure otherwise and make other bytes.
+            slot.settings |= {"dtype": ready.facts.dtype, "vae_dtype": ready.facts.vae_dtype}
         if self.facts is None:
             self.facts, self._times = ready.facts, ServiceTimes(ready.facts)
             self._add_other_slots(ready.facts)

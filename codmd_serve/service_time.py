@@ -11,23 +11,40 @@ MAX_SHAPES_KEPT = 64
 DEADLINE_FACTOR = 10.0
 STALL_FACTOR = 5.0
 
-Shape = tuple[int, int, int]
+# ffmpeg is killed when it takes longer than this for what it was given: x264 on one busy core is ten times as fast.
+MIN_ENCODER_WAIT_S = 30.0
+MIN_ENCODED_PX_PER_S = 250_000.0
+MIN_ANIMATED_PX_PER_S = 25_000.0  # the palette of a gif
+LOOKAHEAD_FRAMES = 64  # frames that x264 may hold back until its input ends
+
+Shape = tuple[int, int, int, str]
+
+
+def encoder_limit_s(num_px: float, format: str) -> float:
+    """Return the seconds that ffmpeg gets for that many pixels of a video."""
+    return MIN_ENCODER_WAIT_S + num_px / (MIN_ENCODED_PX_PER_S if format == "mp4" else MIN_ANIMATED_PX_PER_S)
+
+
+def encoding_limit_s(params: GenerateParams) -> float:
+    """Return the seconds that ffmpeg gets after the last frame of a video."""
+    num_frames = min(params.num_frames, LOOKAHEAD_FRAMES) if params.format == "mp4" else params.num_frames
+    return encoder_limit_s(params.height * params.width * num_frames, params.format)
 
 
 class ServiceTimes:
-    """Moving averages of service time by shape; a new shape is scaled from the native one.
+    """Moving averages of service time by shape and format; a new shape is scaled from the native one.
 
     Args:
         facts: of the engine, with the time of its native video.
     """
 
     def __init__(self, facts: ModelFacts) -> None:
-        self._native = (facts.height, facts.width, facts.num_frames)
+        self._native = (facts.height, facts.width, facts.num_frames, "mp4")
         self._known: OrderedDict[Shape, float] = OrderedDict({self._native: facts.service_s})
 
     def add(self, params: GenerateParams, took_s: float) -> None:
         """Update the average with a video that took `took_s` on the device."""
-        shape = (params.height, params.width, params.num_frames)
+        shape = (params.height, params.width, params.num_frames, params.format)
         known_s = self._known.get(shape)
         self._known[shape] = took_s if known_s is None else known_s + WEIGHT * (took_s - known_s)
         self._known.move_to_end(shape)
@@ -36,19 +53,29 @@ class ServiceTimes:
 
     def expected_s(self, params: GenerateParams) -> float:
         """Return the expected seconds of a video of this shape."""
-        known_s = self._known.get((params.height, params.width, params.num_frames))
+        known_s = self._known.get((params.height, params.width, params.num_frames, params.format))
         return self._known[self._native] * self._size(params) if known_s is None else known_s
 
-    def deadline_s(self, params: GenerateParams, floor_s: float) -> float:
-        """Return the seconds after its start at which a job counts as hung; at least `floor_s`."""
-        return floor_s + DEADLINE_FACTOR * self._longest_s(params)
+    def deadline_s(self, params: GenerateParams, floor_s: float, is_encoding: bool = False) -> float:
+        """Return the seconds after its start at which a job counts as hung; at least `floor_s`.
 
-    def stall_s(self, params: GenerateParams, floor_s: float) -> float:
-        """Return the seconds without progress at which a job counts as hung; at least `floor_s`."""
-        return floor_s + STALL_FACTOR * self._longest_s(params)
+        Args:
+            params: of the job.
+            floor_s: see above.
+            is_encoding: whether all frames are decoded. The encoder has a limit of its own, which must come first.
+        """
+        return floor_s + DEADLINE_FACTOR * self._longest_s(params) + self._encoder_s(params, is_encoding)
+
+    def stall_s(self, params: GenerateParams, floor_s: float, is_encoding: bool = False) -> float:
+        """Return the seconds without progress at which a job counts as hung; see `deadline_s`."""
+        return floor_s + STALL_FACTOR * self._longest_s(params) + self._encoder_s(params, is_encoding)
+
+    def _encoder_s(self, params: GenerateParams, is_encoding: bool) -> float:
+        # A gif or WebP may hold up its frames while they are decoded, and is encoded when the last one has come.
+        return encoding_limit_s(params) if is_encoding or params.format != "mp4" else 0.0
 
     def _size(self, params: GenerateParams) -> float:
-        height, width, num_frames = self._native
+        height, width, num_frames, _ = self._native
         return params.height * params.width * params.num_frames / (height * width * num_frames)
 
     def _longest_s(self, params: GenerateParams) -> float:

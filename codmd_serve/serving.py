@@ -1,4 +1,11 @@
-"""Assembles a server: store, results, dispatcher, API. Knows no command line and no web page."""
+"""Assembles a server: store, results, dispatcher, API. Knows no command line and no web page.
+
+DATA/jobs.sqlite3       the jobs, unless --store says otherwise
+DATA/results/           the videos, unless --results says otherwise
+DATA/spool/             videos in the making; what a killed process left is swept at the next start
+DATA/dispatchers/       a lock file of each running process
+DATA/page/              temporary files of the page
+"""
 
 import asyncio
 import contextlib

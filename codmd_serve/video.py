@@ -25,6 +25,7 @@ import imageio_ffmpeg
 
 from codmd_serve.errors import ConfigError, GenerationError
 from codmd_serve.files import atomic_file, first_line
+from codmd_serve.service_time import LOOKAHEAD_FRAMES, encoder_limit_s
 
 NUM_ENCODER_THREADS = 4
 # At equal SSIM 12 % more bytes than medium for 30 % less processor time; and x264 holds back 10 frames instead of 40,
@@ -37,11 +38,6 @@ _FAILURE = re.compile(
     r"error|fail|unknown|unrecogni|invalid|denied|cannot|could not|unable|no such|no space|not ", re.I
 )
 _NOTICE = re.compile(r"deprecated|^warning|^last message repeated|^conversion failed", re.I)
-# ffmpeg is killed when it takes longer than this for what it was given: x264 on one busy core is ten times as fast.
-MIN_ENCODER_WAIT_S = 30.0
-MIN_ENCODED_PX_PER_S = 250_000.0
-MIN_ANIMATED_PX_PER_S = 25_000.0  # the palette of a gif
-LOOKAHEAD_FRAMES = 64  # frames that x264 may hold back until its input ends
 # One palette for all frames, of every n-th pixel of large ones: counting colours is most of the work. Where nothing
 # moves nothing is dithered anew, so it does not flicker.
 GIF_FILTERS = (
@@ -177,7 +173,7 @@ def write_video(
         command = _command(
             program, partial, height=height, width=width, fps=fps, crf=crf, comment=comment, format=format
         )
-        encoder = _Encoder(command, height * width * LOOKAHEAD_FRAMES if format == "mp4" else math.inf)
+        encoder = _Encoder(command, format, height * width * LOOKAHEAD_FRAMES if format == "mp4" else math.inf)
         try:
             if on_start is not None:
                 on_start(encoder.kill)
@@ -208,13 +204,15 @@ class _Encoder:
 
     Args:
         command: of ffmpeg, which reads frames from its input.
+        format: mp4, gif or webp.
         max_px_left: pixels that it may hold back until its input ends; infinite where that is all of them.
 
     Raises:
         GenerationError: code encoder_missing.
     """
 
-    def __init__(self, command: list[str | Path], max_px_left: float) -> None:
+    def __init__(self, command: list[str | Path], format: str, max_px_left: float) -> None:
+        self._format = format
         self._max_px_left = max_px_left
         self._num_bytes = 0
         self._is_hung = False
@@ -314,8 +312,7 @@ class _Encoder:
         return said
 
     def _limit_s(self, num_bytes: float) -> float:
-        px_per_s = MIN_ANIMATED_PX_PER_S if self._max_px_left == math.inf else MIN_ENCODED_PX_PER_S
-        return MIN_ENCODER_WAIT_S + num_bytes / 3 / px_per_s
+        return encoder_limit_s(num_bytes / 3, self._format)
 
     def _kill_hung(self) -> None:
         self._is_hung = True

@@ -15,33 +15,44 @@ import torch
 from torch import Tensor
 
 from codmd_serve.config import DEFAULT_CRF, GenerateParams
+from codmd_serve.device import multiplies_bfloat16
 from codmd_serve.engine import Engine
 from codmd_serve.errors import GenerationError
-from codmd_serve.wan.precision import fit_dtype
+from codmd_serve.verdicts import Verdicts
+from codmd_serve.wan.precision import fit_dtype, race_dtype
 
 MEMORY_SHARE = 0.9  # of what is free; the rest is for fragments, workspaces and the driver
 
 logger = logging.getLogger(__name__)
 
 
-def warm_engine(engine: Engine, vae_dtype: torch.dtype) -> None:
+def warm_engine(engine: Engine, vae_dtype: torch.dtype | None, verdicts: Verdicts | None = None) -> None:
     """Make the native video, so that the first request is fast, and record the findings in the facts.
 
     Args:
         engine: just made.
-        vae_dtype: of the VAE, where its activations fit; the engine's decoder says in `problem` where they do not.
+        vae_dtype: of the VAE, where its activations fit; the engine's decoder says in `problem` where they do not. None
+            is what a CPU is faster in.
+        verdicts: of earlier loads; None remembers nothing.
     """
     device = engine.transformer.device
     params = _native_params(engine)
     engine.embed(params.prompt)  # first, or an encoder that is lent to the device would be taken for activations
     resident_bytes = _allocated_bytes(device)
     x0_pred = engine.denoised(params)
-    fit_dtype(engine.decoder, vae_dtype, x0_pred)
+    if vae_dtype is not None:
+        fit_dtype(engine.decoder, vae_dtype, x0_pred)
+    elif multiplies_bfloat16(device):
+        race_dtype(engine.decoder, x0_pred, verdicts or Verdicts(None))
     _warm_decoder(engine, x0_pred)
     del x0_pred
     # Before anything is recorded: libraries have chosen their kernels, and activations took what they take.
     needed_bytes = _peak_bytes(device) - resident_bytes
     engine.warm_loop(params)
+    fallbacks = [engine.loop.fallback, engine.transformer.problem, engine.decoder.problem]
+    if engine.lossy_loop is not None:
+        engine.denoised(replace(params, may_be_lossy=True))  # libraries choose kernels, and what is broken shows
+        fallbacks.append(engine.lossy_loop.fallback and f"lossy engine: {engine.lossy_loop.fallback}")
     max_video_px = _affordable_px(params, device, needed_bytes)
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="codmd-warm-") as folder:
@@ -50,8 +61,9 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype) -> None:
         engine.facts,
         execution=engine.loop.execution,
         vae_dtype=str(engine.decoder.dtype).removeprefix("torch."),
-        fallback="; ".join(filter(None, (engine.loop.fallback, engine.transformer.problem, engine.decoder.problem))),
+        fallback="; ".join(filter(None, fallbacks)),
         max_video_px=max_video_px,
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,
         num_devices=torch.cuda.device_count() if device.type == "cuda" else 1,
         service_s=time.perf_counter() - start_s,
     )

@@ -190,8 +190,12 @@ def run_job(engine: "Engine", job: Generate, cancelled: set[str], send: Send) ->
             send(Progress(job.id, stage, done, total, preview))
         told, preview = (stage, done), ""
 
+    facts = engine.facts
+
     def tell(video: "Future[GenerateResult]") -> None:
         cancelled.discard(job.id)
+        if engine.facts is not facts:  # a fallback: before the outcome, whose content key it decides
+            send(Ready(engine.facts))
         outcome = _outcome(job.id, video)
         send(outcome)
         if isinstance(outcome, Failed) and outcome.code == DEVICE_ERROR:

@@ -59,7 +59,7 @@ class JobDone:
 
 @dataclass(frozen=True, slots=True)
 class JobFailed:
-    """The job did not end well; a partial file of a killed worker may lie beside its path (files.leftovers).
+    """The job did not end well; a partial file of a killed worker may lie beside its path.
 
     Attributes:
         code: stable machine-readable word: out_of_memory, storage_full, worker_died, worker_hung, device_error,
@@ -86,7 +86,11 @@ Outcome = JobDone | JobFailed | JobCancelled
 
 @dataclass(slots=True, eq=False)
 class InFlight:
-    """A job from `submit` to its outcome. Times are of time.monotonic."""
+    """A job from `submit` to its outcome. Times are of time.monotonic.
+
+    Attributes:
+        is_encoding: whether its last frame is decoded, so that only the encoder is left.
+    """
 
     job: JobRequest
     on_event: OnEvent
@@ -94,6 +98,7 @@ class InFlight:
     started_s: float | None = None
     last_event_s: float = 0.0
     cancelled_s: float | None = None
+    is_encoding: bool = False
 
     def settle(self, outcome: Outcome) -> None:
         if not self.outcome.done():
@@ -218,14 +223,15 @@ class WorkerSlot:
         if self._stalled_share(entry, limits, times, now_s) > 1.0:
             return "stalled"
         started_s = now_s if entry.started_s is None else entry.started_s
-        return "deadline" if now_s - started_s > times.deadline_s(entry.job.params, 2.0 * limits.stall_s) else ""
+        deadline_s = times.deadline_s(entry.job.params, 2.0 * limits.stall_s, entry.is_encoding)
+        return "deadline" if now_s - started_s > deadline_s else ""
 
     def _stalled_share(self, entry: InFlight, limits: WatchdogLimits, times: ServiceTimes, now_s: float) -> float:
         """Time without progress of a job that should make some, as a share of what is granted."""
         if entry.started_s is None and entry is not self.in_flight[0]:
             return 0.0
         since_s = max(entry.last_event_s, self.last_done_s if entry.started_s is None else 0.0)
-        return (now_s - since_s) / times.stall_s(entry.job.params, limits.stall_s)
+        return (now_s - since_s) / times.stall_s(entry.job.params, limits.stall_s, entry.is_encoding)
 
     def forgive(self, lag_s: float) -> None:
         """Let a time not count in which the pool itself stood still."""

@@ -15,11 +15,17 @@ from distill.evaluate.command import add_eval_arguments, run_eval
 from distill.plan.command import add_plan_arguments, run_plan
 from distill.pretrain.command import add_teacher_arguments, run_teacher
 from distill.run.command import add_export_arguments, add_train_arguments, run_export, run_train
+from distill.run.samples import add_sample_arguments, run_sample_teacher
 from distill.worlds.shapeworld.preview import add_preview_arguments, run_preview
 
 PROGRAM = "codmd-distill"
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "train": ("distil a student from a teacher", add_train_arguments, run_train),
+    "sample-teacher": (
+        "make the samples of the teacher that a run trains on",
+        add_sample_arguments,
+        run_sample_teacher,
+    ),
     "export": ("write the student of a checkpoint, for codmd-serve or diffusers", add_export_arguments, run_export),
     "bench-step": ("time our iteration beside the authors'", add_bench_step_arguments, run_bench_step),
     "plan": ("say what a run needs: memory per GPU, operations, hours", add_plan_arguments, run_plan),

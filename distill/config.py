@@ -13,7 +13,7 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from codmd_serve.errors import ConfigError
@@ -21,6 +21,7 @@ from codmd_serve.grid import SAMPLERS, StepGrid
 from distill.settings import EmaConfig as EmaConfig
 from distill.settings import NativeConfig as NativeConfig
 from distill.settings import OptimizerConfig as OptimizerConfig
+from distill.settings import StartConfig as StartConfig
 from distill.settings import check_choice, check_range
 
 # Of config.json. A file without a format is of format 1.
@@ -96,8 +97,15 @@ class DistillConfig:
     Attributes:
         recipe: name of the recipe that it started from.
         base: folder or hub id of the teacher's diffusers pipeline.
-        method: name of the distillation method.
+        student_from, critic_from: weights that student and critic start from, in place of the base's: a bundle, or a
+            file or folder that `codmd-serve convert` reads.
+        start: regression of the student on the teacher's paths, from these weights, before the method's own iterations.
+        native: the video that the student is trained on.
+        optimizer: of student and critic.
+        ema: of the student.
+        method: name of the distillation method; set with --method only.
         method_settings: settings of the method's family; in JSON they stand under the family's own key.
+        seed: of every random number of the run, 0..2^63-1.
         batch_size: samples of one update, over all processes and micro-batches.
         accumulate: micro-batches per update, computed one after the other in each process.
         activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
@@ -108,6 +116,8 @@ class DistillConfig:
         student_every_iterations: the student's turn comes once in so many iterations.
         critic_warmup_iterations: iterations before the first student update.
         guidance_scale: of the teacher, uncond + guidance_scale * (cond - uncond).
+        negative_prompt: what the teacher is guided away from.
+        sampler: `sde` noises the prediction again after each step, `ode` follows the flow.
         timesteps: the student's denoising steps; where empty, the method derives them from the fields below or from
             settings of its own.
         step_levels, step_shift: noise levels of those steps before the shift, and the shift.
@@ -116,7 +126,15 @@ class DistillConfig:
         score_shared_sigma: one such level per batch instead of one per sample.
         prompts: a txt, jsonl or tar file, a folder of tars, or one of packed samples; empty draws captions of one and
             two objects in turn from the ShapeWorld grammar, num_captions of them.
-        bundle_dtype: of the exported student.
+        num_captions: captions drawn where there are no prompts.
+        precision: auto, fp32 or bf16 (autocast); auto is bf16 where the device computes it fast.
+        teacher_dtype, text_dtype: of the weights of teacher and text encoder, fp32 or bf16.
+        bundle_dtype: of the exported student, fp32, bf16 or fp16.
+        max_nonfinite_in_row: the run ends after so many updates in a row whose gradient was not finite.
+        log_every_iterations: iterations per line of the log.
+        save_every_iterations: iterations between two checkpoints.
+        keep_last: checkpoints that are kept.
+        vocabulary_note: a sentence for users whose prompt has words that the model never saw; goes into student.json.
 
     Raises:
         ConfigError: a value outside its range; the message names the key.
@@ -139,6 +157,9 @@ class DistillConfig:
     max_iterations: int
     student_every_iterations: int = 5
     critic_warmup_iterations: int = 0
+    student_from: str = ""
+    critic_from: str = ""
+    start: StartConfig = field(default_factory=StartConfig)
     guidance_scale: float
     negative_prompt: str = ""
     sampler: str = "sde"
@@ -187,6 +208,8 @@ class DistillConfig:
                 "expected 0 < score_sigma_min < score_sigma_max <= 1, "
                 f"got {self.score_sigma_min} and {self.score_sigma_max}"
             )
+        if self.critic_from and self.lora_critic_rank:
+            raise ConfigError("critic_from needs lora_critic_rank 0: a LoRA critic is the teacher with adapters")
         if self.teacher_dtype == "bf16" and self.precision == "fp32":
             raise ConfigError("teacher_dtype bf16 needs precision bf16: a bf16 teacher runs under autocast")
         self.method_settings.check(self)

@@ -15,7 +15,10 @@ class OptimizerConfig:
     """AdamW of student and critic.
 
     Attributes:
+        student_lr, critic_lr: learning rates.
         betas: published are (0.9, 0.999) and (0, 0.999); torch keeps the first moment for either.
+        eps: of AdamW.
+        weight_decay: of AdamW.
         clip_norm: largest gradient norm; None (null in JSON) switches clipping off.
         warmup_updates: linear warm-up of the learning rate, counted in each network's own updates.
     """
@@ -65,7 +68,13 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NativeConfig:
-    """The video a student is trained on: pixels, frames, frames per second."""
+    """The video a student is trained on.
+
+    Attributes:
+        height, width: pixels.
+        num_frames: frames, 4k + 1.
+        fps: frames per second.
+    """
 
     height: int
     width: int
@@ -75,6 +84,32 @@ class NativeConfig:
     def __post_init__(self) -> None:
         for name in ("height", "width", "num_frames", "fps"):
             check_range(f"native.{name}", getattr(self, name), 1, 10_000)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartConfig:
+    """The regressed start: before a run, its student is trained on the ends of the teacher's own paths.
+
+    Attributes:
+        updates: of the student, before the first iteration of the method; 0 leaves the start out.
+        paths: of the teacher, sampled once and stored in the cache.
+        teacher_steps: Euler steps of a path.
+        shift: of the teacher's steps.
+        student_lr: learning rate of the start.
+    """
+
+    updates: int = 0
+    paths: int = 4096
+    teacher_steps: int = 50
+    shift: float = 3.0
+    student_lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_range("start.updates", self.updates, 0, 10**9)
+        check_range("start.paths", self.paths, 1, 10**9)
+        check_range("start.teacher_steps", self.teacher_steps, 1, 10_000)
+        check_range("start.shift", self.shift, 1e-3, 1e3)
+        check_range("start.student_lr", self.student_lr, 1e-12, 1.0)
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

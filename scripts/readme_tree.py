@@ -1,4 +1,4 @@
-"""Print the tree of the repository that stands in README.md, or write it there: readme_tree.py [--write].
+"""Print the tree of the repository that stands in PAGE, or write it there: readme_tree.py [--write].
 
 Folders of Python carry the first sentence of their package's docstring, then the names of their files.
 """
@@ -12,11 +12,12 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = Path("docs/explanation/architecture.md")
 PRODUCT = ("codmd_serve", "distill", "app", "scripts")
 OTHERS = {
     "weights": "the embedded teacher and student, how they were made, what they score",
     "tests": "mirror the packages; helpers/ is shared by them, gpu/ needs a CUDA device",
-    "docs": "pictures, measured results",
+    "docs": "tutorials, how-to, reference (generated), explanation, measured results",
 }
 SCRIPTS = "Tools for developers: not installed, not imported."
 BEGIN, END = "<!-- tree: scripts/readme_tree.py --write -->", "<!-- end of tree -->"
@@ -43,16 +44,16 @@ def tree(root: Path = ROOT) -> str:
     return "\n".join("    " + line for line in lines)
 
 
-def replaced(readme: str, new_tree: str) -> str:
-    """Return README's text with its tree replaced.
+def replaced(page: str, new_tree: str) -> str:
+    """Return the text of a page with its tree replaced.
 
     Raises:
         ValueError: the markers around the tree are missing.
     """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README has no {BEGIN!r} ... {END!r}")
+    if BEGIN not in page or END not in page:
+        raise ValueError(f"the page has no {BEGIN!r} ... {END!r}")
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{new_tree}\n\n{END}", readme)
+    return pattern.sub(lambda _: f"{BEGIN}\n\n{new_tree}\n\n{END}", page)
 
 
 def _entry(folder: Path, sentence: str, names: list[str]) -> list[str]:
@@ -75,11 +76,11 @@ def _first_sentence(folder: Path) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the tree into README.md")
+    parser.add_argument("--write", action="store_true", help=f"write the tree into {PAGE}")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
+    page = ROOT / PAGE
     if options.write:
-        readme.write_text(replaced(readme.read_text(encoding="utf-8"), tree()), encoding="utf-8")
+        page.write_text(replaced(page.read_text(encoding="utf-8"), tree()), encoding="utf-8")
     else:
         print(tree())
 

@@ -53,7 +53,8 @@ SLOW = (
     "distill/run",
     "faults",
     "test_embedded.py",
-    "test_readme.py",
+    "test_examples.py",
+    "test_wheel.py",
 )
 
 

@@ -97,6 +97,7 @@ async def health(request: Request) -> HealthBody:
         num_running=num_running,
         num_workers=sum(model.capacity for model in models) if runner is None else runner.num_workers,
         num_worker_restarts=sum(getattr(runner, "restarts", {}).values()),
+        num_unserved=backend.num_unserved,
         version=__version__,
     )
 

@@ -22,6 +22,7 @@ from codmd_serve.dispatcher import Dispatcher
 from codmd_serve.errors import CodmdError, GenerationError, InvalidRequestError, StorageFullError
 from codmd_serve.jobs.database import Database
 from codmd_serve.jobs.events import EventHub
+from codmd_serve.jobs.leases import Leases
 from codmd_serve.jobs.listener import Listener
 from codmd_serve.jobs.results import ResultStore
 from codmd_serve.jobs.rows import content_key
@@ -29,6 +30,7 @@ from codmd_serve.jobs.states import CANCELLED, FAILED, Job, NewJob
 from codmd_serve.jobs.store import JobStore, QueueLimits, ServedModel
 
 REFRESH_S = 1.0
+SWEEP_S = 30.0
 POLL_S = 1.0
 CANCEL_GRACE_S = 5.0
 KEPT_WHEN_FINAL_S = 60.0
@@ -102,6 +104,8 @@ class Backend:
         self.is_stopped = False
         self._models: list[ServedModel] = []
         self._queue = (0, 0, 0.0)
+        self._num_unserved = 0
+        self._next_sweep_s = 0.0
         self._store_error = ""
         self._listener = Listener(database, hub, self._on_change)
         self._task: asyncio.Task[None] | None = None
@@ -141,11 +145,26 @@ class Backend:
         try:
             self._models = await asyncio.to_thread(self.store.models)
             self._queue = await asyncio.to_thread(self.store.queue)
+            self._num_unserved = await asyncio.to_thread(self.store.num_unserved)
+            if time.monotonic() >= self._next_sweep_s:
+                self._next_sweep_s = time.monotonic() + SWEEP_S
+                await asyncio.to_thread(self._sweep)
             self._store_error = ""
         except CodmdError as error:
             if not self._store_error:
                 logger.error("%s", error)
             self._store_error = "the job store cannot be used"
+
+    def _sweep(self) -> None:
+        """End what has waited for a worker for too long; an API alone also takes jobs back from lost machines."""
+        if self.dispatcher is None:
+            config = self.config
+            Leases(
+                self.store.database, "", "", lease_s=config.lease_s, max_attempts=config.max_attempts
+            ).expire_leases()
+        if self.config.unserved_hours:
+            for job_id in self.store.fail_unserved(3600.0 * self.config.unserved_hours):
+                logger.warning("job=%s code=not_served", job_id)
 
     def _on_change(self, job_id: str, status: str) -> None:
         if self.dispatcher is None:
@@ -208,6 +227,18 @@ class Backend:
             return "no worker is alive"
         return "" if models[0].is_ready else models[0].reason or "the model is loading"
 
+    def waiting_for(self, job: Job) -> str | None:
+        """What a job waits for beside its turn: a worker of its bundle, which no live one serves. None when nothing."""
+        is_own = self.dispatcher is not None and self.own is not None and job.bundle == self.own.bundle
+        if job.status != "queued" or is_own or any(m.is_served for m in self._models if m.bundle == job.bundle):
+            return None
+        return f"no worker serves the bundle {job.model or job.bundle[:12]}"
+
+    @property
+    def num_unserved(self) -> int:
+        """Jobs that wait for a bundle that no live worker serves; a second old at most."""
+        return self._num_unserved
+
     @property
     def queue(self) -> tuple[int, int, float]:
         """Jobs that wait, jobs that run, seconds that the oldest waits; a second old at most."""
@@ -245,7 +276,8 @@ class Backend:
         return job, is_new
 
     def content_key(self, model: ServedModel, params: Any) -> str:
-        return content_key(model.bundle, model.engine_key, params)
+        facts = model.facts if model.facts is not None and model.facts.dtype else None  # declared ones have none
+        return content_key(model.bundle, model.engine_key, params, facts)
 
     async def get(self, job_id: str, owner: str | None) -> Job | None:
         return await self.call(self.store.get, job_id, owner)
@@ -308,7 +340,7 @@ class Backend:
         ahead = 0
         if job.status == "queued":
             ahead = await self.call(self.store.position, job)
-        if not service_s or job.is_final:
+        if not service_s or job.is_final or self.waiting_for(job):
             return ahead, None
         if job.status == "running":
             channel = self.hub.known(job.id)

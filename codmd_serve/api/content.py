@@ -17,6 +17,44 @@ SUFFIXES = {"video/mp4": "mp4", "image/gif": "gif", "image/webp": "webp"}
 CONTENT: dict[str, Any] = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in SUFFIXES}
 
 
+def header_docs(**texts: str) -> dict[str, Any]:
+    """What OpenAPI says of headers of an answer, by name, with `_` for `-`."""
+    named = {name.replace("_", "-"): text for name, text in texts.items()}
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in named.items()}
+
+
+def parameter_docs(**texts: str) -> dict[str, Any]:
+    """What OpenAPI says of headers of a request, all optional, by name, with `_` for `-`."""
+    common = {"in": "header", "required": False, "schema": {"type": "string"}}
+    parameters = [{"name": name.replace("_", "-"), "description": text, **common} for name, text in texts.items()]
+    return {"parameters": parameters}
+
+
+FILE_HEADERS = header_docs(
+    ETag="of the bytes; they never change",
+    Accept_Ranges="bytes",
+    Cache_Control="private, kept for a year",
+    Content_Disposition="a file name with the seed",
+    Content_Length="bytes that follow",
+)
+FILE_REQUEST = parameter_docs(
+    Range="bytes=FIRST-LAST, one part",
+    If_Range="an ETag: the range holds for these bytes only, else all are sent",
+    If_None_Match="an ETag: 304 when the bytes are still these",
+)
+
+
+def file_answers(**more: str) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of a GET of a video; `more` are further headers."""
+    headers = {**FILE_HEADERS, **header_docs(**more)}
+    part = {**headers, **header_docs(Content_Range="which bytes of how many")}
+    return {
+        200: {"description": "the video", "content": CONTENT, "headers": headers},
+        206: {"description": "the part that Range asked for", "headers": part},
+        304: {"description": "the ETag of If-None-Match still holds"},
+    }
+
+
 async def video_response(backend: Backend, job: Job, asked: Mapping[str, str], headers: Mapping[str, str]) -> Response:
     """Answer with the video of a job.
 

@@ -59,6 +59,7 @@ STATUS_OF_CODE = {
     "storage_full": 507,
     "cancelled": 409,
     "server_stopped": 503,
+    "not_served": 503,
 }
 # Every code that an answer or a job may carry, for /docs and docs/.
 CODES = {
@@ -90,6 +91,7 @@ CODES = {
     "worker_died": "500: the worker died on every attempt of this job",
     "worker_hung": "500: the worker made no progress on any attempt of this job",
     "worker_lost": "500: the machine that ran the job was not heard of again, on every attempt",
+    "not_served": "503: no worker of its bundle was there for `--unserved-hours`",
     "worker_fatal": "500: the model cannot be loaded",
     "encode_failed": "500: ffmpeg could not encode the video",
     "encoder_hung": "500: ffmpeg made no progress",
@@ -122,6 +124,9 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     for status in statuses:
         lines = [f"`{code}`: {text.partition(': ')[2]}" for code, text in CODES.items() if str(status) in text[:10]]
         found[status] = {"model": ErrorBody, "description": "; ".join(lines) or "refused"}
+        if status in (429, 503, 507):
+            text = "seconds after which to come back"
+            found[status]["headers"] = {"Retry-After": {"description": text, "schema": {"type": "string"}}}
     return found
 
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from codmd_serve.api.backend import Backend, facts_of, failure
-from codmd_serve.api.content import CONTENT, video_response
+from codmd_serve.api.content import CONTENT, FILE_HEADERS, header_docs, parameter_docs, video_response
 from codmd_serve.api.errors import refusals
 from codmd_serve.api.jobs import describe
 from codmd_serve.api.schemas import GenerateBody, JobBody, to_params
@@ -29,28 +29,29 @@ VIDEO: dict[int | str, dict[str, Any]] = {
         "description": "the video",
         "content": CONTENT,
         "headers": {
-            name: {"description": description, "schema": {"type": "string"}}
-            for name, description in {
-                "Content-Location": "the job: /jobs/{id}",
-                "X-Seed": "the seed that makes this video again",
-                "Server-Timing": "queue, text, denoise, decode and encode, in milliseconds",
-                "Warnings": "what the model could not take as asked, if anything; separated by semicolons",
-            }.items()
+            **FILE_HEADERS,
+            **header_docs(
+                Content_Location="the job: /jobs/{id}",
+                X_Seed="the seed that makes this video again",
+                Server_Timing="queue, text, denoise, decode and encode, in milliseconds",
+                Warnings="what the model could not take as asked, if anything; separated by semicolons",
+                Cache_Control="no-store",
+            ),
         },
     },
-    202: {"model": JobBody, "description": "accepted; asked for with Prefer: respond-async or Prefer: wait=N"},
+    202: {
+        "model": JobBody,
+        "description": "accepted; asked for with Prefer: respond-async or Prefer: wait=N",
+        "headers": header_docs(Location="the job: /jobs/{id}", Preference_Applied="which preference was followed"),
+    },
 }
-HEADERS = [
-    ("Prefer", "respond-async: answer 202 at once; wait=N: answer 202 if the video is not there in N seconds"),
-    ("Idempotency-Key", "the same key and body is the same job, however often it is sent"),
-    ("Cache-Control", "no-cache: make the video again although an equal request has been answered"),
-]
-OPENAPI_EXTRA = {
-    "parameters": [
-        {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
-        for name, text in HEADERS
-    ]
-}
+WAIT_REQUEST = parameter_docs(
+    Prefer="respond-async: answer 202 at once; wait=N: answer 202 if the video is not there in N seconds",
+)
+SUBMIT_REQUEST = parameter_docs(
+    Idempotency_Key="the same key and body is the same job, however often it is sent",
+    Cache_Control="no-cache: make the video again although an equal request has been answered",
+)
 
 router = APIRouter()
 
@@ -60,7 +61,7 @@ router = APIRouter()
     response_class=Response,
     responses={**VIDEO, **refusals(401, 409, 413, 422, 429, 500, 503, 507)},
     summary="Make a video and wait, or get a job",
-    openapi_extra=OPENAPI_EXTRA,
+    openapi_extra={"parameters": WAIT_REQUEST["parameters"] + SUBMIT_REQUEST["parameters"]},
 )
 async def generate(body: GenerateBody, request: Request) -> Response:
     """Make one video from a prompt. The answer is the file itself, or with `Prefer: respond-async` the job."""

@@ -9,7 +9,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from codmd_serve.api.backend import Backend
-from codmd_serve.api.content import CONTENT, video_response
+from codmd_serve.api.content import FILE_REQUEST, file_answers, parameter_docs, video_response
 from codmd_serve.api.errors import refusals
 from codmd_serve.api.schemas import JobBody, JobList, error_of, job_body
 from codmd_serve.api.security import owner_of
@@ -19,6 +19,15 @@ from codmd_serve.jobs.states import Job
 KEEP_ALIVE_S = 15.0
 POLL_S = 1.0
 KIND_OF_STATUS = {"completed": "done", "expired": "done"}
+EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
 
 router = APIRouter()
 
@@ -38,7 +47,7 @@ async def find_job(backend: Backend, job_id: str, request: Request) -> Job:
 async def describe(backend: Backend, job: Job) -> JobBody:
     """The public view of a job at this moment."""
     position, eta_s = await backend.position(job)
-    return job_body(job, backend.hub.known(job.id), position, eta_s)
+    return job_body(job, backend.hub.known(job.id), position, eta_s, backend.waiting_for(job))
 
 
 @router.get("/jobs", responses=refusals(401, 422), summary="Your jobs, newest first")
@@ -82,13 +91,9 @@ async def cancel_job(job_id: str, request: Request) -> JobBody:
 @router.get(
     "/jobs/{job_id}/video",
     response_class=Response,
-    responses={
-        200: {"content": CONTENT},
-        206: {"description": "the part that Range asked for"},
-        304: {"description": "the ETag of If-None-Match still holds"},
-        **refusals(401, 404, 409, 410, 416),
-    },
+    responses={**file_answers(X_Seed="the seed that makes this video again"), **refusals(401, 404, 409, 410, 416)},
     summary="The video of a finished job",
+    openapi_extra=FILE_REQUEST,
 )
 async def get_video(job_id: str, request: Request) -> Response:
     """The bytes; Range, ETag and If-None-Match are obeyed."""
@@ -101,15 +106,24 @@ async def get_video(job_id: str, request: Request) -> Response:
     "/jobs/{job_id}/events",
     response_class=Response,
     responses={
-        200: {"description": "Server-Sent Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"description": "Server-Sent Events", "content": {"text/event-stream": {"schema": EVENT}}},
         **refusals(401, 404),
     },
     summary="Follow a job",
+    openapi_extra=parameter_docs(Last_Event_ID="the `id` of the last event that was seen; what came after it is sent"),
 )
 async def get_events(job_id: str, request: Request) -> Response:
-    """queued (position, eta_s), started, text, step (of num_steps, preview), decoding (frames), and how it ended.
+    """Server-Sent Events; `data` is a JSON object.
 
-    A client that reconnects with `Last-Event-ID` gets what it missed, as far as that is kept.
+    - `queued`: position, eta_s, attempt
+    - `started`: attempt
+    - `text`: the prompt is being embedded: done, total, progress
+    - `step`: step, num_steps, progress, and preview, a data URL, where the request said `"preview": true`
+    - `decoding`, `encoding`: frames, num_frames, progress
+    - `done`, `failed`, `cancelled`: status, and error (code, message) of a job that failed; the stream ends
+
+    A client that reconnects with `Last-Event-ID` gets what it missed, as far as that is kept. A comment line comes
+    every 15 seconds.
     """
     backend: Backend = request.app.state.backend
     job = await find_job(backend, job_id, request)
@@ -130,7 +144,9 @@ async def event_stream(backend: Backend, job: Job, last_event_id: str = "") -> A
             data: dict[str, Any] = {"status": job.status}
             if job.status == "queued":
                 position, eta_s = await backend.position(job)
-                channel.add("queued", {"position": position, "eta_s": eta_s, "attempt": job.attempts})
+                waiting_for = backend.waiting_for(job)
+                queued = {"position": position, "eta_s": eta_s, "attempt": job.attempts}
+                channel.add("queued", queued | ({"waiting_for": waiting_for} if waiting_for else {}))
             elif job.status == "running" and not any(event.kind == "started" for event in channel.events):
                 channel.add("started", {"attempt": job.attempts})
             elif job.is_final:

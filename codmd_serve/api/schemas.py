@@ -15,7 +15,8 @@ from codmd_serve.prompts import is_blank
 # Twice in each direction, or four times as long: past that a student shows nothing that it was trained to show.
 DEFAULT_BUDGET_FACTOR = 4
 MAX_GIF_FPS = 50  # a delay counts in hundredths of a second, and browsers slow the shortest one down to a tenth
-QUALITY_CRF = {"low": 28, "medium": 23, "high": DEFAULT_CRF}
+QUALITY_CRF = {"high": DEFAULT_CRF, "medium": 23, "low": 28}
+LOSSLESS = "lossless"
 EXAMPLES: list[JsonValue] = [
     {"prompt": "a red circle moves right quickly on a black background", "seed": 7},
     {"prompt": "a yellow square moves left quickly on a black background"},
@@ -41,7 +42,11 @@ class GenerateBody(BaseModel):
     crf: Annotated[StrictInt, Field(ge=1, le=51)] | None = Field(
         None, description=f"H.264 rate factor: 1 best, 51 smallest, {DEFAULT_CRF} unless said"
     )
-    quality: Literal["low", "medium", "high"] | None = Field(None, description="instead of crf")
+    quality: Literal["lossless", "high", "medium", "low"] | None = Field(
+        None,
+        description="lossless: the exact engine, as without it; the others stand for a crf, and the lossy engine "
+        "where /v1/models names one",
+    )
     format: Literal["mp4", "gif", "webp"] = Field("mp4", description="H.264, or an animated picture")
     preview: StrictBool = Field(False, description="a picture of the video to come with each step of /jobs/{id}/events")
     webhook_url: Annotated[str, Field(max_length=2000)] | None = Field(
@@ -84,6 +89,7 @@ class JobBody(BaseModel):
     stage: str = Field(description="text, denoise, decode or encode; empty before it starts")
     position: int | None = Field(description="jobs that wait before this one; null unless it is queued")
     eta_s: float | None = Field(description="seconds until it is done, as far as that is known")
+    waiting_for: str | None = Field(description="what is missing beside its turn, as a worker that serves its bundle")
     model: str
     seed: int
     params: dict[str, Any]
@@ -118,16 +124,20 @@ class HealthBody(BaseModel):
     num_running: int
     num_workers: int
     num_worker_restarts: int
+    num_unserved: int = Field(description="jobs that wait for a bundle that no live worker serves")
     version: str
 
 
-def job_body(job: Job, channel: Channel | None, position: int, eta_s: float | None) -> JobBody:
+def job_body(
+    job: Job, channel: Channel | None, position: int, eta_s: float | None, waiting_for: str | None = None
+) -> JobBody:
     """The public view of a job; where its video lies stays private.
 
     Args:
         job: as the store has it.
         channel: what is heard of it while it runs; None when nothing is.
         position, eta_s: of Backend.position.
+        waiting_for: of Backend.waiting_for.
     """
     is_running = job.status == "running" and channel is not None
     progress = 1.0 if job.status in ("completed", "expired") else channel.progress if is_running and channel else 0.0
@@ -140,6 +150,7 @@ def job_body(job: Job, channel: Channel | None, position: int, eta_s: float | No
         stage=channel.stage if is_running and channel else "",
         position=position if job.status == "queued" else None,
         eta_s=eta_s,
+        waiting_for=waiting_for,
         model=job.model,
         seed=job.params.seed,
         params={name: getattr(job.params, name) for name in GenerateParams.__slots__},
@@ -183,8 +194,14 @@ def to_params(body: GenerateBody, facts: ModelFacts, max_pixels: int = 0) -> Gen
         InvalidRequestError: names the field and what would be accepted.
     """
     _refuse_guidance(body, facts)
-    if body.crf is not None and body.quality is not None:
+    if body.crf is not None and body.quality in QUALITY_CRF:
         raise InvalidRequestError("give crf or quality, not both", "quality")
+    if body.quality == LOSSLESS and facts.lossy:
+        accepted = ", ".join(qualities(facts))
+        raise InvalidRequestError(
+            f"quality lossless needs an exact engine, this server has {facts.lossy}: {accepted} would be accepted",
+            "quality",
+        )
     params = GenerateParams(
         prompt=body.prompt,
         # 32 bits, so that JavaScript clients and torch.manual_seed can both repeat it.
@@ -193,14 +210,20 @@ def to_params(body: GenerateBody, facts: ModelFacts, max_pixels: int = 0) -> Gen
         width=body.width or facts.width,
         num_frames=body.num_frames or facts.num_frames,
         fps=body.fps or facts.fps,
-        crf=body.crf or QUALITY_CRF[body.quality or "high"],
+        crf=body.crf or QUALITY_CRF.get(body.quality or "", DEFAULT_CRF),
         format=body.format,
+        may_be_lossy=bool(facts.lossy_beside) and body.quality in QUALITY_CRF,
     )
     if params.format == "gif":
         _check_gif(body, params)
     budget_px = max_pixels or DEFAULT_BUDGET_FACTOR * facts.height * facts.width * facts.num_frames
     _check_shape(params, facts, min(budget_px, facts.max_video_px or budget_px))
     return params
+
+
+def qualities(facts: ModelFacts) -> list[str]:
+    """Words for `quality` that a model takes."""
+    return [*([] if facts.lossy else [LOSSLESS]), *QUALITY_CRF]
 
 
 def _refuse_guidance(body: GenerateBody, facts: ModelFacts) -> None:
@@ -224,7 +247,7 @@ def _refuse_guidance(body: GenerateBody, facts: ModelFacts) -> None:
 
 def _check_gif(body: GenerateBody, params: GenerateParams) -> None:
     for name in ("crf", "quality"):
-        if getattr(body, name) is not None:
+        if getattr(body, name) not in (None, LOSSLESS):
             raise InvalidRequestError(f"a gif has 256 colours and no rate factor: leave {name} out", name)
     if params.fps > MAX_GIF_FPS:
         raise InvalidRequestError(

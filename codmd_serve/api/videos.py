@@ -15,15 +15,17 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from codmd_serve.api.backend import Backend, facts_of
-from codmd_serve.api.content import CONTENT, video_response
+from codmd_serve.api.content import FILE_REQUEST, file_answers, header_docs, video_response
 from codmd_serve.api.errors import describe_problem, refusals
-from codmd_serve.api.generate import answer_video, server_timing, submit, wait_for_client
+from codmd_serve.api.generate import SUBMIT_REQUEST, VIDEO, answer_video, server_timing, submit, wait_for_client
 from codmd_serve.api.jobs import find_job
-from codmd_serve.api.schemas import GenerateBody, error_of
+from codmd_serve.api.schemas import LOSSLESS, QUALITY_CRF, GenerateBody, error_of, qualities
 from codmd_serve.api.security import owner_of
+from codmd_serve.api.wire import DeletedVideo, ModelCard, ModelPage, VideoObject, VideoPage
 from codmd_serve.config import FORMATS
 from codmd_serve.errors import InvalidRequestError
 from codmd_serve.jobs.states import Job
+from codmd_serve.jobs.store import ServedModel
 
 # Fields of the wire form that are ours too, and those whose form numbers may be text because the body is a form.
 OWN = ("prompt", "model", "seed", "height", "width", "num_frames", "fps", "crf", "quality", "preview", "webhook_url")
@@ -42,41 +44,64 @@ BODY_SCHEMA = {
         "seconds": {"type": "string", "description": "length; rounded to what the model can make"},
         "format": {"type": "string", "enum": list(FORMATS)},
         **{name: {"type": "integer"} for name in ("seed", "height", "width", "num_frames", "fps", "crf")},
+        "quality": {"type": "string", "enum": [LOSSLESS, *QUALITY_CRF], "description": "as for /generate"},
+        "preview": {"type": "boolean", "description": "as for /generate"},
+        "webhook_url": {"type": "string", "description": "as for /generate"},
+        "n": {"type": "integer", "description": "only 1"},
+        "num_inference_steps": {"type": "integer", "description": "only the model's own number of steps"},
+        "guidance_scale": {"type": "number", "description": "only 1: there is no guidance"},
+        "negative_prompt": {"type": "string", "description": "not supported: there is no guidance"},
+        "input_reference": {"type": "string", "description": "not supported: videos are made from text only"},
+        "user": {"type": "string", "description": "ignored"},
     },
 }
 OPENAPI_BODY = {
+    **SUBMIT_REQUEST,
     "requestBody": {
         "required": True,
         "content": {kind: {"schema": BODY_SCHEMA} for kind in ("application/json", "multipart/form-data")},
-    }
+    },
 }
+
+SYNC_HEADERS = header_docs(
+    X_Request_Id="the job",
+    X_Model="the name of the model",
+    X_Inference_Time_S="all stages, without the queue",
+    X_Stage_Durations="seconds by stage, a JSON object",
+    X_Peak_Memory_MB="of the device",
+)
 
 router = APIRouter(prefix="/v1")
 
 
-@router.get("/models", responses=refusals(401), summary="Models that are served")
+@router.get("/models", responses={200: {"model": ModelPage}, **refusals(401)}, summary="Models that are served")
 async def list_models(request: Request) -> dict[str, Any]:
     """Names for `model`, the default first."""
     backend: Backend = request.app.state.backend
-    return {"object": "list", "data": [_model(model.name) for model in backend.models()]}
+    return {"object": "list", "data": [_model(model) for model in backend.models()]}
 
 
-@router.get("/models/{name}", responses=refusals(401, 404), summary="One model")
+@router.get("/models/{name}", responses={200: {"model": ModelCard}, **refusals(401, 404)}, summary="One model")
 async def get_model(name: str, request: Request) -> dict[str, Any]:
     """A model by its name."""
     backend: Backend = request.app.state.backend
-    if name not in [model.name for model in backend.models()]:
+    model = next((model for model in backend.models() if model.name == name), None)
+    if model is None:
         raise HTTPException(404, "no such model; /v1/models lists them")
-    return _model(name)
+    return _model(model)
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "codmd-serve"}
+def _model(model: ServedModel) -> dict[str, Any]:
+    described: dict[str, Any] = {"id": model.name, "object": "model", "created": 0, "owned_by": "codmd-serve"}
+    if model.facts is not None:
+        described["qualities"] = qualities(model.facts)
+        described["lossy"] = model.facts.lossy_beside or model.facts.lossy
+    return described
 
 
 @router.post(
     "/videos",
-    responses=refusals(401, 409, 413, 422, 429, 503, 507),
+    responses={200: {"model": VideoObject}, **refusals(401, 409, 413, 422, 429, 503, 507)},
     summary="Make a video (OpenAI-style)",
     openapi_extra=OPENAPI_BODY,
 )
@@ -91,7 +116,7 @@ async def create_video(request: Request) -> dict[str, Any]:
     "/videos/sync",
     response_class=Response,
     responses={
-        200: {"content": CONTENT},
+        200: {**VIDEO[200], "headers": {**VIDEO[200]["headers"], **SYNC_HEADERS}},
         **refusals(401, 409, 413, 422, 429, 500, 503, 507),
     },
     summary="Make a video and wait (vLLM-Omni and FastVideo)",
@@ -114,7 +139,9 @@ async def create_video_sync(request: Request) -> Response:
     return await answer_video(backend, finished, request, headers)
 
 
-@router.get("/videos", responses=refusals(401, 422), summary="Your videos (OpenAI-style)")
+@router.get(
+    "/videos", responses={200: {"model": VideoPage}, **refusals(401, 404, 422)}, summary="Your videos (OpenAI-style)"
+)
 async def list_videos(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -132,7 +159,11 @@ async def list_videos(
     return {"object": "list", "data": data, **ends, "has_more": len(jobs) > limit}
 
 
-@router.get("/videos/{job_id}", responses=refusals(401, 404), summary="One video (OpenAI-style)")
+@router.get(
+    "/videos/{job_id}",
+    responses={200: {"model": VideoObject}, **refusals(401, 404)},
+    summary="One video (OpenAI-style)",
+)
 async def get_video(job_id: str, request: Request) -> dict[str, Any]:
     """How far a video is."""
     backend: Backend = request.app.state.backend
@@ -142,11 +173,9 @@ async def get_video(job_id: str, request: Request) -> dict[str, Any]:
 @router.get(
     "/videos/{job_id}/content",
     response_class=Response,
-    responses={
-        200: {"content": CONTENT},
-        **refusals(401, 404, 409, 410, 416, 422),
-    },
+    responses={**file_answers(), **refusals(401, 404, 409, 410, 416, 422)},
     summary="The bytes of a video (OpenAI-style)",
+    openapi_extra=FILE_REQUEST,
 )
 async def get_content(job_id: str, request: Request, variant: str = "video") -> Response:
     """As GET /jobs/{id}/video."""
@@ -156,7 +185,11 @@ async def get_content(job_id: str, request: Request, variant: str = "video") -> 
     return await video_response(backend, await find_job(backend, job_id, request), request.headers, {})
 
 
-@router.delete("/videos/{job_id}", responses=refusals(401, 404), summary="Cancel and forget a video (OpenAI-style)")
+@router.delete(
+    "/videos/{job_id}",
+    responses={200: {"model": DeletedVideo}, **refusals(401, 404)},
+    summary="Cancel and forget a video (OpenAI-style)",
+)
 async def delete_video(job_id: str, request: Request) -> JSONResponse:
     """Cancels it if it is not finished; then it is found nowhere any more."""
     backend: Backend = request.app.state.backend

@@ -52,7 +52,7 @@ class BenchConfig:
     serving: bool = False
     timeline: str = "timeline.png"
     resume: bool = False
-    out: str = "docs/results"
+    out: str = "runs/bench"
     work: str = ""
 
     def __post_init__(self) -> None:

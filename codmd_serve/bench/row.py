@@ -38,6 +38,7 @@ from codmd_serve.bench.trials import (
 )
 from codmd_serve.bench.weights import PROMPTS, random_bundle
 from codmd_serve.config import DEFAULT_CRF, GenerateParams
+from codmd_serve.cpu import processor_name
 from codmd_serve.device import choose_device, choose_dtype
 from codmd_serve.engine import Engine
 from codmd_serve.errors import CodmdError, ConfigError
@@ -261,10 +262,7 @@ def _device_name(device: torch.device) -> str:
 
 def _machine(run: BenchRun, load: float) -> Row:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").split("\n") if information.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = models[0] if models else platform.machine()
+    processor = processor_name()
     device, threads = _device_name(run.device), torch.get_num_threads()
     on = "" if device == "cpu" else f"{device}, "
     return {

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,17 @@ class Database:
     Attributes:
         name: the store as a person would call it, without a password.
         is_postgres: whether several machines may share it.
+        on_notice: called with (channel, payload) when a transaction that notifies is committed to SQLite, which has no
+            NOTIFY of its own; see listener.Listener.
     """
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.name = name
         self.engine = engine
         self.is_postgres = engine.dialect.name == "postgresql"
+        self.on_notice: Callable[[str, str], None] | None = None
         self._writing = threading.Lock()
+        self._notices: list[tuple[str, str]] = []  # of the transaction that has the lock
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -52,8 +56,13 @@ class Database:
         # SQLite has one writer at a time: threads of this process wait here, in order, not by polling the file.
         gate = nullcontext() if self.is_postgres else self._writing
         writer = self.engine.execution_options(codmd_write=True)
-        with self._explained(), gate, writer.begin() as connection:
-            yield connection
+        with self._explained(), gate:
+            self._notices.clear()
+            with writer.begin() as connection:
+                yield connection
+            if self.on_notice is not None:
+                for channel, payload in self._notices:
+                    self.on_notice(channel, payload)
 
     def now(self, connection: Connection) -> float:
         """Unix time by the clock that every process of this store shares."""
@@ -67,9 +76,11 @@ class Database:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SUBMIT_LOCK})
 
     def notify(self, connection: Connection, channel: str, payload: str) -> None:
-        """Tell listeners of a PostgreSQL store when the transaction commits; nothing on SQLite."""
+        """Tell the other processes of this store when the transaction commits."""
         if self.is_postgres:
             connection.execute(text("SELECT pg_notify(:channel, :payload)"), {"channel": channel, "payload": payload})
+        else:
+            self._notices.append((channel, payload))
 
     def close(self) -> None:
         self.engine.dispose()

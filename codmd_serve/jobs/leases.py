@@ -135,8 +135,13 @@ class Leases:
             if not connection.execute(update).rowcount:
                 connection.execute(dispatchers.insert().values(id=self.owner, **values))
 
-    def finish(self, job_id: str, finished: Finished) -> bool:
+    def finish(self, job_id: str, finished: Finished, facts: ModelFacts | None = None) -> bool:
         """Write how a job ended.
+
+        Args:
+            job_id: of a job that this dispatcher holds.
+            finished: its end.
+            facts: of the engine that made it.
 
         Returns:
             False when the lease was lost meanwhile: whoever holds the job now will say how it ended.
@@ -165,7 +170,7 @@ class Leases:
                 now = self.database.now(connection)
                 row = {name: getattr(result, name) for name in Result.__slots__}
                 # By this dispatcher's engine: the API that took the job may have had another one in mind.
-                row["content_key"] = content_key(self.bundle, self.engine_key, job.params)
+                row["content_key"] = content_key(self.bundle, self.engine_key, job.params, facts)
                 connection.execute(results.insert().values(created_at=now, used_at=now, **row))
             return is_changed
 
@@ -188,9 +193,13 @@ class Leases:
         return self._give_back_all(owner or self.owner, "the server was stopped", "server_stopped", is_charged=False)
 
     def forget_dispatcher(self, owner: str) -> None:
-        """Take a dispatcher out of the list, unless it is all that knows this bundle's facts."""
+        """Take a dispatcher out of the list, unless it is all that knows this bundle's facts.
+
+        The time of its end stays: it says since when nobody serves the bundle.
+        """
         with self.database.write() as connection:
-            connection.execute(dispatchers.update().where(dispatchers.c.id == owner).values(alive_until=0.0))
+            ended = dispatchers.update().where(dispatchers.c.id == owner, dispatchers.c.alive_until > 0.0)
+            connection.execute(ended.values(alive_until=self.database.now(connection) - 0.001))
             newest = (
                 select(dispatchers.c.id)
                 .where(dispatchers.c.bundle == self.bundle, dispatchers.c.facts != "")

@@ -41,14 +41,30 @@ class Ownership:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             self.folder()
         except OSError as error:
-            if error.errno in FULL:
-                raise StorageFullError(f"no room in the data folder {data}") from error
-            raise StoreError(f"the data folder {data} cannot be written to: {error.strerror}") from None
+            raise _explained(error, data) from error
 
     def folder(self) -> Path:
         """The spool, made again when something removed it."""
         self.spool.mkdir(parents=True, exist_ok=True)
         return self.spool
+
+    def place(self, job_id: str, format: str) -> Path:
+        """Where the video of an attempt goes: in a folder of its own, with whatever a killed worker leaves beside it.
+
+        Raises:
+            StoreError, StorageFullError: the folder cannot be made.
+        """
+        path = self.spool / f"{job_id}.{secrets.token_hex(4)}" / f"{job_id}.{format}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _explained(error, self.spool) from error
+        return path
+
+    def unfinished(self, owner: str) -> list[str]:
+        """Jobs that a dead owner was at."""
+        folder = self._spools / owner
+        return [path.name.partition(".")[0] for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
     def dead(self) -> list[str]:
         """Owners whose process is gone."""
@@ -86,3 +102,9 @@ class Ownership:
 
     def _lock_path(self, owner: str) -> Path:
         return self._locks / f"{owner}.lock"
+
+
+def _explained(error: OSError, folder: Path) -> StoreError | StorageFullError:
+    if error.errno in FULL:
+        return StorageFullError(f"no room in the data folder {folder}")
+    return StoreError(f"the data folder {folder} cannot be written to: {error.strerror}")

@@ -71,25 +71,26 @@ class ResultStore:
                 self._files.pipe_file(self._path(name), b"codmd")
                 self._files.rm_file(self._path(name))
 
-    def put(self, source: Path, ttl_s: float) -> Result:
+    def put(self, source: Path, ttl_s: float, result_id: str = "") -> Result:
         """Keep a finished file; the source stays where it is.
 
         Args:
             source: the suffix says what it is.
             ttl_s: seconds from now until it may be deleted.
+            result_id: random when empty; `discard` finds by it what a killed process left.
 
         Raises:
             StorageFullError, StoreError: it was not kept.
         """
-        result_id = secrets.token_hex(12)
-        name = f"{result_id[:2]}/{result_id}{source.suffix}"
+        result_id = result_id or secrets.token_hex(12)
+        name = _name(result_id, source.suffix)
         with self._explained():
             with source.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             if self.folder is not None:
                 path = self.folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(path) as temporary:
+                with atomic_file(path, result_id) as temporary:
                     shutil.copyfile(source, temporary)
             else:
                 self._upload(source, name)
@@ -110,7 +111,7 @@ class ResultStore:
         if is_object_store:
             self._files.put_file(str(source), self._path(name))
             return
-        partial = self._path(f"{TEMPORARY_PREFIX}{name.rpartition('/')[2]}")
+        partial = self._path(_partial(name))
         try:
             self._files.put_file(str(source), partial)
             self._files.mv(partial, self._path(name))
@@ -154,6 +155,16 @@ class ResultStore:
             else:
                 self._files.rm_file(self._path(name))
 
+    def discard(self, result_id: str) -> None:
+        """Delete a result that no job has, or the half of it that a killed process left."""
+        for suffix in MEDIA_TYPES:
+            name = _name(result_id, suffix)
+            self.delete(name)
+            if self.folder is None:
+                self.delete(_partial(name))
+        if self.folder is not None:
+            self.delete(f"{result_id[:2]}/{TEMPORARY_PREFIX}{result_id}.partial")
+
     def leftovers(self, age_s: float = LEFTOVER_AGE_S) -> list[str]:
         """Names of files that are older than that; those of no result are left over from a killed process."""
         oldest = time.time() - age_s
@@ -180,6 +191,14 @@ class ResultStore:
             raise StoreError(f"the results place cannot be used: {error.strerror or type(error).__name__}") from error
         except Exception as error:  # every file system of fsspec has exceptions of its own
             raise StoreError(f"the results place cannot be used: {type(error).__name__}") from error
+
+
+def _name(result_id: str, suffix: str) -> str:
+    return f"{result_id[:2]}/{result_id}{suffix}"
+
+
+def _partial(name: str) -> str:
+    return f"{TEMPORARY_PREFIX}{name.rpartition('/')[2]}"
 
 
 def _mtime(path: Path, default: float) -> float:

@@ -1,12 +1,13 @@
 """What the classes of the job store share: reading rows as jobs, and the one compare-and-set of a job's status."""
 
+import functools
 import hashlib
 import json
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, select
 
-from codmd_serve.config import GenerateParams
+from codmd_serve.config import GenerateParams, ModelFacts
 from codmd_serve.jobs.database import Database
 from codmd_serve.jobs.schema import jobs_table as jobs
 from codmd_serve.jobs.schema import results_table as results
@@ -17,6 +18,7 @@ CHANGED_CHANNEL = "codmd_changed"  # {"id", "status"}: a job has a new status, o
 PROGRESS_CHANNEL = "codmd_progress"  # an event of a running job
 
 
+@functools.cache
 def select_jobs() -> Select[Any]:
     """Jobs that their owner has not deleted, with their results."""
     joined = jobs.outerjoin(results, jobs.c.result_id == results.c.id)
@@ -48,9 +50,22 @@ def to_job(row: Row[Any]) -> Job:
     return Job(**{**plain, **decoded, "params": params, "result": result})
 
 
-def content_key(bundle: str, engine_key: str, params: GenerateParams) -> str:
-    """Hash of everything that decides the bytes of a video."""
-    return hashlib.sha256(f"{bundle}\n{engine_key}\n{encode_params(params)}".encode()).hexdigest()
+# What the engine chose at load, by measuring or for want of a choice, and what decides bytes.
+CHOSEN_FACTS = ("device", "dtype", "vae_dtype", "attention", "execution", "threads")
+
+
+def content_key(bundle: str, engine_key: str, params: GenerateParams, facts: ModelFacts | None = None) -> str:
+    """Hash of everything that decides the bytes of a video.
+
+    Args:
+        bundle, engine_key, params: hashes of bundle and settings; the request.
+        facts: of the loaded engine, or of the last one with these settings; None while none was ever loaded. Such a
+            key finds no video: none is kept without them.
+    """
+    parts = [bundle, engine_key, encode_params(params)]
+    if facts is not None:
+        parts.append(json.dumps([getattr(facts, name) for name in CHOSEN_FACTS]))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def encode_params(params: GenerateParams) -> str:

@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, func, or_, select, true
+from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, true
 
 from codmd_serve.config import ModelFacts
 from codmd_serve.errors import ConflictError, QueueFullError
@@ -15,7 +15,7 @@ from codmd_serve.jobs.schema import dispatchers_table as dispatchers
 from codmd_serve.jobs.schema import jobs_table as jobs
 from codmd_serve.jobs.schema import results_table as results
 from codmd_serve.jobs.schema import webhooks_table as webhooks
-from codmd_serve.jobs.states import CANCELLED, COMPLETED, EXPIRED, FINAL, QUEUED, RUNNING, STATUSES, Job, NewJob
+from codmd_serve.jobs.states import CANCELLED, COMPLETED, EXPIRED, FAILED, FINAL, QUEUED, RUNNING, STATUSES, Job, NewJob
 
 UNFINISHED = (QUEUED, RUNNING)
 
@@ -44,10 +44,11 @@ class ServedModel:
         name: as clients call it.
         engine_key: hash of what else decides the bytes of a video: version and settings of the engine.
         facts: what the engine told when it was loaded.
-        capacity: jobs that run at once, all live dispatchers together; 0 when none is alive.
+        capacity: jobs that run at once, all live dispatchers together; 0 when none is alive, or none has loaded it yet.
         is_ready: whether a live dispatcher is warm.
         reason: why not.
         service_s: seconds that a video takes.
+        is_served: whether a dispatcher of it is alive, warm or not.
     """
 
     bundle: str
@@ -58,6 +59,7 @@ class ServedModel:
     is_ready: bool
     reason: str
     service_s: float
+    is_served: bool = False
 
 
 class JobStore:
@@ -249,6 +251,11 @@ class JobStore:
         with self.database.read() as connection:
             return set(connection.execute(select(results.c.name).where(results.c.name.in_(names))).scalars())
 
+    def has_results(self, result_ids: list[str]) -> set[str]:
+        """Which of these results are written down."""
+        with self.database.read() as connection:
+            return set(connection.execute(select(results.c.id).where(results.c.id.in_(result_ids))).scalars())
+
     def models(self) -> list[ServedModel]:
         """Bundles that dispatchers serve or have served, those with a live one first."""
         with self.database.read() as connection:
@@ -259,14 +266,42 @@ class JobStore:
             known = found.get(row.bundle)
             if known is None:
                 facts = ModelFacts(**json.loads(row.facts)) if row.facts else None
-                reason = "no worker is alive"
+                reason = f"no worker serves the bundle {row.model}"
                 known = ServedModel(row.bundle, row.model, row.engine_key, facts, 0, False, reason, row.service_s)
             if row.alive_until > now:
                 is_ready = known.is_ready or bool(row.is_ready)
                 reason = "" if is_ready else row.reason
-                known = replace(known, capacity=known.capacity + row.capacity, is_ready=is_ready, reason=reason)
+                capacity = known.capacity + row.capacity
+                known = replace(known, capacity=capacity, is_ready=is_ready, reason=reason, is_served=True)
             found[row.bundle] = known
-        return sorted(found.values(), key=lambda model: model.capacity == 0)
+        return sorted(found.values(), key=lambda model: (model.capacity == 0, not model.is_served))
+
+    def num_unserved(self) -> int:
+        """Jobs that wait for a bundle that no live dispatcher serves."""
+        with self.database.read() as connection:
+            query = select(func.count()).where(self._is_unserved(self.database.now(connection)))
+            return int(connection.execute(query).scalar_one())
+
+    def fail_unserved(self, after_s: float) -> list[str]:
+        """End the jobs that have waited for `after_s` seconds for a bundle that nobody has served meanwhile."""
+        with self.database.write() as connection:
+            now = self.database.now(connection)
+            since = select(func.max(dispatchers.c.alive_until)).where(dispatchers.c.bundle == jobs.c.bundle)
+            query = select(jobs.c.id).where(
+                self._is_unserved(now),
+                jobs.c.created_at < now - after_s,
+                func.coalesce(since.scalar_subquery(), 0.0) < now - after_s,
+            )
+            error = {
+                "error_code": "not_served",
+                "error_message": f"no worker served its bundle for {after_s / 3600:g} h",
+            }
+            job_ids = connection.execute(query).scalars().all()
+            return [each for each in job_ids if change(self.database, connection, each, QUEUED, FAILED, **error)]
+
+    def _is_unserved(self, now: float) -> ColumnElement[bool]:
+        served = select(dispatchers.c.bundle).where(dispatchers.c.alive_until > now)
+        return and_(jobs.c.status == QUEUED, jobs.c.is_deleted.is_(False), jobs.c.bundle.not_in(served))
 
     def counts(self) -> dict[str, int]:
         """How many jobs have each status."""

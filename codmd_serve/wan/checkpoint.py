@@ -1,4 +1,9 @@
-"""Reads, loads and writes student bundles; knows nothing of requests or training."""
+"""Reads, loads and writes student bundles; knows nothing of requests or training.
+
+BUNDLE/student.json     how to sample the student, and where it came from
+BUNDLE/transformer/     config.json and safetensors of a WanTransformer3DModel, in diffusers' layout
+BUNDLE/world.json       grammar of the captions it knows; only bundles of a world have it
+"""
 
 import json
 import math
@@ -286,6 +291,7 @@ def load_bundle(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     text_device: torch.device | str | None = None,
+    text_dtype: torch.dtype | None = None,
 ) -> Bundle:
     """Load a student and the modules of its base.
 
@@ -295,6 +301,7 @@ def load_bundle(
             clamp shows as banding.
         device: where the modules go.
         text_device: where the text encoder goes; None is `device`.
+        text_dtype: of the text encoder, where it is not that of the transformer.
 
     Raises:
         CheckpointError: anything missing, truncated, of another kind, or parts that do not fit each other.
@@ -306,7 +313,7 @@ def load_bundle(
     transformer = load_module(WanTransformer3DModel, path, "transformer", torch_dtype=dtype)
     vae = load_module(AutoencoderKLWan, base, "vae", torch_dtype=torch.float32)
     # UMT5 was trained in bfloat16; its activations leave the range of float16.
-    text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    text_dtype = text_dtype or (torch.bfloat16 if dtype == torch.float16 else dtype)
     text_encoder = load_module(UMT5EncoderModel, base, "text_encoder", dtype=text_dtype)
     tokenizer = load_tokenizer(base)
     for part, wanted, got in (

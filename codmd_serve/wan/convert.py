@@ -130,7 +130,7 @@ def convert(source: Path, base: Path, output: Path, options: ConvertOptions, pac
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(config)
     given = read_published(folder / "transformer")
-    weights, scales = _weights(published, given.weights, transformer, str(source), options)
+    weights, scales = student_weights(published, given.weights, transformer, str(source), options)
     _refuse_base(weights, given.weights, str(source), is_lora=scales is not None)
     transformer.load_state_dict(weights, assign=True)
     width = transformer.patch_embedding.out_channels
@@ -160,14 +160,25 @@ def _find_base(base: Path) -> tuple[Path, bool]:
     return find_pipeline(str(base), [Path()], BASE_PARTS, wanted=_WANTED_BASE)
 
 
-def _weights(
+def student_weights(
     published: Published,
     base: dict[str, Tensor],
     transformer: WanTransformer3DModel,
     source: str,
     options: ConvertOptions,
 ) -> tuple[dict[str, Tensor], Scales | None]:
-    """Return the weights of the student by diffusers name, and the strength of its update where it is one."""
+    """Return the weights of the student by diffusers name, and the strength of its update where it is one.
+
+    Args:
+        published: what `read_published` read.
+        base: weights of the base by diffusers name, which a LoRA is added to.
+        transformer: of the base's architecture; only its names and shapes are read.
+        source: where the weights are from, for messages.
+        options: lora_scale is used.
+
+    Raises:
+        CheckpointError: names or shapes differ from the base's, or a LoRA that cannot be merged.
+    """
     shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
     if published.naming != "lora":
         return to_diffusers(published, shapes, source), None

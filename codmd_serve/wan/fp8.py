@@ -31,7 +31,7 @@ def check_quantization(name: str, device: torch.device, dtype: torch.dtype) -> N
     """Refuse an unknown quantization, or one that `device` has no instructions for.
 
     Args:
-        name: none or fp8.
+        name: none, fp8, or fp8-emulated: the same rounding on a CPU, without its speed.
         device, dtype: of the network.
 
     Raises:
@@ -42,6 +42,10 @@ def check_quantization(name: str, device: torch.device, dtype: torch.dtype) -> N
     if name == "none":
         return
     least = ".".join(map(str, MIN_CAPABILITY))
+    if name == "fp8-emulated":
+        if device.type != "cpu":
+            raise ConfigError(f"quantization fp8-emulated is for CPUs, got {device}: say fp8")
+        return
     if device.type != "cuda":
         raise ConfigError(f"quantization fp8 needs a CUDA device of compute capability {least} or higher, got {device}")
     capability = torch.cuda.get_device_capability(device)

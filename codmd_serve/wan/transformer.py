@@ -12,7 +12,9 @@ Legend: B batch, C channels, F latent frames, H and W latent rows and columns, N
 G heads, E width of a head, S steps.
 """
 
+import copy
 import ctypes
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,6 +133,18 @@ class FewStepTransformer(nn.Module):
             source.blocks[index] = nn.Identity()
             if self.device.type == "cpu":
                 _return_freed_memory()
+
+    def twin(self, attend: Attend) -> "FewStepTransformer":
+        """Return a second network that shares all weights and has its own attention kernel.
+
+        Layers put into one are not seen by the other. Prompt caches serve both.
+        """
+        shared = {id(tensor): tensor for tensor in itertools.chain(self.parameters(), self.buffers())}
+        other = copy.deepcopy(self, shared)
+        other.attend = attend
+        for block in other.blocks:
+            block.attend = attend
+        return other
 
     @torch.no_grad()
     def encode_prompt(self, embeds_BLD: Tensor) -> PromptCache:

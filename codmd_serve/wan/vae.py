@@ -8,6 +8,7 @@ Both layouts of diffusers: Wan 2.1's, and the residual one with patches of Wan 2
   convolution before it and the residual, norms, applies SiLU and writes where the next convolution reads (`fused`).
 - `same math`: nearest upsampling and its convolution are one transposed convolution: 16 products instead of 36.
 - `same math`: float16 storage with float32 sums and norms, where the activations fit (`set_dtype`).
+- bfloat16 on a CPU keeps the last convolution in float32: near white its steps are half a level, which bands.
 - `exact`: several latent frames per call; an activation is written straight behind the two frames that its causal
   convolution keeps, in place of a copy, a concatenation and a padding.
 - `exact`: on CUDA 96 output channels are padded to 128 and the 3 of the last convolution to 8: cuDNN has no fast kernel
@@ -88,7 +89,8 @@ class StreamingDecoder(nn.Module):
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Convert the weights of convolutions and attention; norms and biases that are added apart stay float32."""
         for module in self.modules():
-            if isinstance(module, _Conv | _Upsample | nn.Conv2d):
+            keeps = module is self.conv_out and dtype == torch.bfloat16 and self.latents_mean.device.type == "cpu"
+            if isinstance(module, _Conv | _Upsample | nn.Conv2d) and not keeps:
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, name, converted(parameter, dtype))
         self.dtype = dtype
@@ -208,7 +210,8 @@ class _Conv(nn.Module):
         """Room for the remembered frames, already filled in, and for an input of the shape of `like` after them."""
         batch, _channels, frames, height, width = like.shape
         shape = (batch, self.weight.shape[1], frames + HISTORY, height, width)
-        room = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
+        # As the weight: the last convolution may be wider than what comes before it.
+        room = torch.empty(shape, dtype=self.weight.dtype, device=like.device, memory_format=torch.channels_last_3d)
         past = history.get(self)
         if past is None:
             room[:, :, :HISTORY] = 0.0

@@ -40,12 +40,13 @@ class Batch:
     """Embeddings of one iteration, (B, L, D) float32 on the training device, trimmed by `compact_prompt_embeds`.
 
     x0 (B, C, F, H, W), float32 on the same device, are samples of the teacher for these prompts, where the method is
-    trained on them.
+    trained on them, and states (B, K, C, F, H, W) those kept on the way to them.
     """
 
     prompt_embeds: Tensor
     negative_prompt_embeds: Tensor
     x0: Tensor | None = None
+    states: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,14 +1,16 @@
-"""Samples of the teacher to train on: one for each training prompt, made once, cached on disk in shards.
+"""Samples of the teacher to train on, and states on the way to them: made once, cached on disk in shards.
 
-Knows no loss and no training loop. Legend: N samples, B batch, C channels, F latent frames, H, W latent pixels.
+Knows no loss and no training loop. Legend: N samples, K kept levels, B batch, C channels, F latent frames, H, W latent
+pixels.
 
-CACHE/teacher-latents-KEY/00000.safetensors      samples of prompts 0 to 63, complete or absent
+CACHE/teacher-latents-KEY/00000.safetensors      x0 and states of samples 0 to 63, complete or absent
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,47 +26,74 @@ from codmd_serve.files import atomic_file
 from codmd_serve.sampler import rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
-from distill.data.prompts import PromptData, add_module_files, load_prompts, prompt_key
+from distill.data.prompts import Batch, PromptData, add_module_files, load_prompts, prompt_key
 from distill.networks.base import Base
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.streams import named_rng
 
 SHARD_SIZE = 64
-SAMPLE_BATCH = 16
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherSampling:
-    """How samples are made: num_steps Euler steps of the guided teacher at levels moved by `shift`."""
+    """How samples are made: num_steps Euler steps of the guided teacher at levels moved by `shift`.
+
+    Attributes:
+        kept_sigmas: levels, descending, at which the states of the path are kept; the path steps on each of them.
+        num_samples: sample i is of prompt i modulo their number; None is one sample for each prompt.
+    """
 
     num_steps: int
     shift: float
+    kept_sigmas: tuple[float, ...] = ()
+    num_samples: int | None = None
+
+    def sigmas(self) -> list[float]:
+        """Return the levels of the path, descending to 0: those of the steps and those that are kept."""
+        levels = [1.0 - index / self.num_steps for index in range(self.num_steps + 1)]
+        sigmas = sorted((shift_sigma(level, self.shift) for level in levels), reverse=True)
+        # A level of the steps gives way to a kept one that it differs from by rounding.
+        own = [
+            sigma for sigma in sigmas if not any(math.isclose(sigma, kept, abs_tol=1e-6) for kept in self.kept_sigmas)
+        ]
+        return sorted({*own, *self.kept_sigmas}, reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherLatents:
-    """A folder of shards; sample i is row i % SHARD_SIZE of shard i // SHARD_SIZE."""
+    """A folder of shards; sample i is row i % SHARD_SIZE of shard i // SHARD_SIZE.
+
+    Attributes:
+        num_samples: in all shards.
+        has_states: whether states of the paths were kept.
+    """
 
     folder: Path
+    num_samples: int
+    has_states: bool = False
 
     def batch(self, indices: list[int], device: torch.device) -> Tensor:
-        """Read the samples of some prompts, (B, C, F, H, W) float32.
+        """Read some samples, (B, C, F, H, W) float32.
 
         Raises:
             CheckpointError: a shard has gone or is damaged, or a sample is not finite.
         """
-        return torch.stack([self._sample(index) for index in indices]).to(device)
+        return torch.stack([self._row(index, "x0") for index in indices]).to(device)
 
-    def _sample(self, index: int) -> Tensor:
+    def states(self, indices: list[int], device: torch.device) -> Tensor:
+        """Read the kept states on the way to some samples, (B, K, C, F, H, W) float32; raises as `batch`."""
+        return torch.stack([self._row(index, "states").float() for index in indices]).to(device)
+
+    def _row(self, index: int, name: str) -> Tensor:
         shard, row = divmod(index, SHARD_SIZE)
         path = shard_path(self.folder, shard)
         try:
             # Memory-mapped: of a shard, only the row is read.
             with safe_open(path, framework="pt") as file:
-                sample: Tensor = file.get_slice("x0")[row]
+                sample: Tensor = file.get_slice(name)[row]
         except (SafetensorError, OSError, IndexError) as error:
             raise CheckpointError(f"teacher sample {index} cannot be read from {path}: {error}") from error
         if not bool(sample.isfinite().all()):
@@ -90,19 +119,20 @@ def cached_teacher_latents(
     device: torch.device,
     processes: Processes = SINGLE_PROCESS,
 ) -> TeacherLatents:
-    """Return samples of the teacher for all training prompts, sampling those that the cache does not have.
+    """Return samples of the teacher, sampling those that the cache does not have.
 
     Args:
         config: its guidance_scale guides the teacher; its precision must be resolved.
-        sampling: steps of the teacher.
+        sampling: steps of the teacher, how many samples, and what is kept of the way.
         base: of the networks; the samples are cached under its files.
         networks: the teacher is sampled.
         data: embeddings of the prompts.
         shape: (C, F, H, W) of the latents.
         cache_dir: the shards go to a folder in it, whose name follows from all that they depend on. The run's seed is
-            not among it: noise is a function of the prompt's position.
+            not among it: noise is a function of the sample's position.
         device: where the networks are.
-        processes: of the run; if the teacher is sharded over them, all compute all samples and the first writes them.
+        processes: of the run. Each group of ranks that shares its samples makes and writes shards of its own; all
+            groups sample as often, because a sharded teacher needs every rank.
 
     Returns:
         The samples, all on disk.
@@ -110,30 +140,43 @@ def cached_teacher_latents(
     Raises:
         CheckpointError: a shard cannot be written, or a sample is not finite.
 
-    An interrupted call has lost the shard it was at; the next call goes on there.
+    An interrupted call has lost the shards it was at, one of each group; the next call goes on there.
     """
     folder = cache_dir / f"teacher-latents-{_cache_key(config, sampling, base)[:16]}"
-    num_shards = -(-data.num_prompts // SHARD_SIZE)
-    sizes = [min(SHARD_SIZE, data.num_prompts - shard * SHARD_SIZE) for shard in range(num_shards)]
+    num_samples = sampling.num_samples or data.num_prompts
+    sizes = [min(SHARD_SIZE, num_samples - first) for first in range(0, num_samples, SHARD_SIZE)]
+    kept = len(sampling.kept_sigmas)
     wanted = [
-        shard for shard, size in enumerate(sizes) if not _holds_samples(shard_path(folder, shard), (size, *shape))
+        shard for shard, size in enumerate(sizes) if not _holds_samples(shard_path(folder, shard), (size, *shape), kept)
     ]
     # Nobody writes before all have looked.
     processes.all_reduce_max(len(wanted))
     if wanted and processes.is_rank0:
-        logger.info("sampling teacher prompts=%d shards=%d folder=%s", data.num_prompts, len(wanted), folder.name)
+        logger.info("sampling teacher samples=%d shards=%d folder=%s", num_samples, len(wanted), folder.name)
+    group, num_groups = processes.rank // processes.context_parallel, processes.data_parallel
     hidden = None if processes.is_rank0 else True
-    for shard in tqdm(wanted, desc="samples of the teacher", unit="shard", disable=hidden, dynamic_ncols=True):
-        x0 = _sample_shard(config, sampling, networks, data, shard, (sizes[shard], *shape), device)
-        processes.on_rank0(partial(_write_shard, folder, shard, x0))
-    return TeacherLatents(folder=folder)
+    rounds = range(0, len(wanted), num_groups)
+    for first in tqdm(rounds, desc="samples of the teacher", unit="shard", disable=hidden, dynamic_ncols=True):
+        # A group that has none left makes the last shard again, and does not write it.
+        has_own = first + group < len(wanted)
+        shard = wanted[first + group if has_own else -1]
+        tensors = _sample_shard(config, sampling, networks, data, shard, (sizes[shard], *shape), device, processes)
+        is_writer = has_own and processes.rank % processes.context_parallel == 0
+        processes.on_all_ranks(partial(_write_shard, folder, shard, tensors, config, is_writer=is_writer))
+    return TeacherLatents(folder=folder, num_samples=num_samples, has_states=kept > 0)
 
 
-def _write_shard(folder: Path, shard: int, x0: Tensor) -> None:
+def _write_shard(
+    folder: Path, shard: int, tensors: dict[str, Tensor], config: DistillConfig, *, is_writer: bool
+) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise CheckpointError(f"samples of the teacher {config.base} are not finite: check its weights and precision")
+    if not is_writer:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(shard_path(folder, shard)) as temporary:
-            save_file({"x0": x0}, temporary)
+            save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"samples of the teacher cannot be written to {folder}: {error}") from error
 
@@ -146,42 +189,55 @@ def _sample_shard(
     shard: int,
     shape: tuple[int, ...],
     device: torch.device,
-) -> Tensor:
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """Return x0 (N, C, F, H, W) float32 and, where levels are kept, states (N, K, C, F, H, W) float16, on the CPU."""
     noise = torch.randn(shape, generator=named_rng(0, "teacher-latents", shard))
-    teacher = denoiser(networks.teacher, networks.precision)
-    levels = [1.0 - index / sampling.num_steps for index in range(sampling.num_steps + 1)]
-    sigmas = [shift_sigma(level, sampling.shift) for level in levels]
+    # Sampled in the parts that the run trains in: what fits with gradient fits without.
+    part_size = len(processes.positions(config.batch_size, config.accumulate, 0))
     parts = []
-    for start in range(0, shape[0], SAMPLE_BATCH):
-        part = noise[start : start + SAMPLE_BATCH].to(device)
+    for start in range(0, shape[0], part_size):
         first = shard * SHARD_SIZE + start
-        batch = data.batch(list(range(first, first + len(part))), device)
-
-        def denoise(
-            latents: Tensor, timestep_B: Tensor, embeds_BLD: Tensor, negative_BLD: Tensor = batch.negative_prompt_embeds
-        ) -> Tensor:
-            return guided_teacher_flow(teacher, latents, timestep_B, embeds_BLD, negative_BLD, config.guidance_scale)
-
-        timesteps = [NUM_TRAIN_TIMESTEPS * sigma for sigma in sigmas[:-1]]
-        with torch.no_grad():
-            parts.append(rollout(denoise, part[None], batch.prompt_embeds, sigmas, timesteps, sampler="ode").cpu())
-    x0 = torch.cat(parts).float()
-    if not bool(x0.isfinite().all()):
-        raise CheckpointError(f"samples of the teacher {config.base} are not finite: check its weights and precision")
-    return x0
+        part = noise[start : start + part_size].to(device)
+        indices = [index % data.num_prompts for index in range(first, first + len(part))]
+        parts.append(_sample_part(config, sampling, networks, data.batch(indices, device), part))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _holds_samples(path: Path, shape: tuple[int, ...]) -> bool:
+@torch.no_grad()
+def _sample_part(
+    config: DistillConfig, sampling: TeacherSampling, networks: Networks, batch: Batch, noise: Tensor
+) -> dict[str, Tensor]:
+    teacher = denoiser(networks.teacher, networks.precision)
+    sigmas, states = sampling.sigmas(), list[Tensor]()
+    levels = iter(sigmas)
+
+    def denoise(latents: Tensor, timestep_B: Tensor, embeds_BLD: Tensor) -> Tensor:
+        if next(levels) in sampling.kept_sigmas:
+            states.append(latents.half().cpu())
+        return guided_teacher_flow(
+            teacher, latents, timestep_B, embeds_BLD, batch.negative_prompt_embeds, config.guidance_scale
+        )
+
+    timesteps = [NUM_TRAIN_TIMESTEPS * sigma for sigma in sigmas[:-1]]
+    x0 = rollout(denoise, noise[None], batch.prompt_embeds, sigmas, timesteps, sampler="ode").float().cpu()
+    return {"x0": x0, "states": torch.stack(states, dim=1)} if states else {"x0": x0}
+
+
+def _holds_samples(path: Path, shape: tuple[int, ...], num_kept: int) -> bool:
     if not path.is_file():
         return False
+    wanted = {"x0": (shape, "F32")}
+    if num_kept:
+        wanted["states"] = ((shape[0], num_kept, *shape[1:]), "F16")
     try:
         with safe_open(path, framework="pt") as file:
-            samples = file.get_slice("x0")
-            found, dtype = tuple(samples.get_shape()), samples.get_dtype()
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         logger.warning("shard made anew path=%s reason=%s", path.name, error)
         return False
-    return found == shape and dtype == "F32"
+    return found == wanted
 
 
 def _cache_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> str:
@@ -192,6 +248,7 @@ def _cache_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> 
         sampling.num_steps,
         sampling.shift,
         config.guidance_scale,
+        *([list(sampling.kept_sigmas)] if sampling.kept_sigmas else []),
         config.teacher_dtype,
         config.precision,
         None if base.is_local else base.source,

@@ -1,4 +1,4 @@
-"""`codmd-distill eval shapebench`: arguments, order of arms, output files; imports nothing heavy until it runs."""
+"""`codmd-distill eval`: its suites; arguments, arms and files of shapebench; imports nothing heavy until it runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import write_text
+from distill.evaluate.vbench.command import add_vbench_arguments, run_vbench
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +27,21 @@ SAMPLED_CAPTIONS = 4
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `codmd-distill eval`."""
-    parser.add_argument("suite", choices=("shapebench",), help="held-out ShapeWorld captions, scored from pixels")
+    """Add the suites of `codmd-distill eval`, each with its own arguments."""
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    for name, (summary, add_arguments, run) in SUITES.items():
+        suite = suites.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        add_arguments(suite)
+        suite.set_defaults(run_suite=run)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Run the chosen suite of `codmd-distill eval`; return its exit code."""
+    return int(args.run_suite(args))
+
+
+def add_shapebench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `codmd-distill eval shapebench`."""
     parser.add_argument("--teacher", default="weights/shapeworld", help="diffusers Wan pipeline folder")
     parser.add_argument("--student", dest="students", type=Path, action="append", default=[], help="bundle; repeatable")
     parser.add_argument("--num-captions", type=int, default=128, help="breadth suite (default 128)")
@@ -46,8 +60,8 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
-def run_eval(args: argparse.Namespace) -> int:
-    """Run `codmd-distill eval`; the same arguments print and write the same numbers.
+def run_shapebench(args: argparse.Namespace) -> int:
+    """Run `codmd-distill eval shapebench`; the same arguments print and write the same numbers.
 
     Returns:
         0 when the report is written.
@@ -242,3 +256,9 @@ def _write_report(
             contact_sheet([text for text, _ in strips], [clip for _, clip in strips]).save(args.samples)
     except OSError as error:
         raise ConfigError(f"the report cannot be written: {error}") from error
+
+
+SUITES: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "shapebench": ("score held-out ShapeWorld captions from pixels", add_shapebench_arguments, run_shapebench),
+    "vbench": ("drive VBench: plan, generate, check, run, score, compare, curve", add_vbench_arguments, run_vbench),
+}

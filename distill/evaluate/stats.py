@@ -5,6 +5,7 @@ Clips of one caption share its difficulty, so resampling clips instead of captio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -85,3 +86,22 @@ def paired_difference(
     if first.shape != second.shape:
         raise ConfigError(f"paired values must be of one length, got {first.shape} and {second.shape}")
     return clustered_mean(first - second, clusters, seed, num_resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number by Holm's step-down rule, in the order given.
+
+    Source: Holm, Scandinavian Journal of Statistics 6 (1979): the k-th smallest of m is multiplied by m - k + 1, and
+    none becomes smaller than the one before it.
+
+    Raises:
+        ConfigError: a value that is no probability.
+    """
+    if any(not 0.0 <= p <= 1.0 for p in p_values):
+        raise ConfigError(f"p-values must be in 0..1, got {list(p_values)}")
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted

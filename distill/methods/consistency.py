@@ -59,6 +59,7 @@ class RcmConfig(MethodSettings):
     published 100: its gradient does not grow with N, that of the summed matching term grows with sqrt(N).
 
     Attributes:
+        scm_weight: of the consistency term.
         dmd_weight: of distribution matching; 0 is a plain consistency model without critic.
         theta_mean, theta_std: log tan(theta) of the consistency term is N(mean, std^2). Published .7 is
             -.8 + .5 * log(21 frames).

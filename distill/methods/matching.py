@@ -48,6 +48,9 @@ class CopulaConfig(MethodSettings):
     """Settings of codmd and dmd. The relational term is scale * (weight_frame * frame + weight_batch * batch).
 
     Attributes:
+        scale: of the whole term.
+        weight_frame: of the relations between frames of a clip.
+        weight_batch: of the relations between clips of a batch.
         temperature: of the softmax over similarities.
         features: "mean" over rows and columns, or "spatial", which sees motion that keeps channel means.
         grid: cells per side of "spatial".

@@ -15,6 +15,8 @@ from distill.data.teacher_latents import TeacherSampling
 from distill.methods.consistency import DCM, RCM, ConsistencyMethod
 from distill.methods.draws import Passes, StepResult, Turn
 from distill.methods.matching import CODMD, DMD, MatchingMethod
+from distill.methods.regression import NAME as REGRESSION
+from distill.methods.regression import RegressionMethod
 from distill.methods.trajectory import TrajectoryMethod
 
 DEFAULT_RECIPE, DEFAULT_METHOD = "shapeworld", CODMD
@@ -70,6 +72,7 @@ METHODS: dict[str, Method] = {
     RCM: ConsistencyMethod(RCM),
     DCM: ConsistencyMethod(DCM),
     "dp-dmd": TrajectoryMethod(),
+    REGRESSION: RegressionMethod(),
 }
 
 

@@ -22,6 +22,7 @@ from distill.losses.dmd import guided_flow
 from distill.networks.base import Base
 from distill.networks.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
 from distill.networks.precision import keep_sensitive_parts_float32, unfuse_bf16_attention
+from distill.networks.start import load_start
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import load_sharded, split_tokens
 
@@ -53,6 +54,8 @@ def build_networks(
 ) -> Networks:
     """Load the base three times: trained student and critic, frozen teacher; or twice, with a LoRA critic.
 
+    With `student_from` or `critic_from` that network then takes the weights of that file.
+
     Args:
         config: dtypes and the options of sharding; its precision must be resolved.
         base: whose transformer all three start from.
@@ -60,14 +63,17 @@ def build_networks(
         processes: the ranks that parameters are sharded over; groups of them split the tokens.
 
     Raises:
-        CheckpointError: the base is missing or broken.
+        CheckpointError: the base is missing or broken, or the weights to start from are or do not fit it.
         ConfigError: the base is not text to video.
     """
     switch = Switch()
+    starts = {"student": config.student_from, "critic": config.critic_from}
 
     def build(role: str, dtype: torch.dtype, is_trained: bool, has_adapters: bool = False) -> WanTransformer3DModel:
         def load() -> WanTransformer3DModel:
-            return base.load_transformer(dtype)
+            transformer = base.load_transformer(dtype)
+            source = starts.get(role, "")
+            return load_start(transformer, source, f"{role}_from") if source else transformer
 
         def prepare(transformer: WanTransformer3DModel) -> None:
             # Wan has no dropout; eval makes that independent of a base whose config says otherwise.

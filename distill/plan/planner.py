@@ -10,6 +10,7 @@ from distill.config import DistillConfig
 from distill.data.prompts import load_prompts
 from distill.methods.draws import Passes
 from distill.methods.registry import METHODS
+from distill.methods.regression import start_of
 from distill.plan.architecture import Subject
 from distill.plan.flops import Sequence, derivative_flops, iteration_flops, network_flops
 from distill.plan.memory import MemoryByPhase, MicroBatch, phase_bytes, precision_of, trained_counts
@@ -70,12 +71,20 @@ class Plan:
 
     @property
     def sampling_flops(self) -> float:
-        """Return the operations of one GPU for the teacher's samples, before the first iteration.
+        """Return the operations of one GPU for its share of the teacher's samples, before the first iteration.
 
         Raises:
             ConfigError: the prompts cannot be read.
         """
-        return _sampling_flops(self.subject, self.load)
+        return _sampling_flops(self.subject, self.load, self.options)
+
+    @property
+    def start_flops(self) -> float:
+        """Return the operations of one GPU for the updates of a regressed start."""
+        network, options = network_flops(self.subject.architecture, self.load.sequence), self.options
+        again = network.recomputation if options.activation_checkpointing else 0.0
+        num_samples = self.subject.config.start.updates * self.load.samples * options.accumulate
+        return num_samples * (network.forward + again + network.backward)
 
     @property
     def sampling_hours(self) -> float:
@@ -201,13 +210,15 @@ def _is_guided(subject: Subject) -> bool:
     return subject.config.guidance_scale != 1.0
 
 
-def _sampling_flops(subject: Subject, load: MicroBatch) -> float:
-    """Count the operations of the teacher's samples: every group of ranks that share a sample makes all of them."""
-    sampling = METHODS[subject.config.method].teacher_sampling(subject.config)
-    if sampling is None:
-        return 0.0
-    forward = network_flops(subject.architecture, load.sequence).forward
-    return num_prompts(subject.config) * sampling.num_steps * (2 if _is_guided(subject) else 1) * forward
+def _sampling_flops(subject: Subject, load: MicroBatch, options: PlanOptions) -> float:
+    """Count the operations of the teacher's samples, of the run's and of its start's: each group makes its share."""
+    forward = network_flops(subject.architecture, load.sequence).forward * (2 if _is_guided(subject) else 1)
+    forwards = sum(
+        (sampling.num_samples or num_prompts(subject.config)) * (len(sampling.sigmas()) - 1)
+        for config in (subject.config, start_of(subject.config))
+        if config is not None and (sampling := METHODS[config.method].teacher_sampling(config)) is not None
+    )
+    return forwards * forward / options.data_parallel
 
 
 def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str, Passes]) -> float:

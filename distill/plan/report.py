@@ -7,7 +7,7 @@ from typing import Any
 from distill.methods.registry import METHODS
 from distill.plan.memory import MEMORY_PARTS, PHASES
 from distill.plan.options import GIB
-from distill.plan.planner import Plan, Suggestion, num_prompts
+from distill.plan.planner import Plan, Suggestion
 from distill.plan.reference import ReferenceLayout
 
 LABEL_WIDTH = 20
@@ -161,8 +161,14 @@ def _operations(plan: Plan) -> str:
     ]
     if plan.sampling_flops:
         lines.append(
-            f"before the first iteration every GPU samples the teacher for all {num_prompts(config):,} prompts: "
+            f"before the first iteration the GPUs sample the teacher, each its share: "
             f"{plan.sampling_flops / 1e15:,.3g} PFLOP, {plan.sampling_hours:.3g} h"
+        )
+    if plan.start_flops:
+        hours = plan.start_flops / (options.tflops * 1e12) / 3600
+        lines.append(
+            f"then {config.start.updates:,} updates of the regressed start: {plan.start_flops / 1e15:,.3g} PFLOP on "
+            f"each GPU, {hours:.3g} h"
         )
     if plan.gathered_bytes:
         rate = plan.gathered_bytes / plan.seconds_per_iteration / 1e9
@@ -218,6 +224,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "turns_per_iteration": {role: one.turns for role, one in plan.passes.items()},
         "sampling_flops_per_gpu": plan.sampling_flops,
         "sampling_hours": plan.sampling_hours,
+        "start_flops_per_gpu": plan.start_flops,
         "notes": plan_notes(plan),
     }
 

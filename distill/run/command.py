@@ -144,7 +144,8 @@ def _iteration(text: str) -> int | str:
 def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
     from distill.data.prompts import check_prompts, require_prompts
     from distill.networks.base import open_base
-    from distill.run.trainer import RunOptions, native_latents, run_training
+    from distill.run.start import run_with_start
+    from distill.run.trainer import RunOptions, native_latents
 
     device = processes.device
     # Before the base is looked for, which may take a download.
@@ -170,7 +171,7 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
         keep_best=args.keep_best,
         processes=processes,
     )
-    outcome = run_training(config, options, resume=args.resume)
+    outcome = run_with_start(config, options, resume=args.resume)
     done = (
         f"{outcome.iteration} iterations, {outcome.num_student_updates} student updates, {outcome.num_skipped} skipped"
     )

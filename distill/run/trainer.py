@@ -7,14 +7,10 @@ config: the random numbers of iteration n are drawn from (seed, n), so there is 
 import logging
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -47,6 +43,7 @@ from distill.run.curves import CURVES_FILE, plot_curves
 from distill.run.log import LOG_FILE, RunLog
 from distill.run.previews import Previews
 from distill.run.saver import Saver
+from distill.run.signals import stop_signal
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +59,7 @@ class RunOptions:
         preview_every_iterations: between two pictures of the EMA student, the last of which comes at the end; 0 makes
             none.
         keep_best: a logged metric; the checkpoint with its lowest value is kept beside the newest ones.
+        has_pipeline: whether the run ends with a folder for diffusers beside the bundle.
     """
 
     out: Path
@@ -71,6 +69,7 @@ class RunOptions:
     compiled: bool = False
     preview_every_iterations: int = 200
     keep_best: str | None = None
+    has_pipeline: bool = True
     processes: Processes = SINGLE_PROCESS
 
 
@@ -170,13 +169,16 @@ class Trainer:
         )
 
     def _load(self, role: str, positions: range) -> Batch:
-        config = self.config
-        indices = batch_indices(self.iteration, self.data.num_prompts, config.batch_size, config.seed)
+        config, latents = self.config, self.latents if role == "student" else None
+        num_prompts = self.data.num_prompts
+        num_samples = num_prompts if latents is None else latents.num_samples
+        indices = batch_indices(self.iteration, num_samples, config.batch_size, config.seed)
         own = indices[positions.start : positions.stop]
-        batch = self.data.batch(own, self.device)
-        if self.latents is not None and role == "student":
-            batch = replace(batch, x0=self.latents.batch(own, self.device))
-        elif self.data.latents is not None and role == "student":
+        batch = self.data.batch([index % num_prompts for index in own], self.device)
+        if latents is not None:
+            states = latents.states(own, self.device) if latents.has_states else None
+            batch = replace(batch, x0=latents.batch(own, self.device), states=states)
+        elif role == "student" and self.data.latents is not None:
             batch = replace(batch, x0=self.data.x0(own, self.device))
         return batch
 
@@ -278,44 +280,41 @@ class Trainer:
             self.optimizers[role].state[parameter][key] = moment.detach()
 
 
-def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) -> RunOutcome:
+def run_training(
+    config: DistillConfig,
+    options: RunOptions,
+    *,
+    resume: bool,
+    started: Path | None = None,
+    elapsed_s: float = 0.0,
+) -> RunOutcome:
     """Train until max_iterations, the time budget or a signal; write checkpoints and, unless interrupted, the bundle.
 
     Args:
-        config: its precision must be resolved.
+        config: its precision must be resolved. Its regressed start is run/start.py's.
         options: where to and for how long.
         resume: continue the run in `options.out`; without it that folder must hold none.
+        started: the student's weights after the start, in place of config.student_from.
+        elapsed_s: seconds of the budget that the start took.
 
     Raises:
         ConfigError: settings, prompts or folder that cannot work.
         CheckpointError: base or checkpoint broken, or a checkpoint that cannot be written.
         CodmdError: training diverged; the last good checkpoint stays.
     """
-    processes, device = options.processes, options.device
-    processes.on_rank0(lambda: _check_out(config, options.out, resume))
+    processes = options.processes
+    processes.on_rank0(lambda: check_out(config, options.out, resume))
     base = open_base(config.base)
     # What the bundle at the end could not say is an error now.
     student_spec(options.out / "bundle", config, base, 0)
-    shape = native_latents(config, base)
-    cache_dir = options.cache_dir or options.out / "cache"
-    sampling = METHODS[config.method].teacher_sampling(config)
-    data = cached_prompt_data(config, base, cache_dir, device, processes, shape if sampling is not None else ())
-    if processes.is_rank0:
-        logger.info("trains on %s from=%s", data.report, config.prompts or "captions")
-    networks = build_networks(config, base, device, processes)
-    if options.compiled:
-        for network in networks.transformers():
-            compile_blocks(network)
-    latents = None
-    # Latents of the samples themselves take the place of the teacher's.
-    if sampling is not None and data.latents is None:
-        latents = cached_teacher_latents(config, sampling, base, networks, data, shape, cache_dir, device, processes)
-    trainer = Trainer(config, networks, data, shape, device, latents, processes)
-    elapsed_s = 0.0
     checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
+    begin = config if started is None else replace(config, student_from=str(started))
+    if checkpoints:  # they replace what student and critic started from, which may be gone by now
+        begin = replace(config, student_from="", critic_from="")
+    trainer = _build_trainer(config, begin, base, options)
     if checkpoints:
         elapsed_s = _resume(trainer, checkpoints[-1])
-    processes.on_rank0(lambda: _start_folder(options.out, config))
+    processes.on_rank0(lambda: start_folder(options.out, config))
     signal_number, elapsed_s = _loop(trainer, base, options, elapsed_s, is_saved=bool(checkpoints))
     bundle = None
     if signal_number is None:
@@ -324,7 +323,8 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         def export() -> None:
             # From the checkpoint, tensor by tensor: rank 0 needs the memory of the bundle alone.
             export_bundle(options.out, bundle, trainer.iteration, base)
-            write_pipeline(bundle, options.out / "pipeline")
+            if options.has_pipeline:
+                write_pipeline(bundle, options.out / "pipeline")
 
         processes.on_rank0(export)
     return RunOutcome(
@@ -335,6 +335,27 @@ def run_training(config: DistillConfig, options: RunOptions, *, resume: bool) ->
         bundle=bundle,
         signal_number=signal_number,
     )
+
+
+def _build_trainer(config: DistillConfig, begin: DistillConfig, base: Base, options: RunOptions) -> Trainer:
+    """Build what a run trains with; `begin` is its config with the weights that its networks begin from."""
+    processes, device = options.processes, options.device
+    shape = native_latents(config, base)
+    cache_dir = options.cache_dir or options.out / "cache"
+    sampling = METHODS[config.method].teacher_sampling(config)
+    # Latents of the samples take the place of the teacher's, where the states on the way to them are not needed.
+    wanted = shape if sampling is not None and not sampling.kept_sigmas else ()
+    data = cached_prompt_data(config, base, cache_dir, device, processes, wanted)
+    if processes.is_rank0:
+        logger.info("trains on %s from=%s", data.report, config.prompts or "captions")
+    networks = build_networks(begin, base, device, processes)
+    if options.compiled:
+        for network in networks.transformers():
+            compile_blocks(network)
+    latents = None
+    if sampling is not None and data.latents is None:
+        latents = cached_teacher_latents(config, sampling, base, networks, data, shape, cache_dir, device, processes)
+    return Trainer(config, networks, data, shape, device, latents, processes)
 
 
 def _resume(trainer: Trainer, folder: Path) -> float:
@@ -356,12 +377,18 @@ def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
     return shape
 
 
-def _start_folder(out: Path, config: DistillConfig) -> None:
+def start_folder(out: Path, config: DistillConfig) -> None:
+    """Make the folder of a run, which from now on can be resumed."""
     out.mkdir(parents=True, exist_ok=True)
     write_config(out, config)
 
 
-def _check_out(config: DistillConfig, out: Path, resume: bool) -> None:
+def check_out(config: DistillConfig, out: Path, resume: bool) -> None:
+    """Refuse a folder that cannot be resumed or written, or that holds another run.
+
+    Raises:
+        ConfigError: the message names the folder.
+    """
     holds_run = (out / CONFIG_FILE).is_file()
     if resume:
         check_resumable(read_config(out), config)
@@ -457,25 +484,3 @@ class _Outputs:
             trainer = self.trainer
             iteration = trainer.iteration
             self.log.show(self.previews.write(iteration, trainer.networks.student, trainer.ema.shadow), iteration)
-
-
-@contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """Record SIGINT and SIGTERM instead of ending at the first; a second one of a kind has its former effect."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread only
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    for number in previous:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

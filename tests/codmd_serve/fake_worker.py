@@ -2,6 +2,9 @@
 
     die             the process is killed, as the kernel kills one that wants too much memory
     die-once FILE   the same, unless FILE exists; leaves it, and half a video
+    segfault        touches memory that is not its own
+    take SECONDS    takes that long, with progress all the time; more words may follow
+    big MIB         makes a file of that size
     wait FILE       asks whether to go on, until FILE exists
     busy FILE       the same, and seems to make progress
     tail FILE       leaves the device at once, and is being encoded until FILE exists
@@ -17,6 +20,7 @@ the process is killed while it loads, `starts` collects one line per start, `pre
 while they waited. With `gpu` in it there are two GPUs; `service_s` holds what a video is said to take.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -32,6 +36,7 @@ from typing import Any
 
 from codmd_serve.config import GenerateParams, ModelFacts
 from codmd_serve.errors import CheckpointError, GenerationError
+from codmd_serve.files import TEMPORARY_PREFIX
 
 FACTS = ModelFacts(
     name="fake",
@@ -93,16 +98,27 @@ class FakeEngine:
             video.set_result(self.generate(params, path, on_progress, self.tail.join))
         return video
 
+    def take(self, seconds: float, on_progress: Any) -> None:
+        """Take that long on the device, four steps."""
+        for step in range(1, 5):
+            end_s = time.monotonic() + seconds / 4
+            while seconds and (left_s := end_s - time.monotonic()) > 0:
+                time.sleep(min(0.01, left_s))
+                on_progress("denoise", step, 4)
+
     def generate(
         self, params: GenerateParams, path: Path, on_progress: Any, wait_for_encoder: Any = lambda: None
     ) -> SimpleNamespace:
         order, _, rest = params.prompt.partition(" ")
         on_progress("text", 1, 1)
         if order == "die" or (order == "die-once" and not Path(rest).exists()):
-            path.with_name(f".{path.name}.1.partial").write_bytes(b"half")
+            path.with_name(f"{TEMPORARY_PREFIX}1.partial").write_bytes(b"half")
             if rest:
                 Path(rest).touch()
             die()
+        if order == "segfault":
+            ctypes.string_at(0)
+        self.take(float(rest.split()[0]) if order == "take" else 0.0, on_progress)
         num_done = 0
         while order in ("wait", "busy") and not Path(rest).exists():
             num_done += 1
@@ -122,7 +138,8 @@ class FakeEngine:
         if order == "bug":
             raise RuntimeError("a secret of the inside")
         wait_for_encoder()
-        path.write_bytes(b"mp4 " + json.dumps(asdict(params)).encode())
+        video = b"mp4 " + json.dumps(asdict(params)).encode()
+        path.write_bytes(video if order != "big" else video.ljust(int(rest) * 2**20))
         timings_ms = {"text": 1.0, "denoise": 20.25, "decode": 3.0, "encode": 4.0}
         return SimpleNamespace(
             timings_ms=timings_ms,

@@ -210,7 +210,7 @@ def test_generate_draws_a_seed_and_tells_it(generate: Any, capsys: pytest.Captur
         (("--crf", "0"), "crf: Input should be greater than or equal to 1"),
         (("--dtype", "int8"), "dtype must be one of auto, float32"),
         (("--execution", "fast"), "execution must be one of auto, eager, graph, compiled, compiled+graph, got 'fast'"),
-        (("--quantization", "int4"), "quantization must be one of none, fp8, got 'int4'"),
+        (("--quantization", "int4"), "quantization must be one of none, fp8, fp8-emulated, got 'int4'"),
         (
             ("--quantization", "fp8"),
             "quantization fp8 needs a CUDA device of compute capability 8.9 or higher, got cpu",

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -113,7 +112,8 @@ def test_processes_set_it_before_they_import_torch(module: str, tmp_path: Path) 
 
 
 # Two threads as in a worker, pinned to two cores of which another process keeps one busy. The work is that of a small
-# network: products too short for a thread that was taken off its core to be waited for.
+# network: products too short for a thread that was taken off its core to be waited for. Prints the CPU seconds of a
+# request: unlike its wall time they hardly change with what else the machine does, and a thread that spins uses them.
 CONTENDED = """
 import os, sys, time
 cores = sorted(os.sched_getaffinity(0))[:2]
@@ -126,12 +126,12 @@ torch.set_num_threads(2)
 torch.set_grad_enabled(False)
 layers = [torch.randn(256, 256) for _ in range(4)]
 def request():
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     rows = torch.ones(192, 256)
     for _ in range(150):
         for layer in layers:
             rows = torch.nn.functional.silu(rows @ layer)
-    return time.perf_counter() - start_s
+    return time.process_time() - start_s
 request()
 print("ready", cores[1], flush=True)
 for line in sys.stdin:
@@ -141,8 +141,11 @@ BUSY = "import os, sys; os.sched_setaffinity(0, [int(sys.argv[1])]); print('busy
 
 
 @pytest.mark.skipif(CORES < 2, reason="there is no second core to be busy")
-def test_s18_with_one_of_two_cores_busy_a_request_takes_at_most_twice_its_idle_time() -> None:
-    """29 times without `prepare_threads`. Other load on the machine only disturbs: the best of many tries counts."""
+def test_s18_with_one_of_two_cores_busy_a_request_needs_the_cpu_time_of_an_idle_machine() -> None:
+    """Threads that wait for one another do not spin: without `prepare_threads` about eight times as many CPU seconds.
+
+    The wall time is held to twice the idle one by tests/timing, on a machine that does nothing else.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     with subprocess.Popen(
         [sys.executable, "-c", CONTENDED, "prepared"],
@@ -155,18 +158,15 @@ def test_s18_with_one_of_two_cores_busy_a_request_takes_at_most_twice_its_idle_t
         assert process.stdin is not None and process.stdout is not None
         core = process.stdout.readline().split()[1]
 
-        def seconds() -> float:
+        def cpu_seconds() -> float:
             process.stdin.write("go\n")  # type: ignore[union-attr]
             return float(process.stdout.readline())  # type: ignore[union-attr]
 
-        idle_s = min(seconds() for _ in range(5))
+        idle_s = min(cpu_seconds() for _ in range(3))
         with subprocess.Popen([sys.executable, "-c", BUSY, core], stdout=subprocess.PIPE) as busy:
             try:
                 assert busy.stdout is not None and busy.stdout.readline()
-                deadline_s = time.monotonic() + DEADLINE_S
-                busy_s = seconds()
-                while busy_s > 2.0 * idle_s and time.monotonic() < deadline_s:
-                    busy_s = min(busy_s, seconds())
+                busy_s = min(cpu_seconds() for _ in range(3))
             finally:
                 busy.kill()
         process.stdin.close()

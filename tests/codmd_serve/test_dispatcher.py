@@ -1,6 +1,7 @@
 """The dispatcher on a real store, with a runner in this process: restarts, leases, storage, expiry, leftovers."""
 
 import asyncio
+import errno
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from codmd_serve.api.backend import Own
 from codmd_serve.config import GenerateParams, ServeConfig
 from codmd_serve.dispatcher import Dispatcher
 from codmd_serve.errors import StoreError
-from codmd_serve.jobs.leases import Leases
+from codmd_serve.jobs.leases import Finished, Leases
 from codmd_serve.jobs.ownership import Ownership
 from codmd_serve.jobs.rows import content_key
 from codmd_serve.jobs.states import Job, NewJob
@@ -82,7 +83,7 @@ def play(world: World, story: Callable[[], Awaitable[None]]) -> None:
 def killed_dispatcher(world: World) -> Leases:
     """What a killed dispatcher leaves: its name, a lock that nobody holds, half a video, and jobs that it claims."""
     ownership = Ownership(Path(world.config.data))
-    (ownership.folder() / ".x.mp4.1.partial").write_bytes(b"half")
+    (ownership.folder() / ".tmp-1.partial").write_bytes(b"half")
     os.close(ownership._lock)
     return Leases(world.parts.database, ownership.owner, "b", "fake", "e")
 
@@ -121,6 +122,36 @@ def test_a_killed_server_loses_nothing_and_pays_no_attempt(tmp_path: Path, store
         assert [world.video(job) for job in jobs] == [video_of(job.params) for job in jobs]
         await dispatcher.stop()
         assert not [name for name in world.files() if name.startswith("spool/")], "leftovers are swept"
+
+    play(world, story)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_video_of_a_dispatcher_that_was_killed_before_it_wrote_it_down_is_swept(
+    tmp_path: Path, store_address: str, is_whole: bool
+) -> None:
+    """Killed between the rename of the file, or in the middle of the copy, and the commit of `completed`."""
+    world = World(tmp_path, store_address)
+
+    async def story() -> None:
+        done, job = world.submit("a"), world.submit("b")
+        killed = killed_dispatcher(world)
+        assert killed.claim() is not None and killed.claim() is not None
+        names = []
+        for each in (done, job):
+            video = tmp_path / "data" / "spool" / killed.owner / each.id / f"{each.id}.mp4"
+            video.parent.mkdir()
+            video.write_bytes(b"a video")
+            result = world.parts.results.put(video, 60.0, dispatcher_module._result_id(killed.owner, each.id))
+            names.append(f"results/{result.name}")
+            if each is done:
+                assert killed.finish(each.id, Finished(status="completed", result=result))
+        if not is_whole:
+            path = tmp_path / "data" / names[1]
+            path.rename(path.with_name(f".tmp-{path.stem}.partial"))
+        await asyncio.to_thread(world.dispatcher()._release_dead)
+        assert [name for name in world.files() if name.startswith(("results", "spool"))] == names[:1]
+        assert world.video(done) == b"a video" and world.job(job).status == "queued"
 
     play(world, story)
 
@@ -194,7 +225,7 @@ def test_a_failure_is_written_with_its_code(tmp_path: Path, prompt: str, code: s
         job = await world.status_is(world.submit(prompt), "failed")
         assert job.error_code == code and job.attempts == attempts and job.error_message
         await world.status_is(world.submit("good"), "completed")
-        assert not list(dispatcher.ownership.spool.iterdir())
+        await world.until(lambda: not list(dispatcher.ownership.spool.iterdir()))
         await dispatcher.stop()
 
     play(world, story)
@@ -262,6 +293,35 @@ def test_a_spool_that_vanished_is_made_again(tmp_path: Path) -> None:
         await world.status_is(world.submit("a"), "completed")
         shutil.rmtree(tmp_path / "data" / "spool")
         await world.status_is(world.submit("b"), "completed")
+        await dispatcher.stop()
+
+    play(world, story)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_spool_that_cannot_be_made_keeps_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "PROBE_S", 0.01)
+    world = World(tmp_path)
+
+    async def story() -> None:
+        dispatcher = world.dispatcher()
+        await dispatcher.start()
+        mkdir = Path.mkdir
+
+        def refuse(path: Path, *words: Any, **more: Any) -> None:
+            if "spool" in path.parts:
+                raise OSError(number, os.strerror(number))
+            mkdir(path, *words, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "mkdir", refuse)
+            job = world.submit("a")
+            await world.until(lambda: dispatcher.blocked)
+            assert str(tmp_path) not in dispatcher.blocked
+        done = await world.status_is(job, "completed")
+        assert done.attempts == 1 and dispatcher.is_ready
         await dispatcher.stop()
 
     play(world, story)

@@ -103,6 +103,17 @@ def test_workers_share_the_cores(run: Run, tmp_path: Path, workers: str, threads
     run(story, workers=workers)
 
 
+def test_what_the_first_worker_chose_by_measuring_holds_for_all_later_ones(run: Run, tmp_path: Path) -> None:
+    async def story(harness: PoolHarness) -> None:
+        await harness.until(lambda: harness.pool.num_workers == 2)
+        assert isinstance(await harness.submit("die").outcome(), JobFailed)
+        await harness.until(lambda: len(harness.starts) == 3)
+        dtypes = [line.split()[2] for line in (tmp_path / "starts").read_text().splitlines()]
+        assert dtypes == ["auto", "float32", "float32"]
+
+    run(story, workers="2")
+
+
 def test_with_overlap_three_jobs_are_in_flight_on_one_worker(run: Run) -> None:
     async def story(harness: PoolHarness) -> None:
         jobs = [harness.submit(f"tail {harness.gate('encoded')}"), harness.submit(f"wait {harness.gate()}")]
@@ -226,6 +237,27 @@ def test_s1_a_job_that_only_seems_to_progress_has_a_deadline(run: Run, tmp_path:
         failed = await harness.submit("busy /nowhere/at/all").outcome()
         assert isinstance(failed, JobFailed) and failed.code == "worker_hung" and failed.counts_attempt
         assert harness.pool.restarts == {"deadline": 1}
+
+    (tmp_path / "service_s").write_text("0.1")
+    run(story, stall_timeout_s=1)
+
+
+def test_a_job_whose_encoder_is_slow_is_no_stalled_one(run: Run, tmp_path: Path) -> None:
+    """All frames are decoded: ffmpeg gets 30 s more, within which it says itself that it hangs."""
+
+    async def story(harness: PoolHarness) -> None:
+        job = harness.submit(f"tail {harness.gate()}")
+        await harness.until(lambda: job.stage == "decode")
+        (entry,) = harness.pool._slots[0].in_flight
+        entry.last_event_s -= 12.0  # long past the 1.5 s of a stalled job
+        assert entry.started_s is not None
+        entry.started_s -= 12.0
+        limits, times = harness.pool._limits, harness.pool._times
+        assert times is not None and not harness.pool._slots[0].hangs(limits, times)
+        harness.pool._slots[0].kill_if_hung(limits, times)
+        harness.gate().touch()
+        assert isinstance(await job.outcome(), JobDone)
+        assert not harness.pool.restarts
 
     (tmp_path / "service_s").write_text("0.1")
     run(story, stall_timeout_s=1)

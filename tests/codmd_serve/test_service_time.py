@@ -6,7 +6,7 @@ import pytest
 
 from codmd_serve import service_time
 from codmd_serve.config import GenerateParams, ModelFacts
-from codmd_serve.service_time import DEADLINE_FACTOR, STALL_FACTOR, ServiceTimes
+from codmd_serve.service_time import DEADLINE_FACTOR, STALL_FACTOR, ServiceTimes, encoder_limit_s
 
 NATIVE = GenerateParams(prompt="a", seed=1, height=64, width=64, num_frames=16, fps=16, crf=18)
 FACTS = ModelFacts(
@@ -61,3 +61,19 @@ def test_limits_grow_with_the_square_of_an_unknown_shape() -> None:
     assert times.stall_s(large, 60.0) == 60.0 + STALL_FACTOR * 32.0
     assert times.deadline_s(large, 120.0) == 120.0 + DEADLINE_FACTOR * 32.0
     assert times.deadline_s(replace(NATIVE, height=16), 0.0) == DEADLINE_FACTOR * 0.5
+
+
+def test_each_format_learns_from_its_own_videos() -> None:
+    times = ServiceTimes(FACTS)
+    times.add(replace(NATIVE, format="gif"), 40.0)
+    assert times.expected_s(NATIVE) == 2.0 and times.expected_s(replace(NATIVE, format="gif")) == 40.0
+
+
+@pytest.mark.parametrize("format", ["mp4", "gif", "webp"])
+def test_a_job_is_given_more_time_than_its_encoder(format: str) -> None:
+    """ffmpeg is killed at a limit of its own, and the job says so: its worker must not be killed for it before."""
+    times, large = ServiceTimes(FACTS), replace(NATIVE, height=480, width=832, num_frames=81, format=format)
+    for limit_s in (times.stall_s, times.deadline_s):
+        decoded_s = limit_s(large, 60.0, is_encoding=True)
+        assert decoded_s > 60.0 + encoder_limit_s(480 * 832 * (64 if format == "mp4" else 81), format)
+        assert (limit_s(large, 60.0) < decoded_s) is (format == "mp4"), "a gif may hold up its frames before"

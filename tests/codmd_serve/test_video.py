@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from codmd_serve import video
+from codmd_serve import service_time, video
 from codmd_serve.errors import CancelledError, ConfigError, GenerationError
 from codmd_serve.video import check_encoder, find_ffmpeg, format_of, has_webp_encoder, write_video
 
@@ -173,8 +173,8 @@ def test_write_video_kills_an_ffmpeg_that_never_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
     fake_ffmpeg(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; {script}")
-    monkeypatch.setattr(video, "MIN_ENCODER_WAIT_S", 0.5)
-    monkeypatch.setattr(video, "MIN_ENCODED_PX_PER_S", 1e9)
+    monkeypatch.setattr(service_time, "MIN_ENCODER_WAIT_S", 0.5)
+    monkeypatch.setattr(service_time, "MIN_ENCODED_PX_PER_S", 1e9)
     frames = (clip().tobytes() for _ in range(100))  # more than a pipe holds
     with pytest.raises(GenerationError, match="made no progress") as caught:
         encode(tmp_path / "out" / "a.mp4", frames)

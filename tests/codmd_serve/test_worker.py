@@ -5,17 +5,19 @@ import io
 import tempfile
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_runner import FACTS
 
 from codmd_serve import loading as loading_module
 from codmd_serve import worker
 from codmd_serve.config import ENGINE_SETTINGS, GenerateParams
 from codmd_serve.errors import CancelledError, CheckpointError, GenerationError
-from codmd_serve.messages import Cancelled, Done, Failed, Fatal, FromWorker, Generate, Load, Progress, Started
+from codmd_serve.messages import Cancelled, Done, Failed, Fatal, FromWorker, Generate, Load, Progress, Ready, Started
 
 PARAMS = GenerateParams(prompt="a", seed=1, height=32, width=32, num_frames=9, fps=16, crf=18)
 # The worker makes the folder of the video, also as root.
@@ -30,12 +32,14 @@ class FakeEngine:
     """Reports one step, then returns or raises what it was given; a Future stays as it is."""
 
     def __init__(self, outcome: Any) -> None:
+        self.facts, self.later_facts = FACTS, FACTS
         self.outcome = outcome
         self.seen: list[Any] = []
 
     def begin(self, params: Any, path: Path, on_progress: Any, on_preview: Any) -> Any:
         self.seen.append((params, path))
         on_progress("denoise", 1, 4)
+        self.facts = self.later_facts
         if isinstance(self.outcome, Exception):
             raise self.outcome
         if isinstance(self.outcome, Future):
@@ -60,6 +64,15 @@ def test_a_finished_job_is_told_with_its_progress() -> None:
     ]
     params, path = engine.seen[0]
     assert params.prompt == "a" and params.num_frames == 9 and path == VIDEO
+
+
+def test_a_fallback_in_the_middle_of_a_job_is_told_before_its_outcome() -> None:
+    engine, sent = FakeEngine(SimpleNamespace(timings_ms={}, warnings=[], peak_memory_mb=0.0)), list[FromWorker]()
+    engine.later_facts = replace(FACTS, vae_dtype="float32", fallback="VAE in float32: out of range")
+    for name in ("j1", "j2"):
+        worker.run_job(engine, job(name), set(), sent.append)  # type: ignore[arg-type]
+    told = [message for message in sent if not isinstance(message, Progress | Started)]
+    assert told == [Ready(engine.later_facts), Done("j1", {}, [], 0.0), Done("j2", {}, [], 0.0)]
 
 
 def test_a_failure_on_purpose_keeps_its_code_and_message() -> None:

@@ -175,15 +175,20 @@ def test_an_api_and_two_workers_are_one_server(server: Server, tmp_path: Path, s
             worker.start()
         until(lambda: first.answers("/ready") and second.answers("/ready"), workers[0].said)
         gate = tmp_path / "gate"
-        held = first.submit(f"wait {gate}")
-        second.status_is(held, "running")
+        held = first.submit(f"wait {gate}", preview=True)
+        # Progress is in no store: it comes from the worker's process, to whichever API is asked.
+        for api in (first, second):
+            until(lambda api=api: api.job(held)["stage"] == "denoise", workers[0].said)  # type: ignore[misc]
         jobs = [api.submit(f"{number}") for number, api in enumerate((first, second) * 3)]
         workers[0].kill()
         gate.touch()
         for job_id in [held, *jobs]:
             job = second.status_is(job_id, "completed")
             assert first.video(job_id) == second.video(job_id) == video_of(job)
+        assert "event: step" in second.client.get(f"/jobs/{held}/events").text
         assert workers[1].stop() == 0
+        until(lambda: "no worker serves" in first.client.get("/ready").json()["reason"], first.said)
+        assert "no worker serves" in first.job(first.submit("nobody is there"))["waiting_for"]
     finally:
         for worker in workers:
             worker.end()

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from codmd_serve.config import GenerateParams, ModelFacts
+from codmd_serve.files import TEMPORARY_PREFIX
 from codmd_serve.messages import Progress, Started
 from codmd_serve.worker_slot import JobCancelled, JobDone, JobFailed, JobRequest, OnEvent, Outcome
 
@@ -128,7 +129,7 @@ class FakeRunner:
         if order in FAILURES:
             return JobFailed(*FAILURES[order])
         if order == "die" or (order == "die-once" and not Path(rest).exists()):
-            job.path.with_name(f".{job.path.name}.1.partial").write_bytes(b"half")
+            job.path.with_name(f"{TEMPORARY_PREFIX}1.partial").write_bytes(b"half")
             if rest:
                 Path(rest).touch()
             return JobFailed("worker_died", "the worker died, perhaps for want of memory", is_retryable=True)

@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -26,9 +27,21 @@ def find_postgres() -> Path | None:
 class Postgres:
     """A running cluster; `database()` makes an empty database and returns its URL."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: Callable[[], "subprocess.Popen[bytes]"]) -> None:
         self.folder = folder
         self._numbers = count()
+        self._start = start
+        self._process = start()
+
+    def restart(self) -> None:
+        """Kill it as a power cut does, and start it again."""
+        self._process.send_signal(signal.SIGQUIT)  # "immediate": its children go too, nothing is flushed
+        self._process.wait(DEADLINE_S)
+        self._process = self._start()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(DEADLINE_S)
 
     def database(self) -> str:
         import psycopg
@@ -55,18 +68,24 @@ def running_postgres(programs: Path) -> Iterator[Postgres]:
     # The tests kill our servers, never this one: it need not flush.
     settings = ("listen_addresses=", f"unix_socket_directories={folder}", "fsync=off", "max_connections=100")
     words = [word for setting in settings for word in ("-c", setting)]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [programs / "postgres", "-D", data, *words], stdout=log, stderr=log, env=environment, **account
-        )
-    try:
+
+    def start() -> "subprocess.Popen[bytes]":
+        with (folder / "log").open("ab") as log:
+            process = subprocess.Popen(
+                [programs / "postgres", "-D", data, *words], stdout=log, stderr=log, env=environment, **account
+            )
         deadline_s = time.monotonic() + DEADLINE_S
         ready = [programs / "pg_isready", "-q", "-h", folder, "-U", "codmd"]
         while subprocess.run(ready, env=environment).returncode:
             assert process.poll() is None and time.monotonic() < deadline_s, (folder / "log").read_text()
             time.sleep(0.05)
-        yield Postgres(folder)
+        return process
+
+    try:
+        cluster = Postgres(folder, start)
+        try:
+            yield cluster
+        finally:
+            cluster.stop()
     finally:
-        process.terminate()
-        process.wait(DEADLINE_S)
         shutil.rmtree(folder, ignore_errors=True)

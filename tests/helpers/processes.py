@@ -25,9 +25,11 @@ def free_port() -> int:
         return port
 
 
-def until(is_true: Callable[[], Any], what: Callable[[], object] = lambda: "it never happened") -> Any:
+def until(
+    is_true: Callable[[], Any], what: Callable[[], object] = lambda: "it never happened", seconds: float = DEADLINE_S
+) -> Any:
     """Wait until something is true; returns it."""
-    deadline_s = time.monotonic() + DEADLINE_S
+    deadline_s = time.monotonic() + seconds
     while not (value := is_true()):
         assert time.monotonic() < deadline_s, what()
         time.sleep(0.01)
@@ -81,10 +83,13 @@ class Process:
 class ServerProcess(Process):
     """A server and a client of it."""
 
-    def __init__(self, folder: Path, data: Path, *words: str, is_fake: bool = True, **environment: str) -> None:
+    def __init__(
+        self, folder: Path, data: Path, *words: str, is_fake: bool = True, has_page: bool = False, **environment: str
+    ) -> None:
         self.port = free_port()
         bundle = ("--bundle", str(folder)) if is_fake else ()
-        common = ("serve", "--port", str(self.port), "--data", str(data), "--no-page", "--queue-size", "1000", *bundle)
+        page = "--page" if has_page else "--no-page"
+        common = ("serve", "--port", str(self.port), "--data", str(data), page, "--queue-size", "1000", *bundle)
         super().__init__(folder, *common, *words, is_fake=is_fake, **environment)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=DEADLINE_S, trust_env=False)
 
@@ -94,6 +99,15 @@ class ServerProcess(Process):
         path = "/ready" if is_ready else "/health"
         until(lambda: not self.is_running() or self.answers(path), self.said)
         assert self.is_running(), self.said()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
 
     def answers(self, path: str) -> bool:
         try:

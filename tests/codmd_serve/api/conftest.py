@@ -30,11 +30,15 @@ def make_backend(config: ServeConfig, runner: FakeRunner | None, own: Own = OWN)
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Serve:
-    """Start a server with the settings given. `client.runner` is its runner."""
+    """Start a server with the settings given. `client.runner` is its runner; none runs when it `is_alone`."""
 
     @contextmanager
     def started(
-        is_ready: bool = True, keys: dict[str, str] | None = None, own: Own = OWN, **settings: Any
+        is_ready: bool = True,
+        keys: dict[str, str] | None = None,
+        own: Own = OWN,
+        is_alone: bool = False,
+        **settings: Any,
     ) -> Iterator[TestClient]:
         settings.setdefault("data", str(tmp_path / "data"))
         config = replace(ServeConfig(bundle=str(tmp_path)), **settings)
@@ -42,7 +46,7 @@ def serve(tmp_path: Path) -> Serve:
         runner.is_ready = is_ready
         if not is_ready:
             runner.facts = None
-        backend, metrics = make_backend(config, runner, own)
+        backend, metrics = make_backend(config, None if is_alone else runner, own)
         app = create_app(backend, metrics, keys)
         with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
             client.runner = runner  # type: ignore[attr-defined]

@@ -5,10 +5,12 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_runner import FACTS
 from fastapi.testclient import TestClient
 from http_tests import DEADLINE_S, begin, job_of, post, refusal, status_is, until
 
@@ -50,6 +52,42 @@ def test_a_seed_that_was_drawn_is_told_and_makes_the_same_video_again(client: Te
     again = post(client, "a", seed=int(first.headers["x-seed"]))
     assert again.content == first.content
     assert again.headers["content-location"] != first.headers["content-location"]
+
+
+def test_quality_picks_the_engine_and_its_videos_are_kept_apart(serve: Serve) -> None:
+    with serve() as client:
+        client.runner.facts = replace(FACTS, lossy_beside="fp8")  # type: ignore[attr-defined]
+        assert client.get("/health").json()["model"]["lossy_beside"] == "fp8"
+        assert client.get("/v1/models").json()["data"][0]["lossy"] == "fp8"
+        plain = post(client, "a", seed=1)
+        lossy = post(client, "a", seed=1, quality="high")
+        assert json.loads(plain.content[4:])["may_be_lossy"] is False
+        assert json.loads(lossy.content[4:])["may_be_lossy"] is True
+        ran = list(client.runner.ran)  # type: ignore[attr-defined]
+        assert post(client, "a", seed=1, quality="lossless").content == plain.content
+        assert post(client, "a", seed=1, quality="high").content == lossy.content
+        assert client.runner.ran == ran  # type: ignore[attr-defined]  # both were there already
+
+
+def test_a_video_of_another_precision_is_not_taken_for_this_one(serve: Serve) -> None:
+    with serve() as client:
+        runner: Any = client.runner  # type: ignore[attr-defined]
+        post(client, "a", seed=1)
+        runner.facts = replace(FACTS, dtype="bfloat16")
+        post(client, "a", seed=1)
+        post(client, "a", seed=1)
+        assert runner.ran == ["a", "a"]
+        runner.facts = FACTS
+        post(client, "a", seed=1)
+        assert runner.ran == ["a", "a"]
+
+
+def test_lossless_is_refused_where_nothing_is(serve: Serve) -> None:
+    with serve() as client:
+        client.runner.facts = replace(FACTS, lossy="fp8")  # type: ignore[attr-defined]
+        answer = post(client, "a", quality="lossless")
+        assert "high, medium, low would be accepted" in refusal(answer, 422, "invalid_request")
+        assert answer.json()["error"]["field"] == "quality"
 
 
 def test_content_location_leads_to_the_job(client: TestClient) -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_runner import PREVIEW
+from fake_runner import FACTS, PREVIEW
 from fastapi.testclient import TestClient
 from http_tests import DEADLINE_S, begin, job_of, post, refusal, status_is, until
 
+from codmd_serve.api import backend as backend_module
 from codmd_serve.api import jobs as jobs_module
+from codmd_serve.api.backend import Own
 from codmd_serve.api.content import parse_range
+from codmd_serve.jobs.store import JobStore
 
 Serve = Callable[..., AbstractContextManager[TestClient]]
 
@@ -275,3 +278,51 @@ def test_the_story_of_a_job_of_another_process_ends_too(client: Any) -> None:
     location = post(client, "a").headers["content-location"]
     client.backend.hub.forget(location.rpartition("/")[2])
     assert kinds_of(client.get(location + "/events").text) == ["done"]
+
+
+def test_a_job_says_that_no_worker_serves_its_bundle(serve: Serve, tmp_path: Path) -> None:
+    """A server that comes back with another bundle, and an API alone: the job of the first one waits, and says so."""
+    with serve() as client:
+        known = post(client, "before").status_code
+        assert known == 200
+    with serve(is_alone=True) as client:
+        ready = client.get("/ready")
+        assert ready.status_code == 503 and ready.json()["reason"] == "no worker serves the bundle fake"
+        job_id = begin(client, "waits")  # accepted all the same
+        job = job_of(client, job_id)
+        assert job["status"] == "queued" and job["eta_s"] is None
+        assert job["waiting_for"] == "no worker serves the bundle fake"
+        until(lambda: client.get("/health").json()["num_unserved"] == 1)
+    other = Own("c" * 64, "other", "e" * 64, FACTS)
+    with serve(own=other) as client:
+        assert job_of(client, job_id)["waiting_for"] == "no worker serves the bundle fake"
+        until(lambda: client.get("/ready").json()["num_unserved"] == 1)
+        gate = tmp_path / "gate"
+        own = [begin(client, f"wait {gate}"), begin(client, "behind it")]
+        assert [job_of(client, each)["waiting_for"] for each in own] == [None, None]
+        gate.touch()
+        with client.stream("GET", f"/jobs/{job_id}/events") as stream:
+            line = next(line for line in stream.iter_lines() if line.startswith("data: "))
+            assert json.loads(line[6:])["waiting_for"] == "no worker serves the bundle fake"
+            client.delete(f"/jobs/{job_id}")
+    with serve() as client:
+        job_id = begin(client, "served again")
+        assert status_is(client, job_id, "completed")["waiting_for"] is None
+
+
+def test_a_job_that_nobody_serves_for_long_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve() as client:
+        assert post(client, "before").status_code == 200
+    with serve(is_alone=True) as client:
+        job_id = begin(client, "waits")
+    monkeypatch.setattr(backend_module, "SWEEP_S", 0.0)
+    with serve(is_alone=True, unserved_hours=0) as client:
+        until(lambda: client.get("/health").json()["num_unserved"] == 1)
+        assert job_of(client, job_id)["status"] == "queued", "0 is for ever"
+    with serve(is_alone=True) as client:
+        assert job_of(client, job_id)["status"] == "queued", "a week is not over"
+        fail = client.backend.store.fail_unserved  # type: ignore[attr-defined]
+        monkeypatch.setattr(JobStore, "fail_unserved", lambda store, after_s: fail(after_s - 3600.0 * 168 - 1.0))
+        error = status_is(client, job_id, "failed")["error"]
+        assert error["code"] == "not_served"
+        refusal(client.get(f"/jobs/{job_id}/video"), 409, "no_video")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from codmd_serve.api.schemas import EXAMPLES, GenerateBody, to_params
+from codmd_serve.api.schemas import EXAMPLES, GenerateBody, qualities, to_params
 from codmd_serve.config import MAX_SEED, ModelFacts
 from codmd_serve.errors import InvalidRequestError
 
@@ -45,6 +45,7 @@ def test_what_is_left_out_is_what_the_model_was_trained_at() -> None:
         "fps": 16,
         "crf": 18,
         "format": "mp4",
+        "may_be_lossy": False,
     }
 
 
@@ -62,6 +63,37 @@ def test_the_ends_of_the_seeds_are_kept(seed: int) -> None:
 def test_quality_is_a_word_for_crf(quality: str, crf: int) -> None:
     assert params_of(quality=quality).crf == crf
     assert params_of(crf=crf).crf == crf
+
+
+@pytest.mark.parametrize(
+    ("facts", "quality", "may_be_lossy"),
+    [
+        ({}, None, False),
+        ({}, "high", False),  # nothing lossy is served, and the exact engine is more than what was asked for
+        ({"lossy_beside": "fp8"}, None, False),
+        ({"lossy_beside": "fp8"}, "lossless", False),
+        ({"lossy_beside": "fp8"}, "high", True),
+        ({"lossy_beside": "fp8"}, "low", True),
+        ({"lossy": "fp8"}, "high", False),
+    ],
+)
+def test_quality_picks_the_engine(facts: dict[str, str], quality: str | None, may_be_lossy: bool) -> None:
+    body = GenerateBody(prompt="a", quality=quality)
+    assert to_params(body, replace(FACTS, **facts)).may_be_lossy is may_be_lossy
+
+
+def test_lossless_goes_with_a_crf_and_with_a_gif() -> None:
+    assert params_of(quality="lossless", crf=30).crf == 30
+    assert params_of(quality="lossless").crf == 18
+    assert params_of(quality="lossless", format="gif").format == "gif"
+
+
+def test_lossless_is_refused_where_only_a_lossy_engine_is_served() -> None:
+    lossy = replace(FACTS, lossy="fp8+sage")
+    with pytest.raises(InvalidRequestError, match=r"has fp8\+sage: high, medium, low would be accepted") as caught:
+        to_params(GenerateBody(prompt="a", quality="lossless"), lossy)
+    assert caught.value.field == "quality"
+    assert qualities(lossy) == ["high", "medium", "low"] and qualities(FACTS)[0] == "lossless"
 
 
 @pytest.mark.parametrize("body", EXAMPLES)
@@ -91,7 +123,7 @@ def test_the_examples_of_the_documentation_are_accepted(body: dict[str, Any]) ->
         ({"fps": 121}, "less than or equal to 120"),
         ({"crf": 0}, "greater than or equal to 1"),
         ({"crf": 52}, "less than or equal to 51"),
-        ({"quality": "best"}, "'low', 'medium' or 'high'"),
+        ({"quality": "best"}, "'lossless', 'high', 'medium' or 'low'"),
         ({"format": "avi"}, "'mp4', 'gif' or 'webp'"),
         ({"sed": 1}, "Extra inputs are not permitted"),
         ({"path": "/etc/passwd"}, "Extra inputs are not permitted"),

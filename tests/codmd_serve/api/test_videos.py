@@ -170,5 +170,16 @@ def test_bodies_that_cannot_be_read_are_refused(client: TestClient, content: byt
 
 
 def test_a_model_is_found_by_its_name(client: TestClient) -> None:
-    assert client.get("/v1/models/fake").json()["id"] == "fake"
+    model = client.get("/v1/models/fake").json()
+    assert model["id"] == "fake" and model["lossy"] == ""
+    assert model["qualities"] == ["lossless", "high", "medium", "low"]
     refusal(client.get("/v1/models/sora-2"), 404, "not_found")
+
+
+def test_what_the_routes_answer_is_documented(client: Any) -> None:
+    """Found by schemathesis; `make faults` runs it."""
+    paths = client.get("/openapi.json").json()["paths"]
+    refusal(client.get("/v1/videos", params={"after": "0" * 40}), 404, "not_found")
+    assert "404" in paths["/v1/videos"]["get"]["responses"]
+    stream = paths["/jobs/{job_id}/events"]["get"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+    assert set(stream["properties"]) == {"id", "event", "data"}

@@ -12,6 +12,7 @@ import pytest
 from codmd_serve.config import ModelFacts
 from codmd_serve.jobs.leases import Finished, Leases
 from codmd_serve.jobs.rows import change
+from codmd_serve.jobs.schema import jobs_table
 from codmd_serve.jobs.states import STATUSES, TRANSITIONS, Job
 from codmd_serve.jobs.store import JobStore
 
@@ -177,6 +178,29 @@ def test_a_dispatcher_tells_what_it_serves(store: JobStore, leases: LeasesOf) ->
     assert (model.capacity, model.is_ready, model.facts) == (0, False, FACTS), "facts outlive the dispatcher"
 
 
+def test_jobs_of_a_bundle_that_nobody_serves_are_counted_and_end(
+    store: JobStore, submit: Submit, leases: LeasesOf
+) -> None:
+    job, dispatcher = submit("a"), leases("d")
+    assert store.num_unserved() == 1 and store.models() == []
+    assert store.fail_unserved(after_s=3600.0) == [], "it has not waited for long"
+    dispatcher.announce(None, 0, False, "the model is loading", 0.0, alive_s=60.0)
+    (model,) = store.models()
+    assert store.num_unserved() == 0 and model.is_served and model.capacity == 0
+    assert store.fail_unserved(after_s=-1.0) == [], "a worker that loads is one"
+    dispatcher.announce(FACTS, 1, True, "", 2.5, alive_s=60.0)
+    dispatcher.forget_dispatcher("d")
+    (model,) = store.models()
+    assert store.num_unserved() == 1 and not model.is_served
+    assert model.reason == "no worker serves the bundle model-b"
+    with store.database.write() as connection:  # sent long ago, and served until now
+        connection.execute(jobs_table.update().values(created_at=0.0))
+    assert store.fail_unserved(after_s=3600.0) == []
+    assert store.fail_unserved(after_s=-1.0) == [job.id]
+    found = store.get(job.id)
+    assert found is not None and (found.status, found.error_code) == ("failed", "not_served")
+
+
 def test_every_change_of_status_is_a_compare_and_set(store: JobStore, submit: Submit) -> None:
     """From each status, each transition works once and only from where it starts."""
     for before in STATUSES:
@@ -190,8 +214,6 @@ def test_every_change_of_status_is_a_compare_and_set(store: JobStore, submit: Su
 
 def put(connection: object, job_id: str, status: str) -> None:
     from sqlalchemy import Connection
-
-    from codmd_serve.jobs.schema import jobs_table
 
     assert isinstance(connection, Connection)
     connection.execute(jobs_table.update().where(jobs_table.c.id == job_id).values(status=status))

@@ -141,8 +141,9 @@ def test_a_quantized_network_is_near_the_one_it_was(transformer: FewStepTransfor
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "message"),
     [
-        ("int4", CUDA, torch.bfloat16, "quantization must be one of none, fp8, got 'int4'"),
+        ("int4", CUDA, torch.bfloat16, "quantization must be one of none, fp8, fp8-emulated, got 'int4'"),
         ("fp8", torch.device("cpu"), torch.float32, "needs a CUDA device of compute capability 8.9 or higher, got cpu"),
+        ("fp8-emulated", CUDA, torch.bfloat16, "fp8-emulated is for CPUs, got cuda: say fp8"),
         ("fp8", CUDA, torch.bfloat16, "capability 8.9 or higher, got Old GPU of 8.0"),
     ],
 )

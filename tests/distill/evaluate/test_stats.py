@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from codmd_serve.errors import ConfigError
-from distill.evaluate.stats import clustered_mean, paired_difference
+from distill.evaluate.stats import clustered_mean, holm, paired_difference
 
 
 def clustered_draw(rng: np.random.Generator, num_clusters: int = 40, per_cluster: int = 4) -> tuple:
@@ -56,3 +56,10 @@ def test_paired_difference_refuses_unequal_lengths() -> None:
         paired_difference(np.zeros(3), np.zeros(4), np.zeros(3))
     with pytest.raises(ConfigError, match="one length"):
         clustered_mean(np.zeros(3), np.zeros(4))
+
+
+def test_holm_steps_down() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+    with pytest.raises(ConfigError, match="p-values"):
+        holm([float("nan")])

@@ -126,7 +126,9 @@ def test_rcm_on_shapeworld_fits_its_latents() -> None:
 
 
 def test_unknown_recipe_and_method_are_refused_by_option() -> None:
-    with pytest.raises(ConfigError, match="--method must be one of codmd, dmd, rcm, dcm, dp-dmd, got 'gan'"):
+    with pytest.raises(
+        ConfigError, match="--method must be one of codmd, dmd, rcm, dcm, dp-dmd, regression, got 'gan'"
+    ):
         recipe_config(method="gan")
     with pytest.raises(ConfigError, match="--recipe must be one of shapeworld, wan_1_3b, wan_14b, got ''"):
         recipe_config(recipe="")

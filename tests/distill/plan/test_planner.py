@@ -170,10 +170,28 @@ def test_every_method_of_every_recipe_is_planned(recipe: str, method: str) -> No
     config = recipe_config(recipe, method)
     plan = make_plan(read_subject(config), PlanOptions(gpus=8, gpu_gib=1e5))
     assert (plan.flops["derivative"] > 0) == (plan.passes["student"].derivatives > 0) == (method == "rcm")
-    assert (plan.sampling_flops > 0) == (method in ("rcm", "dcm"))
+    needs_samples = method in ("rcm", "dcm", "regression")
+    assert (plan.sampling_flops > 0) == needs_samples
     text = plan_text(PlanReport(plan=plan, suggestion=None, smallest=None, reference=None, command="x"))
     assert f"plan of {recipe} by {method} on 8 x" in text
-    assert ("samples the teacher for all 4,096 prompts" in text) == (method in ("rcm", "dcm"))
+    assert ("the GPUs sample the teacher, each its share" in text) == needs_samples
+
+
+def test_a_regressed_start_is_counted_with_its_paths() -> None:
+    options = PlanOptions(gpus=8, gpu_gib=1e5, activation_checkpointing=False)
+    plain = make_plan(read_subject(recipe_config("wan_1_3b", "dmd")), options)
+    started = recipe_config("wan_1_3b", "dmd")
+    started = with_overrides(started, ["start.updates=500", "start.paths=1024", "start.teacher_steps=50"])
+    plan = make_plan(read_subject(started), options)
+    assert plain.sampling_flops == plain.start_flops == 0.0
+    forward = plain.flops["teacher"] / (64 * plain.passes["student"].turns * 2)
+    # 50 steps and the three levels of the student that are none of them, guided, 128 paths on each GPU.
+    assert plan.sampling_flops == pytest.approx(128 * 53 * 2 * forward)
+    assert 2 * forward < plan.start_flops / (500 * 8) < 4 * forward
+    assert "500 updates of the regressed start" in plan_text(
+        PlanReport(plan=plan, suggestion=None, smallest=None, reference=None, command="x")
+    )
+    assert plan.flops == plain.flops
 
 
 def test_samples_of_the_teacher_are_counted_for_the_prompts_that_are_named(tmp_path: Path) -> None:

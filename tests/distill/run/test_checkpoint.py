@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import as_single_file, save
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.checkpoint import load_bundle, read_spec
@@ -298,3 +298,15 @@ def test_what_the_bundle_could_not_say_is_refused_before_anything_is_computed(
     with pytest.raises(ConfigError, match=message):
         run_training(with_overrides(tiny_config, [setting]), options, resume=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_needs_the_file_no_more_that_it_started_from(tiny_config: DistillConfig, tmp_path: Path) -> None:
+    start = tmp_path / "start.safetensors"
+    weights = open_base(tiny_config.base).load_transformer(torch.float32).state_dict()
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, start)
+    config = with_overrides(tiny_config, [f"student_from={start}", "max_iterations=2"])
+    options = RunOptions(out=tmp_path / "run", device=torch.device("cpu"))
+    run_training(config, options, resume=False)
+    start.unlink()
+    outcome = run_training(with_overrides(config, ["max_iterations=3"]), options, resume=True)
+    assert outcome.iteration == 3

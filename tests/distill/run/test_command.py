@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
+import reference_formats
 import torch
 from diffusers import WanTransformer3DModel
 
@@ -35,6 +37,17 @@ def export(*arguments: str) -> int:
     return main(["export", *arguments])
 
 
+def explain_everything(run: Path) -> None:
+    """Check that docs/reference names every file of a run, every key of its log and every file of its bundle."""
+    words = " ".join(name for name, _ in reference_formats.folder_lines("distill/run", "RUN"))
+    assert {path.name for path in run.iterdir()} <= set(re.findall(r"[\w.]+", words))
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert lines and {key for line in lines for key in line} <= reference_formats.LOG_KEYS.keys()
+    names = {path.name for path in (run / "bundle").iterdir()}
+    words = " ".join(name for name, _ in reference_formats.folder_lines("codmd_serve", "BUNDLE"))
+    assert names <= set(re.findall(r"[\w.]+", words))
+
+
 def test_train_resume_and_export(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     arguments = ["--method", "dmd", "--seed", "3", "--device", "cpu", "--threads", "1"]
@@ -45,6 +58,7 @@ def test_train_resume_and_export(settings: list[str], tmp_path: Path, capsys: py
     assert train("--out", str(out), "--resume", "--max-iterations", "4") == 0
     assert read_spec(out / "bundle").step == 2
     assert read_spec(out / "bundle").method == "dmd"
+    explain_everything(out)
     assert export("--run", str(out), "--out", str(tmp_path / "student"), "--step", "2") == 0
     assert read_spec(tmp_path / "student").step == 1
     assert export("--run", str(out), "--out", str(tmp_path / "exported"), "--format", "pipeline") == 0
