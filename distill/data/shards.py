@@ -108,7 +108,7 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, tuple[str, 
 
 def _note_member(member: tarfile.TarInfo, found: dict[str, dict[str, tarfile.TarInfo]], path: Path) -> None:
     name = member.name.removeprefix("./")
-    if name.rpartition("/")[2].startswith(".") or not (member.isfile() or member.islnk()):
+    if name.rpartition("/")[2].startswith(".") or not (member.isfile() or member.islnk() or member.issym()):
         return
     for suffix, members in found.items():
         if name.endswith(suffix):

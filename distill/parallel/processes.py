@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import first_line
 from distill.config import DistillConfig
+from distill.parallel.launch import Launch
 
 LAUNCHER = "torchrun --nproc-per-node N --no-python codmd-distill train ..."
 
@@ -192,28 +193,65 @@ SINGLE_PROCESS = Processes()
 
 
 @contextmanager
-def process_group(device: torch.device, config: DistillConfig) -> Iterator[Processes]:
-    """Join the process group when torchrun started this process; without torchrun, yield a single process.
+def process_group(device: torch.device, config: DistillConfig, launch: Launch | None = None) -> Iterator[Processes]:
+    """Join the process group when a launcher started this process; otherwise yield a single process.
 
     Args:
         device: cpu (gloo) or cuda (nccl; each process takes the GPU of its local rank).
         config: its batch_size must divide over the ranks.
+        launch: of a launcher other than torchrun, which torch sees itself.
 
     Raises:
         ConfigError: too few processes for context_parallel, or a batch_size that does not divide over them.
     """
-    if not dist.is_torchelastic_launched():
+    if launch is None and not dist.is_torchelastic_launched():
         check_world_size(config, 1)
         yield Processes(device=device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", dist.get_node_local_rank())
+        device = torch.device("cuda", dist.get_node_local_rank() if launch is None else launch.local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TRAINING_TIMEOUT)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=None if launch is None else launch.url,
+        # -1 is torch's word for what it finds itself.
+        rank=-1 if launch is None else launch.rank,
+        world_size=-1 if launch is None else launch.world_size,
+        timeout=TRAINING_TIMEOUT,
+    )
     try:
         yield join_processes(device, config)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def out_of_memory_in_one_line(processes: Processes) -> Iterator[None]:
+    """Say in one sentence which rank is out of memory and what to change, in place of a traceback of each rank.
+
+    Raises:
+        CodmdError: the block ran out of memory. The launcher ends the other ranks, which wait for this one.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise CodmdError(_out_of_memory(processes)) from error
+    except RuntimeError as error:
+        # What torch raises on a CPU is no class of its own.
+        if "can't allocate memory" not in str(error):
+            raise
+        raise CodmdError(_out_of_memory(processes)) from error
+
+
+def _out_of_memory(processes: Processes) -> str:
+    where = f"rank {processes.rank} of {processes.world_size} ran out of memory on {processes.device}"
+    if processes.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(processes.device)
+        where += f" ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB taken)"
+    return (
+        f"{where}: use more processes, or --set accumulate=N, activation_checkpointing=true, lora_critic_rank=64 or "
+        "context_parallel=N; codmd-distill plan says what fits. The last checkpoint is kept"
+    )
 
 
 def join_processes(device: torch.device, config: DistillConfig) -> Processes:

@@ -78,7 +78,7 @@ def run_train(args: argparse.Namespace) -> int:
     from codmd_serve.device import choose_device
     from codmd_serve.wan.checkpoint import silence_libraries
     from distill.networks.build import check_compiler
-    from distill.parallel.processes import process_group
+    from distill.parallel.processes import out_of_memory_in_one_line, process_group
 
     silence_libraries()
     if args.threads is not None:
@@ -93,7 +93,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.compile:
         check_compiler(args.compiler, device)
     config = resolve_config(args, device)
-    with process_group(device, config) as processes:
+    with process_group(device, config, args.find_launch()) as processes, out_of_memory_in_one_line(processes):
         return _train_with(args, config, processes)
 
 

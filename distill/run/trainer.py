@@ -462,9 +462,14 @@ class _Outputs:
         self.saver, self.keep_best = saver, options.keep_best
         self.previews: Previews | None = None
         if self.every:
-            is_rank0 = trainer.processes.is_rank0
             self.previews = Previews(
-                trainer.config, base, options.out, trainer.data, trainer.shape[1:], trainer.device, is_rank0
+                trainer.config,
+                base,
+                options.out,
+                trainer.data,
+                trainer.shape[1:],
+                trainer.device,
+                trainer.processes,
             )
 
     def save(self, elapsed_s: float) -> None:

@@ -169,6 +169,25 @@ def test_folder_that_cannot_be_written_is_logged_and_training_goes_on(
     assert "no preview iteration=7" in caplog.text
 
 
+@pytest.mark.parametrize("part", ["sample", "clips"])
+def test_a_preview_that_fails_in_any_way_is_logged_and_training_goes_on(
+    previews: Previews,
+    tiny_networks: Networks,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+    before = {name: tensor.clone() for name, tensor in tiny_networks.student.state_dict().items()}
+    monkeypatch.setattr("distill.run.previews.rollout" if part == "sample" else "distill.run.previews.filmstrips", fail)
+    with caplog.at_level(logging.WARNING):
+        assert previews.write(7, tiny_networks.student, shifted(tiny_networks)) is None
+    assert "no preview iteration=7" in caplog.text and "CUDA out of memory." in caplog.text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_networks.student.state_dict().items())
+
+
 def test_filmstrips_show_first_and_last_frame_row_by_row() -> None:
     clips = np.zeros((2, 11, 2, 3, 3), np.uint8)
     clips += np.arange(11, dtype=np.uint8)[None, :, None, None, None]
