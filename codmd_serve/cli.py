@@ -1,4 +1,4 @@
-"""codmd-serve on the command line: serve, work, generate, bench, convert, doctor.
+"""codmd-serve on the command line: serve, work, generate, bench, convert, models, doctor.
 
 The one place that reads the environment, configures logging, and puts the page beside the API.
 """
@@ -7,30 +7,30 @@ import argparse
 import contextlib
 import logging
 import os
-import platform
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
-from codmd_serve.commands import EXIT_BAD_INPUT, OneLineParser, app_module, print_error, run_command
+from codmd_serve.commands import OneLineParser, app_module, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.cpu import prepare_threads
-from codmd_serve.errors import CodmdError, ConfigError, InvalidRequestError
+from codmd_serve.doctor import run_doctor
+from codmd_serve.errors import ConfigError, InvalidRequestError
 from codmd_serve.files import check_name
+from codmd_serve.models_cli import add_models_arguments, resolve_bundle, run_models
 from codmd_serve.textfiles import shown
 from codmd_serve.video import check_encoder, find_ffmpeg, format_of
 
 PROGRAM = "codmd-serve"
-COMMANDS = ("serve", "work", "generate", "bench", "convert", "doctor")
+COMMANDS = ("serve", "work", "generate", "bench", "convert", "models", "doctor")
 ENVIRONMENT_PREFIX = "CODMD_"
 ANY_HOST = ("0.0.0.0", "::")
 
@@ -61,10 +61,15 @@ def _serve_flag(name: str, help_text: str) -> Flag:
 
 
 MODEL_FLAGS = (
-    _serve_flag("bundle", "folder of the student bundle"),
+    _serve_flag("bundle", "student bundle: a folder, org/name, org/name:file (@revision), or a name of `models`"),
+    Flag("base", "what a hub id in --bundle was distilled from; guessed from its width when absent", str, ""),
     _serve_flag("device", "auto, cpu, cuda or cuda:N"),
     _serve_flag("dtype", "auto (bfloat16 on cuda, on a cpu what is faster), float32, bfloat16 or float16"),
-    _serve_flag("cache", "folder that keeps what was measured at load for the next one; empty measures every time"),
+    _serve_flag(
+        "cache",
+        "folder that keeps converted students, empty is the user's cache folder, and what was measured at load for the "
+        "next one, empty measures every time",
+    ),
     _serve_flag("vae_dtype", "auto (float16 on cuda where the activations fit, on a cpu what is faster), or a dtype"),
     _serve_flag("quantization", "none; fp8: 8-bit products, lossy, CUDA of capability 8.9; fp8-emulated, on a CPU"),
     _serve_flag("execution", "auto (what is fastest on the device), eager, graph, compiled or compiled+graph"),
@@ -81,6 +86,9 @@ SERVE_FLAGS = (
     _serve_flag("port", "port to listen on"),
     _serve_flag(
         "lossy", "none, fp8, sage or fp8+sage: a lossy engine beside the exact one, for requests with a quality"
+    ),
+    _serve_flag(
+        "metrics_port", "port of `work` for Prometheus, on --host; 0 is none. `serve` has /metrics on its own port"
     ),
     _serve_flag("workers", "worker processes: auto (one per GPU, one on a CPU), a number, or 0 for the API alone"),
     _serve_flag("spare_worker", "keep a process ready, imports done, to replace a worker that dies in seconds"),
@@ -135,14 +143,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     options = _parser().parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for noisy in ("httpx", "httpcore", "uvicorn.error"):
+    for noisy in ("httpx", "httpx2", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     prepare_threads(os.environ, getattr(options, "threads", 0))  # before torch is imported
     if options.command == "bench":
         with _ended_by_sigterm():
             return run_bench(options, words)
-    run = {"serve": serve, "work": work, "generate": generate, "convert": convert, "doctor": doctor}[options.command]
-    status: int = run(options)
+    run = {
+        "serve": serve,
+        "work": work,
+        "generate": generate,
+        "convert": convert,
+        "models": models,
+        "doctor": run_doctor,
+    }
+    if options.command in ("serve", "work", "generate", "doctor"):
+        with _ended_by_sigterm():
+            options.bundle = resolve_bundle(options.bundle, options.base, _student_cache(options))
+    status: int = run[options.command](options)
     return status
 
 
@@ -159,11 +177,14 @@ def _parser() -> argparse.ArgumentParser:
     generating.add_argument("prompt", help="what to show")
     add_bench_arguments(commands.add_parser("bench", help="measure this machine, also against diffusers"))
     add_convert_arguments(commands.add_parser("convert", help="make a student bundle of a published checkpoint"))
+    listing = commands.add_parser("models", help="list published students, or fetch and convert one")
+    add_models_arguments(listing)
     examining = commands.add_parser("doctor", help="say what is installed and what would be used")
     for command, flags in (
         (serving, SERVE_FLAGS),
         (working, SERVE_FLAGS),
         (generating, GENERATE_FLAGS),
+        (listing, tuple(flag for flag in MODEL_FLAGS if flag.name in ("base", "cache"))),
         (examining, MODEL_FLAGS),
     ):
         for flag in flags:
@@ -207,6 +228,22 @@ def user_data_folder() -> Path:
     if sys.platform == "darwin":
         return home / "Library" / "Application Support" / PROGRAM
     return Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share") / PROGRAM
+
+
+def _student_cache(options: argparse.Namespace) -> Path:
+    """Return the folder that keeps converted students."""
+    if options.cache:
+        return Path(options.cache)
+    home = Path.home()
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / PROGRAM
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / PROGRAM
+
+
+def models(options: argparse.Namespace) -> int:
+    """Print the table of published students, or prepare one of them."""
+    with _ended_by_sigterm():
+        return run_models(options.name, options.base, _student_cache(options))
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -404,79 +441,6 @@ def _checked_output(name: str) -> Path:
     if not os.access(output.parent, os.W_OK):
         raise ConfigError(f"the folder {output.parent} cannot be written to")
     return output
-
-
-def doctor(options: argparse.Namespace) -> int:
-    """Print what is installed, what would be used and why, and what is missing; 2 when serving could not work."""
-    import torch
-
-    from codmd_serve.device import choose_device, choose_dtype
-    from codmd_serve.wan.checkpoint import read_spec
-
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    lines = {
-        "codmd-serve": __version__,
-        "python": f"{platform.python_version()} on {platform.platform()}",
-        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
-        **{name: metadata.version(name) for name in ("diffusers", "transformers", "gradio")},
-        "devices": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "cpu only",
-        "would use": f"{device} in {dtype}, {torch.get_num_threads()} CPU threads",
-    }
-    checks: dict[str, Callable[[], str]] = {
-        "ffmpeg": _ffmpeg_line,
-        "bundle": lambda: _bundle_line(Path(options.bundle), read_spec),
-        "attention": lambda: _attention_lines(Path(options.bundle), options.attention, device, dtype),
-    }
-    problems = []
-    for name, check in checks.items():
-        try:
-            lines[name] = check()
-        except CodmdError as error:
-            lines[name] = "MISSING"
-            problems.append(str(error))
-    for name, value in lines.items():
-        print(f"{name:>12}  {value}")
-    for problem in dict.fromkeys(problems):
-        print_error(PROGRAM, problem)
-    return EXIT_BAD_INPUT if problems else 0
-
-
-def _ffmpeg_line() -> str:
-    program = find_ffmpeg()
-    check_encoder(program)
-    return program
-
-
-def _attention_lines(bundle: Path, name: str, device: Any, dtype: Any) -> str:
-    """The kernel that would be used, and what each installed one takes on the video of the bundle."""
-    from codmd_serve.wan.checkpoint import attention_shape
-    from codmd_serve.wan.kernels import LOSSY, MATH, choose_attention, installed_kernels, measure_kernels
-
-    # On a CPU a large video would take minutes to try.
-    shape = attention_shape(bundle, max_tokens=4096 if device.type == "cpu" else None)
-    chosen = choose_attention(name, shape, device, dtype)
-    others = [n for n in installed_kernels(device) if n != MATH and n not in {entry.name for entry in chosen.table}]
-    table = (*chosen.table, *measure_kernels(others, shape, device, dtype))
-    lines = [f"{chosen.name}, at {shape.num_tokens} tokens, {shape.num_heads} heads of {shape.head_width}:"]
-    for entry in table:
-        times = ", ".join(
-            f"{what} {ms:.3f} ms"
-            for what, ms in (("self", entry.self_ms), ("prompt", entry.prompt_ms))
-            if ms is not None
-        )
-        label = "lossy, only by name" if entry.name in LOSSY else ""
-        lines.append(f"{entry.name:<18} {'; '.join(filter(None, (times, label, entry.problem)))}")
-    return ("\n" + " " * 14).join(lines)
-
-
-def _bundle_line(path: Path, read_spec: Any) -> str:
-    spec = read_spec(path)
-    native = spec.native
-    return (
-        f"{path.name}: {spec.method} student of {spec.base_model}, {len(spec.timesteps)} steps, "
-        f"{native.width}x{native.height}, {native.num_frames} frames at {native.fps} per second"
-    )
 
 
 if __name__ == "__main__":

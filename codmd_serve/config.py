@@ -56,6 +56,7 @@ class ServeConfig:
     bundle: str = field(default_factory=lambda: str(default_bundle_path()))
     host: str = "127.0.0.1"
     port: int = 8000
+    metrics_port: int = 0
     device: str = "auto"
     dtype: str = "auto"
     vae_dtype: str = "auto"
@@ -100,6 +101,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         ranges = {
             "port": (1, 65535),
+            "metrics_port": (0, 65535),
             "queue_size": (1, 10_000),
             "max_pixels": (0, 2**40),
             "max_body_bytes": (1024, 2**30),

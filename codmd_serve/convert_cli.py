@@ -23,13 +23,15 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-serve convert`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = plain_table().replace("%", "%%")
-    parser.add_argument("file", type=Path, metavar="FILE", help="a .pt or .safetensors file, or a diffusers folder")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a .pt or .safetensors file, a diffusers folder, or org/name:file"
+    )
     parser.add_argument(
         "--base",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="diffusers folder or hub id of the Wan pipeline that the student was distilled from",
+        help="diffusers folder or hub id of the Wan pipeline that the student was distilled from; Wan2.1's of its "
+        "width when absent",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write; must not exist"
@@ -74,7 +76,7 @@ def run_convert(options: argparse.Namespace) -> int:
     silence_libraries()
     names = ("method", "sampler", "timesteps", "height", "width", "num_frames", "fps", "lora_scale", "key")
     known = ConvertOptions(**{name: getattr(options, name) for name in names}, bidirectional=options.bidirectional)
-    done = convert(options.file, options.base, options.output, known, __version__)
+    done = convert(_find_source(options.file), options.base, options.output, known, __version__)
     print(f"{options.file}: {done.looks}, {done.num_tensors} tensors")
     for note in done.notes:
         print(f"  {note}")
@@ -82,6 +84,14 @@ def run_convert(options: argparse.Namespace) -> int:
         print(line)
     print(f"{options.output}: ready; try codmd-serve generate PROMPT --bundle {options.output}")
     return 0
+
+
+def _find_source(file: Path) -> Path:
+    """Return the file or folder that FILE names; org/name:file is fetched from the hub."""
+    from codmd_serve.wan.fetch import fetch_student, parse_hub_name
+
+    name = parse_hub_name(str(file)) if ":" in str(file) and not file.exists() else None
+    return file if name is None else fetch_student(name, f"there is no file {file}").path
 
 
 def _assumptions(spec: "StudentSpec") -> list[str]:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from codmd_serve.api.backend import Backend, Own, describe_bundle
-from codmd_serve.api.metrics import Metrics
+from codmd_serve.api.metrics import Metrics, Queue, serve_metrics
 from codmd_serve.api.webhooks import Webhooks, read_secret
 from codmd_serve.config import ModelFacts, ServeConfig
 from codmd_serve.dispatcher import Dispatcher, Runner
-from codmd_serve.errors import ConfigError
+from codmd_serve.errors import CodmdError, ConfigError
 from codmd_serve.jobs.database import Database, open_database
 from codmd_serve.jobs.events import EventHub
 from codmd_serve.jobs.leases import Leases
@@ -168,10 +168,13 @@ async def run_worker(config: ServeConfig, on_ready: OnReady, command: Sequence[s
         stopping.set()
 
     parts = Parts.open(config)
-    dispatcher = None
+    stop_metrics: Callable[[], None] | None = None
     try:
         pool = WorkerPool(config, command, on_ready, on_fatal)
         dispatcher = make_dispatcher(config, parts, describe_bundle(config), pool)
+        if config.metrics_port:
+            parts.metrics.watch(_queue_of(dispatcher.store), lambda: dispatcher.is_ready, dispatcher, config.queue_size)
+            stop_metrics = serve_metrics(parts.metrics, config.host, config.metrics_port)
         listener = Listener(parts.database, parts.hub, _on_notification(dispatcher))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
@@ -181,10 +184,22 @@ async def run_worker(config: ServeConfig, on_ready: OnReady, command: Sequence[s
         await dispatcher.stop(float(config.drain_timeout_s))
         await asyncio.to_thread(listener.stop)
     finally:
+        if stop_metrics is not None:
+            await asyncio.to_thread(stop_metrics)
         with contextlib.suppress(Exception):
             parts.database.close()
     if fatal:
         raise ConfigError(fatal[0])
+
+
+def _queue_of(store: JobStore) -> Callable[[], Queue | None]:
+    def queue() -> Queue | None:
+        try:
+            return store.queue()
+        except CodmdError:
+            return None
+
+    return queue
 
 
 def _on_notification(dispatcher: Dispatcher) -> Callable[[str, str], None]:

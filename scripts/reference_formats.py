@@ -4,12 +4,14 @@ import ast
 import dataclasses
 import inspect
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
 from reference_commands import escape, table
 
 ROOT = Path(__file__).resolve().parent.parent
+METHOD_GROUP = "method_settings"
 RECIPES = (("shapeworld", "codmd"), ("wan_1_3b", "codmd"), ("wan_14b", "codmd"))
 # Names in log.jsonl and on TensorBoard; a test trains and compares.
 LOG_KEYS = {
@@ -83,12 +85,12 @@ def settings_page() -> str:
     """Return the page of the settings of a run."""
     from distill.config import RENAMED, RESUMABLE, DistillConfig, config_to_dict
     from distill.methods.registry import METHODS, recipe_config
-    from distill.settings import EmaConfig, NativeConfig, OptimizerConfig
 
     columns = [_flat(config_to_dict(recipe_config(*each))) for each in RECIPES]
-    top = {name: text for name, text in described(DistillConfig).items() if name not in ("method_settings",)}
-    groups: dict[str, type] = {"optimizer": OptimizerConfig, "ema": EmaConfig, "native": NativeConfig}
-    keys = {name: text for name, text in top.items() if name not in groups}
+    kinds = typing.get_type_hints(DistillConfig)
+    groups = {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind) and name != METHOD_GROUP}
+    top = described(DistillConfig)
+    keys = {name: text for name, text in top.items() if name not in groups and name != METHOD_GROUP}
     for group, kind in groups.items():
         keys |= {f"{group}.{name}": text for name, text in described(kind).items()}
     lines = ["# Settings of a training run", ""]

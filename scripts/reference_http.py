@@ -33,7 +33,7 @@ def document() -> dict[str, Any]:
     from codmd_serve.config import ServeConfig
 
     # The document depends on routes and settings only; nothing is started.
-    backend: Any = SimpleNamespace(config=ServeConfig(), queue=(0, 0, 0.0), is_ready=False)
+    backend: Any = SimpleNamespace(config=ServeConfig(), known_queue=lambda: None, is_ready=False, dispatcher=None)
     return create_app(backend).openapi()
 
 

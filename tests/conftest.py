@@ -41,9 +41,12 @@ WORDS = [
 
 # Files that start processes or train for seconds, below tests/; `make test-fast` leaves them out.
 SLOW = (
+    "browser",
+    "clients",
     "codmd_serve/bench",
     "codmd_serve/test_cpu.py",
     "codmd_serve/test_load_memory.py",
+    "codmd_serve/test_models_cli.py",
     "codmd_serve/test_pool.py",
     "codmd_serve/test_server_process.py",
     "distill/evaluate/test_detect.py",

@@ -80,6 +80,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *WAN,
     ),
     "codmd_serve.convert_cli": (*PURE, "codmd_serve.__version__", *WAN),
+    "codmd_serve.models_cli": (*PURE, "codmd_serve.__version__", *WAN),
+    "codmd_serve.doctor": (
+        *PURE,
+        *(f"codmd_serve.{name}" for name in ("__version__", "commands", "device", "video")),
+        *WAN,
+    ),
     "codmd_serve.bench": (
         *PURE,
         "codmd_serve.__version__",
@@ -115,6 +121,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *WAN,
     ),
     "codmd_serve.bundle": PURE,
+    "codmd_serve.batch": (
+        *PURE,
+        "codmd_serve.api.schemas",
+        "codmd_serve.commands",
+        "codmd_serve.cpu",
+        "codmd_serve.loading",
+        *WAN,
+    ),
     "codmd_serve.dispatcher": (*PURE, "codmd_serve.jobs", "codmd_serve.messages", "codmd_serve.worker_slot"),
     "codmd_serve.api": (
         *PURE,
@@ -137,6 +151,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 DISTILL_MAY = (
     *PURE,
     "codmd_serve.__version__",
+    "codmd_serve.bundle",
     "codmd_serve.commands",
     "codmd_serve.cpu",
     "codmd_serve.device",
@@ -147,8 +162,12 @@ DISTILL_MAY = (
     "codmd_serve.video",
     *WAN,
 )
-# VBench scores what is served, so its videos come from the engine itself.
-ENGINE_USERS = ("distill.evaluate.vbench.generate",)
+DISTILL_EXCEPTIONS = {
+    # VBench scores what is served, so its videos come from the engine itself.
+    "distill.evaluate.vbench.generate": ("codmd_serve.loading",),
+    # It composes: it puts the page before a study, as codmd_serve.cli puts one before a server.
+    "distill.evaluate.study.serve": ("app.study",),
+}
 # CONTRIBUTING.md states both.
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 # What a module of distill may import of distill: rooms lower in this table know nothing of those above them.
@@ -233,7 +252,7 @@ def test_codmd_serve_imports_only_what_lies_below(module: str, path: Path) -> No
     ("module", "path"), modules("distill"), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_distill_imports_only_the_shared_half_of_codmd_serve(module: str, path: Path) -> None:
-    may = (*DISTILL_MAY, "codmd_serve.loading") if module in ENGINE_USERS else DISTILL_MAY
+    may = (*DISTILL_MAY, *DISTILL_EXCEPTIONS.get(module, ()))
     for name in imports(path):
         # "import codmd_serve" is for its version.
         if within(name, ("codmd_serve", "app")) and name != "codmd_serve":
@@ -254,6 +273,13 @@ def test_rooms_of_distill_import_only_those_below(module: str, path: Path) -> No
 def test_app_is_an_http_client(module: str, path: Path) -> None:
     for name in imports(path):
         assert not within(name, PACKAGES), f"{module} must not import {name}; siblings are imported as `from .name`"
+
+
+@pytest.mark.parametrize("package", ["codmd_serve", "distill"])
+def test_pages_are_imported_by_app_module_only(package: str) -> None:
+    for module, path in modules(package):
+        named = [name for name in imports(path) if within(name, ("app",))]
+        assert named == [], f"{module}: a wheel has no package app; call codmd_serve.commands.app_module"
 
 
 @pytest.mark.parametrize("module", PURE)
@@ -285,9 +311,12 @@ def test_only_processes_where_they_begin_read_the_environment() -> None:
         for module, path in modules(package):
             names = dotted_names(path)
             reads = names & {"os.environ", "os.getenv", "environ", "getenv"}
-            assert not reads or module in ("codmd_serve.cli", "codmd_serve.worker", "distill.cli"), (
-                f"{module} reads the environment"
-            )
+            assert not reads or module in (
+                "codmd_serve.batch",
+                "codmd_serve.cli",
+                "codmd_serve.worker",
+                "distill.cli",
+            ), f"{module} reads the environment"
 
 
 def test_help_of_the_distiller_does_not_wait_for_torch() -> None:
@@ -313,8 +342,9 @@ def test_the_http_process_never_imports_torch(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_page_does_not_import_torch() -> None:
-    code = "import sys, app.demo; print(sorted(sys.modules.keys() & {'torch', 'codmd_serve', 'distill'}))"
+@pytest.mark.parametrize("page", ["app.demo", "app.study"])
+def test_the_page_does_not_import_torch(page: str) -> None:
+    code = f"import sys, {page}; print(sorted(sys.modules.keys() & {{'torch', 'codmd_serve', 'distill'}}))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

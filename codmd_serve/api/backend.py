@@ -239,6 +239,10 @@ class Backend:
         """Jobs that wait for a bundle that no live worker serves; a second old at most."""
         return self._num_unserved
 
+    def known_queue(self) -> tuple[int, int, float] | None:
+        """Return `queue`; None when the store did not answer when it was last asked."""
+        return None if self._store_error else self._queue
+
     @property
     def queue(self) -> tuple[int, int, float]:
         """Jobs that wait, jobs that run, seconds that the oldest waits; a second old at most."""

@@ -93,6 +93,8 @@ CODES = {
     "worker_lost": "500: the machine that ran the job was not heard of again, on every attempt",
     "not_served": "503: no worker of its bundle was there for `--unserved-hours`",
     "worker_fatal": "500: the model cannot be loaded",
+    "non_finite": "500: the network or the VAE gave values that are not finite",
+    "wrong_vae": "500: the bundle's VAE makes frames of another size than it says",
     "encode_failed": "500: ffmpeg could not encode the video",
     "encoder_hung": "500: ffmpeg made no progress",
     "encoder_missing": "500: the server has no ffmpeg that works",
@@ -138,7 +140,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-async def on_codmd_error(_: Request, error: Exception) -> Response:
+async def on_codmd_error(request: Request, error: Exception) -> Response:
     """The answer to an error that was raised on purpose."""
     status = next(STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR)
     code = getattr(error, "code", None)
@@ -150,6 +152,7 @@ async def on_codmd_error(_: Request, error: Exception) -> Response:
         logger.error("%s", error)
         message = "no room to keep a video or a job" if status == 507 else "the job store cannot be used at the moment"
     answer = error_response(status, message, code=code, field=getattr(error, "field", None))
+    request.app.state.metrics.refused(code or CODE_OF_STATUS.get(status, "internal_error"))
     if isinstance(error, QueueFullError):
         answer.headers["Retry-After"] = str(error.retry_after_s)
     for name, value in getattr(error, "headers", {}).items():

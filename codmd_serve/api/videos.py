@@ -164,10 +164,13 @@ async def list_videos(
     responses={200: {"model": VideoObject}, **refusals(401, 404)},
     summary="One video (OpenAI-style)",
 )
-async def get_video(job_id: str, request: Request) -> dict[str, Any]:
-    """How far a video is."""
+async def get_video(job_id: str, request: Request, response: Response) -> dict[str, Any]:
+    """How far a video is; `openai-poll-after-ms` says when to ask again, which the `openai` package obeys."""
     backend: Backend = request.app.state.backend
-    return video_object(backend, await find_job(backend, job_id, request))
+    job = await find_job(backend, job_id, request)
+    _, eta_s = await backend.position(job)
+    response.headers["openai-poll-after-ms"] = str(poll_after_ms(eta_s))
+    return video_object(backend, job)
 
 
 @router.get(
@@ -228,6 +231,15 @@ def video_object(backend: Backend, job: Job) -> dict[str, Any]:
         "inference_time_s": _inference_time_s(job),
         "peak_memory_mb": job.peak_memory_mb,
     }
+
+
+def poll_after_ms(eta_s: float | None) -> int:
+    """Return how long a client waits before it asks again: a quarter of what is left, 50 ms to 5 s.
+
+    Args:
+        eta_s: seconds until the job is done; None where that is not known.
+    """
+    return 1000 if eta_s is None else round(min(5000.0, max(50.0, 250.0 * eta_s)))
 
 
 def _inference_time_s(job: Job) -> float | None:

@@ -19,7 +19,7 @@ from codmd_serve.files import check_name, first_line
 from codmd_serve.grid import StepGrid
 from codmd_serve.textfiles import shown
 from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
-from codmd_serve.wan.families import FAMILIES, METHOD_SAMPLING
+from codmd_serve.wan.families import BASES, FAMILIES, METHOD_SAMPLING
 from codmd_serve.wan.hub import find_pipeline
 from codmd_serve.wan.lora import Scales, add_lora, find_scales, read_lora
 from codmd_serve.wan.names import check_config, to_diffusers
@@ -97,13 +97,14 @@ class Converted:
     notes: tuple[str, ...] = ()
 
 
-def convert(source: Path, base: Path, output: Path, options: ConvertOptions, package_version: str) -> Converted:
+def convert(source: Path, base: Path | None, output: Path, options: ConvertOptions, package_version: str) -> Converted:
     """Make a student bundle of a published checkpoint; the bundle appears whole or not at all.
 
     Args:
         source: a file or folder that `read_published` reads.
         base: diffusers folder or hub id of the Wan pipeline that the student was distilled from. It gives the
             architecture and, for a LoRA, the weights; the bundle refers to it for tokenizer, text encoder and VAE.
+            None is Wan2.1's of the width of the network.
         output: folder of the bundle, which must not exist.
         options: what need not be guessed.
         package_version: of codmd-serve, for student.json.
@@ -117,9 +118,13 @@ def convert(source: Path, base: Path, output: Path, options: ConvertOptions, pac
         ConfigError: output exists or has no folder to lie in; options that make no sense.
     """
     check_output(output)
+    published = None
+    if base is None:
+        published = read_published(source, options.key)
+        base = _guess_base(published, source)
     folder, is_folder = _find_base(base)
     config = read_base_config(folder)
-    published = read_published(source, options.key)
+    published = published or read_published(source, options.key)
     if options.lora_scale is not None and published.naming != "lora":
         raise ConfigError(f"--lora-scale is for LoRA files, {source} is {FAMILIES[published.family].looks}")
     _refuse_maybe_causal(published, options, str(source))
@@ -142,18 +147,39 @@ def convert(source: Path, base: Path, output: Path, options: ConvertOptions, pac
         "preview_map": preview_map_of_base(folder),
     }
     finished = StudentSpec(**spec)
-    try:
-        save_bundle(output, transformer, finished)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"bundle {output} cannot be written: {first_line(error)}; nothing was left there"
-        ) from error
+    _save(output, transformer, finished)
     return Converted(
         looks=FAMILIES[published.family].looks,
         num_tensors=len(published.weights),
         spec=finished,
         notes=_notes(published, sampling, scales),
     )
+
+
+def _save(output: Path, transformer: WanTransformer3DModel, spec: StudentSpec) -> None:
+    try:
+        save_bundle(output, transformer, spec)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"bundle {output} cannot be written: {first_line(error)}; nothing was left there"
+        ) from error
+
+
+def _guess_base(published: Published, source: Path) -> Path:
+    """Return the hub id of the Wan2.1 pipeline of the width of a network.
+
+    Raises:
+        CheckpointError: it has another width, or is a LoRA, which does not show it.
+    """
+    patch = published.weights.get("patch_embedding.weight")
+    width = 0 if patch is None or published.naming == "lora" else patch.shape[0]
+    if width not in BASES:
+        known = ", ".join(f"{width} is {base}" for width, base in BASES.items())
+        raise CheckpointError(
+            f"{source} does not show what it was distilled from: name it with --base (of the width of its network only "
+            f"{known})"
+        )
+    return Path(BASES[width])
 
 
 def _find_base(base: Path) -> tuple[Path, bool]:

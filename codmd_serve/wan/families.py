@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from codmd_serve.grid import StepGrid, causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
 
 WIDTH_1_3B, WIDTH_14B = 1536, 5120
+BASE_1_3B, BASE_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+# What a student of this width was most likely distilled from, where nobody says it.
+BASES = {WIDTH_1_3B: BASE_1_3B, WIDTH_14B: BASE_14B}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub import HfApi, snapshot_download
@@ -17,7 +17,8 @@ from codmd_serve.errors import CheckpointError
 from codmd_serve.files import first_line
 from codmd_serve.textfiles import read_json_object, shown
 
-HUB_TIMEOUT_S = 5.0
+# With the imports of a command, an answer that does not come costs five seconds.
+HUB_TIMEOUT_S = 3.0
 INDEX_FILE = "model_index.json"
 # What a student takes from its base; the transformer is its own.
 STUDENT_PARTS = ("tokenizer", "text_encoder", "vae")
@@ -27,6 +28,7 @@ _MAX_HUB_ID_CHARS = 96
 _MAX_PATH_CHARS = 4096
 _WEIGHTS = ("*.safetensors", "*.bin")
 
+Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
 
@@ -98,7 +100,7 @@ def hub_snapshot(name: str, parts: Sequence[str], missing: str = "", *, configs_
     logger.warning("%s; asking the hub for %s", missing or state, name)
     try:
         # Of its own and first: a name server that does not answer would hold the download for a minute.
-        _within(HUB_TIMEOUT_S, lambda: HfApi().repo_info(name, timeout=HUB_TIMEOUT_S))
+        within(HUB_TIMEOUT_S, lambda: HfApi().repo_info(name, timeout=HUB_TIMEOUT_S))
         patterns = [INDEX_FILE, *(f"{part}/{'*config.json' if configs_only else '*'}" for part in parts)]
         folder = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
     except Exception as error:  # the client, its HTTP library and the file system each raise their own kinds
@@ -146,20 +148,26 @@ def _is_folder(folder: Path) -> bool:
         return False
 
 
-def _within(seconds: float, function: Callable[[], Any]) -> None:
-    """Call a function under a timeout that also covers a hanging DNS look-up."""
+def within(seconds: float, function: Callable[[], Value]) -> Value:
+    """Call a function under a timeout that also covers a hanging DNS look-up; return its result.
+
+    Raises:
+        TimeoutError: it did not return in time; its thread goes on.
+    """
+    results: list[Value] = []
     raised: list[BaseException] = []
 
     def call() -> None:
         try:
-            function()
+            results.append(function())
         except BaseException as error:
             raised.append(error)
 
     thread = threading.Thread(target=call, daemon=True, name="hub")
     thread.start()
-    thread.join(seconds + 1.0)
+    thread.join(seconds + 0.5)
     if thread.is_alive():
         raise TimeoutError(f"no answer in {seconds:g} s")
     if raised:
         raise raised[0]
+    return results[0]

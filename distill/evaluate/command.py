@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import write_text
+from distill.evaluate.study.command import add_study_arguments, run_study
 from distill.evaluate.vbench.command import add_vbench_arguments, run_vbench
 
 if TYPE_CHECKING:
@@ -260,5 +261,6 @@ def _write_report(
 
 SUITES: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "shapebench": ("score held-out ShapeWorld captions from pixels", add_shapebench_arguments, run_shapebench),
+    "study": ("run a blind pairwise study: make, serve, analyse", add_study_arguments, run_study),
     "vbench": ("drive VBench: plan, generate, check, run, score, compare, curve", add_vbench_arguments, run_vbench),
 }

@@ -28,7 +28,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         default="shapeworld",
-        help="shapeworld (default); more, decoder, next or gpu, which go on from --start; tiny learns nothing",
+        help="shapeworld (default); more, decoder, next, gpu, gpu-more: go on from --start; tiny learns nothing",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", default="", help="pipeline folder to go on training from; default: from nothing")

@@ -228,6 +228,12 @@ def gpu() -> PretrainConfig:
     )
 
 
+def gpu_more() -> PretrainConfig:
+    """As `gpu`, for a --start whose VAE is as it should be: all minutes but those of encoding go to the transformer."""
+    config = gpu()
+    return dataclasses.replace(config, vae=dataclasses.replace(config.vae, phases=()))
+
+
 def gpu_tiny() -> PretrainConfig:
     """The path of `gpu` at the size of `tiny`, for a rehearsal: processes, snapshots and measurements included."""
     config, small = gpu(), tiny()
@@ -260,6 +266,7 @@ PRETRAIN_PRESETS = {
     "decoder": decoder,
     "next": next_world,
     "gpu": gpu,
+    "gpu-more": gpu_more,
     "gpu-tiny": gpu_tiny,
 }
 

@@ -4,6 +4,7 @@ RUN/config.json                    the resolved DistillConfig
 RUN/log.jsonl, curves.png          means of all metrics, and their plot (log.py, curves.py)
 RUN/tensorboard/                   the same, and the previews
 RUN/previews/                      pictures of the EMA student (previews.py)
+RUN/start/                         the run of the regressed start, where `start.updates` asks for one
 RUN/cache/                         packed prompts and samples, unless --cache says otherwise
 RUN/checkpoints/step-00000200/     the state after 200 iterations, sharded (parallel/shard_files.py), complete or absent
 RUN/best.json                      which checkpoint is kept as the best one, by which metric

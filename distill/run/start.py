@@ -1,6 +1,8 @@
 """A run with its regressed start: first regression on the teacher's paths in OUT/start, then the method from there.
 
 Each of the two is a run of its own, with log, checkpoints and bundle, so both can be resumed at any moment.
+
+RUN/start/       the regressed start, a run folder of its own; only where start.updates is above 0
 """
 
 import json

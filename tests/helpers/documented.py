@@ -127,7 +127,7 @@ def _judge_serve(words: list[str]) -> None:
 
 def _judge_distill(words: list[str], processes: int) -> None:
     options = _parse(_distill_parser(), words)
-    if options.command == "plan":
+    if options.command in ("plan", "sample-teacher"):
         recipe_settings(options)
     if options.command == "train" and not options.resume:
         config = recipe_settings(options)

@@ -1,5 +1,6 @@
 """The routes around POST /generate, and what every answer has in common, with and without the page."""
 
+import ast
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_metrics_count_jobs_and_hold_no_prompt(client: TestClient) -> None:
         'codmd_submissions_total{source="store"} 1.0',
         'codmd_stage_seconds_count{stage="denoise"} 1.0',
         "codmd_job_seconds_count 1.0",
-        "codmd_peak_memory_megabytes 12.5",
+        "codmd_job_peak_memory_bytes 1.31072e+07",
         "codmd_ready 1.0",
         "codmd_workers 1.0",
     ):
@@ -244,3 +245,18 @@ def test_the_manual_lists_every_code() -> None:
     for code, meaning in CODES.items():
         status, _, words = meaning.partition(": ")
         assert f"| `{code}` | {status} | {words} |" in text, code
+
+
+def test_every_code_that_a_job_can_end_with_is_listed() -> None:
+    """The second word of GenerationError and the first of JobFailed, wherever the package makes one."""
+    place = {"GenerationError": 1, "JobFailed": 0}
+    codes = set()
+    for path in (Path(__file__).parents[3] / "codmd_serve").rglob("*.py"):
+        if "bench" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in place:
+                words = node.args[place[node.func.id] :][:1]
+                codes |= {word.value for word in words if isinstance(word, ast.Constant)}
+    codes -= {"warm_up"}  # while it loads: that is worker_fatal
+    assert len(codes) > 10 and codes <= CODES.keys(), codes - CODES.keys()

@@ -12,6 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 from http_tests import begin, post, refusal, until
 
+from codmd_serve.api.videos import poll_after_ms
+
 Serve = Callable[..., AbstractContextManager[TestClient]]
 
 
@@ -183,3 +185,8 @@ def test_what_the_routes_answer_is_documented(client: Any) -> None:
     assert "404" in paths["/v1/videos"]["get"]["responses"]
     stream = paths["/jobs/{job_id}/events"]["get"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
     assert set(stream["properties"]) == {"id", "event", "data"}
+
+
+@pytest.mark.parametrize(("eta_s", "wait_ms"), [(None, 1000), (0.0, 50), (2.0, 500), (3600.0, 5000)])
+def test_poll_after_is_a_quarter_of_what_is_left_within_bounds(eta_s: float | None, wait_ms: int) -> None:
+    assert poll_after_ms(eta_s) == wait_ms

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hub_cache import COMMIT, add_to_cache, files_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,22 +21,12 @@ from codmd_serve.errors import CheckpointError
 from codmd_serve.wan.hub import find_pipeline, is_hub_id, lacking_file
 
 REPOSITORY = "Some-Org/Wan-tiny"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
 def cache(tiny_base: Path, tmp_path: Path) -> Path:
-    """A hub cache as `hf download` leaves it: blobs, one snapshot of links, and what main refers to."""
-    repository = tmp_path / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    (repository / "blobs").mkdir()
-    for number, file in enumerate(sorted(path for path in tiny_base.rglob("*") if path.is_file())):
-        blob = repository / "blobs" / f"{number:064x}"
-        shutil.copy(file, blob)
-        link = repository / "snapshots" / COMMIT / file.relative_to(tiny_base)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(blob, link.parent))
+    """A hub cache as `hf download` leaves it."""
+    add_to_cache(tmp_path / "hub", REPOSITORY, files_of(tiny_base))
     return tmp_path / "hub"
 
 

@@ -226,3 +226,9 @@ def test_a_used_folder_other_settings_and_a_damaged_state_are_refused(
     (tmp_path / "run" / "vae.pt").write_bytes(b"half")
     assert teacher("--out", str(tmp_path / "run"), "--resume") == 2
     assert "delete it to start this stage anew" in capsys.readouterr().err
+
+
+def test_gpu_more_leaves_the_vae_of_the_start_alone_and_gives_its_time_to_the_transformer() -> None:
+    gpu, more = PRETRAIN_PRESETS["gpu"](), PRETRAIN_PRESETS["gpu-more"]()
+    assert gpu.vae.phases and more.vae.phases == ()
+    assert (more.transformer, more.text) == (gpu.transformer, gpu.text)
