@@ -296,7 +296,6 @@ def test_a_server_that_is_killed_says_so_and_the_page_goes_on(server: Any, open_
     is_playing(page)  # the job that was running came back with the server
     page.click("#generate")
     page.wait_for_function("document.querySelectorAll('#thumbs li').length === 2")
-    page.click("button.cancel, text=Download")
 
 
 def test_a_link_to_what_is_gone_says_what_became_of_it(server: Any, open_ready: OpenPage) -> None:
