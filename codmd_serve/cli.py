@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
+from codmd_serve.caches import prepare_caches
 from codmd_serve.commands import OneLineParser, app_module, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
@@ -25,6 +26,7 @@ from codmd_serve.cpu import prepare_threads
 from codmd_serve.doctor import run_doctor
 from codmd_serve.errors import ConfigError, InvalidRequestError
 from codmd_serve.files import check_name
+from codmd_serve.lean_imports import import_lean
 from codmd_serve.models_cli import add_models_arguments, resolve_bundle, run_models
 from codmd_serve.textfiles import shown
 from codmd_serve.video import check_encoder, find_ffmpeg, format_of
@@ -147,6 +149,10 @@ def _run(words: list[str]) -> int:
     for noisy in ("httpx", "httpx2", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     prepare_threads(os.environ, getattr(options, "threads", 0))  # before torch is imported
+    prepare_caches(os.environ, getattr(options, "cache", ""))
+    if hasattr(options, "bundle"):
+        with _ended_by_sigterm():
+            options.bundle = resolve_bundle(options.bundle, getattr(options, "base", ""), _student_cache(options))
     if options.command == "bench":
         with _ended_by_sigterm():
             return run_bench(options, words)
@@ -158,9 +164,6 @@ def _run(words: list[str]) -> int:
         "models": models,
         "doctor": run_doctor,
     }
-    if options.command in ("serve", "work", "generate", "doctor"):
-        with _ended_by_sigterm():
-            options.bundle = resolve_bundle(options.bundle, options.base, _student_cache(options))
     status: int = run[options.command](options)
     return status
 
@@ -233,7 +236,7 @@ def user_data_folder() -> Path:
 
 def _student_cache(options: argparse.Namespace) -> Path:
     """Return the folder that keeps converted students."""
-    if options.cache:
+    if getattr(options, "cache", ""):
         return Path(options.cache)
     home = Path.home()
     if sys.platform == "darwin":
@@ -379,6 +382,7 @@ def generate(options: argparse.Namespace) -> int:
         field = str(problem["loc"][0])
         raise InvalidRequestError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", field) from None
     check_encoder(find_ffmpeg())
+    import_lean("codmd_serve.loading")
     from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 

@@ -155,7 +155,7 @@ def test_learning_rate_warms_up_over_each_networks_own_updates(
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], method: str
 ) -> None:
-    config = with_overrides(with_method(tiny_config, method), ["copula.permute=true", "save_every_iterations=100"])
+    config = with_overrides(with_method(tiny_config, method), ["copula.control=noise", "save_every_iterations=100"])
     run(config, tmp_path / "whole")
     run(with_overrides(config, ["max_iterations=3"]), tmp_path / "parts")
     outcome = run(config, tmp_path / "parts", resume=True)
