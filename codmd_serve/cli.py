@@ -150,6 +150,9 @@ def _run(words: list[str]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     prepare_threads(os.environ, getattr(options, "threads", 0))  # before torch is imported
     prepare_caches(os.environ, getattr(options, "cache", ""))
+    if hasattr(options, "bundle"):
+        with _ended_by_sigterm():
+            options.bundle = resolve_bundle(options.bundle, getattr(options, "base", ""), _student_cache(options))
     if options.command == "bench":
         with _ended_by_sigterm():
             return run_bench(options, words)
@@ -161,9 +164,6 @@ def _run(words: list[str]) -> int:
         "models": models,
         "doctor": run_doctor,
     }
-    if options.command in ("serve", "work", "generate", "doctor"):
-        with _ended_by_sigterm():
-            options.bundle = resolve_bundle(options.bundle, options.base, _student_cache(options))
     status: int = run[options.command](options)
     return status
 
@@ -236,7 +236,7 @@ def user_data_folder() -> Path:
 
 def _student_cache(options: argparse.Namespace) -> Path:
     """Return the folder that keeps converted students."""
-    if options.cache:
+    if getattr(options, "cache", ""):
         return Path(options.cache)
     home = Path.home()
     if sys.platform == "darwin":

@@ -169,8 +169,6 @@ DISTILL_MAY = (
 DISTILL_EXCEPTIONS = {
     # VBench scores what is served, so its videos come from the engine itself.
     "distill.evaluate.vbench.generate": ("codmd_serve.loading",),
-    # It composes: it puts the page before a study, as codmd_serve.cli puts one before a server.
-    "distill.evaluate.study.serve": ("app.study",),
 }
 # CONTRIBUTING.md states both.
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60

@@ -35,7 +35,7 @@ POLL_S = 1.0
 CANCEL_GRACE_S = 5.0
 KEPT_WHEN_FINAL_S = 60.0
 # A client that said it is gone, and reloads its page, follows its job again within this time.
-LEAVE_GRACE_S = 3.0
+LEAVE_GRACE_S = 5.0
 
 Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
