@@ -69,8 +69,8 @@ MODEL_FLAGS = (
     _serve_flag("dtype", "auto (bfloat16 on cuda, on a cpu what is faster), float32, bfloat16 or float16"),
     _serve_flag(
         "cache",
-        "folder that keeps converted students, empty is the user's cache folder, and what was measured at load for the "
-        "next one, empty measures every time",
+        "folder that keeps converted students, compiled kernels and what was measured at load, so that the next load "
+        "makes the same choices; empty is the user's cache folder",
     ),
     _serve_flag("vae_dtype", "auto (float16 on cuda where the activations fit, on a cpu what is faster), or a dtype"),
     _serve_flag("quantization", "none; fp8: 8-bit products, lossy, CUDA of capability 8.9; fp8-emulated, on a CPU"),
@@ -149,10 +149,13 @@ def _run(words: list[str]) -> int:
     for noisy in ("httpx", "httpx2", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     prepare_threads(os.environ, getattr(options, "threads", 0))  # before torch is imported
-    prepare_caches(os.environ, getattr(options, "cache", ""))
+    if hasattr(options, "cache"):
+        options.cache = options.cache or str(user_cache_folder())
+        prepare_caches(os.environ, options.cache)
     if hasattr(options, "bundle"):
         with _ended_by_sigterm():
-            options.bundle = resolve_bundle(options.bundle, getattr(options, "base", ""), _student_cache(options))
+            cache = getattr(options, "cache", "") or str(user_cache_folder())
+            options.bundle = resolve_bundle(options.bundle, getattr(options, "base", ""), Path(cache))
     if options.command == "bench":
         with _ended_by_sigterm():
             return run_bench(options, words)
@@ -234,10 +237,8 @@ def user_data_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share") / PROGRAM
 
 
-def _student_cache(options: argparse.Namespace) -> Path:
-    """Return the folder that keeps converted students."""
-    if getattr(options, "cache", ""):
-        return Path(options.cache)
+def user_cache_folder() -> Path:
+    """Where this platform keeps what a program can make again."""
     home = Path.home()
     if sys.platform == "darwin":
         return home / "Library" / "Caches" / PROGRAM
@@ -247,7 +248,7 @@ def _student_cache(options: argparse.Namespace) -> Path:
 def models(options: argparse.Namespace) -> int:
     """Print the table of published students, or prepare one of them."""
     with _ended_by_sigterm():
-        return run_models(options.name, options.base, _student_cache(options))
+        return run_models(options.name, options.base, Path(options.cache))
 
 
 def serve(options: argparse.Namespace) -> int:
