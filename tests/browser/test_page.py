@@ -201,6 +201,7 @@ def test_what_is_wrong_is_said_beside_its_field_and_not_sent(form: Any, name: st
 def form(server: Any, browser: Any) -> Any:
     """One page for all wrong fields; `posted` are the jobs that it sent."""
     page = browser.new_page()
+    page.set_default_timeout(1000 * DEADLINE_S)
     page.posted = []
     page.on("request", lambda request: page.posted.append(request.url) if request.method == "POST" else None)
     page.goto(server.url)
@@ -298,6 +299,15 @@ def test_a_server_that_is_killed_says_so_and_the_page_goes_on(server: Any, open_
     page.wait_for_function("document.querySelectorAll('#thumbs li').length === 2")
 
 
+def answering(body: dict[str, Any]) -> Callable[[Any], None]:
+    """A route that answers with JSON; it takes one argument only, or Playwright would hand it a request too."""
+
+    def answer(route: Any) -> None:
+        route.fulfill(json=body)
+
+    return answer
+
+
 def test_a_link_to_what_is_gone_says_what_became_of_it(server: Any, open_ready: OpenPage) -> None:
     page = open_ready("/?job=nowhere")
     page.wait_for_selector(".pane .failed")
@@ -309,9 +319,7 @@ def test_a_link_to_what_is_gone_says_what_became_of_it(server: Any, open_ready: 
     gone = open_ready("/")
     for status, words in (("expired", "Its video is no longer kept."), ("failed", "It failed: out of memory.")):
         error = {"code": "out_of_memory", "message": "out of memory"} if status == "failed" else None
-        gone.route(f"**/jobs/{job_id}", lambda route, now=(status, error): route.fulfill(
-            json={**job, "status": now[0], "error": now[1]}
-        ))  # fmt: skip
+        gone.route(f"**/jobs/{job_id}", answering({**job, "status": status, "error": error}))
         gone.goto(f"{server.url}/?job={job_id}")
         gone.wait_for_selector(f".pane .failed:has-text('{words}')")
         assert gone.inner_text(".pane .caption") == RING
