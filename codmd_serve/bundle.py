@@ -87,10 +87,19 @@ def declared_facts(bundle: Path) -> ModelFacts | None:
             max_num_frames=(positions - 1) * temporal + 1,
             service_s=0.0,
             load_s=0.0,
+            **_described(bundle),
             **native,
         )
     except (KeyError, TypeError, IndexError, OSError, ValueError):
         return None
+
+
+def _described(bundle: Path) -> dict[str, Any]:
+    """`about` and `examples` of the bundle's grammar, where it has one."""
+    world = _read_json(bundle / "world.json")
+    about, examples = world.get("about"), world.get("examples")
+    is_list = isinstance(examples, list) and all(isinstance(example, str) for example in examples)
+    return {"about": about if isinstance(about, str) else "", "examples": tuple(examples or ()) if is_list else ()}
 
 
 def _base_folder(bundle: Path, base: str) -> Path:

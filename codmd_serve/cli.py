@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
+from codmd_serve.caches import prepare_caches
 from codmd_serve.commands import OneLineParser, app_module, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
@@ -25,6 +26,7 @@ from codmd_serve.cpu import prepare_threads
 from codmd_serve.doctor import run_doctor
 from codmd_serve.errors import ConfigError, InvalidRequestError
 from codmd_serve.files import check_name
+from codmd_serve.lean_imports import import_lean
 from codmd_serve.models_cli import add_models_arguments, resolve_bundle, run_models
 from codmd_serve.textfiles import shown
 from codmd_serve.video import check_encoder, find_ffmpeg, format_of
@@ -74,6 +76,7 @@ MODEL_FLAGS = (
     _serve_flag("quantization", "none; fp8: 8-bit products, lossy, CUDA of capability 8.9; fp8-emulated, on a CPU"),
     _serve_flag("execution", "auto (what is fastest on the device), eager, graph, compiled or compiled+graph"),
     _serve_flag("text_encoder", "auto, gpu, cpu, or offload: on the cpu, lent to the device while it encodes"),
+    _serve_flag("teacher", "load the base of the bundle too: the many-step teacher, beside the student"),
     _serve_flag("threads", "CPU threads; 0 is the cores that affinity and CPU quota leave to this process"),
     _serve_flag("text_cache", "folder that keeps prompt embeddings over restarts; empty is memory only"),
     _serve_flag(
@@ -146,6 +149,10 @@ def _run(words: list[str]) -> int:
     for noisy in ("httpx", "httpx2", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     prepare_threads(os.environ, getattr(options, "threads", 0))  # before torch is imported
+    prepare_caches(os.environ, getattr(options, "cache", ""))
+    if hasattr(options, "bundle"):
+        with _ended_by_sigterm():
+            options.bundle = resolve_bundle(options.bundle, getattr(options, "base", ""), _student_cache(options))
     if options.command == "bench":
         with _ended_by_sigterm():
             return run_bench(options, words)
@@ -157,9 +164,6 @@ def _run(words: list[str]) -> int:
         "models": models,
         "doctor": run_doctor,
     }
-    if options.command in ("serve", "work", "generate", "doctor"):
-        with _ended_by_sigterm():
-            options.bundle = resolve_bundle(options.bundle, options.base, _student_cache(options))
     status: int = run[options.command](options)
     return status
 
@@ -232,7 +236,7 @@ def user_data_folder() -> Path:
 
 def _student_cache(options: argparse.Namespace) -> Path:
     """Return the folder that keeps converted students."""
-    if options.cache:
+    if getattr(options, "cache", ""):
         return Path(options.cache)
     home = Path.home()
     if sys.platform == "darwin":
@@ -300,7 +304,8 @@ def _print_ready(address: str, facts: ModelFacts, start_s: float) -> None:
     print(
         f"ready: {address}model={facts.name} device={facts.device} dtype={facts.dtype} "
         f"attention={facts.attention} execution={facts.execution} seconds_to_ready={seconds:.1f}"
-        f"{f' lossy={facts.lossy}' if facts.lossy else ''}",
+        f"{f' lossy={facts.lossy}' if facts.lossy else ''}"
+        f"{f' teacher={facts.teacher.name}' if facts.teacher else ''}",
         flush=True,
     )
 
@@ -377,13 +382,14 @@ def generate(options: argparse.Namespace) -> int:
         field = str(problem["loc"][0])
         raise InvalidRequestError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", field) from None
     check_encoder(find_ffmpeg())
+    import_lean("codmd_serve.loading")
     from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 
     silence_libraries()
     settings = {name: getattr(options, name) for name in ENGINE_SETTINGS if name in vars(options)}
     engine = load_engine(Path(options.bundle), **settings)
-    params = to_params(body, engine.facts, max_pixels=sys.maxsize)
+    params = to_params(body, engine.facts, sys.maxsize, engine.facts.teacher)
     with _ended_by_sigterm():
         result = _generate_with_bar(engine, params, output)
     for warning in result.warnings:
@@ -397,11 +403,12 @@ def generate(options: argparse.Namespace) -> int:
 def _generate_with_bar(engine: Any, params: GenerateParams, output: Path) -> Any:
     from tqdm import tqdm
 
-    with tqdm(total=engine.facts.num_steps + params.num_frames, unit="step", leave=False) as bar:
+    num_steps = engine.facts.teacher.num_steps if params.teacher else engine.facts.num_steps
+    with tqdm(total=num_steps + params.num_frames, unit="step", leave=False) as bar:
 
         def on_progress(stage: str, done: int, total: int) -> None:
             bar.set_description(stage)
-            is_decoded = {"text": 0, "denoise": done, "decode": engine.facts.num_steps + done}
+            is_decoded = {"text": 0, "denoise": done, "decode": num_steps + done}
             bar.update(is_decoded.get(stage, bar.n) - bar.n)
 
         return engine.generate(params, output, on_progress)

@@ -24,7 +24,10 @@ ENGINE_SETTINGS = (
     "vae_dtype",
     "cache",
     "threads",
+    "teacher",
 )
+# Of them, those that do not decide the bytes of the student's videos.
+NEUTRAL_SETTINGS = ("text_cache", "teacher")
 QUANTIZATIONS = ("none", "fp8", "fp8-emulated")
 # What a lossy engine beside the exact one may be: a quantization, an attention kernel, or both.
 LOSSY_ENGINES = ("none", "fp8", "sage", "fp8+sage", "fp8-emulated")
@@ -68,6 +71,7 @@ class ServeConfig:
     text_cache: str = ""
     cache: str = ""
     threads: int = 0
+    teacher: bool = False
     workers: str = "auto"
     spare_worker: bool = True
     overlap: str = "auto"
@@ -166,6 +170,7 @@ class GenerateParams:
         crf: H.264 constant rate factor, 1 (best) to 51.
         format: one of FORMATS.
         may_be_lossy: whether the lossy engine makes it, where one is served beside the exact one.
+        teacher: fingerprint of the teacher that makes it instead of the student; empty is the student.
     """
 
     prompt: str
@@ -177,11 +182,30 @@ class GenerateParams:
     crf: int
     format: str = "mp4"
     may_be_lossy: bool = False
+    teacher: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Fields by name, later ones only where they differ from their default: older content keys and files hold."""
-        later = {"format": "mp4", "may_be_lossy": False}
+        later = {"format": "mp4", "may_be_lossy": False, "teacher": ""}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherFacts:
+    """Facts of the teacher that an engine runs beside its student.
+
+    Attributes:
+        name: of the base model.
+        fingerprint: see GenerateParams.teacher.
+        num_steps, guidance_scale: how it is sampled.
+        service_s: seconds that the native video takes, estimated from two steps.
+    """
+
+    name: str
+    fingerprint: str
+    num_steps: int
+    guidance_scale: float
+    service_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +230,9 @@ class ModelFacts:
         lossy_beside: the same of a second engine, which makes what `quality` high, medium or low asks for; empty when
             there is none.
         threads: of torch on a CPU, which decide the order of its sums; 0 on a GPU.
+        about: one sentence on what the model can draw; empty when the bundle does not say.
+        examples: prompts that the bundle suggests.
+        teacher: what runs beside the student; None when nothing does.
     """
 
     name: str
@@ -231,3 +258,12 @@ class ModelFacts:
     lossy: str = ""
     lossy_beside: str = ""
     threads: int = 0
+    about: str = ""
+    examples: tuple[str, ...] = ()
+    teacher: TeacherFacts | None = None
+
+    def __post_init__(self) -> None:
+        # From JSON come lists and objects.
+        object.__setattr__(self, "examples", tuple(self.examples))
+        if isinstance(self.teacher, dict):
+            object.__setattr__(self, "teacher", TeacherFacts(**self.teacher))

@@ -1,5 +1,7 @@
 """Runs one student on one device: GenerateParams in, an mp4 out, stage by stage; knows nothing of queues or HTTP.
 
+Where the teacher is loaded too, both share text encoder, VAE and everything around the denoising loop.
+
 Legend: B batch (1 here), C channels, F latent frames, H and W latent rows and columns, L prompt positions, D width.
 """
 
@@ -25,6 +27,7 @@ from codmd_serve.video import write_video
 from codmd_serve.wan.attention import pad_prompt_embeds
 from codmd_serve.wan.checkpoint import Bundle
 from codmd_serve.wan.preview import animate, preview_frames
+from codmd_serve.wan.teacher import GuidedPrompt, Teacher
 from codmd_serve.wan.text import PromptEmbedder, prompt_warnings
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 from codmd_serve.wan.vae import StreamingDecoder, latent_shape
@@ -62,7 +65,7 @@ class GenerateResult:
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    prompt: PromptCache
+    prompt: PromptCache | GuidedPrompt
     warnings: list[str]
     span: Span
 
@@ -77,6 +80,9 @@ class Engine:
         execution, verdicts: as `DenoiseLoop` takes them; take effect at warm-up.
         lossy: a twin of `transformer` with lossy layers or kernels, for requests that allow it; None is none.
         embedder: of the bundle's text encoder; None makes one without a disk cache.
+
+    Attributes:
+        teacher: for params that name its fingerprint; None, which it is at first, serves the student only.
     """
 
     def __init__(
@@ -99,19 +105,30 @@ class Engine:
         self.facts = facts
         self.preview_map = bundle.spec.preview_map
         self.embedder = embedder or PromptEmbedder(bundle.tokenizer, bundle.text_encoder)
+        self.teacher: Teacher | None = None
         # Embedding and warnings together: a fast tokenizer keeps its padding in itself, so it is for one thread.
-        self.embed = LruCache(self._embed_uncached, size=NUM_PROMPTS_READY)
+        self._texts = LruCache(self._embed_uncached, size=NUM_PROMPTS_READY)
         self._tail: BoundedQueue[HostCopy, GenerateResult] | None = None
         # Noise is drawn beside the text encoder: 26 to 44 ms on a CPU for 480 x 832 x 81.
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codmd-noise")
         device = transformer.device
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
+    def embed(self, prompt: str, for_teacher: bool = False) -> _Text:
+        """Return what the student's, or the teacher's, denoising loop needs of a prompt, from an LRU cache."""
+        return self._texts((prompt, for_teacher))
+
     @torch.inference_mode()
-    def _embed_uncached(self, prompt: str) -> _Text:
+    def _embed_uncached(self, key: tuple[str, bool]) -> _Text:
+        prompt, for_teacher = key
         start_s = time.perf_counter()
-        embeds_BLD = pad_prompt_embeds(self.embedder(prompt), self.loop.prompt_sizes)
-        cache = self.transformer.encode_prompt(embeds_BLD)
+        embeds_BLD = self.embedder(prompt)
+        cache: PromptCache | GuidedPrompt
+        if for_teacher:
+            assert self.teacher is not None
+            cache = self.teacher.encode(embeds_BLD, self.embedder(self.teacher.spec.negative_prompt))
+        else:
+            cache = self.transformer.encode_prompt(pad_prompt_embeds(embeds_BLD, self.loop.prompt_sizes))
         warnings = prompt_warnings(self.bundle.tokenizer, prompt, grammar=self.bundle.grammar)
         if warnings and self.bundle.spec.vocabulary_note:
             warnings.append(self.bundle.spec.vocabulary_note)
@@ -173,8 +190,9 @@ class Engine:
         clock = StageClock(self.transformer.device)
         begin_memory_peak(self.transformer.device)
         with device_errors(params):
-            noise = self._drawing.submit(self._noise, params)
-            text = self.embed(params.prompt)
+            self._check_teacher(params)
+            noise = self._drawing.submit(self.draw, params)
+            text = self.embed(params.prompt, bool(params.teacher))
             clock.stop("text")
             clock.spans[:] = [text.span]
             report("text", 1, 1)
@@ -259,6 +277,11 @@ class Engine:
         peak_mb = peak_memory_mb(self.transformer.device)
         return GenerateResult(timings_ms=clock.milliseconds, warnings=warnings, spans=spans, peak_memory_mb=peak_mb)
 
+    def _check_teacher(self, params: GenerateParams) -> None:
+        """Raise GenerationError, code no_teacher, when the params ask for a teacher that is not loaded."""
+        if params.teacher and (self.teacher is None or self.teacher.fingerprint != params.teacher):
+            raise GenerationError("the teacher that this job asked for is not served any more", "no_teacher")
+
     @torch.inference_mode()
     def denoised(self, params: GenerateParams) -> Tensor:
         """Return the predicted clean latents of one video, (B, C, F, H, W) float32 on the device.
@@ -267,17 +290,21 @@ class Engine:
             GenerationError: code out_of_memory, device_error or non_finite.
         """
         with device_errors(params):
-            return self._denoise(params, self._noise(params), self.embed(params.prompt).prompt, _nothing, None)
+            self._check_teacher(params)
+            text = self.embed(params.prompt, bool(params.teacher))
+            return self._denoise(params, self.draw(params), text.prompt, _nothing, None)
 
     def _denoise(
         self,
         params: GenerateParams,
         noise: Tensor,
-        prompt: PromptCache,
+        prompt: PromptCache | GuidedPrompt,
         report: OnProgress,
         on_preview: OnPreview | None,
     ) -> Tensor:
         num_steps = len(self.bundle.spec.timesteps)
+        if self.teacher is not None and params.teacher:
+            num_steps = self.teacher.spec.num_steps
         noise = noise.to(self.transformer.device, non_blocking=True)
 
         def on_step(step_index: int, x0_pred: Tensor) -> None:
@@ -288,16 +315,24 @@ class Engine:
                 torch.cuda.current_stream(x0_pred.device).synchronize()
             report("denoise", step_index + 1, num_steps)
 
-        loop = self.lossy_loop if params.may_be_lossy and self.lossy_loop is not None else self.loop
-        x0_pred = loop(noise, prompt, on_step)
+        if isinstance(prompt, GuidedPrompt):
+            assert self.teacher is not None
+            x0_pred = self.teacher(noise, prompt, on_step)
+        else:
+            loop = self.lossy_loop if params.may_be_lossy and self.lossy_loop is not None else self.loop
+            x0_pred = loop(noise, prompt, on_step)
         if not bool(x0_pred.isfinite().all()):
             raise GenerationError("the network gave values that are not finite", "non_finite")
         return x0_pred
 
-    def _noise(self, params: GenerateParams) -> Tensor:
-        """Draw the noise of a video, in pinned memory on CUDA so that the copy is asynchronous."""
+    def draw(self, params: GenerateParams) -> Tensor:
+        """Draw the noise of a video, in pinned memory on CUDA so that the copy is asynchronous.
+
+        The teacher needs its initial state only, which is the student's.
+        """
         shape = latent_shape(self.bundle.vae, params.height, params.width, params.num_frames)
-        noise = draw_noise(params.seed, (len(self.bundle.spec.timesteps), 1, *shape))
+        num_draws = 1 if params.teacher else len(self.bundle.spec.timesteps)
+        noise = draw_noise(params.seed, (num_draws, 1, *shape))
         return noise.pin_memory() if self.transformer.device.type == "cuda" else noise
 
     @torch.inference_mode()
@@ -306,7 +341,7 @@ class Engine:
         text_dim = self.transformer.config.text_dim
         empty = [torch.zeros(1, size, text_dim) for size in self.loop.prompt_sizes]
         if empty:
-            noise = self._noise(params).to(self.transformer.device)
+            noise = self.draw(params).to(self.transformer.device)
             prompts = [self.transformer.encode_prompt(embeds) for embeds in empty]
             for loop in filter(None, (self.loop, self.lossy_loop)):
                 loop.warm(noise, prompts)

@@ -32,6 +32,7 @@ from codmd_serve.wan.kernels import (
 )
 from codmd_serve.wan.precision import choose_vae_dtype
 from codmd_serve.wan.preview import fit_preview
+from codmd_serve.wan.teacher import load_teacher
 from codmd_serve.wan.text import PromptEmbedder, choose_text_encoder, fingerprint
 from codmd_serve.wan.transformer import FewStepTransformer
 from codmd_serve.wan.vae import latent_shape
@@ -54,6 +55,7 @@ def load_engine(
     vae_dtype: str = "auto",
     cache: str = "",
     threads: int = 0,
+    teacher: bool = False,
 ) -> Engine:
     """Load a bundle and warm it up with its native video, so that the first request is fast.
 
@@ -69,9 +71,10 @@ def load_engine(
         text_cache, cache: folders for embeddings, and for what was measured, for the next load; empty keeps neither.
         vae_dtype: the same, but that auto is float16 on cuda, where the activations fit.
         threads: CPU threads of torch; 0 leaves them as they are.
+        teacher: whether to load the base's transformer too, for jobs that ask for the teacher.
 
     Raises:
-        CheckpointError: the bundle cannot be loaded.
+        CheckpointError: the bundle, or the teacher that is asked for, cannot be loaded.
         ConfigError: no such device, kernel, quantization or execution, or no ffmpeg.
         GenerationError: the bundle loads, but its native video cannot be made here.
     """
@@ -81,22 +84,20 @@ def load_engine(
         torch.set_num_threads(threads)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
-    chosen_execution = choose_execution(execution, chosen_device)
+    plan = choose_execution(execution, chosen_device)
     chosen_vae_dtype = choose_vae_dtype(vae_dtype, chosen_device)
     _check_names(attention, quantization, lossy, text_encoder, chosen_device, chosen_dtype)
     free_bytes = torch.cuda.mem_get_info(chosen_device)[0] if chosen_device.type == "cuda" else 0
     bundle = _load_bundle(path, chosen_dtype, chosen_device)
-    embedder = _embedder(bundle, chosen_device, text_encoder, text_cache, free_bytes)
+    embedder = _embedder(bundle, chosen_device, text_encoder, text_cache, free_bytes, 2 if teacher else 1)
     facts = _describe(bundle, chosen_device, chosen_dtype)
     _check_native(path, facts)
     shape = native_attention_shape(bundle.transformer.config, bundle.vae.config, bundle.spec.native)
     verdicts = _verdicts(cache, bundle, facts, (shape, attention, quantization, execution))
-    if dtype == "auto" and multiplies_bfloat16(chosen_device):
-        bundle = _raced(bundle, verdicts)
+    bundle = _raced(bundle, verdicts) if dtype == "auto" and multiplies_bfloat16(chosen_device) else bundle
     transformer, facts, twin = _network(bundle, facts, shape, attention, quantization, lossy, verdicts)
-    engine = Engine(
-        bundle, transformer, facts, execution=chosen_execution, verdicts=verdicts, embedder=embedder, lossy=twin
-    )
+    engine = Engine(bundle, transformer, facts, execution=plan, verdicts=verdicts, embedder=embedder, lossy=twin)
+    engine.teacher = load_teacher(bundle, transformer.dtype, chosen_device, transformer.attend) if teacher else None
     _warm_up(engine, path, chosen_vae_dtype, verdicts)
     engine.facts = replace(engine.facts, load_s=time.perf_counter() - start_s)
     return engine
@@ -219,9 +220,12 @@ def _verdicts(cache: str, bundle: Bundle, facts: ModelFacts, asked: tuple[object
     return Verdicts(Path(cache), versions, machine, what, asked)
 
 
-def _embedder(bundle: Bundle, device: torch.device, place: str, cache: str, free_bytes: int) -> PromptEmbedder:
+def _embedder(
+    bundle: Bundle, device: torch.device, place: str, cache: str, free_bytes: int, num_transformers: int
+) -> PromptEmbedder:
     """Place the text encoder on the requested device, or where it fits."""
-    sizes = [sum(p.nbytes for p in module.parameters()) for module in (bundle.transformer, bundle.vae)]
+    modules = [*[bundle.transformer] * num_transformers, bundle.vae]
+    sizes = [sum(p.nbytes for p in module.parameters()) for module in modules]
     encoder_bytes = sum(p.nbytes for p in bundle.text_encoder.parameters())
     chosen = choose_text_encoder(place, device, encoder_bytes, sum(sizes), free_bytes)
     logger.info("text_encoder=%s asked=%s weights_gib=%.1f", chosen, place, encoder_bytes / 2**30)
@@ -267,4 +271,6 @@ def _describe(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Model
         max_num_frames=(config.rope_max_seq_len - 1) * vae.scale_factor_temporal + 1,
         service_s=0.0,
         load_s=0.0,
+        about=bundle.grammar.about if bundle.grammar is not None else "",
+        examples=bundle.grammar.examples if bundle.grammar is not None else (),
     )

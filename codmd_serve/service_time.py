@@ -17,7 +17,8 @@ MIN_ENCODED_PX_PER_S = 250_000.0
 MIN_ANIMATED_PX_PER_S = 25_000.0  # the palette of a gif
 LOOKAHEAD_FRAMES = 64  # frames that x264 may hold back until its input ends
 
-Shape = tuple[int, int, int, str]
+# Height, width, frames, format, and whether the teacher makes it.
+Shape = tuple[int, int, int, str, bool]
 
 
 def encoder_limit_s(num_px: float, format: str) -> float:
@@ -32,7 +33,7 @@ def encoding_limit_s(params: GenerateParams) -> float:
 
 
 class ServiceTimes:
-    """Moving averages of service time by shape and format; a new shape is scaled from the native one.
+    """Moving averages of service time by shape, format and model; a new shape is scaled from the native one.
 
     Args:
         facts: of the engine, with the time of its native video.
@@ -40,21 +41,23 @@ class ServiceTimes:
 
     def __init__(self, facts: ModelFacts) -> None:
         self._native = (facts.height, facts.width, facts.num_frames, "mp4")
-        self._known: OrderedDict[Shape, float] = OrderedDict({self._native: facts.service_s})
+        self._known: OrderedDict[Shape, float] = OrderedDict({(*self._native, False): facts.service_s})
+        if facts.teacher is not None:
+            self._known[(*self._native, True)] = facts.teacher.service_s
 
     def add(self, params: GenerateParams, took_s: float) -> None:
         """Update the average with a video that took `took_s` on the device."""
-        shape = (params.height, params.width, params.num_frames, params.format)
+        shape = _shape(params)
         known_s = self._known.get(shape)
         self._known[shape] = took_s if known_s is None else known_s + WEIGHT * (took_s - known_s)
         self._known.move_to_end(shape)
         while len(self._known) > MAX_SHAPES_KEPT:
-            self._known.pop(next(shape for shape in self._known if shape != self._native))
+            self._known.pop(next(shape for shape in self._known if shape[:4] != self._native))
 
     def expected_s(self, params: GenerateParams) -> float:
         """Return the expected seconds of a video of this shape."""
-        known_s = self._known.get((params.height, params.width, params.num_frames, params.format))
-        return self._known[self._native] * self._size(params) if known_s is None else known_s
+        known_s = self._known.get(_shape(params))
+        return self._native_s(params) * self._size(params) if known_s is None else known_s
 
     def deadline_s(self, params: GenerateParams, floor_s: float, is_encoding: bool = False) -> float:
         """Return the seconds after its start at which a job counts as hung; at least `floor_s`.
@@ -74,10 +77,18 @@ class ServiceTimes:
         # A gif or WebP may hold up its frames while they are decoded, and is encoded when the last one has come.
         return encoding_limit_s(params) if is_encoding or params.format != "mp4" else 0.0
 
+    def _native_s(self, params: GenerateParams) -> float:
+        student_s = self._known[(*self._native, False)]
+        return self._known.get((*self._native, True), student_s) if params.teacher else student_s
+
     def _size(self, params: GenerateParams) -> float:
         height, width, num_frames, _ = self._native
         return params.height * params.width * params.num_frames / (height * width * num_frames)
 
     def _longest_s(self, params: GenerateParams) -> float:
         """Return an upper bound: attention is quadratic in tokens, and nothing grows faster."""
-        return max(self.expected_s(params), self._known[self._native] * self._size(params) ** 2)
+        return max(self.expected_s(params), self._native_s(params) * self._size(params) ** 2)
+
+
+def _shape(params: GenerateParams) -> Shape:
+    return params.height, params.width, params.num_frames, params.format, bool(params.teacher)

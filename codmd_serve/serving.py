@@ -77,6 +77,7 @@ def make_dispatcher(
         own.engine_key,
         float(config.lease_s),
         config.max_attempts,
+        config.teacher,
     )
     store = JobStore(parts.database, 3600.0 * config.result_hours)
     deliver = webhooks.deliver if config.webhook_hosts else None

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codmd_serve.config import DEFAULT_CRF, GenerateParams
+from codmd_serve.config import DEFAULT_CRF, GenerateParams, TeacherFacts
 from codmd_serve.device import multiplies_bfloat16
 from codmd_serve.engine import Engine
-from codmd_serve.errors import GenerationError
+from codmd_serve.errors import CancelledError, GenerationError
 from codmd_serve.verdicts import Verdicts
 from codmd_serve.wan.precision import fit_dtype, race_dtype
+from codmd_serve.wan.teacher import GuidedPrompt
 
 MEMORY_SHARE = 0.9  # of what is free; the rest is for fragments, workspaces and the driver
 
@@ -52,7 +53,8 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype | None, verdicts: Verdict
     fallbacks = [engine.loop.fallback, engine.transformer.problem, engine.decoder.problem]
     if engine.lossy_loop is not None:
         engine.denoised(replace(params, may_be_lossy=True))  # libraries choose kernels, and what is broken shows
-        fallbacks.append(engine.lossy_loop.fallback and f"lossy engine: {engine.lossy_loop.fallback}")
+        lossy = (engine.lossy_loop.fallback, engine.lossy_loop.transformer.problem)
+        fallbacks += [f"lossy engine: {reason}" for reason in lossy if reason and reason not in fallbacks]
     max_video_px = _affordable_px(params, device, needed_bytes)
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="codmd-warm-") as folder:
@@ -67,6 +69,38 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype | None, verdicts: Verdict
         num_devices=torch.cuda.device_count() if device.type == "cuda" else 1,
         service_s=time.perf_counter() - start_s,
     )
+    _warm_teacher(engine, params)
+
+
+def _warm_teacher(engine: Engine, params: GenerateParams) -> None:
+    """Run two steps of the teacher, where there is one, and put what a video of it takes into the facts."""
+    teacher = engine.teacher
+    if teacher is None:
+        return
+    step_s: list[float] = []
+    last_s = time.perf_counter()
+
+    def on_step(step_index: int, x0_pred: Tensor) -> None:
+        nonlocal last_s
+        float(x0_pred.sum())  # waits for the device
+        step_s.append(time.perf_counter() - last_s)
+        last_s = time.perf_counter()
+        if step_index >= 1:
+            raise CancelledError("warm-up is over")
+
+    text = engine.embed(params.prompt, for_teacher=True)
+    noise = engine.draw(replace(params, teacher=teacher.fingerprint)).to(teacher.transformer.device)
+    with contextlib.suppress(CancelledError):
+        assert isinstance(text.prompt, GuidedPrompt)
+        teacher(noise, text.prompt, on_step)
+    facts = TeacherFacts(
+        name=teacher.name,
+        fingerprint=teacher.fingerprint,
+        num_steps=teacher.spec.num_steps,
+        guidance_scale=float(teacher.spec.guidance_scale),
+        service_s=engine.facts.service_s + min(step_s) * teacher.spec.num_steps,
+    )
+    engine.facts = replace(engine.facts, teacher=facts)
 
 
 def _native_params(engine: Engine) -> GenerateParams:

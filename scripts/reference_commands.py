@@ -15,6 +15,8 @@ EMBEDDED = "the embedded student"
 OTHER_VARIABLES = {
     "CODMD_LOG_LEVEL": "`codmd-distill`: DEBUG, INFO (default), WARNING, ERROR or CRITICAL",
     "CXX": "`codmd-distill`: C++ compiler of `--compile` on a CPU; `g++` unless set",
+    "XDG_CACHE_HOME": "`codmd-serve` on Linux: converted students are kept in `$XDG_CACHE_HOME/codmd-serve` unless "
+    "`--cache` says otherwise; `~/.cache` unless set",
     "XDG_DATA_HOME": "`codmd-serve` on Linux: jobs and videos are kept in `$XDG_DATA_HOME/codmd-serve` unless "
     "`--data` says otherwise; `~/.local/share` unless set",
 }

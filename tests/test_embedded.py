@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from app.demo import EXAMPLE_PROMPTS
 from codmd_serve.config import GenerateParams, default_bundle_path
 from codmd_serve.engine import Engine
 from codmd_serve.loading import load_engine
@@ -23,6 +22,13 @@ from distill.worlds.shapeworld.captions import parse_caption
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "weights"
+EXAMPLE_PROMPTS = (
+    "a red circle moves right quickly on a black background",
+    "a yellow square moves left quickly on a black background",
+    "a purple cross moves up quickly on a black background",
+    "a white ring moves right slowly on a navy background",
+    "a white triangle moves down quickly on a black background",
+)
 EXAMPLE = EXAMPLE_PROMPTS[0]
 
 
@@ -66,7 +72,7 @@ def test_previews_look_like_the_videos(engine: Engine) -> None:
         sizes = {"height": facts.height, "width": facts.width, "num_frames": facts.num_frames, "fps": facts.fps}
         params = GenerateParams(prompt=prompt, seed=seed, crf=18, **sizes)
         with torch.inference_mode():
-            x0_pred = engine.loop(engine._noise(params), engine.embed(prompt).prompt)
+            x0_pred = engine.loop(engine.draw(params), engine.embed(prompt).prompt)
             frames_THWC = torch.cat([frames.clone() for frames in engine.decoder.frames(x0_pred)], dim=1)[0].double()
         preview_FHWC = preview_frames(x0_pred, engine.preview_map).double()
         rows = facts.height // preview_FHWC.shape[1]
@@ -107,7 +113,7 @@ def test_teacher_folder_is_a_pipeline_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("prompt", EXAMPLE_PROMPTS)
-def test_examples_of_the_page_are_followed_for_nine_of_ten_seeds(engine: Engine, tmp_path: Path, prompt: str) -> None:
+def test_example_prompts_are_followed_for_nine_of_ten_seeds(engine: Engine, tmp_path: Path, prompt: str) -> None:
     scene, right = parse_caption(prompt), []
     for seed in range(10):
         clip = generate(engine, prompt, seed, tmp_path / f"{seed}.mp4")

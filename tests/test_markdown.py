@@ -113,7 +113,7 @@ def test_a_misprint_is_found(command: str, complaint: str) -> None:
 
 def test_commands_are_cut_as_a_shell_cuts_them() -> None:
     script = (
-        "A=1 make serve  # comment\nid=$(curl -s x | cut -d'\"' -f4)\n"
+        "A=1 make serve  # the maker's comment\n# \"\nid=$(curl -s x | cut -d'\"' -f4)\n"
         "python -c 'a\nb' > out 2> err && make \\\n  test\n"
     )
     assert list(commands(script)) == [

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 
 from codmd_serve import __version__
-from codmd_serve.api import generate, jobs, videos
+from codmd_serve.api import generate, jobs, models, videos
 from codmd_serve.api.backend import Backend, public_facts
 from codmd_serve.api.errors import CODES, add_error_handlers
 from codmd_serve.api.limits import Limits
@@ -62,7 +62,8 @@ def create_app(
     config = backend.config
     app.state.backend = backend
     app.state.metrics = metrics or Metrics()
-    app.state.metrics.watch(backend.known_queue, lambda: backend.is_ready, backend.dispatcher, config.queue_size)
+    watched = (backend.known_queue, lambda: backend.is_ready, backend.dispatcher, config.queue_size)
+    app.state.metrics.watch(*watched, lambda: backend.num_unserved)
     app.state.rates = Rates(config.key_jobs_per_minute)
     app.state.page, app.state.has_page = None, load_page is not None
     # The last one added is the first to see a request.
@@ -70,7 +71,7 @@ def create_app(
     app.add_middleware(Limits, max_body_bytes=config.max_body_bytes, body_timeout_s=config.body_timeout_s)
     app.add_middleware(KeyCheck, keys=keys or {})
     app.add_middleware(HostCheck, names=allowed_names(config))
-    for router in (generate.router, jobs.router, videos.router):
+    for router in (generate.router, jobs.router, models.router, videos.router):
         app.include_router(router)
     app.add_api_route("/health", health, summary="Is the process alive")
     app.add_api_route("/ready", ready, summary="Is the model warm", responses={503: {"model": HealthBody}})
@@ -84,18 +85,18 @@ async def health(request: Request) -> HealthBody:
     """Always 200 while the process lives; says whether a model is warm and how long the queue is."""
     backend: Backend = request.app.state.backend
     num_waiting, num_running, _ = backend.queue
-    models = backend.models()
+    served = backend.models()
     runner: Any = backend.dispatcher.runner if backend.dispatcher is not None else None
-    is_loaded = bool(models) and (runner is None or runner.facts is not None)
+    is_loaded = bool(served) and (runner is None or runner.facts is not None)
     return HealthBody(
         status="ok",
         is_ready=backend.is_ready,
         reason=backend.reason,
-        model=public_facts(models[0]) if is_loaded else None,
+        model=public_facts(served[0]) if is_loaded else None,
         num_waiting=num_waiting,
         is_running=num_running > 0,
         num_running=num_running,
-        num_workers=sum(model.capacity for model in models) if runner is None else runner.num_workers,
+        num_workers=sum(model.capacity for model in served) if runner is None else runner.num_workers,
         num_worker_restarts=sum(getattr(runner, "restarts", {}).values()),
         num_unserved=backend.num_unserved,
         version=__version__,

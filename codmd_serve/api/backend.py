@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from codmd_serve import __version__
 from codmd_serve.bundle import bundle_hash, declared_facts
-from codmd_serve.config import ENGINE_SETTINGS, ModelFacts, ServeConfig
+from codmd_serve.config import ENGINE_SETTINGS, NEUTRAL_SETTINGS, ModelFacts, ServeConfig
 from codmd_serve.dispatcher import Dispatcher
 from codmd_serve.errors import CodmdError, GenerationError, InvalidRequestError, StorageFullError
 from codmd_serve.jobs.database import Database
@@ -33,6 +33,8 @@ REFRESH_S = 1.0
 SWEEP_S = 30.0
 POLL_S = 1.0
 CANCEL_GRACE_S = 5.0
+# A client that said it is gone, and reloads its page, follows its job again within this time.
+LEAVE_GRACE_S = 5.0
 
 Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class Own:
 
 def engine_key(config: ServeConfig) -> str:
     """Hash of what decides the bytes of a video besides bundle and request: version and settings of the engine."""
-    settings = {name: getattr(config, name) for name in ENGINE_SETTINGS if name != "text_cache"}
+    settings = {name: getattr(config, name) for name in ENGINE_SETTINGS if name not in NEUTRAL_SETTINGS}
     return hashlib.sha256(json.dumps([__version__, settings], sort_keys=True).encode()).hexdigest()
 
 
@@ -108,6 +110,7 @@ class Backend:
         self._store_error = ""
         self._listener = Listener(database, hub, self._on_change)
         self._task: asyncio.Task[None] | None = None
+        self._leaving: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
         """Look at the store once, start dispatcher and refreshing."""
@@ -129,9 +132,10 @@ class Backend:
         """End everything. `drain` first, for those who wait."""
         if not self.is_stopped:
             await self.drain(0.0)
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [*self._leaving.values(), *([self._task] if self._task is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self._listener.stop)
         self.store.database.close()
 
@@ -192,6 +196,19 @@ class Backend:
         live = [model for model in found.values() if model.capacity]
         return [own, *live]
 
+    def offered(self) -> list[ServedModel]:
+        """Models that requests may name: the bundles, each with the teacher that runs beside its student."""
+        found = []
+        for model in self.models():
+            found.append(model)
+            teacher = model.facts.teacher if model.facts is not None else None
+            if teacher is not None:
+                name, num_steps, service_s = teacher.name, teacher.num_steps, teacher.service_s
+                facts = replace(facts_of(model), name=name, num_steps=num_steps, service_s=service_s, teacher=None)
+                facts = replace(facts, lossy_beside="")
+                found.append(replace(model, name=name, facts=facts, service_s=service_s, teacher=teacher))
+        return found
+
     def model(self, name: str | None = None) -> ServedModel:
         """The model that a request means.
 
@@ -199,10 +216,11 @@ class Backend:
             InvalidRequestError: no model has that name.
             GenerationError: code not_ready: nothing is known about any model yet.
         """
-        models = self.models()
+        models = self.offered()
         if name:
             known = [model for model in models if name in (model.name, model.bundle)]
-            if not known and models:
+            is_loading = self.dispatcher is not None and self.dispatcher.runner.facts is None
+            if not known and models and not (self.config.teacher and is_loading):
                 names = ", ".join(model.name for model in models)
                 raise InvalidRequestError(f"model must be one of {names}, got {name[:60]!r}", "model")
             models = known
@@ -332,12 +350,34 @@ class Backend:
         if self.dispatcher is not None:
             self.dispatcher.cancel(job.id)
 
+    def leave(self, job: Job) -> None:
+        """Cancel a job soon unless somebody listens then: its client said that it is gone. Returns at once."""
+        if not job.is_final and job.id not in self._leaving:
+            self._leaving[job.id] = asyncio.create_task(self._cancel_unheard(job))
+
+    async def _cancel_unheard(self, job: Job) -> None:
+        try:
+            # The stream of the client that left may end a little after its word arrives.
+            await asyncio.sleep(LEAVE_GRACE_S)
+            channel = self.hub.known(job.id)
+            if self.is_draining or (channel is not None and channel.num_listeners):
+                return
+            await self.call(self.store.cancel, job.id)
+            if self.dispatcher is not None:
+                self.dispatcher.cancel(job.id)
+        except CodmdError as error:
+            logger.warning("job=%s cannot be cancelled: %s", job.id, error)
+        finally:
+            self._leaving.pop(job.id, None)
+
     async def position(self, job: Job) -> tuple[int, float | None]:
         """Jobs that wait before this one, and seconds until it is done; None when that cannot be known."""
         model = next((model for model in self.models() if model.bundle == job.bundle), None)
         service_s = 0.0
         if model is not None:
             service_s = model.service_s or (model.facts.service_s if model.facts else 0.0)
+            if job.params.teacher and model.facts is not None and model.facts.teacher is not None:
+                service_s = model.facts.teacher.service_s
             if self.dispatcher is not None and self.own is not None and self.own.bundle == job.bundle:
                 service_s = self.dispatcher.runner.service_s(job.params) or service_s
         ahead = 0

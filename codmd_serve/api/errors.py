@@ -93,6 +93,7 @@ CODES = {
     "worker_lost": "500: the machine that ran the job was not heard of again, on every attempt",
     "not_served": "503: no worker of its bundle was there for `--unserved-hours`",
     "worker_fatal": "500: the model cannot be loaded",
+    "no_teacher": "500: the teacher that the job was for is not served any more",
     "non_finite": "500: the network or the VAE gave values that are not finite",
     "wrong_vae": "500: the bundle's VAE makes frames of another size than it says",
     "encode_failed": "500: ffmpeg could not encode the video",

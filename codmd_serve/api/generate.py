@@ -86,7 +86,7 @@ async def submit(
     """Judge a body and write the job that it asks for; see Backend.submit."""
     check_rate(request)
     model = backend.model(body.model)
-    params = to_params(body, facts_of(model), backend.config.max_pixels)
+    params = to_params(body, facts_of(model), backend.config.max_pixels, model.teacher)
     if body.webhook_url is not None:
         check_webhook_url(body.webhook_url, backend.config)
     key = key or request.headers.get("idempotency-key", "")

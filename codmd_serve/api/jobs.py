@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from codmd_serve.jobs.states import Job
 
 KEEP_ALIVE_S = 15.0
 POLL_S = 1.0
+FILE_NAME = re.compile(r"[A-Za-z0-9-]{1,100}\.(mp4|gif|webp)")
 KIND_OF_STATUS = {"completed": "done", "expired": "done"}
 EVENT = {
     "type": "object",
@@ -100,6 +102,32 @@ async def get_video(job_id: str, request: Request) -> Response:
     backend: Backend = request.app.state.backend
     job = await find_job(backend, job_id, request)
     return await video_response(backend, job, request.headers, {"X-Seed": str(job.params.seed)})
+
+
+@router.get(
+    "/jobs/{job_id}/video/{name}",
+    response_class=Response,
+    responses={**file_answers(X_Seed="the seed that makes this video again"), **refusals(401, 404, 409, 410, 416)},
+    summary="The same, under a name to save it by",
+)
+async def get_named_video(job_id: str, name: str, request: Request) -> Response:
+    """As GET /jobs/{id}/video; `name` is what the file is called where it is saved, and decides nothing else."""
+    if FILE_NAME.fullmatch(name) is None:
+        raise HTTPException(404, "the name of a video is letters, digits and hyphens with .mp4, .gif or .webp")
+    backend: Backend = request.app.state.backend
+    job = await find_job(backend, job_id, request)
+    headers = {"X-Seed": str(job.params.seed), "Content-Disposition": f'attachment; filename="{name}"'}
+    return await video_response(backend, job, request.headers, headers)
+
+
+@router.post("/jobs/{job_id}/leave", status_code=202, responses=refusals(401, 404), summary="Stop waiting for a job")
+async def leave_job(job_id: str, request: Request) -> JobBody:
+    """Say that this client is gone, as a closing tab does: the job is cancelled unless somebody follows its events,
+    or begins to, within a few seconds."""
+    backend: Backend = request.app.state.backend
+    job = await find_job(backend, job_id, request)
+    backend.leave(job)
+    return await describe(backend, job)
 
 
 @router.get(

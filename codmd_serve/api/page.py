@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from codmd_serve.api.errors import error_response
 
-SESSION = r"[A-Za-z0-9]{1,64}"
+SESSION = r"[A-Za-z0-9-]{1,64}"
 GET_ROUTES = re.compile(
     rf"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/(static|assets|svelte)/[\w./@+-]{{1,300}}"
     rf"|/gradio_api/(info|startup-events|theme\.css|app_id|heartbeat/{SESSION}|queue/data)"
@@ -158,4 +158,4 @@ def _is_of_page(scope: Scope) -> bool:
 
 
 def _has_session(scope: Scope) -> bool:
-    return re.fullmatch(rb"session_hash=[A-Za-z0-9]{1,64}", scope["query_string"]) is not None
+    return re.fullmatch(rb"session_hash=[A-Za-z0-9-]{1,64}", scope["query_string"]) is not None

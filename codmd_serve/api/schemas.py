@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictFloat, StrictInt, field_validator
 
-from codmd_serve.config import DEFAULT_CRF, MAX_PROMPT_CHARS, MAX_SEED, GenerateParams, ModelFacts
+from codmd_serve.config import DEFAULT_CRF, MAX_PROMPT_CHARS, MAX_SEED, GenerateParams, ModelFacts, TeacherFacts
 from codmd_serve.errors import InvalidRequestError
 from codmd_serve.jobs.events import Channel
 from codmd_serve.jobs.states import Job
@@ -181,7 +181,15 @@ def rfc3339(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def to_params(body: GenerateBody, facts: ModelFacts, max_pixels: int = 0) -> GenerateParams:
+def pixel_budget(facts: ModelFacts, max_pixels: int = 0) -> int:
+    """Return the largest height * width * num_frames that is accepted; for `max_pixels` see `to_params`."""
+    budget_px = max_pixels or DEFAULT_BUDGET_FACTOR * facts.height * facts.width * facts.num_frames
+    return min(budget_px, facts.max_video_px or budget_px)
+
+
+def to_params(
+    body: GenerateBody, facts: ModelFacts, max_pixels: int = 0, teacher: TeacherFacts | None = None
+) -> GenerateParams:
     """Complete a body with what the model was trained at, and refuse what the model cannot do.
 
     Args:
@@ -189,11 +197,15 @@ def to_params(body: GenerateBody, facts: ModelFacts, max_pixels: int = 0) -> Gen
         facts: of the loaded model.
         max_pixels: operator's bound on height * width * num_frames; 0 is four times the model's own. What the memory
             of the device has no room for is refused whatever the bound.
+        teacher: that shall make it; None is the student.
 
     Raises:
         InvalidRequestError: names the field and what would be accepted.
     """
-    _refuse_guidance(body, facts)
+    if teacher is None:
+        _refuse_guidance(body, facts)
+    else:
+        _refuse_other_sampling(body, teacher)
     if body.crf is not None and body.quality in QUALITY_CRF:
         raise InvalidRequestError("give crf or quality, not both", "quality")
     if body.quality == LOSSLESS and facts.lossy:
@@ -212,12 +224,12 @@ def to_params(body: GenerateBody, facts: ModelFacts, max_pixels: int = 0) -> Gen
         fps=body.fps or facts.fps,
         crf=body.crf or QUALITY_CRF.get(body.quality or "", DEFAULT_CRF),
         format=body.format,
-        may_be_lossy=bool(facts.lossy_beside) and body.quality in QUALITY_CRF,
+        may_be_lossy=bool(facts.lossy_beside) and body.quality in QUALITY_CRF and teacher is None,
+        teacher="" if teacher is None else teacher.fingerprint,
     )
     if params.format == "gif":
         _check_gif(body, params)
-    budget_px = max_pixels or DEFAULT_BUDGET_FACTOR * facts.height * facts.width * facts.num_frames
-    _check_shape(params, facts, min(budget_px, facts.max_video_px or budget_px))
+    _check_shape(params, facts, pixel_budget(facts, max_pixels))
     return params
 
 
@@ -242,6 +254,18 @@ def _refuse_guidance(body: GenerateBody, facts: ModelFacts) -> None:
             f"this is a distilled student, which was trained for exactly {facts.num_steps} steps: "
             f"leave num_inference_steps out or say {facts.num_steps}",
             "num_inference_steps",
+        )
+
+
+def _refuse_other_sampling(body: GenerateBody, teacher: TeacherFacts) -> None:
+    settled = {"guidance_scale": teacher.guidance_scale, "num_inference_steps": teacher.num_steps}
+    for name, value in settled.items():
+        if getattr(body, name) not in (None, value):
+            raise InvalidRequestError(f"this teacher is served with {name} {value:g} only: leave it out", name)
+    if body.negative_prompt:
+        raise InvalidRequestError(
+            "this teacher is served with the negative prompt of its folder only: leave negative_prompt out",
+            "negative_prompt",
         )
 
 

@@ -78,14 +78,14 @@ router = APIRouter(prefix="/v1")
 async def list_models(request: Request) -> dict[str, Any]:
     """Names for `model`, the default first."""
     backend: Backend = request.app.state.backend
-    return {"object": "list", "data": [_model(model) for model in backend.models()]}
+    return {"object": "list", "data": [_model(model) for model in backend.offered()]}
 
 
 @router.get("/models/{name}", responses={200: {"model": ModelCard}, **refusals(401, 404)}, summary="One model")
 async def get_model(name: str, request: Request) -> dict[str, Any]:
     """A model by its name."""
     backend: Backend = request.app.state.backend
-    model = next((model for model in backend.models() if model.name == name), None)
+    model = next((model for model in backend.offered() if model.name == name), None)
     if model is None:
         raise HTTPException(404, "no such model; /v1/models lists them")
     return _model(model)

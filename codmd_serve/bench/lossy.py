@@ -19,6 +19,7 @@ from codmd_serve.errors import ConfigError
 from codmd_serve.loading import load_engine
 from codmd_serve.wan.fp8 import check_quantization
 from codmd_serve.wan.kernels import check_attention_name
+from codmd_serve.wan.transformer import PromptCache
 from codmd_serve.wan.vae import latent_shape
 
 # Name in the table -> settings of the engine that differ.
@@ -81,7 +82,9 @@ def outputs(engine: Engine, params: GenerateParams) -> tuple[Tensor, Tensor]:
     """Return final latents (1, C, F, H, W) float32 and frames (T, H, W, 3) uint8 of a request, on the CPU."""
     shape = latent_shape(engine.bundle.vae, params.height, params.width, params.num_frames)
     noise = draw_noise(params.seed, (len(engine.bundle.spec.timesteps), 1, *shape)).to(engine.transformer.device)
-    latents = engine.loop(noise, engine.embed(params.prompt).prompt)
+    prompt = engine.embed(params.prompt).prompt
+    assert isinstance(prompt, PromptCache)
+    latents = engine.loop(noise, prompt)
     frames = torch.cat([chunk[0].cpu() for chunk in engine.decoder.frames(latents)])
     return latents.float().cpu(), frames
 

@@ -7,7 +7,7 @@ lease, so a dispatcher that was slow for too long cannot overwrite what its succ
 import json
 from dataclasses import asdict, dataclass, field
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, true
 
 from codmd_serve.config import ModelFacts
 from codmd_serve.jobs.database import Database
@@ -51,6 +51,7 @@ class Leases:
         engine_key: see store.Model.
         lease_s: seconds that a claim holds without a heartbeat.
         max_attempts: tries of a job whose worker dies or whose lease runs out.
+        has_teacher: whether it claims jobs of the teacher too.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Leases:
         engine_key: str = "",
         lease_s: float = 30.0,
         max_attempts: int = 2,
+        has_teacher: bool = False,
     ) -> None:
         self.database = database
         self.owner = owner
@@ -70,13 +72,17 @@ class Leases:
         self.engine_key = engine_key
         self.lease_s = lease_s
         self.max_attempts = max_attempts
+        self.has_teacher = has_teacher
 
     def claim(self) -> Job | None:
         """Take the job that has waited longest; None when none waits. No two dispatchers get the same."""
         with self.database.write() as connection:
+            # A quote of a prompt is escaped in JSON, so this is found where the field is and nowhere else.
+            is_of_student = ~jobs.c.params.contains('"teacher": "', autoescape=True)
             query = (
                 select(jobs.c.id)
                 .where(jobs.c.status == QUEUED, jobs.c.bundle == self.bundle)
+                .where(true() if self.has_teacher else is_of_student)
                 .order_by(jobs.c.number)
                 .limit(1)
                 .with_for_update(skip_locked=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, true
 
-from codmd_serve.config import ModelFacts
+from codmd_serve.config import ModelFacts, TeacherFacts
 from codmd_serve.errors import ConflictError, QueueFullError
 from codmd_serve.jobs.database import Database
 from codmd_serve.jobs.rows import CHANGED_CHANNEL, change, encode_params, read_job, select_jobs, to_job
@@ -49,6 +49,7 @@ class ServedModel:
         reason: why not.
         service_s: seconds that a video takes.
         is_served: whether a dispatcher of it is alive, warm or not.
+        teacher: that this stands for, beside the student of the bundle; None is the student.
     """
 
     bundle: str
@@ -60,6 +61,7 @@ class ServedModel:
     reason: str
     service_s: float
     is_served: bool = False
+    teacher: TeacherFacts | None = None
 
 
 class JobStore:
@@ -269,6 +271,10 @@ class JobStore:
                 reason = f"no worker serves the bundle {row.model}"
                 known = ServedModel(row.bundle, row.model, row.engine_key, facts, 0, False, reason, row.service_s)
             if row.alive_until > now:
+                if known.facts is not None and known.facts.teacher is None and row.facts:
+                    # Only some dispatchers of a bundle may have its teacher.
+                    teacher = ModelFacts(**json.loads(row.facts)).teacher
+                    known = replace(known, facts=replace(known.facts, teacher=teacher))
                 is_ready = known.is_ready or bool(row.is_ready)
                 reason = "" if is_ready else row.reason
                 capacity = known.capacity + row.capacity

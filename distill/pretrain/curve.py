@@ -26,6 +26,7 @@ from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.evaluate.joint import FACTORS, TIED_PAIRS, dependence_distance, marginal_distances, pair_taus
 from distill.evaluate.shapebench import SuiteConfig, plan_suite
 from distill.networks.build import denoiser
+from distill.pretrain.curve_plot import CURVE_PICTURE, plot_factor_curve
 from distill.pretrain.curve_worker import ignore_interrupts, measure_clip, measure_truth
 from distill.pretrain.prompts import PromptTable
 from distill.pretrain.whole_clip import decode_clip
@@ -69,6 +70,8 @@ class FactorCurve:
         while not self.write() and time.monotonic() < deadline:
             time.sleep(0.1)
         self.executor.shutdown(wait=True, cancel_futures=True)
+        if self.path.is_file():
+            plot_factor_curve(self.path, self.path.with_name(CURVE_PICTURE))
 
     def measure(
         self,

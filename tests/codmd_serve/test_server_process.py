@@ -1,6 +1,5 @@
 """The whole thing as a user starts it: one `codmd-serve` process with its page, its worker, and a tiny real bundle."""
 
-import json
 import os
 import signal
 import socket
@@ -13,6 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 
 from codmd_serve import cli
 
@@ -117,25 +118,23 @@ def test_unknown_words_are_made_and_told(server: Running) -> None:
     assert answer.headers["warnings"] == expected
 
 
-def test_the_page_is_at_the_root_and_makes_a_video(server: Running) -> None:
+def test_the_page_is_at_the_root_and_a_program_makes_a_video_by_it(server: Running, tmp_path: Path) -> None:
+    """docs/serving.md shows this to users of gradio_client."""
     server.until(lambda: server.client.get("/").status_code == 200)
     page = server.client.get("/")
     assert page.status_code == 200 and "codmd-serve" in page.text
-    config = server.client.get("/config").json()
-    button = next(each["id"] for each in config["components"] if each["props"].get("elem_id") == "generate")
-    event = next(each for each in config["dependencies"] if [button, "click"] in each["targets"])
-    job = {"data": [PROMPT, 7], "fn_index": event["id"], "session_hash": "s"}
-    assert server.client.post("/gradio_api/queue/join", json=job).status_code == 200
-    with server.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "s"}) as events:
-        for line in events.iter_lines():
-            message = json.loads(line.removeprefix("data:")) if line else {}
-            if message.get("msg") == "process_completed":
-                break
-    assert message["success"], message
-    screen, times = message["output"]["data"]
-    assert "seed <b>7</b>" in times
-    source = screen.partition('src="')[2].partition('"')[0]
-    assert server.client.get(f"/{source}").content == server.generate(seed=7).content
+    client = Client(f"http://127.0.0.1:{server.port}", verbose=False, analytics_enabled=False, download_files=tmp_path)
+    try:
+        video = Path(client.predict(PROMPT, 7, api_name="/generate"))
+        assert video.name == "a-red-circle-moves-right-quickly-on-a-black-background-7.mp4"
+        assert video.read_bytes() == server.generate(seed=7).content
+        with pytest.raises(AppError, match="Prompt: must not be blank"):
+            client.predict("  ", 7, api_name="/generate")
+        with pytest.raises(AppError, match="Model must be one of tiny-codmd, got 'no such'"):
+            client.predict(PROMPT, 7, "no such", api_name="/generate")
+    finally:
+        client.close()
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_s5_the_page_keeps_its_files_in_a_folder_of_our_own(server: Running) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from codmd_serve import service_time
-from codmd_serve.config import GenerateParams, ModelFacts
+from codmd_serve.config import GenerateParams, ModelFacts, TeacherFacts
 from codmd_serve.service_time import DEADLINE_FACTOR, STALL_FACTOR, ServiceTimes, encoder_limit_s
 
 NATIVE = GenerateParams(prompt="a", seed=1, height=64, width=64, num_frames=16, fps=16, crf=18)
@@ -61,6 +61,17 @@ def test_limits_grow_with_the_square_of_an_unknown_shape() -> None:
     assert times.stall_s(large, 60.0) == 60.0 + STALL_FACTOR * 32.0
     assert times.deadline_s(large, 120.0) == 120.0 + DEADLINE_FACTOR * 32.0
     assert times.deadline_s(replace(NATIVE, height=16), 0.0) == DEADLINE_FACTOR * 0.5
+
+
+def test_the_teacher_has_times_and_limits_of_its_own() -> None:
+    teacher = TeacherFacts(name="base", fingerprint="f", num_steps=50, guidance_scale=3.0, service_s=40.0)
+    times, slow = ServiceTimes(replace(FACTS, teacher=teacher)), replace(NATIVE, teacher="f")
+    assert times.expected_s(slow) == 40.0 and times.expected_s(NATIVE) == 2.0
+    assert times.expected_s(replace(slow, height=128)) == 80.0
+    assert times.deadline_s(slow, 60.0) == 60.0 + DEADLINE_FACTOR * 40.0
+    times.add(replace(slow, height=128), 30.0)
+    assert times.expected_s(replace(slow, height=128)) == 30.0
+    assert times.expected_s(replace(NATIVE, height=128)) == 4.0
 
 
 def test_each_format_learns_from_its_own_videos() -> None:

@@ -73,7 +73,9 @@ def storm(
             # Every third kill may hit a server or worker that only starts.
             if number % 3:
                 until(lambda: running(server), server.said)
-            time.sleep(rng.uniform(0.0, engine.pause_s))
+            moment = time.monotonic() + rng.uniform(0.0, engine.pause_s)
+            while time.monotonic() < moment:
+                time.sleep(0.005)
             strike(rng)
     until(lambda: server.answers("/health"), server.said)
     return load, num_rounds

@@ -1,6 +1,6 @@
 """`codmd-distill eval study serve`: puts the page of app/study.py before a study, until told to stop.
 
-The one module of distill that imports the page; the page imports nothing of ours.
+The page imports nothing of ours; it is given the session.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
-from app.study import build_app
+from codmd_serve.commands import app_module
 from codmd_serve.errors import ConfigError, ConflictError, InvalidRequestError, StorageFullError
 from distill.evaluate.study.session import StudySession, UnknownRaterError
 
@@ -50,7 +50,7 @@ def serve_study(folder: Path, host: str, port: int, *, is_rehearsal: bool) -> in
     try:
         with _bind(host, port) as listener:
             config = uvicorn.Config(
-                build_app(session, STATUSES),
+                app_module("study").build_app(session, STATUSES),
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -107,10 +107,25 @@ def read_result(path: Path) -> DimensionResult:
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: {error}; score that dimension again") from error
     check_raw(result.raw, f"{path}: raw")
+    _check_denominator(result, path)
     for video in videos:
         if video.score is not None:
             check_raw(video.score, f"{path}: the score of sample {video.sample} of {shown(video.prompt)}")
     return result
+
+
+def _check_denominator(result: DimensionResult, path: Path) -> None:
+    """Refuse a file whose mean is not over all of its videos, failed ones included."""
+    counted = [video for video in result.videos if video.is_counted]
+    num_failed = sum(video.score is None for video in counted)
+    expected = result.evaluator_raw * (len(counted) - num_failed) / len(counted) if counted else math.nan
+    if (result.num_videos, result.num_failed) != (len(counted), num_failed) or not math.isclose(
+        result.raw, expected, abs_tol=1e-6
+    ):
+        raise ConfigError(
+            f"{path} is damaged: its mean of {result.num_videos} videos, {result.num_failed} of them failed, does not "
+            f"belong to the {len(counted)} videos that it lists; score that dimension again"
+        )
 
 
 def read_results(folder: Path) -> dict[str, DimensionResult]:

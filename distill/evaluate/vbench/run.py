@@ -192,6 +192,9 @@ def _score(
     notes = [UNFILTERED] if dimension == FLICKER and not is_filtered else []
     if not plan.is_official:
         notes.append("not the prompt list of VBench 0.1.5")
+    fewest = min(len(planned) for _, planned in chosen)
+    if fewest < SAMPLES:
+        notes.append(f"{fewest} videos of a prompt or more, where VBench scores {SAMPLES}")
     if num_failed:
         notes.append(f"{num_failed} of {len(counted)} videos failed and count as 0")
     return DimensionResult(

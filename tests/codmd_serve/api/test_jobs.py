@@ -281,6 +281,67 @@ def test_the_story_of_a_job_of_another_process_ends_too(client: Any) -> None:
     assert kinds_of(client.get(location + "/events").text) == ["done"]
 
 
+# leaving
+
+
+def test_a_job_that_its_client_left_is_cancelled_when_nobody_follows_it(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_module, "LEAVE_GRACE_S", 0.01)
+    running, waiting = begin(client, f"wait {tmp_path / 'never'}"), begin(client, "b")
+    for job_id in (waiting, running):
+        assert client.post(f"/jobs/{job_id}/leave").status_code == 202
+        assert client.post(f"/jobs/{job_id}/leave").status_code == 202, "saying it twice is no error"
+    for job_id in (waiting, running):
+        status_is(client, job_id, "cancelled")
+
+
+def test_a_job_that_somebody_else_follows_goes_on(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "LEAVE_GRACE_S", 0.01)
+    gate = tmp_path / "gate"
+    job_id = begin(client, f"wait {gate}")
+    hub = client.backend.hub
+    with ThreadPoolExecutor(1) as other:
+        followed = other.submit(lambda: kinds_of(client.get(f"/jobs/{job_id}/events").text))
+        try:
+            until(lambda: (channel := hub.known(job_id)) is not None and channel.num_listeners)
+            client.post(f"/jobs/{job_id}/leave")
+            until(lambda: not client.backend._leaving)
+            assert job_of(client, job_id)["status"] == "running"
+        finally:
+            gate.touch()
+        assert followed.result(DEADLINE_S)[-1] == "done"
+
+
+def test_leaving_a_finished_or_unknown_job_changes_nothing(client: Any) -> None:
+    refusal(client.post("/jobs/nowhere/leave"), 404, "not_found")
+    job_id = begin(client, "a")
+    status_is(client, job_id, "completed")
+    assert client.post(f"/jobs/{job_id}/leave").json()["status"] == "completed"
+    assert not client.backend._leaving
+
+
+# names to save by
+
+
+@pytest.mark.parametrize("name", ["a-ring-7.mp4", "A1.webp"])
+def test_a_video_is_saved_under_the_name_that_was_asked_for(client: Any, name: str) -> None:
+    job_id = begin(client, "a")
+    status_is(client, job_id, "completed")
+    named = client.get(f"/jobs/{job_id}/video/{name}")
+    assert named.status_code == 200 and named.content == client.get(f"/jobs/{job_id}/video").content
+    assert named.headers["content-disposition"] == f'attachment; filename="{name}"'
+    assert client.get(f"/jobs/{job_id}/video/{name}", headers={"Range": "bytes=1-2"}).status_code == 206
+
+
+@pytest.mark.parametrize(
+    "name", ["a.exe", "a b.mp4", 'a".mp4', "a%0d%0ab.mp4", ".mp4", "..%2fa.mp4", "x" * 200 + ".mp4"]
+)
+def test_a_name_that_is_none_is_not_found(client: Any, name: str) -> None:
+    job_id = begin(client, "a")
+    refusal(client.get(f"/jobs/{job_id}/video/{name}"), 404, "not_found")
+
+
 def test_a_job_says_that_no_worker_serves_its_bundle(serve: Serve, tmp_path: Path) -> None:
     """A server that comes back with another bundle, and an API alone: the job of the first one waits, and says so."""
     with serve() as client:

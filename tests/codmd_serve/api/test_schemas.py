@@ -46,6 +46,7 @@ def test_what_is_left_out_is_what_the_model_was_trained_at() -> None:
         "crf": 18,
         "format": "mp4",
         "may_be_lossy": False,
+        "teacher": "",
     }
 
 

@@ -35,8 +35,10 @@ def store(database: Database) -> JobStore:
 def submit(store: JobStore) -> Callable[..., Job]:
     """Submit a job of the bundle "b"; the prompt decides its content."""
 
-    def submitted(prompt: str = "a", limits: QueueLimits = LIMITS, may_reuse: bool = True, **values: Any) -> Job:
-        params = replace(PARAMS, prompt=prompt)
+    def submitted(
+        prompt: str = "a", limits: QueueLimits = LIMITS, may_reuse: bool = True, teacher: str = "", **values: Any
+    ) -> Job:
+        params = replace(PARAMS, prompt=prompt, teacher=teacher)
         new = NewJob(params=params, bundle="b", content_key=content_key("b", "e", params), **values)
         return store.submit(new, limits, may_reuse)[0]
 

@@ -5,11 +5,12 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from codmd_serve.config import ModelFacts
+from codmd_serve.config import ModelFacts, TeacherFacts
 from codmd_serve.jobs.leases import Finished, Leases
 from codmd_serve.jobs.rows import change
 from codmd_serve.jobs.schema import jobs_table
@@ -243,3 +244,24 @@ def test_webhooks_are_due_when_the_job_is_final_and_taken_once(submit: Submit, l
 def test_the_clock_of_the_store_is_unix_time(store: JobStore) -> None:
     with store.database.read() as connection:
         assert store.database.now(connection) == pytest.approx(time.time(), abs=5.0)
+
+
+def test_jobs_of_the_teacher_wait_for_a_dispatcher_that_has_it(submit: Submit, leases: LeasesOf) -> None:
+    mine = '"teacher": "no such"'
+    of_teacher, of_student = submit("a", teacher="t" * 32), submit(mine)
+    plain = leases("plain").claim()
+    assert plain is not None and plain.id == of_student.id, "a prompt is never taken for the field"
+    assert leases("plain").claim() is None
+    found = leases("both", has_teacher=True).claim()
+    assert found is not None and found.id == of_teacher.id and found.params.teacher == "t" * 32
+
+
+def test_a_teacher_is_known_when_any_live_dispatcher_has_it(store: JobStore, leases: LeasesOf) -> None:
+    teacher = TeacherFacts(name="base", fingerprint="f", num_steps=50, guidance_scale=3.0, service_s=20.0)
+    leases("with").announce(replace(FACTS, teacher=teacher, examples=("a", "b")), 1, True, "", 2.5, 60.0)
+    leases("without").announce(FACTS, 1, True, "", 2.5, 90.0)
+    (model,) = store.models()
+    assert model.facts is not None and model.facts.teacher == teacher and model.capacity == 2
+    leases("with").announce(replace(FACTS, teacher=teacher), 1, True, "", 2.5, -1.0)
+    (model,) = store.models()
+    assert model.facts is not None and model.facts.teacher is None

@@ -28,6 +28,7 @@ def test_run_scores_every_dimension_and_keeps_what_is_scored(
         assert all(0 <= (video.score or 0) <= 1 for video in result.videos)
         assert result.evaluator["vbench"] == "0.1.5" and result.evaluator["device"] == "cpu"
     assert results[FLICKER].notes[0] == UNFILTERED
+    assert "2 videos of a prompt or more, where VBench scores 5" in results["scene"].notes
     monkeypatch.setenv("VBENCH_FAULT", "crash")
     assert run(folder, RunSettings(python=fake_python)) == results
     (folder / RESULTS_NAME / "scene.json").unlink()

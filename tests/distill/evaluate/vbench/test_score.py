@@ -211,6 +211,9 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
         ({"raw": math.nan}, "raw is nan"),
         ({"videos": [{**data["videos"][0], "score": math.nan}]}, "is nan"),
         ({"videos": [{"prompt": "a"}]}, "is damaged"),
+        ({"videos": data["videos"] * 2}, "does not belong to the 2 videos"),
+        ({"videos": []}, "does not belong to the 0 videos"),
+        ({"raw": 0.6}, "does not belong"),
     ):
         path.write_text(json.dumps({**data, **change}))
         with pytest.raises(ConfigError, match=message):
