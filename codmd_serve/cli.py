@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
+from codmd_serve.caches import prepare_caches
 from codmd_serve.commands import OneLineParser, app_module, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
@@ -25,6 +26,7 @@ from codmd_serve.cpu import prepare_threads
 from codmd_serve.doctor import run_doctor
 from codmd_serve.errors import ConfigError, InvalidRequestError
 from codmd_serve.files import check_name
+from codmd_serve.lean_imports import import_lean
 from codmd_serve.models_cli import add_models_arguments, resolve_bundle, run_models
 from codmd_serve.textfiles import shown
 from codmd_serve.video import check_encoder, find_ffmpeg, format_of
@@ -67,8 +69,8 @@ MODEL_FLAGS = (
     _serve_flag("dtype", "auto (bfloat16 on cuda, on a cpu what is faster), float32, bfloat16 or float16"),
     _serve_flag(
         "cache",
-        "folder that keeps converted students, empty is the user's cache folder, and what was measured at load for the "
-        "next one, empty measures every time",
+        "folder that keeps converted students, compiled kernels and what was measured at load, so that the next load "
+        "makes the same choices; empty is the user's cache folder",
     ),
     _serve_flag("vae_dtype", "auto (float16 on cuda where the activations fit, on a cpu what is faster), or a dtype"),
     _serve_flag("quantization", "none; fp8: 8-bit products, lossy, CUDA of capability 8.9; fp8-emulated, on a CPU"),
@@ -147,9 +149,13 @@ def _run(words: list[str]) -> int:
     for noisy in ("httpx", "httpx2", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     prepare_threads(os.environ, getattr(options, "threads", 0))  # before torch is imported
+    if hasattr(options, "cache"):
+        options.cache = options.cache or str(user_cache_folder())
+        prepare_caches(os.environ, options.cache)
     if hasattr(options, "bundle"):
         with _ended_by_sigterm():
-            options.bundle = resolve_bundle(options.bundle, getattr(options, "base", ""), _student_cache(options))
+            cache = getattr(options, "cache", "") or str(user_cache_folder())
+            options.bundle = resolve_bundle(options.bundle, getattr(options, "base", ""), Path(cache))
     if options.command == "bench":
         with _ended_by_sigterm():
             return run_bench(options, words)
@@ -231,10 +237,8 @@ def user_data_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share") / PROGRAM
 
 
-def _student_cache(options: argparse.Namespace) -> Path:
-    """Return the folder that keeps converted students."""
-    if getattr(options, "cache", ""):
-        return Path(options.cache)
+def user_cache_folder() -> Path:
+    """Where this platform keeps what a program can make again."""
     home = Path.home()
     if sys.platform == "darwin":
         return home / "Library" / "Caches" / PROGRAM
@@ -244,7 +248,7 @@ def _student_cache(options: argparse.Namespace) -> Path:
 def models(options: argparse.Namespace) -> int:
     """Print the table of published students, or prepare one of them."""
     with _ended_by_sigterm():
-        return run_models(options.name, options.base, _student_cache(options))
+        return run_models(options.name, options.base, Path(options.cache))
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -379,6 +383,7 @@ def generate(options: argparse.Namespace) -> int:
         field = str(problem["loc"][0])
         raise InvalidRequestError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", field) from None
     check_encoder(find_ffmpeg())
+    import_lean("codmd_serve.loading")
     from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 

@@ -128,8 +128,8 @@ class DistillConfig:
         score_shift, score_sigma_min, score_sigma_max: law of the noise levels at which teacher and critic are compared.
         score_window: which of these levels judge which exit step, see `methods.draws.score_window`.
         score_shared_sigma: one such level per batch instead of one per sample.
-        prompts: a txt, jsonl or tar file; empty draws captions of one and two objects in turn from the ShapeWorld
-            grammar, num_captions of them.
+        prompts: a txt, jsonl or tar file, a folder of tars, or one of packed samples; empty draws captions of one and
+            two objects in turn from the ShapeWorld grammar, num_captions of them.
         num_captions: captions drawn where there are no prompts.
         precision: auto, fp32 or bf16 (autocast); auto is bf16 where the device computes it fast.
         teacher_dtype, text_dtype: of the weights of teacher and text encoder, fp32 or bf16.
@@ -273,6 +273,7 @@ _WAN_RECIPE = Recipe(
     precision="bf16",
     teacher_dtype="bf16",
     text_dtype="bf16",
+    bundle_dtype="bf16",
 )
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe

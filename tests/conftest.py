@@ -1,11 +1,17 @@
 """Shared fixtures: a tiny random pipeline and bundle of the real classes, and what runs the tests."""
 
 # ruff: noqa: E402
+import atexit
 import os
+import shutil
+import tempfile
 
 from codmd_serve.cpu import prepare_threads
 
 prepare_threads(os.environ)  # before torch is imported
+# What servers of the tests measure and convert is theirs alone, and gone afterwards.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="codmd-tests-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from collections.abc import Iterator
 from pathlib import Path

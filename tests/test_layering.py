@@ -101,7 +101,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *WAN,
     ),
     "codmd_serve.messages": PURE,
+    "codmd_serve.caches": (),
     "codmd_serve.cpu": (),
+    "codmd_serve.lean_imports": (),
     "codmd_serve.service_time": PURE,
     "codmd_serve.worker_process": (*PURE, "codmd_serve.messages"),
     "codmd_serve.worker_slot": (
@@ -114,7 +116,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "codmd_serve.worker": (
         *PURE,
+        "codmd_serve.caches",
         "codmd_serve.cpu",
+        "codmd_serve.lean_imports",
         "codmd_serve.messages",
         "codmd_serve.engine",
         "codmd_serve.loading",

@@ -102,6 +102,7 @@ def test_tree_is_that_of_the_disk() -> None:
         ("make everything", "no target everything"),
         ("pip install -e '.[gpu]'", "no extra gpu"),
         ("python -m codmd_serve.nothing", "no module codmd_serve.nothing"),
+        ("pytest tests/gpu/test_nothing.py", "there is no tests/gpu/test_nothing.py"),
         ("codmd-sreve serve", "neither a program of ours"),
     ],
 )

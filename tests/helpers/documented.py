@@ -60,6 +60,7 @@ def judge(words: list[str], processes: int = 1) -> None:
         "python": _judge_python,
         "python3": _judge_python,
         "pip": _judge_pip,
+        "pytest": _judge_pytest,
         "timeout": lambda rest: judge(rest[1:], processes),
     }
     if program not in judges:
@@ -206,6 +207,13 @@ def _judge_python(words: list[str]) -> None:
         compile(words[1], "<documentation>", "exec")
     elif words and words[0].endswith(".py") and words[0] not in EXTERNAL and not (ROOT / words[0]).is_file():
         raise MisprintError(f"there is no file {words[0]}")
+
+
+def _judge_pytest(words: list[str]) -> None:
+    for word in words:
+        path = word.partition("::")[0]
+        if path.startswith("tests") and not (ROOT / path).exists():
+            raise MisprintError(f"there is no {path}")
 
 
 def _judge_pip(words: list[str]) -> None:
