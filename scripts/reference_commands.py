@@ -15,8 +15,9 @@ EMBEDDED = "the embedded student"
 OTHER_VARIABLES = {
     "CODMD_LOG_LEVEL": "`codmd-distill`: DEBUG, INFO (default), WARNING, ERROR or CRITICAL",
     "CXX": "`codmd-distill`: C++ compiler of `--compile` on a CPU; `g++` unless set",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "`codmd-distill` under mpirun, beside OMPI_COMM_WORLD_RANK, _SIZE and _LOCAL_RANK: how "
-    "many processes this machine has",
+    "MASTER_ADDR": "`codmd-distill` under srun or mpirun on several machines: the machine of rank 0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "`codmd-distill` under mpirun, beside OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK: "
+    "how many processes this machine has",
     "SLURM_STEP_NUM_NODES": "`codmd-distill` under srun, beside SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID: "
     "how many machines",
     "XDG_CACHE_HOME": "`codmd-serve` on Linux: the default of `--cache` is `$XDG_CACHE_HOME/codmd-serve`; "

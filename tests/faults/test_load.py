@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 import pytest
+from polling import pause
 from processes import ASYNC, ServerProcess, until
 from raw_http import Answer, Connections
 from records import percentile, rounds
@@ -105,7 +106,7 @@ class Crowd:
         _, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(b"POST /generate HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n")
         writer.write(f"cache-control: no-cache\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
-        await asyncio.sleep(0.3 * chance)
+        await pause(0.3 * chance)
         writer.transport.abort()
         self.outcomes["left"] += 1
 
@@ -116,12 +117,12 @@ class Crowd:
             answer = await self._ask(connections, "POST", "/generate", body, NO_CACHE)
         path = answer.headers["location"]
         if is_cancelled:
-            await asyncio.sleep(0.5 * chance)
+            await pause(0.5 * chance)
             job = (await self._ask(connections, "DELETE", path)).json()
         else:
             job = answer.json()
         while job["status"] not in FINAL:
-            await asyncio.sleep(0.5 + chance)
+            await pause(0.5 + chance)
             job = (await self._ask(connections, "GET", path)).json()
         self.outcomes[job["status"]] += 1
         if job["status"] == "completed":
@@ -198,7 +199,7 @@ def test_jobs_are_accepted_soon(sqlite_server: Server, record: Record) -> None:
         async with asyncio.TaskGroup() as group:
             for number in range(rate * seconds):
                 due_s = start_s + number / rate
-                await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+                await pause(due_s - time.monotonic())
                 group.create_task(send(connections, number, due_s))
         await connections.close()
 
@@ -275,7 +276,7 @@ class Overload:
         start_s = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for number in range(int(rate * seconds)):
-                await asyncio.sleep(max(0.0, start_s + number / rate - time.monotonic()))
+                await pause(start_s + number / rate - time.monotonic())
                 group.create_task(self.send(connections, number))
         await connections.close()
 
