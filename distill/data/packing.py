@@ -4,6 +4,7 @@ Knows no training loop. Parts are fixed by the source and not by the number of p
 interrupted in four processes is finished by one, with the same bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from transformers import UMT5EncoderModel
 
 from codmd_serve.device import DTYPES_BY_NAME
-from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import first_line, leftovers
 from codmd_serve.textfiles import read_json_object
 from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH, clean_prompt, encode_prompts
@@ -142,8 +143,10 @@ class Packing:
     ) -> PackedSet:
         """Write the parts that are missing, each rank its share, and then the index."""
         processes = self.processes
+        created: list[Path] = []
 
         def prepare() -> list[int]:
+            created.extend(path for path in (folder, *folder.parents) if not path.exists())
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -164,7 +167,14 @@ class Packing:
             ):
                 write_part(folder, number, samples, layout)
 
-        processes.on_all_ranks(write_share)
+        try:
+            processes.on_all_ranks(write_share)
+        except CodmdError:
+            # Input that is refused leaves no folder behind, unless a part is there to go on from.
+            for path in created:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            raise
         processes.on_rank0(lambda: finish_set(folder, num_parts, layout, source, **facts))
         return processes.on_all_ranks(lambda: open_set(folder))
 

@@ -43,9 +43,9 @@ def test_recipe_survives_json(name: str, method: str) -> None:
 
 
 def first_edition(config: DistillConfig) -> DistillConfig:
-    """The recipe of today with the size that the world had when format 1 was written."""
+    """The recipe of today as when format 1 was written: another size of the world, Wan's bundles in float32."""
     if config.recipe != "shapeworld":
-        return config
+        return dataclasses.replace(config, bundle_dtype="fp32")
     return dataclasses.replace(config, native=NativeConfig(height=64, width=64, num_frames=17, fps=16))
 
 
