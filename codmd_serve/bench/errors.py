@@ -45,7 +45,7 @@ Errors are |difference| / |reference| against float32, PSNR is that of the uint8
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write precision.md; return 0."""
-    parser = argparse.ArgumentParser(prog="codmd_serve.bench.errors", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="codmd_serve.bench.errors", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="docs/results", metavar="FOLDER")
     parser.add_argument("--bundle", default=str(default_bundle_path()), metavar="FOLDER")
     parser.add_argument("--requests", default=2, type=int, metavar="N", help="that errors are measured on, at most 4")

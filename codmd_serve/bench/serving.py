@@ -161,7 +161,7 @@ def ask(address: str, params: GenerateParams) -> Answer:
     Raises:
         urllib.error.URLError: no answer, or one that is no video.
     """
-    body = json.dumps(asdict(params)).encode()
+    body = json.dumps(params.to_dict()).encode()
     # no-cache: an equal request would be answered from the store.
     headers = {"content-type": "application/json", "cache-control": "no-cache"}
     request = urllib.request.Request(f"{address}/generate", body, headers)

@@ -28,8 +28,8 @@ GPU_GIB = 80.0
 FOREIGN = {
     "aiperf", "cat", "cd", "chmod", "cp", "cut", "df", "docker", "du", "echo", "export", "git", "grep", "head",
     "helm", "hf", "install", "journalctl", "jq", "kill", "kubectl", "ls", "mkdir", "nvidia-smi", "openssl", "pg_dump",
-    "pkill", "printf", "promtool", "psql", "rm", "rsync", "scp", "sed", "set", "sha256sum", "sleep", "source", "ssh",
-    "sudo", "systemctl", "tail", "tar", "tee", "true", "umask", "uname", "useradd", "wget",
+    "pkill", "printf", "promtool", "psql", "rm", "rsync", "scontrol", "scp", "sed", "set", "sha256sum", "sleep",
+    "source", "ssh", "sudo", "systemctl", "tail", "tar", "tee", "true", "umask", "uname", "useradd", "wget",
 }  # fmt: skip
 EXTERNAL = ("zero_to_fp32.py",)  # DeepSpeed writes it beside its checkpoints
 
@@ -55,6 +55,7 @@ def judge(words: list[str], processes: int = 1) -> None:
         "codmd-serve": _judge_serve,
         "codmd-distill": lambda rest: _judge_distill(rest, processes),
         "torchrun": _judge_torchrun,
+        "srun": _judge_srun,
         "make": _judge_make,
         "curl": _judge_curl,
         "python": _judge_python,
@@ -162,6 +163,12 @@ def judge_fit(config: DistillConfig, gpus: int) -> None:
     if not plan.fits:
         lacking = -plan.headroom_bytes / GIB
         raise MisprintError(f"{config.recipe} on {gpus} GPUs of {GPU_GIB:g} GiB lacks {lacking:.1f} GiB, says plan")
+
+
+def _judge_srun(words: list[str]) -> None:
+    first = next(place for place, word in enumerate(words) if word.endswith(("codmd-distill", "codmd-serve")))
+    given = {name: int(value) for name, value in pairwise(words[:first]) if value.isdigit()}
+    judge(words[first:], given.get("--nodes", 1) * given.get("--ntasks-per-node", 1))
 
 
 def _judge_torchrun(words: list[str]) -> None:

@@ -50,6 +50,8 @@ def new_trainer(config: DistillConfig, prompts: PromptData) -> Trainer:
 class RandomLatents:
     """Samples of the teacher that nobody made."""
 
+    num_samples, has_states = 10**6, False
+
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
 
