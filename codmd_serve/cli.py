@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
 from codmd_serve.caches import prepare_caches
-from codmd_serve.commands import OneLineParser, app_module, run_command
+from codmd_serve.commands import OneLineParser, app_module, listening_socket, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.cpu import prepare_threads
@@ -262,7 +261,7 @@ def serve(options: argparse.Namespace) -> int:
     keys = read_keys(config.api_keys)
     if config.workers != "0":
         check_encoder(find_ffmpeg())
-    listener = _bind(config.host, config.port)
+    listener = listening_socket(config.host, config.port)
     address = f"http://{_in_url(config.host)}:{config.port}"
     fatal: list[str] = []
 
@@ -345,24 +344,6 @@ def _page_loader(config: ServeConfig) -> Callable[[], Any]:
 
 def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """Take the port before anything is loaded, so that a port in use costs a second and not a minute."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}: {error.strerror}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        # At once: on Linux two sockets may be bound to a port until one of them listens.
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
-    return listener
 
 
 def generate(options: argparse.Namespace) -> int:
