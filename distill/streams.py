@@ -26,17 +26,21 @@ def named_rng(seed: int, name: str, index: int, position: int = 0) -> torch.Gene
         index: iteration, or another count; 0 or more.
         position: place in the batch, where each place has a stream of its own; 0 or more.
     """
+    state = _FRESH_STATE.clone()
+    state[8 * _HEAD_WORDS : 8 * (_HEAD_WORDS + _TWISTER_WORDS)] = _twister_words(seed, name, index, position)
+    rng = torch.Generator()
+    rng.set_state(state)
+    return rng
+
+
+def _twister_words(seed: int, name: str, index: int, position: int) -> Tensor:
+    """Return the Mersenne Twister's state of a stream: its words, as torch stores them, as bytes."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     philox = np.random.Philox(
         key=np.frombuffer(digest[:16], dtype=np.uint64), counter=np.array([0, 0, position, index], dtype=np.uint64)
     )
     words = philox.random_raw(_TWISTER_WORDS // 2).view(np.uint32).astype(np.uint64)
-    state = _FRESH_STATE.clone()
-    twister = torch.from_numpy(words.view(np.uint8))
-    state[8 * _HEAD_WORDS : 8 * (_HEAD_WORDS + _TWISTER_WORDS)] = twister
-    rng = torch.Generator()
-    rng.set_state(state)
-    return rng
+    return torch.from_numpy(words.view(np.uint8))
 
 
 def sample_noise(rng: torch.Generator, shape: tuple[int, ...], positions: range) -> Tensor:
