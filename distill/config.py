@@ -22,6 +22,7 @@ from distill.settings import EmaConfig as EmaConfig
 from distill.settings import NativeConfig as NativeConfig
 from distill.settings import OptimizerConfig as OptimizerConfig
 from distill.settings import StartConfig as StartConfig
+from distill.settings import ValidateConfig as ValidateConfig
 from distill.settings import check_choice, check_range
 
 # Of config.json. A file without a format is of format 1.
@@ -56,6 +57,7 @@ RESUMABLE = (
     "accumulate",
     "activation_checkpointing",
     "context_parallel",
+    "validate",
 )
 
 # Wan2.1, wan/configs/shared_config.py: what the teacher is guided away from.
@@ -104,6 +106,7 @@ class DistillConfig:
         student_from, critic_from: weights that student and critic start from, in place of the base's: a bundle, or a
             file or folder that `codmd-serve convert` reads.
         start: regression of the student on the teacher's paths, from these weights, before the method's own iterations.
+        validate: scores of the student on held-out prompts during the run, which choose its best checkpoint.
         native: the video that the student is trained on.
         optimizer: of student and critic.
         ema: of the student.
@@ -164,6 +167,7 @@ class DistillConfig:
     student_from: str = ""
     critic_from: str = ""
     start: StartConfig = field(default_factory=StartConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     guidance_scale: float
     negative_prompt: str = ""
     sampler: str = "sde"
@@ -257,6 +261,7 @@ class Recipe:
     teacher_dtype: str = "fp32"
     text_dtype: str = "fp32"
     bundle_dtype: str = "fp32"
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `DistillConfig` that the recipe fixes."""
@@ -274,6 +279,7 @@ _WAN_RECIPE = Recipe(
     teacher_dtype="bf16",
     text_dtype="bf16",
     bundle_dtype="bf16",
+    validate=ValidateConfig(metric="command.total", better="high"),
 )
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -284,6 +290,7 @@ RECIPES: dict[str, Recipe] = {
             base="weights/shapeworld",
             native=NativeConfig(height=96, width=96, num_frames=25, fps=16),
             bundle_dtype="fp16",
+            validate=ValidateConfig(metric="shapebench.all"),
         ),
         dataclasses.replace(_WAN_RECIPE, name="wan_1_3b", base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
         dataclasses.replace(_WAN_RECIPE, name="wan_14b", base="Wan-AI/Wan2.1-T2V-14B-Diffusers"),
