@@ -194,7 +194,8 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.parallel": (*SETTINGS, "distill.parallel"),
     "distill.losses": (*SETTINGS, "distill.losses"),
     "distill.worlds": ("distill.worlds",),
-    "distill.config": SETTINGS,
+    "distill.config": (*SETTINGS, "distill.formats"),
+    "distill.formats": (),
     "distill.settings": (),
     "distill.streams": (),
 }
