@@ -149,6 +149,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.dispatcher",
         "codmd_serve.jobs",
         "codmd_serve.pool",
+        "codmd_serve.worker_process",
     ),
     "codmd_serve.cli": ("codmd_serve",),
 }
