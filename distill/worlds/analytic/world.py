@@ -145,7 +145,7 @@ def pattern(shape: tuple[int, int, int, int], channel: int, profile_F: Tensor, c
 
 
 def noise_covariance(shape: tuple[int, int, int, int], per_frame: float) -> Tensor:
-    """Return the (N, N) float64 covariance of unit noise: correlated per_frame^|f - f'| over frames, else independent."""
+    """Return the (N, N) float64 covariance of unit noise, correlated per_frame^|f - f'| over frames, else independent."""
     num_channels, num_frames, height, width = shape
     frames = torch.arange(num_frames)
     over_frames = per_frame ** (frames[:, None] - frames[None]).abs().double()
