@@ -1,8 +1,8 @@
 """The text-to-video page, and the same as an endpoint for gradio_client. An HTTP client of the server.
 
 It imports neither the server nor the trainer, and loads nothing from elsewhere: fonts are the reader's own. The page
-itself is page.html, page.css and page.js, whose script speaks to the job routes; Gradio mounts it and gives programs
-their endpoint.
+itself is page.html, page.css, page.js and screen.js, whose script speaks to the job routes; Gradio mounts it and gives
+programs their endpoint.
 """
 
 import re
@@ -13,6 +13,7 @@ import gradio as gr
 import httpx
 
 FOLDER = Path(__file__).parent
+SCRIPTS = ("page.js", "screen.js")  # one scope
 # A job may take its time.
 TIMEOUT = httpx.Timeout(10.0, read=None)
 # By which a reader's program or proxy sends an API key.
@@ -53,7 +54,7 @@ def build_page(server: str) -> gr.Blocks:
         return await make_video(server, {"prompt": prompt, "seed": seed, "model": model}, request.headers)
 
     html = (FOLDER / "page.html").read_text(encoding="utf-8")
-    script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    script = "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
     with gr.Blocks(title="codmd-serve", analytics_enabled=False) as page:
         gr.HTML(html, js_on_load=script, apply_default_css=False)
         gr.api(generate, api_name="generate", concurrency_limit=None)

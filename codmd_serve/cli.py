@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +17,15 @@ from typing import Any, NoReturn
 
 from codmd_serve import __version__
 from codmd_serve.bench.command import add_bench_arguments, run_bench
-from codmd_serve.commands import OneLineParser, app_module, run_command
+from codmd_serve.caches import prepare_caches
+from codmd_serve.commands import OneLineParser, app_module, listening_socket, run_command
 from codmd_serve.config import DEFAULT_CRF, ENGINE_SETTINGS, GenerateParams, ModelFacts, ServeConfig
 from codmd_serve.convert_cli import add_convert_arguments, run_convert
 from codmd_serve.cpu import prepare_threads
 from codmd_serve.doctor import run_doctor
 from codmd_serve.errors import ConfigError, InvalidRequestError
 from codmd_serve.files import check_name
+from codmd_serve.lean_imports import import_lean
 from codmd_serve.models_cli import add_models_arguments, resolve_bundle, run_models
 from codmd_serve.textfiles import shown
 from codmd_serve.video import check_encoder, find_ffmpeg, format_of
@@ -67,8 +68,8 @@ MODEL_FLAGS = (
     _serve_flag("dtype", "auto (bfloat16 on cuda, on a cpu what is faster), float32, bfloat16 or float16"),
     _serve_flag(
         "cache",
-        "folder that keeps converted students, empty is the user's cache folder, and what was measured at load for the "
-        "next one, empty measures every time",
+        "folder that keeps converted students, compiled kernels and what was measured at load, so that the next load "
+        "makes the same choices; empty is the user's cache folder",
     ),
     _serve_flag("vae_dtype", "auto (float16 on cuda where the activations fit, on a cpu what is faster), or a dtype"),
     _serve_flag("quantization", "none; fp8: 8-bit products, lossy, CUDA of capability 8.9; fp8-emulated, on a CPU"),
@@ -147,6 +148,13 @@ def _run(words: list[str]) -> int:
     for noisy in ("httpx", "httpx2", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     prepare_threads(os.environ, getattr(options, "threads", 0))  # before torch is imported
+    if hasattr(options, "cache"):
+        options.cache = options.cache or str(user_cache_folder())
+        prepare_caches(os.environ, options.cache)
+    if hasattr(options, "bundle"):
+        with _ended_by_sigterm():
+            cache = getattr(options, "cache", "") or str(user_cache_folder())
+            options.bundle = resolve_bundle(options.bundle, getattr(options, "base", ""), Path(cache))
     if options.command == "bench":
         with _ended_by_sigterm():
             return run_bench(options, words)
@@ -158,9 +166,6 @@ def _run(words: list[str]) -> int:
         "models": models,
         "doctor": run_doctor,
     }
-    if options.command in ("serve", "work", "generate", "doctor"):
-        with _ended_by_sigterm():
-            options.bundle = resolve_bundle(options.bundle, options.base, _student_cache(options))
     status: int = run[options.command](options)
     return status
 
@@ -231,10 +236,8 @@ def user_data_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share") / PROGRAM
 
 
-def _student_cache(options: argparse.Namespace) -> Path:
-    """Return the folder that keeps converted students."""
-    if options.cache:
-        return Path(options.cache)
+def user_cache_folder() -> Path:
+    """Where this platform keeps what a program can make again."""
     home = Path.home()
     if sys.platform == "darwin":
         return home / "Library" / "Caches" / PROGRAM
@@ -244,7 +247,7 @@ def _student_cache(options: argparse.Namespace) -> Path:
 def models(options: argparse.Namespace) -> int:
     """Print the table of published students, or prepare one of them."""
     with _ended_by_sigterm():
-        return run_models(options.name, options.base, _student_cache(options))
+        return run_models(options.name, options.base, Path(options.cache))
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -258,7 +261,7 @@ def serve(options: argparse.Namespace) -> int:
     keys = read_keys(config.api_keys)
     if config.workers != "0":
         check_encoder(find_ffmpeg())
-    listener = _bind(config.host, config.port)
+    listener = listening_socket(config.host, config.port)
     address = f"http://{_in_url(config.host)}:{config.port}"
     fatal: list[str] = []
 
@@ -343,24 +346,6 @@ def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """Take the port before anything is loaded, so that a port in use costs a second and not a minute."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}: {error.strerror}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        # At once: on Linux two sockets may be bound to a port until one of them listens.
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
-    return listener
-
-
 def generate(options: argparse.Namespace) -> int:
     """Make one video in this process, with a progress bar, and print where the time went."""
     from pydantic import ValidationError
@@ -379,6 +364,7 @@ def generate(options: argparse.Namespace) -> int:
         field = str(problem["loc"][0])
         raise InvalidRequestError(f"{field}: {problem['msg'].removeprefix('Value error, ')}", field) from None
     check_encoder(find_ffmpeg())
+    import_lean("codmd_serve.loading")
     from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import importlib.util
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -69,3 +70,27 @@ def app_module(name: str) -> ModuleType:
 def print_error(program: str, error: CodmdError | str) -> None:
     """Print one line on stderr: the program and the message, its line breaks as spaces."""
     print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Take a port before anything is loaded, so that a port in use costs a second and not a minute.
+
+    Raises:
+        ConfigError: no such port or host, or the port is taken.
+    """
+    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
+        raise ConfigError(f"--port must be in 0..65535, got {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # At once: on Linux two sockets may be bound to a port until one of them listens.
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+    return listener

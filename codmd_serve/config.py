@@ -27,7 +27,7 @@ ENGINE_SETTINGS = (
     "teacher",
 )
 # Of them, those that do not decide the bytes of the student's videos.
-NEUTRAL_SETTINGS = ("text_cache", "teacher")
+NEUTRAL_SETTINGS = ("text_cache", "cache", "teacher")
 QUANTIZATIONS = ("none", "fp8", "fp8-emulated")
 # What a lossy engine beside the exact one may be: a quantization, an attention kernel, or both.
 LOSSY_ENGINES = ("none", "fp8", "sage", "fp8+sage", "fp8-emulated")

@@ -6,11 +6,13 @@ killed runs again. Knows the store and a runner (`pool.WorkerPool`, or replicas 
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import shutil
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -30,6 +32,7 @@ WATCH_S = 1.0
 SWEEP_S = 30.0
 LEFTOVERS_S = 3600.0
 PROBE_S = 2.0
+NUM_THREADS = 4
 RETRY_S = 0.5
 STORAGE_CODES = ("storage_full", "storage_unwritable")
 # An uncharged retry is the fault of another job or of the server; without a bound a broken machine would go round.
@@ -116,10 +119,12 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._is_stopping = False
+        # Of its own: behind the calls of a flood of requests a finished job would wait, and no other would begin.
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="codmd-dispatcher")
 
     async def start(self) -> None:
         """Requeue the jobs of killed predecessors, start the workers and begin to claim. Return at once."""
-        await asyncio.to_thread(self._release_dead)
+        await self._in_thread(self._release_dead)
         await self._check_results()
         await self.runner.start()
         loops = [self._claim, self._watch, self._sweep]
@@ -136,9 +141,10 @@ class Dispatcher:
         await self.runner.stop(drain_s)
         await asyncio.gather(*self._concluding, return_exceptions=True)
         with contextlib.suppress(CodmdError):
-            await asyncio.to_thread(self.leases.release)
-            await asyncio.to_thread(self.leases.forget_dispatcher, self.leases.owner)
+            await self._in_thread(self.leases.release)
+            await self._in_thread(self.leases.forget_dispatcher, self.leases.owner)
         self.ownership.release()
+        self._threads.shutdown(wait=False)
 
     def wake(self) -> None:
         """Check for jobs now."""
@@ -172,6 +178,10 @@ class Dispatcher:
     @property
     def num_running(self) -> int:
         return len(self._in_flight)
+
+    async def _in_thread(self, function: Callable[..., Value], *arguments: Any, **named: Any) -> Value:
+        call = functools.partial(function, *arguments, **named)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def _release_dead(self) -> None:
         for owner in self.ownership.dead():
@@ -210,7 +220,7 @@ class Dispatcher:
         self._wake.clear()
         self._is_claiming = True
         self._early.clear()
-        claiming = asyncio.ensure_future(asyncio.to_thread(self.leases.claim))
+        claiming = asyncio.ensure_future(self._in_thread(self.leases.claim))
         try:
             job = await asyncio.shield(claiming)
         except asyncio.CancelledError:
@@ -269,13 +279,13 @@ class Dispatcher:
         except Exception:  # the boundary of one job: the others go on, and its lease runs out
             logger.exception("job=%s outcome cannot be written", job.id)
         finally:
-            await asyncio.to_thread(shutil.rmtree, path.parent, ignore_errors=True)
+            await self._in_thread(shutil.rmtree, path.parent, ignore_errors=True)
 
     async def _keep(self, job: Job, path: Path, done: JobDone, queue_ms: float) -> None:
         """Store the video, then mark the job completed."""
         try:
             ttl_s, result_id = 3600.0 * self.config.result_hours, _result_id(self.ownership.owner, job.id)
-            result = await asyncio.to_thread(self.results.put, path, ttl_s, result_id)
+            result = await self._in_thread(self.results.put, path, ttl_s, result_id)
         except StorageFullError as error:
             self._block("storage_full", str(error))
             await self._finish(job, Finished(status=FAILED, error_code="storage_full", error_message=str(error)))
@@ -292,7 +302,7 @@ class Dispatcher:
             result=result,
         )
         if not await self._finish(job, finished):
-            await asyncio.to_thread(self.results.delete, result.name)
+            await self._in_thread(self.results.delete, result.name)
 
     async def _failed(self, job: Job, failed: JobFailed) -> None:
         if failed.code in STORAGE_CODES:
@@ -350,7 +360,7 @@ class Dispatcher:
         """Write to the store, retrying until it is back: the outcome of a job must not be lost."""
         while True:
             try:
-                return await asyncio.to_thread(write)
+                return await self._in_thread(write)
             except CodmdError as error:
                 if self._is_stopping:
                     raise
@@ -366,8 +376,8 @@ class Dispatcher:
 
     async def _check_results(self) -> None:
         try:
-            await asyncio.to_thread(self.results.check)
-            await asyncio.to_thread(self._check_spool)
+            await self._in_thread(self.results.check)
+            await self._in_thread(self._check_spool)
         except StorageFullError as error:
             self._block("storage_full", str(error))
         except StoreError as error:
@@ -392,13 +402,13 @@ class Dispatcher:
                 next_beat_s, was_ready = time.monotonic() + beat_s, self.is_ready
                 await self._beat()
             if self._in_flight:
-                for job_id in await asyncio.to_thread(self.leases.cancelled):
+                for job_id in await self._in_thread(self.leases.cancelled):
                     self.cancel(job_id)
             await asyncio.sleep(min(WATCH_S, beat_s))
 
     async def _beat(self) -> None:
         running = frozenset(self._in_flight)
-        heartbeat = await asyncio.to_thread(self.leases.heartbeat)
+        heartbeat = await self._in_thread(self.leases.heartbeat)
         for job_id in (running & self._in_flight) - heartbeat.held:
             logger.warning("job=%s lease was lost", job_id)
             self.cancel(job_id)
@@ -409,7 +419,7 @@ class Dispatcher:
                 prompt="", seed=0, height=facts.height, width=facts.width, num_frames=facts.num_frames, fps=1, crf=1
             )
             service_s = self.runner.service_s(native) or facts.service_s
-        await asyncio.to_thread(
+        await self._in_thread(
             self.leases.announce,
             facts,
             self.runner.num_workers,
@@ -423,13 +433,13 @@ class Dispatcher:
         """Remove expired results, leases and files without a job."""
         next_leftovers_s = 0.0
         while True:
-            if await asyncio.to_thread(self.leases.expire_leases):
+            if await self._in_thread(self.leases.expire_leases):
                 self.wake()
-            await asyncio.to_thread(self._release_dead)
-            await asyncio.to_thread(self._expire)
+            await self._in_thread(self._release_dead)
+            await self._in_thread(self._expire)
             if time.monotonic() >= next_leftovers_s:
                 next_leftovers_s = time.monotonic() + LEFTOVERS_S
-                await asyncio.to_thread(self._remove_leftovers)
+                await self._in_thread(self._remove_leftovers)
             await asyncio.sleep(min(SWEEP_S, self.config.lease_s / 3))
 
     def _expire(self) -> None:
@@ -447,14 +457,14 @@ class Dispatcher:
     async def _deliver(self) -> None:
         """Send the webhooks that are due."""
         assert self.deliver is not None
-        due = await asyncio.to_thread(self.leases.due_webhooks)
+        due = await self._in_thread(self.leases.due_webhooks)
         for job, attempts in due:
             is_delivered = await self.deliver(job)
             delays_s = (5.0, 30.0, 120.0, 600.0)
             is_given_up = is_delivered or attempts >= len(delays_s)
             retry_in_s = None if is_given_up else delays_s[attempts]
             logger.info("job=%s webhook delivered=%s calls=%d", job.id, is_delivered, attempts + 1)
-            await asyncio.to_thread(self.leases.webhook_done, job.id, retry_in_s)
+            await self._in_thread(self.leases.webhook_done, job.id, retry_in_s)
         if not due:
             await asyncio.sleep(POLL_S)
 

@@ -84,7 +84,7 @@ def load_engine(
         torch.set_num_threads(threads)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
-    chosen_execution = choose_execution(execution, chosen_device)
+    plan = choose_execution(execution, chosen_device)
     chosen_vae_dtype = choose_vae_dtype(vae_dtype, chosen_device)
     _check_names(attention, quantization, lossy, text_encoder, chosen_device, chosen_dtype)
     free_bytes = torch.cuda.mem_get_info(chosen_device)[0] if chosen_device.type == "cuda" else 0
@@ -94,14 +94,10 @@ def load_engine(
     _check_native(path, facts)
     shape = native_attention_shape(bundle.transformer.config, bundle.vae.config, bundle.spec.native)
     verdicts = _verdicts(cache, bundle, facts, (shape, attention, quantization, execution))
-    if dtype == "auto" and multiplies_bfloat16(chosen_device):
-        bundle = _raced(bundle, verdicts)
+    bundle = _raced(bundle, verdicts) if dtype == "auto" and multiplies_bfloat16(chosen_device) else bundle
     transformer, facts, twin = _network(bundle, facts, shape, attention, quantization, lossy, verdicts)
-    engine = Engine(
-        bundle, transformer, facts, execution=chosen_execution, verdicts=verdicts, embedder=embedder, lossy=twin
-    )
-    if teacher:
-        engine.teacher = load_teacher(bundle, transformer.dtype, chosen_device, transformer.attend)
+    engine = Engine(bundle, transformer, facts, execution=plan, verdicts=verdicts, embedder=embedder, lossy=twin)
+    engine.teacher = load_teacher(bundle, transformer.dtype, chosen_device, transformer.attend) if teacher else None
     _warm_up(engine, path, chosen_vae_dtype, verdicts)
     engine.facts = replace(engine.facts, load_s=time.perf_counter() - start_s)
     return engine

@@ -196,9 +196,9 @@ def _convert(source: Path, wanted: Wanted, bundle: Path) -> None:
             process.terminate()
             process.wait()
     if process.returncode != 0:
-        last = next(iter(complained.strip().splitlines()[-1:]), f"exit code {process.returncode}")
+        last = next(iter(complained.strip().split("\n")[-1:]), f"exit code {process.returncode}")
         raise CheckpointError(f"{wanted.hub} cannot be converted: {last.partition('codmd-serve: ')[2] or last}")
-    for line in said.splitlines()[:-1]:
+    for line in said.rstrip("\n").split("\n")[:-1]:
         logger.info("%s", line.strip())
 
 

@@ -53,7 +53,8 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype | None, verdicts: Verdict
     fallbacks = [engine.loop.fallback, engine.transformer.problem, engine.decoder.problem]
     if engine.lossy_loop is not None:
         engine.denoised(replace(params, may_be_lossy=True))  # libraries choose kernels, and what is broken shows
-        fallbacks.append(engine.lossy_loop.fallback and f"lossy engine: {engine.lossy_loop.fallback}")
+        lossy = (engine.lossy_loop.fallback, engine.lossy_loop.transformer.problem)
+        fallbacks += [f"lossy engine: {reason}" for reason in lossy if reason and reason not in fallbacks]
     max_video_px = _affordable_px(params, device, needed_bytes)
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="codmd-warm-") as folder:

@@ -25,8 +25,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from codmd_serve.caches import prepare_caches
 from codmd_serve.cpu import prepare_threads
 from codmd_serve.errors import CancelledError, CodmdError, GenerationError
+from codmd_serve.lean_imports import import_lean
 from codmd_serve.messages import (
     DEVICE_ERROR,
     HEARTBEAT_S,
@@ -72,7 +74,7 @@ def main() -> None:
             channel.write(encode(message))
             channel.flush()
 
-    import codmd_serve.loading  # noqa: F401  takes many seconds, which a spare has behind it when it is needed
+    import_lean("codmd_serve.loading")  # takes seconds, which a spare has behind it when it is needed
 
     first = sys.stdin.readline()
     if first:
@@ -101,6 +103,8 @@ def _send_heartbeats(send: Send) -> None:
 
 def serve_jobs(load: Load, lines: IO[str], send: Send) -> None:
     """Load the engine that `load` asks for, then do the jobs that arrive, in order."""
+    # Both compilers look when they first compile: torch may have been imported, by a spare.
+    prepare_caches(os.environ, str(load.settings.get("cache", "")))
     from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from codmd_serve.commands import OneLineParser, run_command
 from codmd_serve.cpu import prepare_threads
@@ -12,6 +13,7 @@ from codmd_serve.errors import ConfigError
 from codmd_serve.textfiles import shown
 from distill.bench.iteration import add_bench_step_arguments, run_bench_step
 from distill.evaluate.command import add_eval_arguments, run_eval
+from distill.parallel.launch import find_launch
 from distill.plan.command import add_plan_arguments, run_plan
 from distill.pretrain.command import add_teacher_arguments, run_teacher
 from distill.run.command import add_export_arguments, add_train_arguments, run_export, run_train
@@ -36,13 +38,15 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
 
 
 def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
-    """Return the parser of all commands; `args.handler` is what to call, `args.compiler` the C++ compiler of $CXX."""
+    """Return the parser of all commands; `args.handler` is what to call, `args.compiler` the C++ compiler of $CXX,
+    `args.find_launch` tells what started this process."""
     parser = OneLineParser(prog=PROGRAM, description="Distil few-step text-to-video students.")
+    launch = partial(find_launch, environment)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments, run) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         add_arguments(command)
-        command.set_defaults(handler=run, compiler=environment.get("CXX", "g++"))
+        command.set_defaults(handler=run, compiler=environment.get("CXX", "g++"), find_launch=launch)
     return parser
 
 

@@ -25,7 +25,7 @@ from distill.settings import StartConfig as StartConfig
 from distill.settings import check_choice, check_range
 
 # Of config.json. A file without a format is of format 1.
-FORMAT = 2
+FORMAT = 3
 # Keys of format 1 and what they are called now. `--set` still takes the old ones.
 RENAMED = {
     "max_steps": "max_iterations",
@@ -36,6 +36,10 @@ RENAMED = {
     "rcm.warmup_steps": "rcm.warmup_iterations",
     "copula.shared_sigma": "score_shared_sigma",
     "reference_compat": "copula.reference_compat",
+}
+# Keys of format 2 whose values changed too: the name of today, and the value of today by the value of then.
+REVALUED: dict[str, tuple[str, dict[object, object]]] = {
+    "copula.permute": ("copula.control", {False: "none", True: "teacher_only"}),
 }
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = ("fp32", "bf16")
@@ -124,8 +128,8 @@ class DistillConfig:
         score_shift, score_sigma_min, score_sigma_max: law of the noise levels at which teacher and critic are compared.
         score_window: which of these levels judge which exit step, see `methods.draws.score_window`.
         score_shared_sigma: one such level per batch instead of one per sample.
-        prompts: a txt, jsonl or tar file; empty draws captions of one and two objects in turn from the ShapeWorld
-            grammar, num_captions of them.
+        prompts: a txt, jsonl or tar file, a folder of tars, or one of packed samples; empty draws captions of one and
+            two objects in turn from the ShapeWorld grammar, num_captions of them.
         num_captions: captions drawn where there are no prompts.
         precision: auto, fp32 or bf16 (autocast); auto is bf16 where the device computes it fast.
         teacher_dtype, text_dtype: of the weights of teacher and text encoder, fp32 or bf16.
@@ -269,6 +273,7 @@ _WAN_RECIPE = Recipe(
     precision="bf16",
     teacher_dtype="bf16",
     text_dtype="bf16",
+    bundle_dtype="bf16",
 )
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -329,6 +334,8 @@ def parse_config(data: Mapping[str, Any], kinds: Mapping[str, type[MethodSetting
         # It held the settings of all methods, used or not.
         unused = {other.group for other in kinds.values()} - {kind.group}
         own = {key: value for key, value in _current_names(own).items() if key not in unused}
+    if saved_format <= 2:
+        own = _current_values(own)
     return _assemble(own, kind)
 
 
@@ -349,7 +356,7 @@ def with_overrides(config: DistillConfig, assignments: list[str]) -> DistillConf
                 f"method cannot be set with --set, which would leave out the settings published for it: "
                 f"use --method {text}"
             )
-        *groups, leaf = RENAMED.get(given, given).split(".")
+        *groups, leaf = _name_of_today(given).split(".")
         target = data
         for group in groups:
             target = target.get(group) if isinstance(target, dict) else None  # type: ignore[assignment]
@@ -357,10 +364,35 @@ def with_overrides(config: DistillConfig, assignments: list[str]) -> DistillConf
             keys = ", ".join(sorted(_dotted_keys(data)))
             raise ConfigError(f"unknown setting {given!r} of method {config.method}, expected one of: {keys}")
         try:
-            target[leaf] = json.loads(text)
+            value = json.loads(text)
         except (ValueError, RecursionError):
-            target[leaf] = text
+            value = text
+        target[leaf] = _value_of_today(given, value)
     return _assemble(data, type(config.method_settings))
+
+
+def _name_of_today(name: str) -> str:
+    return REVALUED[name][0] if name in REVALUED else RENAMED.get(name, name)
+
+
+def _value_of_today(name: str, value: object) -> object:
+    if name not in REVALUED:
+        return value
+    values = REVALUED[name][1]
+    if not isinstance(value, bool) or value not in values:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, values))}, got {value!r}")
+    return values[value]
+
+
+def _current_values(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of format 2 under the names and with the values of today."""
+    current = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for before, (after, _) in REVALUED.items():
+        group, _, leaf = before.partition(".")
+        settings = current.get(group)
+        if isinstance(settings, dict) and leaf in settings:
+            settings[after.partition(".")[2]] = _value_of_today(before, settings.pop(leaf))
+    return current
 
 
 def _current_names(data: Mapping[str, Any]) -> dict[str, Any]:

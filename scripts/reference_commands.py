@@ -15,6 +15,13 @@ EMBEDDED = "the embedded student"
 OTHER_VARIABLES = {
     "CODMD_LOG_LEVEL": "`codmd-distill`: DEBUG, INFO (default), WARNING, ERROR or CRITICAL",
     "CXX": "`codmd-distill`: C++ compiler of `--compile` on a CPU; `g++` unless set",
+    "MASTER_ADDR": "`codmd-distill` under srun or mpirun on several machines: the machine of rank 0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "`codmd-distill` under mpirun, beside OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK: "
+    "how many processes this machine has",
+    "SLURM_STEP_NUM_NODES": "`codmd-distill` under srun, beside SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID: "
+    "how many machines",
+    "XDG_CACHE_HOME": "`codmd-serve` on Linux: the default of `--cache` is `$XDG_CACHE_HOME/codmd-serve`; "
+    "`~/.cache` unless set",
     "XDG_DATA_HOME": "`codmd-serve` on Linux: jobs and videos are kept in `$XDG_DATA_HOME/codmd-serve` unless "
     "`--data` says otherwise; `~/.local/share` unless set",
 }

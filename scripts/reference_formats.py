@@ -43,7 +43,7 @@ def attributes(kind: type) -> dict[str, str]:
     section = re.search(r"^Attributes:\n(.*?)(?=^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
     found: dict[str, str] = {}
     names: list[str] = []
-    for line in (section[1] if section else "").splitlines():
+    for line in (section[1] if section else "").split("\n"):
         entry = re.match(r"    ([a-z_0-9]+(?:, [a-z_0-9]+)*): (.*)", line)
         if entry:
             names = entry[1].split(", ")

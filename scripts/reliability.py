@@ -50,7 +50,8 @@ def main() -> None:
     if options.folder is not None:
         found = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))]
         known |= {record["test"]: record for record in found if "outcome" in record}
-    DATA.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    known = dict(sorted(known.items()))
+    DATA.write_text(json.dumps(known, indent=1) + "\n")
     PAGE.write_text(page(known))
 
 

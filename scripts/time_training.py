@@ -22,7 +22,7 @@ from diffusers import WanTransformer3DModel
 
 from codmd_serve.device import choose_device
 from distill.config import RECIPES, DistillConfig, with_overrides
-from distill.data.prompts import PromptData
+from distill.data.prompts import PromptData, prompts_in_memory
 from distill.methods.registry import recipe_config
 from distill.networks.base import latent_grid, open_base
 from distill.networks.build import build_networks
@@ -47,7 +47,7 @@ def random_prompts(width: int) -> PromptData:
     """Make embeddings of prompts of a usual length, and of the negative prompt."""
     rng = torch.Generator().manual_seed(0)
     offsets = torch.arange(NUM_PROMPTS + 2) * PROMPT_TOKENS
-    return PromptData(packed=torch.randn(int(offsets[-1]), width, generator=rng), offsets=offsets)
+    return prompts_in_memory(torch.randn(int(offsets[-1]), width, generator=rng), offsets)
 
 
 def scaled(architecture: Mapping[str, Any], scale: int) -> dict[str, Any]:

@@ -1,11 +1,17 @@
 """Shared fixtures: a tiny random pipeline and bundle of the real classes, and what runs the tests."""
 
 # ruff: noqa: E402
+import atexit
 import os
+import shutil
+import tempfile
 
 from codmd_serve.cpu import prepare_threads
 
 prepare_threads(os.environ)  # before torch is imported
+# What servers of the tests measure and convert is theirs alone, and gone afterwards.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="codmd-tests-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,11 +50,14 @@ SLOW = (
     "browser",
     "clients",
     "codmd_serve/bench",
+    "codmd_serve/test_batch.py",
     "codmd_serve/test_cpu.py",
     "codmd_serve/test_load_memory.py",
     "codmd_serve/test_models_cli.py",
     "codmd_serve/test_pool.py",
     "codmd_serve/test_server_process.py",
+    "distill/evaluate/study/test_command.py",
+    "distill/evaluate/study/test_coverage.py",
     "distill/evaluate/test_detect.py",
     "distill/parallel/test_processes.py",
     "distill/plan/test_memory.py",

@@ -37,6 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         url = f"http://127.0.0.1:{port}/ready"
         wait_until(lambda: process.poll() is not None or is_up(url), READY_S, "the server is ready")
         assert process.poll() is None, "the server ended"
+        wait_until(lambda: is_up(f"http://127.0.0.1:{port}/"), READY_S, "the page is there")
         yield f"localhost:{port}"
     finally:
         process.terminate()

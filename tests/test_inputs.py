@@ -39,9 +39,9 @@ def test_every_torch_load_reads_weights_only() -> None:
             assert isinstance(only, ast.Constant) and only.value is True, f"{file}:{call.lineno} may run code"
 
 
-def test_only_one_file_asks_the_hub() -> None:
+def test_two_files_ask_the_hub_for_pipelines_and_for_students() -> None:
     for name in ("snapshot_download", "hf_hub_download", "HfApi"):
-        assert {file for file, _ in calls(name)} <= {"codmd_serve/wan/hub.py"}, name
+        assert {file for file, _ in calls(name)} <= {"codmd_serve/wan/hub.py", "codmd_serve/wan/fetch.py"}, name
 
 
 def test_no_text_of_users_is_split_at_the_line_ends_of_unicode() -> None:

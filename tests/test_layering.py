@@ -101,7 +101,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *WAN,
     ),
     "codmd_serve.messages": PURE,
+    "codmd_serve.caches": (),
     "codmd_serve.cpu": (),
+    "codmd_serve.lean_imports": (),
     "codmd_serve.service_time": PURE,
     "codmd_serve.worker_process": (*PURE, "codmd_serve.messages"),
     "codmd_serve.worker_slot": (
@@ -114,7 +116,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "codmd_serve.worker": (
         *PURE,
+        "codmd_serve.caches",
         "codmd_serve.cpu",
+        "codmd_serve.lean_imports",
         "codmd_serve.messages",
         "codmd_serve.engine",
         "codmd_serve.loading",
@@ -165,8 +169,6 @@ DISTILL_MAY = (
 DISTILL_EXCEPTIONS = {
     # VBench scores what is served, so its videos come from the engine itself.
     "distill.evaluate.vbench.generate": ("codmd_serve.loading",),
-    # It composes: it puts the page before a study, as codmd_serve.cli puts one before a server.
-    "distill.evaluate.study.serve": ("app.study",),
 }
 # CONTRIBUTING.md states both.
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60

@@ -102,6 +102,7 @@ def test_tree_is_that_of_the_disk() -> None:
         ("make everything", "no target everything"),
         ("pip install -e '.[gpu]'", "no extra gpu"),
         ("python -m codmd_serve.nothing", "no module codmd_serve.nothing"),
+        ("pytest tests/gpu/test_nothing.py", "there is no tests/gpu/test_nothing.py"),
         ("codmd-sreve serve", "neither a program of ours"),
     ],
 )
@@ -113,7 +114,7 @@ def test_a_misprint_is_found(command: str, complaint: str) -> None:
 
 def test_commands_are_cut_as_a_shell_cuts_them() -> None:
     script = (
-        "A=1 make serve  # comment\nid=$(curl -s x | cut -d'\"' -f4)\n"
+        "A=1 make serve  # the maker's comment\n# \"\nid=$(curl -s x | cut -d'\"' -f4)\n"
         "python -c 'a\nb' > out 2> err && make \\\n  test\n"
     )
     assert list(commands(script)) == [

@@ -63,7 +63,8 @@ def test_wheel_serves_page_and_video_from_any_folder(site: Path, tmp_path: Path)
 def test_wheel_takes_its_pages_and_weights_from_itself(site: Path, tmp_path: Path) -> None:
     code = (
         "import distill; from codmd_serve.commands import app_module; from codmd_serve.config import *\n"
-        "print(app_module('demo').__file__, distill.__file__, default_bundle_path(), sep='\\n')"
+        "from distill.networks.base import open_base; teacher = open_base('weights/shapeworld').source\n"
+        "print(app_module('demo').__file__, distill.__file__, default_bundle_path(), teacher, sep='\\n')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -73,4 +74,4 @@ def test_wheel_takes_its_pages_and_weights_from_itself(site: Path, tmp_path: Pat
         capture_output=True,
         text=True,
     )
-    assert [Path(line).is_relative_to(site) for line in done.stdout.splitlines()] == [True, True, True]
+    assert [Path(line).is_relative_to(site) for line in done.stdout.splitlines()] == [True] * 4

@@ -62,7 +62,8 @@ def create_app(
     config = backend.config
     app.state.backend = backend
     app.state.metrics = metrics or Metrics()
-    app.state.metrics.watch(backend.known_queue, lambda: backend.is_ready, backend.dispatcher, config.queue_size)
+    watched = (backend.known_queue, lambda: backend.is_ready, backend.dispatcher, config.queue_size)
+    app.state.metrics.watch(*watched, lambda: backend.num_unserved)
     app.state.rates = Rates(config.key_jobs_per_minute)
     app.state.page, app.state.has_page = None, load_page is not None
     # The last one added is the first to see a request.

@@ -21,7 +21,7 @@ from codmd_serve.config import ENGINE_SETTINGS, NEUTRAL_SETTINGS, ModelFacts, Se
 from codmd_serve.dispatcher import Dispatcher
 from codmd_serve.errors import CodmdError, GenerationError, InvalidRequestError, StorageFullError
 from codmd_serve.jobs.database import Database
-from codmd_serve.jobs.events import EventHub
+from codmd_serve.jobs.events import KEPT_WHEN_FINAL_S, EventHub
 from codmd_serve.jobs.leases import Leases
 from codmd_serve.jobs.listener import Listener
 from codmd_serve.jobs.results import ResultStore
@@ -33,9 +33,8 @@ REFRESH_S = 1.0
 SWEEP_S = 30.0
 POLL_S = 1.0
 CANCEL_GRACE_S = 5.0
-KEPT_WHEN_FINAL_S = 60.0
 # A client that said it is gone, and reloads its page, follows its job again within this time.
-LEAVE_GRACE_S = 3.0
+LEAVE_GRACE_S = 5.0
 
 Value = TypeVar("Value")
 logger = logging.getLogger(__name__)

@@ -72,10 +72,11 @@ async def generate(body: GenerateBody, request: Request) -> Response:
         finished = await wait_for_client(backend, job, request, wait_s)
         if finished is not None:
             return await answer_video(backend, finished, request)
+        job = await backend.get(job.id, None) or job
     if not job.is_detached:
         await backend.call(backend.store.keep, job.id)
     headers = {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async" if is_async else f"wait={wait_s}"}
-    body_ = await describe(backend, await backend.get(job.id, None) or job)
+    body_ = await describe(backend, job)
     return JSONResponse(body_.model_dump(), 202, headers)
 
 

@@ -84,6 +84,7 @@ class Metrics:
         is_ready: Callable[[], bool],
         dispatcher: "Dispatcher | None",
         queue_size: int,
+        num_unserved: Callable[[], int] | None = None,
     ) -> None:
         """Add what is read when somebody asks.
 
@@ -92,8 +93,9 @@ class Metrics:
             is_ready: whether a job would begin as soon as a worker is free.
             dispatcher: of this process; None for an API alone.
             queue_size: jobs that may wait.
+            num_unserved: jobs that wait for a bundle that no live worker serves; None where that is not known.
         """
-        self.registry.register(_Live(self, queue, is_ready, dispatcher, queue_size))
+        self.registry.register(_Live(self, queue, is_ready, dispatcher, queue_size, num_unserved))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -128,9 +130,10 @@ class _Live(Collector):
         is_ready: Callable[[], bool],
         dispatcher: "Dispatcher | None",
         queue_size: int,
+        num_unserved: Callable[[], int] | None,
     ) -> None:
         self.metrics, self.queue, self.is_ready, self.dispatcher = metrics, queue, is_ready, dispatcher
-        self.queue_size = queue_size
+        self.queue_size, self.num_unserved = queue_size, num_unserved
 
     def collect(self) -> Iterable[Metric]:
         yield _gauge("codmd_ready", "Whether a job would begin as soon as a worker is free", self.is_ready())
@@ -141,6 +144,9 @@ class _Live(Collector):
             yield _gauge("codmd_queue_depth", "Jobs that wait, of all machines", num_waiting)
             yield _gauge("codmd_queue_age_seconds", "How long the oldest of them waits", age_s)
             yield _gauge("codmd_running", "Jobs that run, of all machines", num_running)
+        if self.num_unserved is not None:
+            text = "Jobs that wait for a bundle that no live worker serves"
+            yield _gauge("codmd_unserved", text, self.num_unserved())
         yield _gauge("codmd_queue_limit", "Jobs that may wait before more are refused", self.queue_size)
         if self.dispatcher is not None:
             yield from self._of_workers(self.dispatcher)

@@ -38,7 +38,7 @@ class ColdStart:
 
 
 def measure_cold_start(
-    bundle: Path, folders: list[Path], device: torch.device, dtype: torch.dtype, timeout_s: float
+    bundle: Path, folders: list[Path], device: torch.device, dtype: torch.dtype | str, timeout_s: float
 ) -> ColdStart:
     """Start `codmd-serve serve`, wait for /ready, and end it.
 
@@ -74,7 +74,7 @@ def measure_cold_start(
 def running_server(
     bundle: Path,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     timeout_s: float,
     look: Callable[[int], None] = lambda _: None,
 ) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from codmd_serve.bench.options import OPPONENTS, PRESETS, BenchConfig, writable_folder
 
 BENCH_HELP = {
-    "bundle": "folder of the student bundle to measure",
+    "bundle": "student bundle to measure: a folder, a hub id, or a name of `models`",
     "random_weights": f"measure a bundle of random weights instead: {', '.join(PRESETS)}; needs no download",
     "against": f"{', '.join(OPPONENTS)}: the stock pipeline, also as 50-step teacher; or fp8 and SageAttention",
     "device": "auto, cpu, cuda or cuda:N",

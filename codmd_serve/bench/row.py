@@ -39,7 +39,7 @@ from codmd_serve.bench.trials import (
 from codmd_serve.bench.weights import PROMPTS, random_bundle
 from codmd_serve.config import DEFAULT_CRF, GenerateParams
 from codmd_serve.cpu import processor_name
-from codmd_serve.device import choose_device, choose_dtype
+from codmd_serve.device import DTYPES_BY_NAME, choose_device, choose_dtype
 from codmd_serve.engine import Engine
 from codmd_serve.errors import CodmdError, ConfigError
 from codmd_serve.files import first_line, write_json, write_text
@@ -104,7 +104,8 @@ def _text(shown: str | list[str]) -> str:
 def _served(run: BenchRun, bundle: Path, timeline: Path) -> Row:
     """Measure a row of `serving-ROW.json`."""
     date = datetime.now(UTC)
-    engine = load_engine(bundle, str(run.device), str(run.dtype).removeprefix("torch."))
+    engine = load_engine(bundle, str(run.device), run.config.dtype)
+    run.dtype = DTYPES_BY_NAME[engine.facts.dtype]
     params = _params(run.config, engine)
     measured = measure_serving(engine, bundle if run.config.cold_start else None, params, run.config.pairs, timeline)
     run.look_at_load()
@@ -146,12 +147,14 @@ def _measured(run: BenchRun, bundle: Path) -> Row:
         parts = [base / "text_encoder", base / "vae"]
         timeout_s = max(60.0, float(run.config.limit_s))
         try:
-            cold = measure_cold_start(bundle, [bundle / "transformer", *parts], run.device, run.dtype, timeout_s)
+            folders = [bundle / "transformer", *parts]
+            cold = measure_cold_start(bundle, folders, run.device, run.config.dtype, timeout_s)
             run.tell("cold_start", **asdict(cold))
         except (CodmdError, OSError) as error:  # of a machine without the server's packages, too
             run.left_out.append(f"the cold start: {first_line(error)}")
     held = _held_bytes(run.device)
-    engine = load_engine(bundle, str(run.device), str(run.dtype).removeprefix("torch."))
+    engine = load_engine(bundle, str(run.device), run.config.dtype)
+    run.dtype = DTYPES_BY_NAME[engine.facts.dtype]
     held = None if held is None else (_held_bytes(run.device) or 0) - held
     params, facts = _params(run.config, engine), engine.facts
     run.tell("load", load_s=facts.load_s, execution=facts.execution, attention=facts.attention, vae=facts.vae_dtype)
@@ -176,6 +179,7 @@ def _measured(run: BenchRun, bundle: Path) -> Row:
             "execution": facts.execution,
             "attention": facts.attention,
             "vae_dtype": facts.vae_dtype,
+            "diffusers_dtype": measured.stock_dtype,
             "fallback": facts.fallback,
             "text": f"{size}, {ours.num_forwards} steps, {str(run.dtype).removeprefix('torch.')}, text to mp4",
         },

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codmd_serve.bench.cold import running_server
+from codmd_serve.bench.mlperf import in_mlperf_form
 from codmd_serve.bench.report import Row
 from codmd_serve.bench.timeline import draw_timeline, overlap_s
 from codmd_serve.bench.trials import requests, spread_of
@@ -57,11 +58,14 @@ def measure_serving(engine: Engine, bundle: Path | None, params: GenerateParams,
     with tempfile.TemporaryDirectory(prefix="codmd-bench-") as temporary:
         folder = Path(temporary)
         engine.generate(next(asked), folder / "warm.mp4")
-        server = None
+        server, mlperf = None, {}
         if bundle is not None:
             with running_server(bundle, device, dtype, timeout_s=600.0) as address:
-                server = measure_server(engine, address, asked, folder, pairs, num_blocks)
-        overlap = measure_overlap(engine, asked, folder, num_blocks)
+                server, mlperf["server"] = measure_server(engine, address, asked, folder, pairs, num_blocks)
+        jobs = [next(asked) for _ in range(pairs)]
+        single_ms = [_timed_ms(lambda job=job: engine.generate(job, folder / "a.mp4")) for job in jobs]  # type: ignore[misc]
+        overlap, blocks_ms = measure_overlap(engine, asked, folder, num_blocks)
+        mlperf["engine"] = in_mlperf_form(single_ms, blocks_ms, NUM_JOBS)
         results = run_overlapped(engine, [next(asked) for _ in range(NUM_DRAWN)], folder)
     spans = [[(span.stage, span.start_s, span.end_s) for span in result.spans] for result in results]
     draw_timeline(timeline, f"{engine.facts.name}, {engine.facts.device}: three requests in the queue", spans)
@@ -69,13 +73,14 @@ def measure_serving(engine: Engine, bundle: Path | None, params: GenerateParams,
     return {
         "server": server,
         "overlap": overlap,
+        "mlperf": mlperf,
         "timeline": {"picture": timeline.name, "encode_beside_ms": beside_ms, "spans": spans},
     }
 
 
 def measure_server(
     engine: Engine, address: str, asked: Iterator[GenerateParams], folder: Path, pairs: int, blocks: int
-) -> Row:
+) -> tuple[Row, Row]:
     """Time requests over HTTP and on the bare engine in alternation: one by one, and eight at once.
 
     Args:
@@ -87,36 +92,47 @@ def measure_server(
         blocks: of eight requests of each.
 
     Returns:
-        `latency` and `saturation` (ratios of times, server / engine) and `own_ms`, as spreads.
+        `latency` and `saturation` (ratios of times, server / engine) and `own_ms`, as spreads; and the server's own
+        times in MLPerf's form.
     """
     ask(address, next(asked))
-    latency, own_ms = [], []
+    latency, own_ms, single_ms = [], [], []
     for _ in range(pairs):
         params = next(asked)
         answer = ask(address, params)
         engine_ms = _timed_ms(lambda params=params: engine.generate(params, folder / "a.mp4"))  # type: ignore[misc]
         latency.append(answer.total_ms / engine_ms)
+        single_ms.append(answer.total_ms)
         own_ms.append(answer.total_ms - sum(ms for stage, ms in answer.stages_ms.items() if stage != "queue"))
-    saturation = []
+    saturation, blocks_ms = [], []
     with ThreadPoolExecutor(NUM_JOBS) as clients:
         for _ in range(blocks):
             jobs = [next(asked) for _ in range(NUM_JOBS)]
             server_ms = _timed_ms(lambda jobs=jobs: list(clients.map(lambda job: ask(address, job), jobs)))  # type: ignore[misc]
             engine_ms = _timed_ms(lambda jobs=jobs: run_in_a_row(engine, jobs, folder))  # type: ignore[misc]
             saturation.append(server_ms / engine_ms)
+            blocks_ms.append(server_ms)
     named = {"latency": latency, "saturation": saturation, "own_ms": own_ms}
-    return {name: asdict(spread_of(values)) for name, values in named.items()}
+    spreads = {name: asdict(spread_of(values)) for name, values in named.items()}
+    return spreads, in_mlperf_form(single_ms, blocks_ms, NUM_JOBS)
 
 
-def measure_overlap(engine: Engine, asked: Iterator[GenerateParams], folder: Path, blocks: int) -> Row:
-    """Time eight queued requests in sequence and overlapped; a ratio above 1 means that overlap is quicker."""
-    ratios = []
+def measure_overlap(
+    engine: Engine, asked: Iterator[GenerateParams], folder: Path, blocks: int
+) -> tuple[Row, list[float]]:
+    """Time eight queued requests in sequence and overlapped; a ratio above 1 means that overlap is quicker.
+
+    Returns:
+        The ratio as a spread, and the milliseconds of each overlapped block.
+    """
+    ratios, blocks_ms = [], []
     for _ in range(blocks):
         jobs = [next(asked) for _ in range(NUM_JOBS)]
         in_a_row_ms = _timed_ms(lambda jobs=jobs: run_in_a_row(engine, jobs, folder))  # type: ignore[misc]
         overlapped_ms = _timed_ms(lambda jobs=jobs: run_overlapped(engine, jobs, folder))  # type: ignore[misc]
         ratios.append(in_a_row_ms / overlapped_ms)
-    return {"ratio": asdict(spread_of(ratios)), "num_jobs": NUM_JOBS}
+        blocks_ms.append(overlapped_ms)
+    return {"ratio": asdict(spread_of(ratios)), "num_jobs": NUM_JOBS}, blocks_ms
 
 
 def run_in_a_row(engine: Engine, jobs: Sequence[GenerateParams], folder: Path) -> list[GenerateResult]:
@@ -145,7 +161,7 @@ def ask(address: str, params: GenerateParams) -> Answer:
     Raises:
         urllib.error.URLError: no answer, or one that is no video.
     """
-    body = json.dumps(asdict(params)).encode()
+    body = json.dumps(params.to_dict()).encode()
     # no-cache: an equal request would be answered from the store.
     headers = {"content-type": "application/json", "cache-control": "no-cache"}
     request = urllib.request.Request(f"{address}/generate", body, headers)

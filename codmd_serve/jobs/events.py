@@ -13,6 +13,8 @@ from typing import Any
 
 EVENTS_KEPT = 256
 CHANNELS_KEPT = 1000
+KEPT_WHEN_FINAL_S = 60.0  # for who reconnects; the store knows the end
+FINAL_KINDS = ("done", "failed", "cancelled", "expired")
 # Where each stage begins and how much of the whole it is, roughly, for a bar that moves.
 STAGE_PROGRESS = {"text": (0.0, 0.05), "denoise": (0.05, 0.65), "decode": (0.7, 0.25), "encode": (0.95, 0.05)}
 
@@ -119,6 +121,9 @@ class EventHub:
         """Tell the listeners of a job, here and (`is_own`) in other processes."""
         channel = self.channel(job_id)
         channel.add(kind, data)
+        if kind in FINAL_KINDS:
+            with contextlib.suppress(RuntimeError):  # no event loop: a test, or the end of the process
+                asyncio.get_running_loop().call_later(KEPT_WHEN_FINAL_S, self.forget, job_id)
         if is_own and self.on_publish is not None:
             self.on_publish(job_id, kind, data)
 

@@ -100,7 +100,7 @@ class JobStore:
             if result_id is None:
                 self._check_limits(connection, new, limits)
             job_id = secrets.token_hex(12)
-            connection.execute(jobs.insert().values(_columns(new, job_id, now, result_id)))
+            connection.execute(jobs.insert(), _columns(new, job_id, now, result_id))
             if new.webhook_url:
                 connection.execute(webhooks.insert().values(job_id=job_id, attempts=0, due_at=now))
             payload = {"id": job_id, "status": COMPLETED if result_id else QUEUED}

@@ -26,6 +26,7 @@ from codmd_serve.files import atomic_folder, first_line
 from codmd_serve.grammar import Grammar
 from codmd_serve.grid import MAX_TIMESTEP, check_step_grid
 from codmd_serve.textfiles import read_json_object, shown
+from codmd_serve.wan.blank import blank_weights
 from codmd_serve.wan.hub import find_pipeline
 from codmd_serve.wan.kernels import AttentionShape
 from codmd_serve.wan.vae import vae_scales
@@ -327,7 +328,8 @@ def load_bundle(
             f"the tokenizer of {base} has {len(tokenizer)} tokens, its text encoder {text_encoder.config.vocab_size}"
         )
     for module, place in ((transformer, device), (vae, device), (text_encoder, text_device or device)):
-        module.requires_grad_(False).eval().to(place)
+        # Not the `to` of diffusers, which imports all its hooks to look for one that offloads.
+        torch.nn.Module.to(module.requires_grad_(False).eval(), place)
     return Bundle(
         path=path,
         spec=spec,
@@ -366,14 +368,15 @@ def load_module(kind: Any, folder: Path | str, subfolder: str, **options: Any) -
     if not (Path(folder) / subfolder).is_dir():
         raise CheckpointError(f"{folder} has no {subfolder}/ folder")
     try:
-        module, info = kind.from_pretrained(
-            folder,
-            subfolder=subfolder,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        with blank_weights():
+            module, info = kind.from_pretrained(
+                folder,
+                subfolder=subfolder,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
     except CodmdError:
         raise
     except Exception as error:  # safetensors, both libraries and the file system each raise their own kinds

@@ -165,7 +165,7 @@ def within(seconds: float, function: Callable[[], Value]) -> Value:
 
     thread = threading.Thread(target=call, daemon=True, name="hub")
     thread.start()
-    thread.join(seconds + 0.5)
+    thread.join(seconds + 0.2)
     if thread.is_alive():
         raise TimeoutError(f"no answer in {seconds:g} s")
     if raised:

@@ -4,6 +4,7 @@ OUT/model_index.json, scheduler/, transformer/, tokenizer/, text_encoder/, vae/,
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,21 @@ def save_pipeline(bundle: Path, folder: Path) -> None:
         with atomic_folder(folder) as fresh:
             for part in COPIED_PARTS:
                 shutil.copytree(base / part, fresh / part)
-            shutil.copytree(bundle / "transformer", fresh / "transformer")
+            # The same weights, written once where the file system can link them.
+            shutil.copytree(bundle / "transformer", fresh / "transformer", copy_function=_link_or_copy)
             scheduler = StudentScheduler(spec.sigmas, spec.timesteps, spec.sampler)
             scheduler.save_pretrained(fresh / "scheduler")
             (fresh / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             (fresh / "README.md").write_text(_card(spec), encoding="utf-8")
     except OSError as error:  # copytree's list of errors is one too
         raise CheckpointError(f"pipeline {folder} cannot be written: {type(error).__name__}: {error}") from error
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def _local_base(bundle: Path, spec: StudentSpec) -> Path:

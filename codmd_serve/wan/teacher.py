@@ -184,7 +184,7 @@ def _load_scheduler(base: Path, index: dict[str, Any]) -> Any:
     if kind is None or not hasattr(kind, "set_timesteps"):
         raise CheckpointError(f"{base / INDEX_FILE} names no scheduler of diffusers, got {shown(entry)}")
     try:
-        scheduler = kind.from_pretrained(base, subfolder="scheduler", local_files_only=True)
+        scheduler = kind.from_pretrained(base, subfolder="scheduler", local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"scheduler of {base} cannot be used: {first_line(error)}") from error
     if not name.startswith("FlowMatch") and scheduler.config.get("prediction_type") != "flow_prediction":

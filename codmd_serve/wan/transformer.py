@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.wan.attention import NUM_PROMPT_POSITIONS, pad_logit_bias
+from codmd_serve.wan.blank import blank_weights
 from codmd_serve.wan.rows import PLAIN, RowOps, choose_rows, rms_norm, split_last
 
 NUM_SHAPES_CACHED = 8
@@ -315,7 +316,8 @@ def _float_linear(features: Tensor, layer: nn.Linear) -> Tensor:
 def _fuse_linears(*layers: nn.Linear) -> nn.Linear:
     """Return one linear layer that concatenates the outputs of several."""
     weight = torch.cat([layer.weight for layer in layers])
-    joined = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    with blank_weights():
+        joined = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)
     joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
     return joined

@@ -93,12 +93,15 @@ def measure_iterations(config: "DistillConfig", num_trials: int) -> dict[str, An
         CodmdError: losses differ by more than rounding.
         CheckpointError: the base cannot be loaded.
     """
+    import tempfile
+
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    cache = tempfile.TemporaryDirectory()
     try:
-        arms = build_arms(config)
+        arms = build_arms(config, Path(cache.name))
         loss_error = check_losses(arms)
         for arm in arms:
             _cycle(arm, config, 0)  # warm-up
@@ -113,6 +116,7 @@ def measure_iterations(config: "DistillConfig", num_trials: int) -> dict[str, An
                 wall_s[arm.name].append((time.perf_counter() - starts[1]) / config.student_every_iterations)
     finally:
         torch.set_num_threads(threads)
+        cache.cleanup()
     return {"batch_size": config.batch_size, "trials": num_trials, "loss_error": loss_error, **summary(cpu_s, wall_s)}
 
 
@@ -135,10 +139,8 @@ def summary(cpu_s: dict[str, list[float]], wall_s: dict[str, list[float]]) -> di
     }
 
 
-def build_arms(config: "DistillConfig") -> list[Arm]:
-    """Build the variants of VARIANT_NAMES from the same weights."""
-    import tempfile
-
+def build_arms(config: "DistillConfig", cache: Path) -> list[Arm]:
+    """Build the variants of VARIANT_NAMES from the same weights; they read prompts from `cache` while they live."""
     import torch
 
     from distill.bench.authors import Ablation
@@ -147,8 +149,7 @@ def build_arms(config: "DistillConfig") -> list[Arm]:
     from distill.run.trainer import native_latents
 
     base = open_base(config.base)
-    with tempfile.TemporaryDirectory() as cache:
-        data = cached_prompt_data(config, base, Path(cache), torch.device("cpu"))
+    data = cached_prompt_data(config, base, cache, torch.device("cpu"))
     shape = (config.batch_size, *native_latents(config, base))
     ablations = (
         Ablation(),

@@ -1,41 +1,38 @@
-"""Prompts to batches of embeddings: encoded once, cached on disk, drawn in an order that is a function of the position.
+"""Prompts to batches of embeddings: packed once on disk, drawn in an order that is a function of the position.
 
-Knows neither networks nor losses; the text encoder is loaded only while the cache is being made.
+Knows neither networks nor losses. What a run trains on is converted at its first start into packed samples
+(data/packed.py) in the cache folder, by all processes, each its share; later starts open them. The text encoder is
+loaded only while there is text to encode.
 
 Legend: B prompts of a batch, P prompts of the data set, L positions kept, D text width.
 """
 
 import hashlib
 import json
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import UMT5EncoderModel
 
-from codmd_serve.device import DTYPES_BY_NAME
-from codmd_serve.errors import CheckpointError, ConfigError
-from codmd_serve.files import atomic_file, first_line
+from codmd_serve.errors import ConfigError
 from codmd_serve.grammar import Grammar
 from codmd_serve.wan.attention import compact_prompt_embeds
-from codmd_serve.wan.text import MAX_SEQUENCE_LENGTH, clean_prompt, encode_prompts
 from distill.config import DistillConfig
-from distill.data.shards import read_shard_prompts, read_shards, shard_paths
+from distill.data.packed import PackedSet, is_packed_set, open_set
+from distill.data.packing import Packing
+from distill.data.packing import add_module_files as add_module_files
+from distill.data.packing import prompt_key as prompt_key
+from distill.data.shards import shard_paths, shard_prompts, shard_samples
 from distill.data.texts import Prompts, read_prompt_file
 from distill.networks.base import Base
+from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.worlds.shapeworld.captions import grammar, sample_caption
 
-PROMPTS_PER_CALL = 64
-HASHED_BYTES = 1 << 20
 # Recipes whose teacher knows the captions of the shapeworld grammar; any other would be trained on words it never saw.
 CAPTIONED_RECIPES = ("shapeworld",)
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,39 +51,50 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptData:
-    """Embeddings of all prompts without their padding: rows offsets[i]:offsets[i + 1] of `packed` are prompt i.
-
-    The negative prompt is the last one.
+    """The prompts that a run trains on; embeddings come without their padding.
 
     Attributes:
-        packed: (sum of lengths, D).
-        offsets: (P + 2,) int64.
+        num_prompts: P, the negative one not counted.
+        rows: embedding (L, D) of prompt i; the negative prompt is number P.
+        text: prompt i.
+        latents: latents (C, F, H, W) of prompt i, where the samples have them.
+        content: digest of all samples in their order.
         num_cut: prompts of which the text encoder read a part, because they have more tokens than it takes.
         report: one line about what was read.
     """
 
-    packed: Tensor
-    offsets: Tensor
+    num_prompts: int
+    rows: Callable[[int], Tensor]
+    text: Callable[[int], str]
+    latents: Callable[[int], Tensor] | None = None
+    content: str = ""
     num_cut: int = 0
     report: str = ""
 
-    @property
-    def num_prompts(self) -> int:
-        """Number of prompts, the negative one not counted."""
-        return len(self.offsets) - 2
-
     def batch(self, indices: list[int], device: torch.device) -> Batch:
         """Gather prompts, all trimmed to the longest of them and of the negative prompt."""
-        rows = [self._rows(index) for index in (*indices, self.num_prompts)]
+        rows = [self.rows(index).float() for index in (*indices, self.num_prompts)]
         lengths = [len(row) for row in rows]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float()
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         embeds = compact_prompt_embeds(padded, lengths).to(device)
         return Batch(
             prompt_embeds=embeds[:-1], negative_prompt_embeds=embeds[-1:].expand(len(indices), -1, -1).contiguous()
         )
 
-    def _rows(self, index: int) -> Tensor:
-        return self.packed[self.offsets[index] : self.offsets[index + 1]]
+    def x0(self, indices: list[int], device: torch.device) -> Tensor:
+        """Gather latents, (B, C, F, H, W) float32."""
+        assert self.latents is not None
+        return torch.stack([self.latents(index).float() for index in indices]).to(device)
+
+
+def prompts_in_memory(packed: Tensor, offsets: Tensor) -> PromptData:
+    """Make data of embeddings in memory: rows offsets[i]:offsets[i + 1] are prompt i, the negative one is the last."""
+    bounds = offsets.tolist()
+
+    def rows(index: int) -> Tensor:
+        return packed[bounds[index] : bounds[index + 1]]
+
+    return PromptData(num_prompts=len(bounds) - 2, rows=rows, text=str)
 
 
 def batch_indices(position: int, num_prompts: int, batch_size: int, seed: int) -> list[int]:
@@ -106,7 +114,7 @@ def batch_indices(position: int, num_prompts: int, batch_size: int, seed: int) -
 
 
 def read_prompts(config: DistillConfig) -> Prompts:
-    """Return the training prompts: of a txt, a jsonl or tar shards, or captions of the shapeworld grammar.
+    """Return the training prompts: of a file, tar shards or packed samples, or captions of ShapeWorld's grammar.
 
     Raises:
         ConfigError: the file is missing, empty, of another kind, or has a row without prompt; the message says where.
@@ -114,7 +122,11 @@ def read_prompts(config: DistillConfig) -> Prompts:
     """
     if config.prompts:
         shards = shard_paths(config.prompts)
-        return Prompts(texts=read_shard_prompts(shards)) if shards else read_prompt_file(Path(config.prompts))
+        if shards:
+            return Prompts(texts=[text for path in shards for text in shard_prompts(path)])
+        if is_packed_set(Path(config.prompts)):
+            return Prompts(texts=list(open_set(Path(config.prompts)).texts()))
+        return read_prompt_file(Path(config.prompts))
     require_prompts(config)
     rng = np.random.default_rng(config.seed)
     # One and two objects in turn, as in the evaluation: two take longer to learn and are fewer in the world.
@@ -150,7 +162,8 @@ def check_prompts(config: DistillConfig, base: Base) -> dict[str, object]:
     """
     shards = shard_paths(config.prompts)
     if shards:
-        prompts = Prompts(texts=[text for text, _ in read_shards(shards, int(base.transformer_entry("text_dim")))])
+        width = int(base.transformer_entry("text_dim"))
+        prompts = Prompts(texts=[sample.text for path in shards for sample in shard_samples(path, width)])
     else:
         prompts = read_prompts(config)
     counts = {"prompts": len(prompts.texts), "duplicates": prompts.num_duplicates, "dropped": prompts.num_blank}
@@ -162,130 +175,75 @@ def caption_grammar(config: DistillConfig) -> Grammar | None:
     return None if config.prompts else grammar()
 
 
-def cached_prompt_data(config: DistillConfig, base: Base, cache_dir: Path, device: torch.device) -> PromptData:
-    """Return embeddings of the training prompts and the negative prompt, from the cache when it has them.
+def cached_prompt_data(
+    config: DistillConfig,
+    base: Base,
+    cache_dir: Path,
+    device: torch.device,
+    processes: Processes = SINGLE_PROCESS,
+    latent_shape: tuple[int, ...] = (),
+) -> PromptData:
+    """Return the training prompts with their embeddings, packing them in the cache unless it has them.
 
     Args:
         config: names prompts, negative prompt and text_dtype.
-        base: whose text encoder embeds them.
-        cache_dir: where the cache file is looked for and written; made when needed.
+        base: whose text encoder embeds what comes without embeddings.
+        cache_dir: seen by all processes; packed samples are looked for and written there.
         device: where the text encoder runs if it has to; it is gone on return.
+        processes: of the run; each packs its share. All of them call this.
+        latent_shape: (C, F, H, W) of the latents that the method trains on; empty where it needs none. Latents of the
+            samples are used where there are any.
 
     Raises:
-        ConfigError: the prompts cannot be read.
-        CheckpointError: the text encoder cannot be loaded.
+        ConfigError: the prompts cannot be read, or their latents are of another shape.
+        CheckpointError: the text encoder or packed samples cannot be loaded.
     """
-    shards = shard_paths(config.prompts)
-    if not shards:
-        read = read_prompts(config)
-        data = _encoded_prompt_data([*read.texts, config.negative_prompt], config, base, cache_dir, device)
-        return replace(data, report=_report(data, read))
-    # Shards bring their embeddings, so that only the negative prompt is left to encode; a bad one is told of before.
-    samples = read_shards(shards, int(base.transformer_entry("text_dim")))
-    data = _encoded_prompt_data([config.negative_prompt], config, base, cache_dir, device)
-    packed = [*(embeds for _, embeds in samples), data.packed.float()]
-    offsets = torch.tensor([0, *map(len, packed)]).cumsum(0)
-    data = PromptData(packed=torch.cat(packed), offsets=offsets)
-    return replace(data, report=_report(data, Prompts(texts=[text for text, _ in samples])))
-
-
-def _report(data: PromptData, read: Prompts) -> str:
-    """Say in one line what a run trains on."""
-    longest = int(data.offsets.diff()[:-1].max())
-    return (
-        f"prompts={len(read.texts)} distinct={len(set(read.texts))} dropped={read.num_blank} cut={data.num_cut} "
-        f"longest={longest}"
+    packing = Packing(config=config, base=base, cache_dir=cache_dir, device=device, processes=processes)
+    shards, folder = shard_paths(config.prompts), Path(config.prompts)
+    if not shards and not (config.prompts and is_packed_set(folder)):
+        read = processes.on_all_ranks(lambda: read_prompts(config))
+        encoded, order, num_cut = packing.encoded([*read.texts, config.negative_prompt])
+        data = PromptData(
+            num_prompts=len(read.texts),
+            rows=lambda index: encoded.embeds(order[index]),
+            text=read.texts.__getitem__,
+            # Of the texts: encoded again on another machine, the last bits of their embeddings can differ.
+            content=hashlib.sha256(json.dumps([*read.texts, config.negative_prompt]).encode()).hexdigest(),
+            num_cut=num_cut,
+        )
+        longest = encoded.longest(set(order[:-1]))
+        return replace(data, report=_report(read.texts, read.num_blank, num_cut, longest))
+    if shards:
+        packed = packing.packed_shards(shards, latent_shape)
+    else:
+        packed = processes.on_all_ranks(lambda: open_set(folder))
+        _check_layout(packed, base, latent_shape)
+    negative, *_ = packing.encoded([config.negative_prompt])
+    own = negative.embeds(0)
+    size = len(packed)
+    has_latents = bool(latent_shape) and bool(packed.layout.latent_shape)
+    data = PromptData(
+        num_prompts=size,
+        rows=lambda index: own if index == size else packed.embeds(index),
+        text=packed.text,
+        latents=packed.latents if has_latents else None,
+        content=packed.content,
     )
+    latents = f" latents={'x'.join(map(str, packed.layout.latent_shape))}" if has_latents else ""
+    return replace(data, report=f"samples={size} from={packed.source} longest={packed.longest()}{latents}")
 
 
-def _encoded_prompt_data(
-    prompts: list[str], config: DistillConfig, base: Base, cache_dir: Path, device: torch.device
-) -> PromptData:
-    key = prompt_key(prompts, config, base)
-    path = cache_dir / f"prompt-embeds-{key[:16]}.safetensors"
-    cached = _read_cache(path, key, len(prompts))
-    if cached is not None:
-        return cached
-    logger.info("encoding prompts=%d base=%s", len(prompts), base.source)
-    data = encode_prompt_data(prompts, base, DTYPES_BY_NAME[config.text_dtype], device)
-    metadata = {"key": key, "num_cut": str(data.num_cut)}
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            save_file({"packed": data.packed, "offsets": data.offsets}, temporary, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"the cache of embeddings {path} cannot be written: {first_line(error)}") from error
-    return data
+def _check_layout(packed: PackedSet, base: Base, latent_shape: tuple[int, ...]) -> None:
+    width, found = int(base.transformer_entry("text_dim")), packed.layout.latent_shape
+    if packed.layout.width != width:
+        raise ConfigError(f"{packed.folder} has embeddings of width {packed.layout.width}, the teacher reads {width}")
+    if latent_shape and found and found != latent_shape:
+        raise ConfigError(
+            f"{packed.folder} has latents {found}, the run trains on {latent_shape}: they are of another VAE, size or "
+            "number of frames"
+        )
 
 
-def encode_prompt_data(prompts: list[str], base: Base, dtype: torch.dtype, device: torch.device) -> PromptData:
-    """Encode prompts, the last of which is the negative one, with the text encoder of `base`.
-
-    Raises:
-        CheckpointError: tokenizer or text encoder cannot be loaded.
-    """
-    tokenizer = base.load_tokenizer()
-    text_encoder = base.load(UMT5EncoderModel, "text_encoder", dtype=dtype).eval().to(device)
-    cleaned = [clean_prompt(prompt) for prompt in prompts]
-    num_tokens = [len(ids) for ids in tokenizer(cleaned).input_ids]
-    lengths = [min(number, MAX_SEQUENCE_LENGTH) for number in num_tokens]
-    # Equal prompts are encoded once, and prompts of similar length together: padding costs as much as text.
-    distinct = sorted(dict(zip(cleaned, lengths, strict=True)).items(), key=lambda item: item[1])
-    rows: dict[str, Tensor] = {}
-    for start in range(0, len(distinct), PROMPTS_PER_CALL):
-        chunk = distinct[start : start + PROMPTS_PER_CALL]
-        # The encoder masks padding, so embeddings do not depend on how much of it there is.
-        embeds_BLD = encode_prompts(tokenizer, text_encoder, [text for text, _ in chunk], max(chunk[-1][1], 1)).cpu()
-        rows |= {text: embeds[:length] for (text, length), embeds in zip(chunk, embeds_BLD, strict=True)}
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    num_cut = sum(number > MAX_SEQUENCE_LENGTH for number in num_tokens[:-1])
-    return PromptData(packed=torch.cat([rows[text] for text in cleaned]), offsets=offsets, num_cut=num_cut)
-
-
-def _read_cache(path: Path, key: str, num_prompts: int) -> PromptData | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") != key:
-                raise CheckpointError("it holds other prompts")
-            packed, offsets = file.get_tensor("packed"), file.get_tensor("offsets")
-        _check_packed(packed, offsets, num_prompts)
-        return PromptData(packed=packed, offsets=offsets, num_cut=int(metadata.get("num_cut", 0)))
-    except (SafetensorError, OSError, ValueError, CheckpointError) as error:
-        logger.warning("prompt cache made anew path=%s reason=%s", path.name, error)
-        return None
-
-
-def _check_packed(packed: Tensor, offsets: Tensor, num_prompts: int) -> None:
-    """Check stored embeddings as strictly as an iteration needs them."""
-    if offsets.dtype != torch.int64 or offsets.shape != (num_prompts + 1,):
-        raise CheckpointError(f"it has {tuple(offsets.shape)} offsets for {num_prompts} prompts")
-    lengths = offsets.diff()
-    in_order = int(offsets[0]) == 0 and bool((lengths >= 0).all()) and int(lengths.max()) <= MAX_SEQUENCE_LENGTH
-    if packed.ndim != 2 or not in_order or int(offsets[-1]) != len(packed):
-        raise CheckpointError("its offsets are not those of its embeddings")
-    if not packed.is_floating_point() or not bool(packed.isfinite().all()):
-        raise CheckpointError("it holds values that are not finite")
-
-
-def prompt_key(prompts: list[str], config: DistillConfig, base: Base) -> str:
-    """Return a digest of prompts and of the base's text encoder."""
-    digest = hashlib.sha256(json.dumps([prompts, config.text_dtype, None if base.is_local else base.source]).encode())
-    add_module_files(digest, base.folder, ("tokenizer", "text_encoder"))
-    return digest.hexdigest()
-
-
-def add_module_files(digest: "hashlib._Hash", folder: Path, subfolders: tuple[str, ...]) -> None:
-    """Let a digest tell modules apart that have the same name and size, without reading 20 GB.
-
-    A module trained anew keeps both, so the first and the last MiB of each file count as well.
-    """
-    for subfolder in subfolders:
-        for path in sorted((folder / subfolder).glob("*")):
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(HASHED_BYTES))
-                file.seek(max(path.stat().st_size - HASHED_BYTES, 0))
-                digest.update(file.read(HASHED_BYTES))
+def _report(texts: list[str], num_blank: int, num_cut: int, longest: int) -> str:
+    """Say in one line what a run trains on."""
+    return f"prompts={len(texts)} distinct={len(set(texts))} dropped={num_blank} cut={num_cut} longest={longest}"

@@ -1,14 +1,20 @@
-"""Prompts with ready-made embeddings from WebDataset tar shards; knows no text encoder.
+"""Samples of WebDataset tar shards, one by one; knows no text encoder.
 
 KEY.prompt.txt     the prompt
 KEY.embed.pt       its embedding (L, D), one tensor as torch.save writes it; padding rows are zero
+KEY.latent.pt      latents of its video, (C, F, H, W) or (F, C, H, W), one tensor; only where latents are asked for
 
-Other members, such as latents, are not read, nor those whose names begin with a dot, which macOS adds.
+Other members are not read, nor those whose names begin with a dot, which macOS adds. The memory is that of one sample,
+and of the prompts of one shard.
 """
 
 import io
 import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +23,11 @@ from codmd_serve.errors import ConfigError
 from codmd_serve.files import first_line
 from codmd_serve.textfiles import decode_text
 from codmd_serve.wan.attention import NUM_PROMPT_POSITIONS, prompt_lengths
+from distill.data.packed import Sample
 from distill.data.texts import check_prompt
 
-PROMPT_SUFFIX, EMBED_SUFFIX = ".prompt.txt", ".embed.pt"
-EMBED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PROMPT_SUFFIX, EMBED_SUFFIX, LATENT_SUFFIX = ".prompt.txt", ".embed.pt", ".latent.pt"
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 READ_BYTES = 1 << 20
 
 
@@ -32,71 +39,92 @@ def shard_paths(prompts: str) -> list[Path]:
     return [path] if path.suffix.lower() == ".tar" else []
 
 
-def read_shard_prompts(paths: list[Path]) -> list[str]:
-    """Return the prompts of shards in the order of their files and keys.
-
-    Raises:
-        ConfigError: as `read_shards`, but for what is inside of the embeddings.
-    """
-    return [prompt for path in paths for prompt, _ in _members(path).values()]
+def shard_prompts(path: Path) -> list[str]:
+    """Return the prompts of one shard in the order of their keys; raises as `shard_samples`, but for the tensors."""
+    with _opened(path) as (_, members):
+        return [prompt for prompt, *_ in members.values()]
 
 
-def read_shards(paths: list[Path], width: int) -> list[tuple[str, Tensor]]:
-    """Return prompts and their embeddings (L, width) float32 without padding, in the order of `read_shard_prompts`.
+def shard_samples(path: Path, width: int, latent_shape: tuple[int, ...] = ()) -> Iterator[Sample]:
+    """Yield the samples of one shard in the order of their keys, embeddings and latents in float32.
 
     Args:
-        paths: from `shard_paths`.
+        path: from `shard_paths`.
         width: of the embeddings that the teacher reads.
+        latent_shape: (C, F, H, W) of the latents to read; empty reads none.
 
     Raises:
-        ConfigError: a shard that is missing, damaged, cut off or empty, a sample without prompt or embedding or given
-            twice, an embedding that is no plain tensor, of another shape, longer than Wan reads, zero or not finite;
-            the message names shard and member.
+        ConfigError: a shard that is missing, damaged, cut off or empty, a sample without prompt, embedding or latents
+            or given twice, a tensor that is no plain one, of another shape, zero or not finite, an embedding longer
+            than Wan reads; the message names shard and member.
     """
-    return [
-        (prompt, _embedding(f"{path.name}: {key}{EMBED_SUFFIX}", data, width))
-        for path in paths
-        for key, (prompt, data) in _members(path).items()
-    ]
+    with _opened(path) as (archive, members):
+        for key, (prompt, embed, latent) in members.items():
+            embeds = _embedding(f"{path.name}: {key}{EMBED_SUFFIX}", _content(archive, embed, path), width)
+            latents = None
+            if latent_shape:
+                where = f"{path.name}: {key}{LATENT_SUFFIX}"
+                if latent is None:
+                    raise ConfigError(f"{path.name}: sample {key} has no {LATENT_SUFFIX}")
+                latents = _latents(where, _content(archive, latent, path), latent_shape)
+            yield Sample(text=prompt, embeds=embeds, latents=latents)
 
 
-def _members(path: Path) -> dict[str, tuple[str, bytes]]:
-    prompts: dict[str, bytes] = {}
-    embeds: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                _read_member(archive, member, {PROMPT_SUFFIX: prompts, EMBED_SUFFIX: embeds}, path)
-            _check_end(archive, path, len(prompts))
-    except ConfigError:
-        raise
-    except Exception as error:  # tar, the compressors and the file system each raise their own kinds
-        raise ConfigError(f"prompts {path} cannot be read as a tar: {first_line(error)}") from error
-    alone = sorted(prompts.keys() ^ embeds.keys())
-    if alone:
-        lacking = PROMPT_SUFFIX if alone[0] in embeds else EMBED_SUFFIX
-        raise ConfigError(f"{path.name}: sample {alone[0]} has no {lacking}")
-    if not prompts:
-        raise ConfigError(f"prompts {path} holds no prompt: expected members KEY{PROMPT_SUFFIX} and KEY{EMBED_SUFFIX}")
-    return {
-        key: (_decode_prompt(f"{path.name}: {key}{PROMPT_SUFFIX}", prompts[key]), embeds[key])
-        for key in sorted(prompts)
+def has_latents(path: Path) -> bool:
+    """Return whether the first sample of a shard has latents; raises as `shard_prompts`."""
+    with _opened(path) as (_, members):
+        return next(iter(members.values()))[2] is not None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, dict[str, tuple[str, tarfile.TarInfo, Any]]]]:
+    """Yield the archive and, by key, prompt and members of its samples; of the content only the prompts are read."""
+    found: dict[str, dict[str, tarfile.TarInfo]] = {
+        suffix: {} for suffix in (PROMPT_SUFFIX, EMBED_SUFFIX, LATENT_SUFFIX)
     }
+    with ExitStack() as stack:
+        try:
+            archive = stack.enter_context(tarfile.open(path))
+            for member in archive:
+                _note_member(member, found, path)
+            prompts, embeds, latents = found.values()
+            _check_end(archive, path, len(prompts))
+            texts = {key: _content(archive, member, path) for key, member in prompts.items()}
+        except ConfigError:
+            raise
+        except Exception as error:  # tar, the compressors and the file system each raise their own kinds
+            raise ConfigError(f"prompts {path} cannot be read as a tar: {first_line(error)}") from error
+        alone = sorted(prompts.keys() ^ embeds.keys())
+        if alone:
+            lacking = PROMPT_SUFFIX if alone[0] in embeds else EMBED_SUFFIX
+            raise ConfigError(f"{path.name}: sample {alone[0]} has no {lacking}")
+        if not prompts:
+            raise ConfigError(
+                f"prompts {path} holds no prompt: expected members KEY{PROMPT_SUFFIX} and KEY{EMBED_SUFFIX}"
+            )
+        decoded = {key: _decode_prompt(f"{path.name}: {key}{PROMPT_SUFFIX}", texts[key]) for key in sorted(texts)}
+        yield archive, {key: (text, embeds[key], latents.get(key)) for key, text in decoded.items()}
 
 
-def _read_member(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, wanted: dict[str, dict[str, bytes]], path: Path
-) -> None:
+def _note_member(member: tarfile.TarInfo, found: dict[str, dict[str, tarfile.TarInfo]], path: Path) -> None:
     name = member.name.removeprefix("./")
-    if name.rpartition("/")[2].startswith("."):
+    if name.rpartition("/")[2].startswith(".") or not (member.isfile() or member.islnk() or member.issym()):
         return
-    for suffix, found in wanted.items():
-        file = archive.extractfile(member) if name.endswith(suffix) else None
-        if file is not None:
+    for suffix, members in found.items():
+        if name.endswith(suffix):
             key = name.removesuffix(suffix)
-            if key in found:
+            if key in members:
                 raise ConfigError(f"{path.name}: {name} stands there twice; write the shard again")
-            found[key] = file.read()
+            members[key] = member
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
+    try:
+        file = archive.extractfile(member)
+        assert file is not None
+        return file.read()
+    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
+        raise ConfigError(f"prompts {path} cannot be read as a tar: {first_line(error)}") from error
 
 
 def _check_end(archive: tarfile.TarFile, path: Path, num_samples: int) -> None:
@@ -123,26 +151,48 @@ def _decode_prompt(where: str, data: bytes) -> str:
     return prompt
 
 
-def _embedding(where: str, data: bytes, width: int) -> Tensor:
+def _plain_tensor(where: str, data: bytes) -> Tensor:
+    """Load one float tensor from what torch.save wrote, as float32."""
     try:
-        embeds = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each raise their own kinds
         raise ConfigError(f"{where} is no plain tensor; nothing else in it is loaded or run") from error
-    is_plain = isinstance(embeds, Tensor) and embeds.layout == torch.strided and not embeds.is_meta
-    if not is_plain or embeds.dtype not in EMBED_DTYPES:
-        kind = f"{embeds.dtype} tensor" if isinstance(embeds, Tensor) else type(embeds).__name__
+    is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    if not is_plain or value.dtype not in FLOAT_DTYPES:
+        kind = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(f"{where} must be a floating-point tensor, got {kind}")
+    # After the conversion: a float64 may be too large for float32.
+    tensor: Tensor = value.detach().float()
+    if not bool(tensor.isfinite().all()):
+        raise ConfigError(f"{where} has values that are not finite")
+    return tensor
+
+
+def _embedding(where: str, data: bytes, width: int) -> Tensor:
+    embeds = _plain_tensor(where, data)
     if embeds.ndim == 3 and embeds.shape[0] == 1:
         embeds = embeds[0]
     if embeds.ndim != 2 or embeds.shape[1] != width or not embeds.shape[0]:
         raise ConfigError(f"{where} must be of shape (L, {width}), got {tuple(embeds.shape)}")
-    # After the conversion: a float64 may be too large for float32.
-    embeds = embeds.detach().float()
-    if not bool(embeds.isfinite().all()):
-        raise ConfigError(f"{where} has values that are not finite")
     length = prompt_lengths(embeds[None])[0]
     if not 0 < length <= NUM_PROMPT_POSITIONS:
         what = f"{length} rows that are not zero, Wan reads {NUM_PROMPT_POSITIONS}" if length else "zeros only"
         raise ConfigError(f"{where} has {what}; embed its prompt again")
-    kept: Tensor = embeds[:length].clone()
-    return kept
+    return embeds[:length].clone()
+
+
+def _latents(where: str, data: bytes, shape: tuple[int, ...]) -> Tensor:
+    latents = _plain_tensor(where, data)
+    if latents.ndim == 5 and latents.shape[0] == 1:
+        latents = latents[0]
+    channels, frames, *sides = shape
+    if tuple(latents.shape) == (frames, channels, *sides) and frames != channels:
+        latents = latents.transpose(0, 1)
+    if tuple(latents.shape) != shape:
+        raise ConfigError(
+            f"{where} has latents {tuple(latents.shape)}, the run trains on {shape}: "
+            "they are of another VAE, size or number of frames"
+        )
+    if not bool(latents.any()):
+        raise ConfigError(f"{where} has zeros only; encode its video again")
+    return latents.contiguous()

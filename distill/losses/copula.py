@@ -37,6 +37,7 @@ def copula_terms(
     reference_compat: bool = False,
     frame_permutation_BF: Tensor | None = None,
     batch_permutation_B: Tensor | None = None,
+    permute_critic: bool = False,
     relate: Callable[[Tensor], Tensor] | None = None,
 ) -> CopulaTerms:
     """Compare relations of the student with those of the teacher, corrected by the critic's.
@@ -50,8 +51,10 @@ def copula_terms(
             to grid x grid and centres over the related items.
         grid: cells per side for "spatial".
         reference_compat: keep the diagonal in the softmax of the batch term, as the authors' code does.
-        frame_permutation_BF: control arm: index of the teacher frame put at each frame, int64.
-        batch_permutation_B: control arm: index of the teacher sample put at each sample of the whole batch, int64.
+        frame_permutation_BF: control arms: index of the teacher frame put at each frame, int64.
+        batch_permutation_B: control arms: index of the teacher sample put at each sample of the whole batch, int64.
+        permute_critic: put the critic's frames and samples at the same places, so that the term has the size of the
+            true one and vanishes with it; False shuffles the teacher alone, and the term never vanishes.
         relate: where the B samples are a part of a larger batch, turns their (B, 3, D) features, of student, teacher
             and critic, into those of the whole batch; None where they are the whole.
 
@@ -64,15 +67,18 @@ def copula_terms(
     """
     frame = batch = student_x0.new_zeros(())
     videos = (student_x0, teacher_x0.detach(), critic_x0.detach())
+    shuffled = (1, 2) if permute_critic else (1,)
     if use_frame:
         trio = [frame_features(x0, features, grid) for x0 in videos]
         if frame_permutation_BF is not None:
-            trio[1] = trio[1].gather(1, frame_permutation_BF[:, :, None].expand_as(trio[1]))
+            for place in shuffled:
+                trio[place] = trio[place].gather(1, frame_permutation_BF[:, :, None].expand_as(trio[place]))
         frame = relational_kl(*trio, temperature=temperature, skip_diagonal=False)
     if use_batch:
         trio = batch_features(videos, features, grid, relate)
         if batch_permutation_B is not None:
-            trio[1] = trio[1][:, batch_permutation_B]
+            for place in shuffled:
+                trio[place] = trio[place][:, batch_permutation_B]
         batch = relational_kl(*trio, temperature=temperature, skip_diagonal=not reference_compat)
     return CopulaTerms(frame=frame, batch=batch)
 

@@ -23,6 +23,15 @@ from distill.data.prompts import Batch
 from distill.data.teacher_latents import TeacherSampling
 from distill.losses.copula import FEATURES, copula_terms, pooled_features
 from distill.losses.dmd import dmd_loss
+from distill.methods.controls import (
+    CONTROLS,
+    MATCHED,
+    NO_CONTROL,
+    NOISE,
+    ControlDraws,
+    draw_control,
+    replace_gradient,
+)
 from distill.methods.draws import (
     Passes,
     StepDraws,
@@ -54,7 +63,7 @@ class CopulaConfig(MethodSettings):
         temperature: of the softmax over similarities.
         features: "mean" over rows and columns, or "spatial", which sees motion that keeps channel means.
         grid: cells per side of "spatial".
-        permute: control arm: teacher frames and samples are shuffled before their relations are taken.
+        control: "none", or a control arm, whose term has lost its content: see `controls.py`.
         reference_compat: the authors' behaviour where ours departs from it.
     """
 
@@ -66,11 +75,12 @@ class CopulaConfig(MethodSettings):
     temperature: float = 0.1
     features: str = "mean"
     grid: int = 2
-    permute: bool = False
+    control: str = NO_CONTROL
     reference_compat: bool = False
 
     def __post_init__(self) -> None:
         check_choice("copula.features", self.features, FEATURES)
+        check_choice("copula.control", self.control, CONTROLS)
         check_range("copula.temperature", self.temperature, 1e-4, 10.0)
         check_range("copula.grid", self.grid, 1, 64)
         for name in ("scale", "weight_frame", "weight_batch"):
@@ -160,15 +170,9 @@ def configure(recipe: Recipe, method: str = CODMD) -> DistillConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatchingDraws(StepDraws):
-    """`StepDraws` with the shuffles of the control arm, None outside it.
+    """`StepDraws` with what a control arm draws besides; `control` is empty outside of them."""
 
-    Attributes:
-        frame_permutation: (B, F) int64, for each sample.
-        batch_permutation: (B,) int64, of the whole batch whatever part of it is drawn.
-    """
-
-    frame_permutation: Tensor | None = None
-    batch_permutation: Tensor | None = None
+    control: ControlDraws = dataclasses.field(default_factory=ControlDraws)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,14 +183,13 @@ class ScoredSample:
         exit_latents: (B, C, F, H, W) input of the exit step, from which the sample is computed again with gradient.
         exit_step: denoising step at which the rollout stopped.
         scores: of the sample.
-        frame_permutation, batch_permutation: of `MatchingDraws`.
+        control: of `MatchingDraws`.
     """
 
     exit_latents: Tensor
     exit_step: int
     scores: Scores
-    frame_permutation: Tensor | None
-    batch_permutation: Tensor | None
+    control: ControlDraws
 
 
 def matching_turns(config: DistillConfig, iteration: int) -> tuple[str, ...]:
@@ -210,16 +213,13 @@ def draw_sample(
     positions: range | None = None,
 ) -> MatchingDraws:
     """Draw everything random in one step of codmd or dmd; arguments as `draw_step`."""
-    settings, (batch_size, _, num_frames, *_) = copula_settings(config), shape
+    settings = copula_settings(config)
     step = draw_step(config, rng, shape, exit_step, device, positions, reference_compat=settings.reference_compat)
     shared = {entry.name: getattr(step, entry.name) for entry in dataclasses.fields(step)}
-    if not settings.permute:
-        return MatchingDraws(**shared)
-    own = slice(None) if positions is None else slice(positions.start, positions.stop)
-    # Last, so that the control arm shares every other draw.
-    frames = torch.rand((batch_size, num_frames), generator=rng).argsort(dim=1)[own].to(device)
-    samples = torch.randperm(batch_size, generator=rng).to(device)
-    return MatchingDraws(**shared, frame_permutation=frames, batch_permutation=samples)
+    # Last, so that control arms share every other draw.
+    cells = 1 if settings.features == "mean" else settings.grid
+    control = draw_control(settings.control, rng, shape, cells, device, positions)
+    return MatchingDraws(**shared, control=control)
 
 
 def student_step(
@@ -244,7 +244,7 @@ def student_step(
     denoise = denoiser(networks.student, networks.precision)
     student_x0 = student_sample(denoise, batch, draws, config.grid(), config.sampler, with_grad=True)
     scores = score_sample(networks, batch, student_x0, draws, config)
-    return _student_loss(student_x0, scores, (draws.frame_permutation, draws.batch_permutation), config, relate)
+    return _student_loss(student_x0, scores, draws.control, config, relate)
 
 
 @torch.no_grad()
@@ -271,8 +271,7 @@ def scored_sample(
         exit_latents=inputs[0],
         exit_step=draws.exit_step,
         scores=scores,
-        frame_permutation=draws.frame_permutation,
-        batch_permutation=draws.batch_permutation,
+        control=draws.control,
     )
     return sample, pooled_features(videos, settings.features, settings.grid)
 
@@ -289,14 +288,13 @@ def resumed_student_step(
     timestep_B = torch.full((latents.shape[0],), grid.timesteps[sample.exit_step], device=latents.device)
     flow_pred = denoiser(networks.student, networks.precision)(latents, timestep_B, batch.prompt_embeds)
     student_x0 = flow_to_x0(latents, flow_pred, grid.sigmas[sample.exit_step])
-    permutations = (sample.frame_permutation, sample.batch_permutation)
-    return _student_loss(student_x0, sample.scores, permutations, config, relate)
+    return _student_loss(student_x0, sample.scores, sample.control, config, relate)
 
 
 def _student_loss(
     student_x0: Tensor,
     scores: Scores,
-    permutations: tuple[Tensor | None, Tensor | None],
+    control: ControlDraws,
     config: DistillConfig,
     relate: Callable[[Tensor], Tensor] | None,
 ) -> StepResult:
@@ -314,10 +312,13 @@ def _student_loss(
             features=settings.features,
             grid=settings.grid,
             reference_compat=settings.reference_compat,
-            frame_permutation_BF=permutations[0],
-            batch_permutation_B=permutations[1],
+            frame_permutation_BF=control.frame_permutation,
+            batch_permutation_B=control.batch_permutation,
+            permute_critic=settings.control == MATCHED,
             relate=relate,
         )
+        if settings.control == NOISE:
+            terms = replace_gradient(terms, student_x0, control)
         loss = loss + settings.scale * (settings.weight_frame * terms.frame + settings.weight_batch * terms.batch)
         metrics |= {"loss_frame": terms.frame.detach(), "loss_batch": terms.batch.detach()}
     return StepResult(loss=loss, metrics=metrics | score_metrics(student_x0, scores))

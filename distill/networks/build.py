@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from codmd_serve.device import DTYPES_BY_NAME
-from codmd_serve.errors import CheckpointError, ConfigError
+from codmd_serve.errors import ConfigError
 from codmd_serve.sampler import Denoise
 from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.config import DistillConfig
@@ -24,7 +24,7 @@ from distill.networks.lora import AdaptedCritic, Switch, add_adapters, checkpoin
 from distill.networks.precision import keep_sensitive_parts_float32, unfuse_bf16_attention
 from distill.networks.start import load_start
 from distill.parallel.processes import SINGLE_PROCESS, Processes
-from distill.parallel.sharding import load_sharded, sharded_like, split_tokens
+from distill.parallel.sharding import load_sharded, split_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,22 +186,3 @@ def guided_teacher_flow(
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require gradient, by name."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-
-
-@torch.no_grad()
-def load_parameters(parameters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
-    """Copy saved whole tensors into parameters, sharded or not, in place.
-
-    Raises:
-        CheckpointError: names or shapes differ.
-    """
-    if parameters.keys() != saved.keys():
-        unmatched = sorted(parameters.keys() ^ saved.keys())
-        raise CheckpointError(f"the saved network is another one: {len(unmatched)} names differ, as {unmatched[0]}")
-    for name, parameter in parameters.items():
-        if parameter.shape != saved[name].shape:
-            raise CheckpointError(
-                f"the saved network is another one: {name} has shape {tuple(saved[name].shape)}, "
-                f"expected {tuple(parameter.shape)}"
-            )
-        parameter.copy_(sharded_like(saved[name], parameter))

@@ -2,14 +2,11 @@
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import nn
 
-from codmd_serve.errors import CheckpointError
 from distill.config import EmaConfig
-from distill.parallel.sharding import sharded_like
 
 
 def ema_decay(config: EmaConfig, update: int) -> float:
@@ -55,19 +52,3 @@ class Ema:
         weight = 1.0 - ema_decay(self.config, self.num_updates)
         sources = [tensor.detach().float() for tensor in network.parameters()]
         torch._foreach_lerp_(list(self.shadow.values()), sources, weight)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs: the average and the number of updates."""
-        return {"num_updates": self.num_updates, "shadow": self.shadow}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved average, in place.
-
-        Raises:
-            CheckpointError: it belongs to another network.
-        """
-        if state["shadow"].keys() != self.shadow.keys():
-            raise CheckpointError("the saved moving average belongs to another network")
-        self.num_updates = int(state["num_updates"])
-        for name, tensor in self.shadow.items():
-            tensor.copy_(sharded_like(state["shadow"][name], tensor))

@@ -8,23 +8,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import first_line
 from distill.config import DistillConfig
+from distill.parallel.launch import Launch
 
 LAUNCHER = "torchrun --nproc-per-node N --no-python codmd-distill train ..."
 
-# Rank 0 encodes the prompts and writes checkpoints while the others wait in a collective.
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
+# Of an iteration: a rank that is later than this is gone or hangs.
+TRAINING_TIMEOUT = timedelta(minutes=20)
+# Of waiting for files: rank 0 reads weights or writes a bundle, or a save is in flight, while the others wait.
+FILES_TIMEOUT = timedelta(hours=2)
 
 T = TypeVar("T")
 
@@ -39,6 +40,9 @@ class Processes:
         device: of this rank.
         mesh: one-dimensional over all ranks; None without torch.distributed.
         context_parallel: neighbouring ranks that train on the same samples and split their tokens.
+        files_group: gloo group of all ranks that wait for rank 0's files; None without torch.distributed.
+        save_group: gloo group of all ranks, for checkpoints alone: saves run in a background thread, whose collectives
+            must not meet those of the training loop.
     """
 
     rank: int = 0
@@ -46,6 +50,8 @@ class Processes:
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # a constant
     mesh: DeviceMesh | None = None
     context_parallel: int = 1
+    files_group: dist.ProcessGroup | None = None
+    save_group: dist.ProcessGroup | None = None
 
     @property
     def is_rank0(self) -> bool:
@@ -91,23 +97,6 @@ class Processes:
         dist.all_gather(parts, own.detach().contiguous())
         return torch.cat(parts[:: self.context_parallel])
 
-    def gather_to_rank0(self, state: T) -> T:
-        """Gather the shards of nested dicts and lists of tensors.
-
-        Returns:
-            A copy of `state`. On rank 0, sharded tensors are whole and on the CPU; on the other ranks they are empty.
-            Tensors that are not sharded are the same objects.
-        """
-
-        def whole(leaf: Any) -> Any:
-            if not isinstance(leaf, DTensor):
-                return leaf
-            gathered = leaf.full_tensor().detach()
-            return gathered.cpu() if self.is_rank0 else gathered.new_empty(0)
-
-        copied: T = tree_map(whole, state)
-        return copied
-
     def on_rank0(self, action: Callable[[], T]) -> T | None:
         """Run `action` on rank 0 while the other ranks wait.
 
@@ -118,6 +107,9 @@ class Processes:
             CodmdError: of the same class on all ranks. Any other exception is re-raised on rank 0 and becomes
                 CodmdError on the other ranks, so that none of them hangs.
         """
+        return self._on_rank0(action, self.files_group)
+
+    def _on_rank0(self, action: Callable[[], T], group: dist.ProcessGroup | None) -> T | None:
         if self.mesh is None:
             return action()
         result: T | None = None
@@ -128,7 +120,7 @@ class Processes:
             except Exception as error:  # re-raised below, after the broadcast
                 failure = error
         told: list[tuple[str, str] | None] = [None if failure is None else _described(failure)]
-        dist.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(told, src=0, group=group)
         if failure is not None:
             raise failure
         if told[0] is not None:
@@ -145,9 +137,16 @@ class Processes:
         Raises:
             CodmdError: as `on_rank0`.
         """
-        found = [self.on_rank0(action)]
+        return self._broadcast_from_rank0(action, self.files_group)
+
+    def broadcast_in_save_group(self, action: Callable[[], T]) -> T:
+        """As `broadcast_from_rank0`, for the thread that saves a checkpoint."""
+        return self._broadcast_from_rank0(action, self.save_group)
+
+    def _broadcast_from_rank0(self, action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+        found = [self._on_rank0(action, group)]
         if self.mesh is not None:
-            dist.broadcast_object_list(found, src=0)
+            dist.broadcast_object_list(found, src=0, group=group)
         return cast(T, found[0])
 
     def on_all_ranks(self, action: Callable[[], T]) -> T:
@@ -166,7 +165,9 @@ class Processes:
             result = action()
         except Exception as error:  # re-raised below, after the other ranks know
             failure = error
-        (has_failed,) = self.all_reduce_max(int(failure is not None))
+        has_failed = torch.tensor(int(failure is not None))
+        if self.mesh is not None:
+            dist.all_reduce(has_failed, dist.ReduceOp.MAX, group=self.files_group)
         if failure is not None:
             raise failure
         if has_failed:
@@ -192,28 +193,65 @@ SINGLE_PROCESS = Processes()
 
 
 @contextmanager
-def process_group(device: torch.device, config: DistillConfig) -> Iterator[Processes]:
-    """Join the process group when torchrun started this process; without torchrun, yield a single process.
+def process_group(device: torch.device, config: DistillConfig, launch: Launch | None = None) -> Iterator[Processes]:
+    """Join the process group when a launcher started this process; otherwise yield a single process.
 
     Args:
         device: cpu (gloo) or cuda (nccl; each process takes the GPU of its local rank).
         config: its batch_size must divide over the ranks.
+        launch: of a launcher other than torchrun, which torch sees itself.
 
     Raises:
         ConfigError: too few processes for context_parallel, or a batch_size that does not divide over them.
     """
-    if not dist.is_torchelastic_launched():
+    if launch is None and not dist.is_torchelastic_launched():
         check_world_size(config, 1)
         yield Processes(device=device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", dist.get_node_local_rank())
+        device = torch.device("cuda", dist.get_node_local_rank() if launch is None else launch.local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=None if launch is None else launch.url,
+        # -1 is torch's word for what it finds itself.
+        rank=-1 if launch is None else launch.rank,
+        world_size=-1 if launch is None else launch.world_size,
+        timeout=TRAINING_TIMEOUT,
+    )
     try:
         yield join_processes(device, config)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def out_of_memory_in_one_line(processes: Processes) -> Iterator[None]:
+    """Say in one sentence which rank is out of memory and what to change, in place of a traceback of each rank.
+
+    Raises:
+        CodmdError: the block ran out of memory. The launcher ends the other ranks, which wait for this one.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise CodmdError(_out_of_memory(processes)) from error
+    except RuntimeError as error:
+        # What torch raises on a CPU is no class of its own.
+        if "can't allocate memory" not in str(error):
+            raise
+        raise CodmdError(_out_of_memory(processes)) from error
+
+
+def _out_of_memory(processes: Processes) -> str:
+    where = f"rank {processes.rank} of {processes.world_size} ran out of memory on {processes.device}"
+    if processes.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(processes.device)
+        where += f" ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB taken)"
+    return (
+        f"{where}: use more processes, or --set accumulate=N, activation_checkpointing=true, lora_critic_rank=64 or "
+        "context_parallel=N; codmd-distill plan says what fits. The last checkpoint is kept"
+    )
 
 
 def join_processes(device: torch.device, config: DistillConfig) -> Processes:
@@ -231,6 +269,8 @@ def join_processes(device: torch.device, config: DistillConfig) -> Processes:
         device=device,
         mesh=mesh,
         context_parallel=config.context_parallel,
+        files_group=dist.new_group(backend="gloo", timeout=FILES_TIMEOUT),
+        save_group=dist.new_group(backend="gloo", timeout=FILES_TIMEOUT),
     )
 
 

@@ -118,35 +118,6 @@ def scatter_parameters(module: nn.Module, whole: Mapping[str, Tensor], processes
         parameter.to_local().copy_(shards.to_local())
 
 
-def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor itself, or its shards where `like` is sharded; every rank must have the whole tensor."""
-    if not isinstance(like, DTensor):
-        return whole
-    source = whole.to(like.device)
-    # A copy: shards can be views, which would keep the whole tensor in memory.
-    return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None).clone()
-
-
-def shard_optimizer_state(state: dict[str, Any], parameters: Iterable[Tensor]) -> dict[str, Any]:
-    """Return a copy of an optimizer's `state_dict` of whole tensors, its moments sharded like their parameters.
-
-    A copy, because the tensors can be mapped from a checkpoint file, and a mapping would keep a deleted file on disk.
-    """
-    by_index = list(parameters)
-
-    def entry(index: int, name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        like = by_index[index]
-        return sharded_like(value, like) if name != "step" and isinstance(like, DTensor) else value.clone()
-
-    moments = {
-        index: {name: entry(index, name, value) for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    return {**state, "state": moments}
-
-
 def check_token_split(config: DistillConfig, num_heads: int, num_tokens: int) -> None:
     """Check that the tokens of one video can be split over context_parallel processes.
 

@@ -70,7 +70,7 @@ def run_teacher(args: argparse.Namespace) -> int:
     from distill.pretrain.clock import Clock
     from distill.pretrain.stage import StageOptions
     from distill.pretrain.stages import PretrainRun, run_stages
-    from distill.run.trainer import stop_signal
+    from distill.run.signals import stop_signal
 
     silence_libraries()
     device = choose_device(args.device)

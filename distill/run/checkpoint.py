@@ -1,46 +1,95 @@
-"""Run folders on disk: checkpoints to resume from, and the student bundle at the end; knows no training loop.
+"""Run folders on disk: the config, and checkpoints to resume from; knows no training loop.
 
 RUN/config.json                    the resolved DistillConfig
-RUN/log.jsonl, curves.png          means of all metrics, and their plot (trainer.py, curves.py)
+RUN/log.jsonl, curves.png          means of all metrics, and their plot (log.py, curves.py)
 RUN/tensorboard/                   the same, and the previews
 RUN/previews/                      pictures of the EMA student (previews.py)
 RUN/start/                         the run of the regressed start, where `start.updates` asks for one
-RUN/cache/                         embeddings of the prompts, unless --cache says otherwise
-RUN/checkpoints/step-00000200/     state.pt after 200 iterations, complete or absent
-RUN/bundle/                        the student, once the run has ended
+RUN/cache/                         packed prompts and samples, unless --cache says otherwise
+RUN/checkpoints/step-00000200/     the state after 200 iterations, sharded (parallel/shard_files.py), complete or absent
+RUN/best.json                      which checkpoint is kept as the best one, by which metric
+RUN/bundle/                        the student, once the run has ended (bundle.py)
 RUN/pipeline/                      the same as a complete diffusers folder, where the stock pipeline can sample it
+
+Versions up to settings format 2 wrote a checkpoint as one file, state.pt; it is read here and nowhere else.
 """
 
-import logging
-import os
+import math
 import shutil
-import tempfile
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-import codmd_serve
-from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError, ConfigError
-from codmd_serve.files import TEMPORARY_PREFIX, atomic_folder, first_line, leftovers, write_json
+from codmd_serve.files import TEMPORARY_PREFIX, first_line, leftovers, write_json
 from codmd_serve.textfiles import read_json_object
-from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
-from codmd_serve.wan.pipeline import check_stock_pipeline, save_pipeline
-from codmd_serve.wan.preview import preview_map_of_base
-from distill.config import RESUMABLE, DistillConfig, config_to_dict, settings_digest
-from distill.data.prompts import caption_grammar
+from distill.config import RESUMABLE, DistillConfig, config_to_dict
 from distill.methods.registry import config_from_dict
-from distill.networks.base import Base, open_base
+from distill.parallel.processes import SINGLE_PROCESS, Processes
+from distill.parallel.shard_files import INDEX_FILE, ShardIndex, read_index
+from distill.parallel.state import StagedShard, copy_whole, load_shards, save_shards
 
 CONFIG_FILE = "config.json"
+BEST_FILE = "best.json"
+# Of older versions.
 STATE_FILE = "state.pt"
 STEP_PREFIX = "step-"
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose index has been read; its tensors are on disk.
+
+    Attributes:
+        values: everything that is no tensor.
+        index: of a sharded checkpoint; None for the single file of older versions.
+        mapped: the memory-mapped tensors of such a file.
+    """
+
+    folder: Path
+    values: dict[str, Any]
+    index: ShardIndex | None
+    mapped: dict[str, Tensor]
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+        return set(self.mapped if self.index is None else self.index.tensors)
+
+    def read(self, name: str) -> Tensor:
+        """Return one whole tensor on the CPU.
+
+        Raises:
+            CheckpointError: it is not there, or its shards cannot be read.
+        """
+        if self.index is not None:
+            return self.index.read(name)
+        if name not in self.mapped:
+            raise CheckpointError(f"checkpoint {self.folder} has no tensor {name}")
+        return self.mapped[name]
+
+    def load_into(self, targets: Mapping[str, Tensor], processes: Processes) -> None:
+        """Copy the checkpoint into tensors, in place; each rank reads what its own shards need.
+
+        Raises:
+            CheckpointError: a name or size differs, or a shard cannot be read.
+        """
+        unmatched = sorted(self.names() ^ targets.keys())
+        if unmatched:
+            raise CheckpointError(f"it belongs to another network: {len(unmatched)} names differ, as {unmatched[0]}")
+        if self.index is not None:
+            load_shards(self.index, targets, processes)
+            return
+        for name, target in targets.items():
+            if self.mapped[name].shape != target.shape:
+                raise CheckpointError(
+                    f"it belongs to another network: {name} is {tuple(self.mapped[name].shape)}, "
+                    f"expected {tuple(target.shape)}"
+                )
+            copy_whole(self.mapped[name], target)
 
 
 def write_config(run_dir: Path, config: DistillConfig) -> None:
@@ -54,14 +103,19 @@ def read_config(run_dir: Path) -> DistillConfig:
     Raises:
         ConfigError: there is no run, its config is damaged, or a newer version wrote it; the message names the file.
     """
-    data = _saved_settings(run_dir)
+    data = saved_settings(run_dir)
     try:
         return config_from_dict(data)
     except ConfigError as error:
         raise ConfigError(f"{run_dir / CONFIG_FILE}: {error}") from error
 
 
-def _saved_settings(run_dir: Path) -> Any:
+def saved_settings(run_dir: Path) -> Any:
+    """Return config.json of a run as it stands.
+
+    Raises:
+        ConfigError: there is no run, or the file is no JSON object.
+    """
     path = run_dir / CONFIG_FILE
     if not path.exists():
         raise ConfigError(f"{run_dir} holds no run: it has no {CONFIG_FILE}")
@@ -83,14 +137,25 @@ def check_resumable(saved: DistillConfig, wanted: DistillConfig) -> None:
             )
 
 
-def save_checkpoint(run_dir: Path, iteration: int, state: dict[str, Any], keep_last: int) -> Path:
-    """Write a checkpoint atomically, then delete all but the newest.
+def save_checkpoint(
+    run_dir: Path,
+    iteration: int,
+    staged: dict[str, StagedShard],
+    values: dict[str, Any],
+    keep_last: int,
+    processes: Processes = SINGLE_PROCESS,
+    score: tuple[str, float] | None = None,
+) -> Path:
+    """Write a checkpoint atomically, then delete all but the newest and the best; every rank calls it.
 
     Args:
         run_dir: the run's folder.
         iteration: iterations done.
-        state: nested dicts and lists of tensors, numbers and text.
-        keep_last: how many checkpoints stay, 1 or more.
+        staged: this rank's shards.
+        values: plain JSON values, equal on all ranks.
+        keep_last: how many of the newest checkpoints stay, 1 or more.
+        processes: of the run.
+        score: on rank 0, name and value of the metric that tells which checkpoint is best, lower is better.
 
     Returns:
         Its folder.
@@ -98,19 +163,36 @@ def save_checkpoint(run_dir: Path, iteration: int, state: dict[str, Any], keep_l
     Raises:
         CheckpointError: it cannot be written; older checkpoints are untouched.
     """
-    folder = run_dir / "checkpoints" / f"{STEP_PREFIX}{iteration:08d}"
-    # A killed save leaves its temporary folder behind, which would fill the disk. Older versions named it otherwise.
-    for unfinished in (*leftovers(folder.parent), *folder.parent.glob(f".{STEP_PREFIX}*.partial")):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    folder = checkpoint_folder(run_dir, iteration)
+
+    def clean() -> None:
+        # A killed save leaves its temporary folder behind, which would fill the disk.
+        for unfinished in (*leftovers(folder.parent), *folder.parent.glob(f".{STEP_PREFIX}*.partial")):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def prune() -> None:
+        if score is not None:
+            _note_best(run_dir, iteration, *score)
+        _delete_old(run_dir, keep_last)
+
+    if processes.is_rank0:
+        clean()
     try:
-        # Through an open file: given a path, torch reports a full disk as "unexpected pos 64 vs 0".
-        with atomic_folder(folder) as fresh, (fresh / STATE_FILE).open("wb") as file:
-            torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        save_shards(folder, staged, values, processes)
+        processes.broadcast_in_save_group(prune)
+    except OSError as error:
         raise CheckpointError(f"checkpoint {folder} cannot be written: {first_line(error)}") from error
-    for old in list_checkpoints(run_dir)[:-keep_last]:
-        shutil.rmtree(old)
     return folder
+
+
+def checkpoint_folder(run_dir: Path, iteration: int) -> Path:
+    """Return the folder of the checkpoint of an iteration."""
+    return run_dir / "checkpoints" / f"{STEP_PREFIX}{iteration:08d}"
+
+
+def iteration_of(folder: Path) -> int:
+    """Return the iteration of a checkpoint's folder."""
+    return int(folder.name.removeprefix(STEP_PREFIX))
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -118,168 +200,85 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob(f"{STEP_PREFIX}*"))
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Load a checkpoint on the CPU. Its tensors are memory-mapped, so a rank reads only the shards it needs.
+def best_iteration(run_dir: Path) -> int | None:
+    """Return the iteration of the best checkpoint; None where no metric has chosen one.
 
     Raises:
-        CheckpointError: it is damaged or of another kind.
+        CheckpointError: best.json is damaged.
     """
+    best = _read_best(run_dir)
+    return None if best is None else int(best["iteration"])
+
+
+def _read_best(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / BEST_FILE
+    if not path.exists():
+        return None
+    best = read_json_object(path, CheckpointError)
+    if type(best.get("iteration")) is not int or not isinstance(best.get("value"), int | float):
+        raise CheckpointError(f"{path} is damaged: delete it to choose the best checkpoint anew")
+    return best
+
+
+def _note_best(run_dir: Path, iteration: int, metric: str, value: float) -> None:
+    if not math.isfinite(value):
+        return
+    best = _read_best(run_dir)
+    # Another metric, or one that was measured after the point that a resumed run starts at.
+    is_comparable = best is not None and best.get("metric") == metric and best["iteration"] < iteration
+    if best is None or not is_comparable or value < best["value"]:
+        write_json(run_dir / BEST_FILE, {"iteration": iteration, "metric": metric, "value": value})
+
+
+def _delete_old(run_dir: Path, keep_last: int) -> None:
+    best = best_iteration(run_dir)
+    for old in list_checkpoints(run_dir)[:-keep_last]:
+        if iteration_of(old) == best:
+            continue
+        # Renamed first: a killed deletion must not leave half a checkpoint under its name.
+        doomed = old.rename(old.with_name(f"{TEMPORARY_PREFIX}{old.name}.partial"))
+        shutil.rmtree(doomed)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint; no tensor is read yet.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete or of another kind.
+    """
+    if (folder / INDEX_FILE).exists():
+        index = read_index(folder)
+        return Checkpoint(folder=folder, values=index.values, index=index, mapped={})
+    return _load_single_file(folder)
+
+
+def _load_single_file(folder: Path) -> Checkpoint:
+    """Map the state.pt of an older version, with tensors and values under the names of today."""
     path = folder / STATE_FILE
+    remedy = f"delete {folder.name} to go on from an older checkpoint"
+    if not path.exists():
+        raise CheckpointError(f"checkpoint {folder} is incomplete: it has no {INDEX_FILE}; {remedy}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle, torch and the file system each raise their own kinds
-        raise CheckpointError(
-            f"{path} cannot be loaded: {first_line(error)}; delete {folder.name} to go on from an older checkpoint"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} is not a training checkpoint")
-    return state
-
-
-def student_spec(
-    bundle_dir: Path,
-    config: DistillConfig,
-    base: Base,
-    num_student_updates: int,
-    config_sha256: str | None = None,
-) -> StudentSpec:
-    """Return the student.json of a run's bundle.
-
-    Args:
-        bundle_dir: where the bundle goes.
-        config: of the run.
-        base: of the run.
-        num_student_updates: updates of the student so far.
-        config_sha256: digest of the run's config.json; None where this version wrote it.
-
-    Raises:
-        ConfigError: a setting that no bundle can have; a run calls this before its first iteration.
-    """
-    grid = config.grid()
-    return StudentSpec(
-        base=os.path.relpath(Path(base.source).resolve(), bundle_dir.resolve()) if base.is_local else base.source,
-        sigmas=grid.sigmas,
-        timesteps=grid.timesteps,
-        sampler=config.sampler,
-        native=NativeShape(
-            height=config.native.height,
-            width=config.native.width,
-            num_frames=config.native.num_frames,
-            fps=config.native.fps,
-        ),
-        method=config.method,
-        base_model=base.name,
-        step=num_student_updates,
-        ema=True,
-        config_sha256=config_sha256 or config.sha256(),
-        package_version=codmd_serve.__version__,
-        vocabulary_note=config.vocabulary_note,
-    )
-
-
-def write_bundle(
-    bundle_dir: Path,
-    config: DistillConfig,
-    base: Base,
-    ema_weights: dict[str, Tensor],
-    num_student_updates: int,
-    config_sha256: str | None = None,
-) -> None:
-    """Write a student bundle that codmd_serve loads.
-
-    Args:
-        bundle_dir: its folder; one that exists is replaced.
-        config: of the run.
-        base: of the run.
-        ema_weights: float32 moving average by parameter name.
-        num_student_updates: updates of the student so far.
-        config_sha256: digest of the run's config.json; None where this version wrote it.
-
-    Raises:
-        CheckpointError: the base is gone, the weights do not fit it, or the bundle cannot be written.
-    """
-    bundle_dir = bundle_dir.absolute()
-    spec = student_spec(bundle_dir, config, base, num_student_updates, config_sha256)
-    spec = replace(spec, preview_map=preview_map_of_base(base.folder))
+        raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}; {remedy}") from error
     try:
-        with torch.device("meta"):
-            transformer = WanTransformer3DModel.from_config(base.transformer_config)
-        dtype = DTYPES_BY_NAME[config.bundle_dtype]
-        weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in ema_weights.items()}
-        transformer.load_state_dict(weights, assign=True)
-        save_bundle(bundle_dir, transformer, spec, caption_grammar(config))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"bundle {bundle_dir} cannot be written: {first_line(error)}") from error
-
-
-def export_bundle(run_dir: Path, bundle_dir: Path, iteration: int | None = None) -> int:
-    """Write the bundle of a run from one of its checkpoints.
-
-    Args:
-        run_dir: the run's folder.
-        bundle_dir: where the bundle goes.
-        iteration: which checkpoint; None is the newest.
-
-    Returns:
-        The iteration of the checkpoint.
-
-    Raises:
-        ConfigError: there is no run.
-        CheckpointError: no such checkpoint, or it is damaged.
-    """
-    config = read_config(run_dir)
-    folders = {int(folder.name.removeprefix(STEP_PREFIX)): folder for folder in list_checkpoints(run_dir)}
-    if not folders or (iteration is not None and iteration not in folders):
-        kept = ", ".join(map(str, sorted(folders))) or "none"
-        raise CheckpointError(
-            f"{run_dir} has no checkpoint of iteration {'any' if iteration is None else iteration}, kept are: {kept}"
-        )
-    chosen = max(folders) if iteration is None else iteration
-    state = load_checkpoint(folders[chosen])
-    trainer = state["trainer"]
-    # Of the file as it stands: a run of an older format keeps the digest that its bundles have.
-    digest = settings_digest(_saved_settings(run_dir))
-    weights, num_updates = trainer["ema"]["shadow"], trainer["updates"]["student"]
-    write_bundle(bundle_dir, config, open_base(config.base), weights, num_updates, digest)
-    return chosen
-
-
-def write_pipeline(bundle: Path, folder: Path) -> None:
-    """Write a bundle as a diffusers folder; log a warning where the stock pipeline cannot sample it.
-
-    Raises:
-        CheckpointError: the base is gone or incomplete, or the folder cannot be written.
-    """
-    try:
-        save_pipeline(bundle, folder)
-    except ConfigError as error:
-        logger.warning("no diffusers folder written reason=%s", error)
-
-
-def export_pipeline(run_dir: Path, folder: Path, iteration: int | None = None) -> int:
-    """Write the student of a run as a folder that the stock `diffusers.WanPipeline` loads.
-
-    Args:
-        run_dir: the run's folder.
-        folder: where to; one that exists is replaced.
-        iteration: which checkpoint; None is the newest.
-
-    Returns:
-        The iteration of the checkpoint.
-
-    Raises:
-        ConfigError: there is no run, or the stock pipeline cannot sample its student.
-        CheckpointError: no such checkpoint, it is damaged, or the folder cannot be written.
-    """
-    check_stock_pipeline(read_config(run_dir).grid().sigmas)
-    # Beside the folder, which has room for the weights where the system's temporary folder may not.
-    parent = folder.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=parent) as temporary:
-            bundle = Path(temporary) / "bundle"
-            chosen = export_bundle(run_dir, bundle, iteration)
-            save_pipeline(bundle, folder)
-    except OSError as error:
-        raise CheckpointError(f"pipeline {folder} cannot be written: {first_line(error)}") from error
-    return chosen
+        own = state["trainer"]
+        tensors = {f"ema/{name}": tensor for name, tensor in own["ema"]["shadow"].items()}
+        for role, network in own["networks"].items():
+            tensors |= {f"networks/{role}/{name}": tensor for name, tensor in network.items()}
+            names = list(network)
+            for place, moments in own["optimizers"][role]["state"].items():
+                tensors |= {f"optimizers/{role}/{key}/{names[place]}": value for key, value in moments.items()}
+        values = {
+            # Checkpoints of settings format 1 call it step.
+            "iteration": int(own["iteration"] if "iteration" in own else own["step"]),
+            "updates": dict(own["updates"]),
+            "num_skipped": int(own["num_skipped"]),
+            "nonfinite_in_row": dict(own["nonfinite_in_row"]),
+            "ema_updates": int(own["ema"]["num_updates"]),
+            "elapsed_s": float(state["elapsed_s"]),
+        }
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a training checkpoint") from error
+    return Checkpoint(folder=folder, values=values, index=None, mapped=tensors)

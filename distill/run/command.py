@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from distill.config import DistillConfig
     from distill.parallel.processes import Processes
 
+# For `export --iteration`.
+BEST = "best"
+
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill train`."""
@@ -51,6 +54,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ITERATIONS",
         help="a picture of the EMA student in OUT/previews, and one at the end (default 200); 0 makes none",
     )
+    parser.add_argument(
+        "--keep-best",
+        metavar="METRIC",
+        help="keep the checkpoint with the lowest value of a metric of log.jsonl beside the newest ones",
+    )
     parser.add_argument("--cache", type=Path, help="folder of prompt embeddings; default: OUT/cache")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the settings, write nothing")
 
@@ -70,7 +78,7 @@ def run_train(args: argparse.Namespace) -> int:
     from codmd_serve.device import choose_device
     from codmd_serve.wan.checkpoint import silence_libraries
     from distill.networks.build import check_compiler
-    from distill.parallel.processes import process_group
+    from distill.parallel.processes import out_of_memory_in_one_line, process_group
 
     silence_libraries()
     if args.threads is not None:
@@ -85,7 +93,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.compile:
         check_compiler(args.compiler, device)
     config = resolve_config(args, device)
-    with process_group(device, config) as processes:
+    with process_group(device, config, args.find_launch()) as processes, out_of_memory_in_one_line(processes):
         return _train_with(args, config, processes)
 
 
@@ -100,7 +108,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="a bundle for codmd-serve (default), or a complete folder for diffusers.WanPipeline.from_pretrained",
     )
     parser.add_argument(
-        "--iteration", "--step", dest="iteration", type=int, help="of the checkpoint to take; default: the newest"
+        "--iteration",
+        "--step",
+        dest="iteration",
+        type=_iteration,
+        metavar="N",
+        help="of the checkpoint to take, or best, which --keep-best chose; default: the newest",
     )
 
 
@@ -110,12 +123,22 @@ def run_export(args: argparse.Namespace) -> int:
     Raises:
         ConfigError, CheckpointError: no such run or checkpoint, or a folder that cannot be written.
     """
-    from distill.run.checkpoint import export_bundle, export_pipeline
+    from distill.run.bundle import export_bundle, export_pipeline
+    from distill.run.checkpoint import BEST_FILE, best_iteration
 
     export = export_pipeline if args.format == "pipeline" else export_bundle
-    iteration = export(args.run, args.out, args.iteration)
+    wanted = args.iteration
+    if wanted == BEST:
+        wanted = best_iteration(args.run)
+        if wanted is None:
+            raise ConfigError(f"{args.run} has no {BEST_FILE}: no run with --keep-best has chosen a checkpoint")
+    iteration = export(args.run, args.out, wanted)
     print(f"{args.format} {args.out} from iteration {iteration}")
     return 0
+
+
+def _iteration(text: str) -> int | str:
+    return BEST if text == BEST else int(text)
 
 
 def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
@@ -145,6 +168,7 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
         cache_dir=args.cache,
         compiled=args.compile,
         preview_every_iterations=args.preview_every,
+        keep_best=args.keep_best,
         processes=processes,
     )
     outcome = run_with_start(config, options, resume=args.resume)

@@ -35,6 +35,9 @@ class RunLog:
         iteration: iterations already done; a resumed run drops later lines of its log.
         budget_s: of training; infinite without one.
         is_rank0: the other ranks write nothing.
+
+    Attributes:
+        latest: the last logged mean of every metric, on rank 0.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class RunLog:
         self.config, self.budget_s, self.is_rank0 = config, budget_s, is_rank0
         self.path = out / LOG_FILE
         self.sums: dict[str, tuple[Tensor, int]] = {}
+        self.latest: dict[str, float] = {}
         self.window_start, self.window_iteration = time.monotonic(), iteration
         if not is_rank0:
             return
@@ -83,6 +87,8 @@ class RunLog:
         num_iterations, now = iteration - self.window_iteration, time.monotonic()
         seconds = max(now - self.window_start, 1e-9)
         means = {name: float(total) / count for name, (total, count) in self.sums.items()}
+        # A metric without a turn in this window keeps its last mean.
+        self.latest |= means
         samples_per_s = num_iterations * self.config.batch_size / seconds
         remaining_s = min(
             (self.config.max_iterations - iteration) * seconds / num_iterations, self.budget_s - elapsed_s

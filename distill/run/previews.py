@@ -23,9 +23,10 @@ from codmd_serve.files import atomic_file, first_line, write_text
 from codmd_serve.sampler import rollout
 from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
-from distill.data.prompts import PromptData, load_prompts
+from distill.data.prompts import PromptData
 from distill.networks.base import Base
 from distill.networks.build import denoiser
+from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.streams import named_rng
 
 PREVIEW_DIR = "previews"
@@ -45,7 +46,7 @@ class Previews:
         data: embeddings; the previews show the first prompts.
         shape: (C, F, H, W) of the latents.
         device: where the student is; the VAE is there only while it decodes.
-        is_rank0: whether this rank writes. All ranks must call `write`, because they sample together.
+        processes: of the run. All ranks must call `write`, because they sample together; rank 0 writes.
 
     Raises:
         CheckpointError: the base has no complete VAE.
@@ -59,15 +60,15 @@ class Previews:
         data: PromptData,
         shape: tuple[int, ...],
         device: torch.device,
-        is_rank0: bool = True,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
-        self.is_rank0 = is_rank0
+        self.processes = processes
         self.config, self.folder, self.device = config, out / PREVIEW_DIR, device
-        self.prompts = load_prompts(config)[:NUM_PROMPTS]
+        self.prompts = [data.text(index) for index in range(min(NUM_PROMPTS, data.num_prompts))]
         self.embeds_BLD = data.batch(list(range(len(self.prompts))), device).prompt_embeds
         size = (len(config.grid().timesteps), len(self.prompts), *shape)
         self.noise = torch.randn(size, generator=named_rng(config.seed, "preview", 0))
-        if is_rank0:
+        if processes.is_rank0:
             self.vae = base.load(AutoencoderKLWan, "vae", torch_dtype=torch.float32)
             self.vae.requires_grad_(False).eval()
 
@@ -106,11 +107,11 @@ class Previews:
             average: its moving average by parameter name.
 
         Returns:
-            The picture, uint8 (rows, columns, 3). None on other ranks, and where it could not be made: a failure is
-            logged and training goes on.
+            The picture, uint8 (rows, columns, 3). None on other ranks, and where it could not be made: a failure of any
+            kind is logged and training goes on.
         """
-        latents_BCFHW = self.sample(student, average)
-        if not self.is_rank0:
+        latents_BCFHW = self._sample_or_none(iteration, student, average)
+        if latents_BCFHW is None or not self.processes.is_rank0:
             return None
         try:
             picture = filmstrips(self.clips(latents_BCFHW))
@@ -118,10 +119,23 @@ class Previews:
             write_text(self.folder / "prompts.txt", "".join(f"{text}\n" for text in self.prompts))
             with atomic_file(self.folder / f"step-{iteration:08d}.png") as temporary:
                 Image.fromarray(picture).save(temporary, format="png")
-        except (OSError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # VAE, codecs and the file system each raise their own kinds
             logger.warning("no preview iteration=%d reason=%s", iteration, first_line(error))
+            self.vae.to("cpu")
             return None
         return picture
+
+    def _sample_or_none(self, iteration: int, student: nn.Module, average: Mapping[str, Tensor]) -> Tensor | None:
+        """Sample; None on all ranks when any of them failed, as when its memory is full."""
+        latents_BCFHW: Tensor | None = None
+        try:
+            latents_BCFHW = self.sample(student, average)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            logger.warning(
+                "no preview iteration=%d rank=%d reason=%s", iteration, self.processes.rank, first_line(error)
+            )
+        (has_failed,) = self.processes.all_reduce_max(int(latents_BCFHW is None))
+        return None if has_failed else latents_BCFHW
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def run_sample_teacher(args: argparse.Namespace) -> int:
     from codmd_serve.device import choose_device
     from codmd_serve.wan.checkpoint import silence_libraries
     from distill.data.prompts import require_prompts
-    from distill.parallel.processes import process_group
+    from distill.parallel.processes import out_of_memory_in_one_line, process_group
     from distill.run.command import resolve_config
 
     silence_libraries()
@@ -60,7 +60,7 @@ def run_sample_teacher(args: argparse.Namespace) -> int:
     args.resume, args.seed, args.max_iterations = False, None, None
     config = _sampled_run(resolve_config(args, device))
     require_prompts(config)
-    with process_group(device, config) as processes:
+    with process_group(device, config, args.find_launch()) as processes, out_of_memory_in_one_line(processes):
         folder, num_samples = _sample(config, args.cache, device, processes)
         if processes.is_rank0:
             print(f"{num_samples:,} samples of the teacher in {folder}")
@@ -92,8 +92,7 @@ def _sample(config: "DistillConfig", cache: Path, device: "torch.device", proces
 
     base, device = open_base(config.base), processes.device
     shape = native_latents(config, base)
-    processes.on_rank0(lambda: cached_prompt_data(config, base, cache, device))
-    data = processes.on_all_ranks(lambda: cached_prompt_data(config, base, cache, device))
+    data = cached_prompt_data(config, base, cache, device, processes)
     networks = build_networks(config, base, device, processes)
     sampling = METHODS[config.method].teacher_sampling(config)
     assert sampling is not None

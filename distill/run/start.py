@@ -56,6 +56,6 @@ def run_with_start(config: DistillConfig, options: RunOptions, *, resume: bool) 
 def _state(out: Path) -> tuple[Path | None, bool, float]:
     """Return the bundle that the start ended with, or None, whether it began, and the seconds it trained."""
     bundle, log = out / "bundle", out / LOG_FILE
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    elapsed_s = float(json.loads(lines[-1])["elapsed_s"]) if lines else 0.0
+    last = log.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[2] if log.is_file() else ""
+    elapsed_s = float(json.loads(last)["elapsed_s"]) if last else 0.0
     return (bundle if (bundle / "student.json").is_file() else None), (out / "config.json").is_file(), elapsed_s

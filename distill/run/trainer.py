@@ -7,14 +7,10 @@ config: the random numbers of iteration n are drawn from (seed, n), so there is 
 import logging
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,31 +25,25 @@ from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
 from distill.methods.draws import ROLES, Turn
 from distill.methods.registry import METHODS
 from distill.networks.base import Base, open_base
-from distill.networks.build import (
-    Networks,
-    build_networks,
-    compile_blocks,
-    load_parameters,
-    trained_parameters,
-)
+from distill.networks.build import Networks, build_networks, compile_blocks, trained_parameters
 from distill.networks.ema import Ema
 from distill.parallel.processes import SINGLE_PROCESS, Processes
-from distill.parallel.sharding import check_token_split, shard_optimizer_state
+from distill.parallel.sharding import check_token_split
+from distill.run.bundle import export_bundle, student_spec, write_pipeline
 from distill.run.checkpoint import (
     CONFIG_FILE,
+    Checkpoint,
     check_resumable,
     list_checkpoints,
     load_checkpoint,
     read_config,
-    save_checkpoint,
-    student_spec,
-    write_bundle,
     write_config,
-    write_pipeline,
 )
 from distill.run.curves import CURVES_FILE, plot_curves
 from distill.run.log import LOG_FILE, RunLog
 from distill.run.previews import Previews
+from distill.run.saver import Saver
+from distill.run.signals import stop_signal
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +58,7 @@ class RunOptions:
         compiled: torch.compile the blocks of all networks.
         preview_every_iterations: between two pictures of the EMA student, the last of which comes at the end; 0 makes
             none.
+        keep_best: a logged metric; the checkpoint with its lowest value is kept beside the newest ones.
         has_pipeline: whether the run ends with a folder for diffusers beside the bundle.
     """
 
@@ -77,6 +68,7 @@ class RunOptions:
     cache_dir: Path | None = None
     compiled: bool = False
     preview_every_iterations: int = 200
+    keep_best: str | None = None
     has_pipeline: bool = True
     processes: Processes = SINGLE_PROCESS
 
@@ -186,6 +178,8 @@ class Trainer:
         if latents is not None:
             states = latents.states(own, self.device) if latents.has_states else None
             batch = replace(batch, x0=latents.batch(own, self.device), states=states)
+        elif role == "student" and self.data.latents is not None:
+            batch = replace(batch, x0=self.data.x0(own, self.device))
         return batch
 
     def _update(self, role: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -222,37 +216,68 @@ class Trainer:
                 f"the last at iteration {self.iteration}: lower its learning rate or resume from an earlier checkpoint"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that the next iteration depends on, whole on rank 0; it can be loaded in any world size."""
-        own = {
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that the next iteration depends on, as this rank holds them; they are not copies."""
+        tensors = {f"ema/{name}": tensor for name, tensor in self.ema.shadow.items()}
+        for role in ROLES:
+            for name, parameter in self.parameters[role].items():
+                tensors[f"networks/{role}/{name}"] = parameter.detach()
+                for key, moment in self.optimizers[role].state.get(parameter, {}).items():
+                    tensors[f"optimizers/{role}/{key}/{name}"] = moment
+        return tensors
+
+    def state_values(self) -> dict[str, Any]:
+        """Return everything else that it depends on, as plain JSON values; equal on all ranks."""
+        return {
+            "method": self.config.method,
             "iteration": self.iteration,
             "updates": dict(self.updates),
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": dict(self.nonfinite_in_row),
-            "ema": self.ema.state_dict(),
-            "networks": {role: {name: item.detach() for name, item in self.parameters[role].items()} for role in ROLES},
-            "optimizers": {role: self.optimizers[role].state_dict() for role in ROLES},
+            "ema_updates": self.ema.num_updates,
+            "data": {"content": self.data.content, "samples": self.iteration * self.config.batch_size},
         }
-        return self.processes.gather_to_rank0(own)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`.
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint, whatever number of ranks wrote it; every rank calls it.
 
         Raises:
-            CheckpointError: it belongs to networks of another shape, or lacks a part.
+            CheckpointError: it belongs to another method or to networks of another shape, or lacks a part.
         """
+        values = checkpoint.values
+        method = values.get("method", self.config.method)
+        if method != self.config.method:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} is of method {method}, the run is of {self.config.method}"
+            )
+        content = values.get("data", {}).get("content", "")
+        if content and self.data.content and content != self.data.content:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} was trained on other prompts than {self.config.prompts or 'these'}: "
+                "they have changed since, so its place in them means nothing; bring them back, or start a new run"
+            )
         try:
-            for role in ROLES:
-                load_parameters(self.parameters[role], state["networks"][role])
-                moments = shard_optimizer_state(state["optimizers"][role], self.parameters[role].values())
-                self.optimizers[role].load_state_dict(moments)
-            self.ema.load_state_dict(state["ema"])
-            # Checkpoints of settings format 1 call it step.
-            self.iteration = int(state["iteration"] if "iteration" in state else state["step"])
-            self.num_skipped = int(state["num_skipped"])
-            self.updates, self.nonfinite_in_row = dict(state["updates"]), dict(state["nonfinite_in_row"])
-        except (KeyError, IndexError, RuntimeError, ValueError, CheckpointError) as error:
-            raise CheckpointError(f"the checkpoint does not fit this run: {first_line(error)}") from error
+            self._make_moments(checkpoint.names())
+            checkpoint.load_into(self.state_tensors(), self.processes)
+            self.iteration, self.num_skipped = int(values["iteration"]), int(values["num_skipped"])
+            self.updates, self.nonfinite_in_row = dict(values["updates"]), dict(values["nonfinite_in_row"])
+            self.ema.num_updates = int(values["ema_updates"])
+        except (KeyError, TypeError, ValueError, CheckpointError) as error:
+            raise CheckpointError(f"{checkpoint.folder} does not fit this run: {first_line(error)}") from error
+
+    def _make_moments(self, names: Iterable[str]) -> None:
+        """Give the optimizers the moments that a checkpoint has, to be filled; AdamW makes them at its first update."""
+        for role in ROLES:
+            self.optimizers[role].state.clear()
+        for name in names:
+            kind, *rest = name.split("/", 3)
+            if kind != "optimizers":
+                continue
+            role, key, parameter_name = rest
+            parameter = self.parameters[role][parameter_name]
+            # The count of updates is a scalar on the CPU.
+            moment = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
+            self.optimizers[role].state[parameter][key] = moment.detach()
 
 
 def run_training(
@@ -288,16 +313,16 @@ def run_training(
         begin = replace(config, student_from="", critic_from="")
     trainer = _build_trainer(config, begin, base, options)
     if checkpoints:
-        elapsed_s = processes.on_all_ranks(lambda: _load_state(trainer, checkpoints[-1]))
+        elapsed_s = _resume(trainer, checkpoints[-1])
     processes.on_rank0(lambda: start_folder(options.out, config))
-    signal_number, elapsed_s = _loop(trainer, base, options, elapsed_s)
+    signal_number, elapsed_s = _loop(trainer, base, options, elapsed_s, is_saved=bool(checkpoints))
     bundle = None
     if signal_number is None:
         bundle = options.out / "bundle"
-        average = processes.gather_to_rank0(trainer.ema.shadow)
 
         def export() -> None:
-            write_bundle(bundle, config, base, average, trainer.updates["student"])
+            # From the checkpoint, tensor by tensor: rank 0 needs the memory of the bundle alone.
+            export_bundle(options.out, bundle, trainer.iteration, base)
             if options.has_pipeline:
                 write_pipeline(bundle, options.out / "pipeline")
 
@@ -317,9 +342,10 @@ def _build_trainer(config: DistillConfig, begin: DistillConfig, base: Base, opti
     processes, device = options.processes, options.device
     shape = native_latents(config, base)
     cache_dir = options.cache_dir or options.out / "cache"
-    # Rank 0 fills the cache, the others read it.
-    processes.on_rank0(lambda: cached_prompt_data(config, base, cache_dir, device))
-    data = processes.on_all_ranks(lambda: cached_prompt_data(config, base, cache_dir, device))
+    sampling = METHODS[config.method].teacher_sampling(config)
+    # Latents of the samples take the place of the teacher's, where the states on the way to them are not needed.
+    wanted = shape if sampling is not None and not sampling.kept_sigmas else ()
+    data = cached_prompt_data(config, base, cache_dir, device, processes, wanted)
     if processes.is_rank0:
         logger.info("trains on %s from=%s", data.report, config.prompts or "captions")
     networks = build_networks(begin, base, device, processes)
@@ -327,21 +353,16 @@ def _build_trainer(config: DistillConfig, begin: DistillConfig, base: Base, opti
         for network in networks.transformers():
             compile_blocks(network)
     latents = None
-    sampling = METHODS[config.method].teacher_sampling(config)
-    if sampling is not None:
+    if sampling is not None and data.latents is None:
         latents = cached_teacher_latents(config, sampling, base, networks, data, shape, cache_dir, device, processes)
     return Trainer(config, networks, data, shape, device, latents, processes)
 
 
-def _load_state(trainer: Trainer, folder: Path) -> float:
+def _resume(trainer: Trainer, folder: Path) -> float:
     """Load a checkpoint into the trainer; return the seconds trained before it."""
-    state = load_checkpoint(folder)
-    try:
-        own, elapsed_s = state["trainer"], float(state["elapsed_s"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a training checkpoint") from error
-    trainer.load_state_dict(own)
-    return elapsed_s
+    checkpoint = trainer.processes.on_all_ranks(lambda: load_checkpoint(folder))
+    trainer.load(checkpoint)
+    return float(checkpoint.values.get("elapsed_s", 0.0))
 
 
 def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
@@ -378,10 +399,20 @@ def check_out(config: DistillConfig, out: Path, resume: bool) -> None:
         raise ConfigError(f"{out} cannot be written: {nearest} is no folder or is read-only")
 
 
-def _loop(trainer: Trainer, base: Base, options: RunOptions, elapsed_before_s: float) -> tuple[int | None, float]:
+def _loop(
+    trainer: Trainer, base: Base, options: RunOptions, elapsed_before_s: float, *, is_saved: bool
+) -> tuple[int | None, float]:
     """Iterate until done; return the signal that ended it, if one did, and the seconds trained so far.
 
-    Ranks have clocks of their own and receive signals of their own, so they agree after each iteration whether to stop.
+    Ranks have clocks of their own, receive signals of their own and save in threads of their own, so they agree after
+    each iteration whether to stop.
+
+    Args:
+        trainer: where it stands.
+        base: of the run.
+        options: of the run.
+        elapsed_before_s: trained before this call.
+        is_saved: there is a checkpoint of where it stands.
     """
     config, processes, start = trainer.config, trainer.processes, time.monotonic()
     budget_s = math.inf if options.minutes is None else 60 * options.minutes
@@ -390,11 +421,19 @@ def _loop(trainer: Trainer, base: Base, options: RunOptions, elapsed_before_s: f
         return elapsed_before_s + time.monotonic() - start
 
     def stopped() -> tuple[int, bool]:
-        number, is_over = processes.all_reduce_max(received[0] if received else 0, int(elapsed_s() >= budget_s))
+        number, is_over, has_failed = processes.all_reduce_max(
+            received[0] if received else 0, int(elapsed_s() >= budget_s), int(saver.has_failed)
+        )
+        if has_failed:
+            saver.wait()
         return number, bool(number or is_over or trainer.iteration >= config.max_iterations)
 
-    with stop_signal() as received, RunLog(options.out, config, trainer.iteration, budget_s, processes.is_rank0) as log:
-        outputs = _Outputs(trainer, base, options, log)
+    with (
+        stop_signal() as received,
+        RunLog(options.out, config, trainer.iteration, budget_s, processes.is_rank0) as log,
+        Saver(options.out, config.keep_last, processes) as saver,
+    ):
+        outputs = _Outputs(trainer, base, options, log, saver)
         signal_number, is_last = stopped()
         while not is_last:
             log.add(trainer.iterate())
@@ -403,34 +442,44 @@ def _loop(trainer: Trainer, base: Base, options: RunOptions, elapsed_before_s: f
                 processes.on_rank0(
                     lambda: log.write(trainer.iteration, trainer.updates["student"], trainer.num_skipped, elapsed_s())
                 )
-            if trainer.iteration % config.save_every_iterations == 0 or is_last:
+            is_saved = trainer.iteration % config.save_every_iterations == 0 or is_last
+            if is_saved:
                 outputs.save(elapsed_s())
             # No preview after a signal: whoever sent it wants the process to end.
             if outputs.is_preview_due(is_last) and not signal_number:
                 outputs.preview()
+        if not is_saved:  # the time was over before the first iteration
+            outputs.save(elapsed_s())
+        saver.wait()
         return (signal_number or None), elapsed_s()
 
 
 class _Outputs:
     """Checkpoints, curves and previews of a run; every rank calls it, rank 0 writes."""
 
-    def __init__(self, trainer: Trainer, base: Base, options: RunOptions, log: RunLog) -> None:
+    def __init__(self, trainer: Trainer, base: Base, options: RunOptions, log: RunLog, saver: Saver) -> None:
         self.trainer, self.out, self.log, self.every = trainer, options.out, log, options.preview_every_iterations
+        self.saver, self.keep_best = saver, options.keep_best
         self.previews: Previews | None = None
         if self.every:
-            is_rank0 = trainer.processes.is_rank0
             self.previews = Previews(
-                trainer.config, base, options.out, trainer.data, trainer.shape[1:], trainer.device, is_rank0
+                trainer.config,
+                base,
+                options.out,
+                trainer.data,
+                trainer.shape[1:],
+                trainer.device,
+                trainer.processes,
             )
 
     def save(self, elapsed_s: float) -> None:
-        trainer, state = self.trainer, {"trainer": self.trainer.state_dict(), "elapsed_s": elapsed_s}
-
-        def write() -> None:
-            save_checkpoint(self.out, trainer.iteration, state, trainer.config.keep_last)
-            plot_curves(self.out / LOG_FILE, self.out / CURVES_FILE)
-
-        trainer.processes.on_rank0(write)
+        trainer = self.trainer
+        values = {**trainer.state_values(), "elapsed_s": elapsed_s}
+        score = None
+        if self.keep_best is not None and self.keep_best in self.log.latest:
+            score = (self.keep_best, self.log.latest[self.keep_best])
+        self.saver.save(trainer.iteration, trainer.state_tensors(), values, score)
+        trainer.processes.on_rank0(lambda: plot_curves(self.out / LOG_FILE, self.out / CURVES_FILE))
 
     def is_preview_due(self, is_last: bool) -> bool:
         return self.every > 0 and (is_last or self.trainer.iteration % self.every == 0)
@@ -440,25 +489,3 @@ class _Outputs:
             trainer = self.trainer
             iteration = trainer.iteration
             self.log.show(self.previews.write(iteration, trainer.networks.student, trainer.ema.shadow), iteration)
-
-
-@contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """Record SIGINT and SIGTERM instead of ending at the first; a second one of a kind has its former effect."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread only
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    for number in previous:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -63,8 +63,8 @@ def find_chromium() -> str:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, chromium: str) -> Iterator[PageServer]:
-    """A server of the embedded bundle; its page is at `server.url`."""
-    running = PageServer(tmp_path_factory.mktemp("page"))
+    """A server of the embedded student and its teacher; its page is at `server.url`."""
+    running = PageServer(tmp_path_factory.mktemp("page"), "--teacher")
     try:
         running.start()
         yield running

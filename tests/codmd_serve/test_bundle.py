@@ -55,7 +55,17 @@ def test_what_is_declared_is_what_the_engine_finds(tiny_bundle: Path) -> None:
     declared = declared_facts(tiny_bundle)
     engine = load_engine(tiny_bundle, device="cpu", execution="eager")
     assert declared is not None
-    measured = {"device", "dtype", "attention", "execution", "service_s", "load_s", "max_video_px", "fallback"}
+    measured = {
+        "device",
+        "dtype",
+        "attention",
+        "execution",
+        "service_s",
+        "load_s",
+        "max_video_px",
+        "fallback",
+        "threads",
+    }
     shared = asdict(declared).keys() - measured
     assert {name: getattr(declared, name) for name in shared} == {name: getattr(engine.facts, name) for name in shared}
 

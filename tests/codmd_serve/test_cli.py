@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from codmd_serve import __version__, cli
+from codmd_serve.commands import listening_socket
 from codmd_serve.config import GenerateParams, ServeConfig
 from codmd_serve.engine import Engine
 from codmd_serve.errors import ConfigError, GenerationError
@@ -136,8 +137,8 @@ def test_a_port_that_was_taken_is_taken_at_once(taken_port: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with cli._bind("127.0.0.1", port), pytest.raises(ConfigError, match="Address already in use"):
-        cli._bind("127.0.0.1", port)
+    with listening_socket("127.0.0.1", port), pytest.raises(ConfigError, match="Address already in use"):
+        listening_socket("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("command", [("serve",), ("generate", PROMPT)])

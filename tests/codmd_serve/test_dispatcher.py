@@ -3,7 +3,9 @@
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -323,6 +325,26 @@ def test_a_spool_that_cannot_be_made_keeps_the_queue(
         done = await world.status_is(job, "completed")
         assert done.attempts == 1 and dispatcher.is_ready
         await dispatcher.stop()
+
+    play(world, story)
+
+
+def test_calls_of_a_flood_of_requests_do_not_hold_up_jobs(tmp_path: Path) -> None:
+    """Found by ten times the capacity on a busy machine: claims waited behind the requests that were refused."""
+    world = World(tmp_path)
+
+    async def story() -> None:
+        dispatcher, over = world.dispatcher(), threading.Event()
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        flood = loop.run_in_executor(None, over.wait)
+        try:
+            await dispatcher.start()
+            await world.status_is(world.submit("a"), "completed")
+            await dispatcher.stop()
+        finally:
+            over.set()
+            await flood
 
     play(world, story)
 

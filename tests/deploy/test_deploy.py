@@ -43,7 +43,7 @@ def exported() -> set[str]:
     runner: Any = Dispatcher.runner
     runner.facts, runner.is_ready, runner.num_hanging, runner.restarts = FACTS, True, 0, {}
     metrics = Metrics()
-    metrics.watch(lambda: (1, 2, 3.0), lambda: True, Dispatcher(), 16)  # type: ignore[arg-type]
+    metrics.watch(lambda: (1, 2, 3.0), lambda: True, Dispatcher(), 16, lambda: 0)  # type: ignore[arg-type]
     metrics.refused("queue_full")
     names = set()
     for line in metrics.text().decode().splitlines():

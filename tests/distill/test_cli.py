@@ -15,6 +15,7 @@ ARGUMENTS = {
     "teacher": ["--out", "x"],
     "eval": ["shapebench"],
     "shapeworld": ["preview"],
+    "sample-teacher": ["--cache", "x"],
 }
 
 

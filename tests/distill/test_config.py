@@ -43,9 +43,9 @@ def test_recipe_survives_json(name: str, method: str) -> None:
 
 
 def first_edition(config: DistillConfig) -> DistillConfig:
-    """The recipe of today with the size that the world had when format 1 was written."""
+    """The recipe of today as when format 1 was written: another size of the world, Wan's bundles in float32."""
     if config.recipe != "shapeworld":
-        return config
+        return dataclasses.replace(config, bundle_dtype="fp32")
     return dataclasses.replace(config, native=NativeConfig(height=64, width=64, num_frames=17, fps=16))
 
 
@@ -82,7 +82,22 @@ def test_every_renamed_setting_of_format_1_loads_and_is_still_taken_by_set() -> 
         assert with_overrides(recipe, [f"{name}={json.dumps(value)}"]) == want
 
 
-@pytest.mark.parametrize("newer", [FORMAT + 1, "3", None])
+@pytest.mark.parametrize(("before", "after"), [(False, "none"), (True, "teacher_only")])
+def test_permute_of_format_2_is_the_control_that_it_was(before: bool, after: str) -> None:
+    config = with_overrides(recipe_config(), [f"copula.control={after}"])
+    data = config_to_dict(config) | {"format": 2}
+    del data["copula"]["control"]
+    data["copula"]["permute"] = before
+    assert config_from_dict(data) == config
+    assert with_overrides(recipe_config(), [f"copula.permute={json.dumps(before)}"]) == config
+    data["copula"]["permute"] = "yes"
+    with pytest.raises(ConfigError, match=r"copula\.permute must be one of False, True, got 'yes'"):
+        config_from_dict(data)
+    with pytest.raises(ConfigError, match=r"copula\.control must be one of"):
+        with_overrides(recipe_config(), ["copula.control=shuffled"])
+
+
+@pytest.mark.parametrize("newer", [FORMAT + 1, "4", None])
 def test_a_config_of_a_newer_version_is_refused_with_a_sentence(newer: object) -> None:
     data = config_to_dict(recipe_config()) | {"format": newer, "something": {"new": 1}}
     with pytest.raises(ConfigError, match="a newer version wrote them, so update this one"):

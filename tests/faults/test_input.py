@@ -179,6 +179,6 @@ def test_a_key_that_is_used_with_another_body(sqlite_server: Server, record: Rec
     assert len(server.client.get("/jobs").json()["jobs"]) == 1
     record(first=first[0], same_body=same[0], other_body=other[0], jobs=1)
     server.kill()
-    server.start()
+    server.start(is_ready=True)
     assert send({"prompt": "b", "seed": 1}) == (409, "idempotency_conflict"), "also after a crash"
     assert json.loads(server.client.get(f"/jobs/{first[1]}").text)["seed"] == 1

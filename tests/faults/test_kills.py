@@ -62,6 +62,13 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Engine(False, hashes)
 
 
+def wait(seconds: float) -> None:
+    """Let a random time pass: what is waited for is a moment that nobody chose."""
+    moment = time.monotonic() + seconds
+    while time.monotonic() < moment:
+        time.sleep(0.005)
+
+
 def storm(
     server: ServerProcess, engine: Engine, num_rounds: int, strike: Callable[[random.Random], None]
 ) -> tuple[Load, int]:
@@ -73,9 +80,7 @@ def storm(
             # Every third kill may hit a server or worker that only starts.
             if number % 3:
                 until(lambda: running(server), server.said)
-            moment = time.monotonic() + rng.uniform(0.0, engine.pause_s)
-            while time.monotonic() < moment:
-                time.sleep(0.005)
+            wait(rng.uniform(0.0, engine.pause_s))
             strike(rng)
     until(lambda: server.answers("/health"), server.said)
     return load, num_rounds
@@ -174,7 +179,7 @@ def test_kills_of_one_dispatcher_of_two_on_postgresql(
         victim = workers[number % 2]
         victim.kill()
         if number % 4 > 1:
-            time.sleep(rng.uniform(3.0, 5.0))
+            wait(rng.uniform(3.0, 5.0))
         victim.start()
 
     load, num_kills = storm(api, engine, rounds(20), strike)

@@ -28,8 +28,8 @@ GPU_GIB = 80.0
 FOREIGN = {
     "aiperf", "cat", "cd", "chmod", "cp", "cut", "df", "docker", "du", "echo", "export", "git", "grep", "head",
     "helm", "hf", "install", "journalctl", "jq", "kill", "kubectl", "ls", "mkdir", "nvidia-smi", "openssl", "pg_dump",
-    "pkill", "printf", "promtool", "psql", "rm", "rsync", "scp", "sed", "set", "sha256sum", "sleep", "source", "ssh",
-    "sudo", "systemctl", "tail", "tar", "tee", "true", "umask", "uname", "useradd", "wget",
+    "pkill", "printf", "promtool", "psql", "rm", "rsync", "scontrol", "scp", "sed", "set", "sha256sum", "sleep",
+    "source", "ssh", "sudo", "systemctl", "tail", "tar", "tee", "true", "umask", "uname", "useradd", "wget",
 }  # fmt: skip
 EXTERNAL = ("zero_to_fp32.py",)  # DeepSpeed writes it beside its checkpoints
 
@@ -55,11 +55,13 @@ def judge(words: list[str], processes: int = 1) -> None:
         "codmd-serve": _judge_serve,
         "codmd-distill": lambda rest: _judge_distill(rest, processes),
         "torchrun": _judge_torchrun,
+        "srun": _judge_srun,
         "make": _judge_make,
         "curl": _judge_curl,
         "python": _judge_python,
         "python3": _judge_python,
         "pip": _judge_pip,
+        "pytest": _judge_pytest,
         "timeout": lambda rest: judge(rest[1:], processes),
     }
     if program not in judges:
@@ -163,6 +165,12 @@ def judge_fit(config: DistillConfig, gpus: int) -> None:
         raise MisprintError(f"{config.recipe} on {gpus} GPUs of {GPU_GIB:g} GiB lacks {lacking:.1f} GiB, says plan")
 
 
+def _judge_srun(words: list[str]) -> None:
+    first = next(place for place, word in enumerate(words) if word.endswith(("codmd-distill", "codmd-serve")))
+    given = {name: int(value) for name, value in pairwise(words[:first]) if value.isdigit()}
+    judge(words[first:], given.get("--nodes", 1) * given.get("--ntasks-per-node", 1))
+
+
 def _judge_torchrun(words: list[str]) -> None:
     from torch.distributed.run import get_args_parser
 
@@ -206,6 +214,13 @@ def _judge_python(words: list[str]) -> None:
         compile(words[1], "<documentation>", "exec")
     elif words and words[0].endswith(".py") and words[0] not in EXTERNAL and not (ROOT / words[0]).is_file():
         raise MisprintError(f"there is no file {words[0]}")
+
+
+def _judge_pytest(words: list[str]) -> None:
+    for word in words:
+        path = word.partition("::")[0]
+        if path.startswith("tests") and not (ROOT / path).exists():
+            raise MisprintError(f"there is no {path}")
 
 
 def _judge_pip(words: list[str]) -> None:

@@ -58,7 +58,7 @@ def commands(script: str) -> Iterator[list[str]]:
             pending = pending[:-1] + " "
             continue
         try:
-            words = _words(pending)
+            words = _words(_without_comment(pending))
         except ValueError:  # a quotation goes on
             pending += "\n"
             continue
@@ -66,6 +66,19 @@ def commands(script: str) -> Iterator[list[str]]:
         yield from _simple(words)
     if pending.strip():
         raise ValueError(f"a quotation has no end: {pending[:80]!r}")
+
+
+def _without_comment(line: str) -> str:
+    quote, before = "", " "
+    for index, character in enumerate(line):
+        if quote:
+            quote = "" if character == quote and before != "\\" else quote
+        elif character in "'\"":
+            quote = character
+        elif character == "#" and before.isspace():
+            return line[:index]
+        before = character
+    return line
 
 
 def _words(line: str) -> list[str]:
@@ -82,13 +95,11 @@ def _simple(words: list[str]) -> Iterator[list[str]]:
     for word in [*words, ";"]:
         if skip:
             skip = False
-        elif word in SEPARATORS or word.startswith("#"):
+        elif word in SEPARATORS:
             command = _without_assignments(command)
             if command:
                 yield command
             command = []
-            if word.startswith("#"):
-                return
         elif set(word) <= set("<>&"):
             command = command[:-1] if command and command[-1].isdecimal() else command
             skip = True

@@ -29,3 +29,10 @@ async def wait_until_async(condition: Callable[[], object], deadline_s: float, w
     while not condition():
         assert time.monotonic() < end, f"waited {deadline_s:g} s in vain until {what}"
         await asyncio.sleep(INTERVAL_S)
+
+
+async def pause(seconds: float) -> None:
+    """Let a client of a load do nothing for a while; no test waits for anything by it."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0.0:
+        await asyncio.sleep(left)

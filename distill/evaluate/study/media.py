@@ -76,7 +76,7 @@ def inspect_clip(path: Path) -> Clip:
 
 def _parse_frame_hashes(text: str) -> Clip:
     header, digest, durations = {}, hashlib.sha256(), []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if line.startswith("#"):
             name, _, value = line[1:].partition(":")
             header[name.strip()] = value.strip()

@@ -1,6 +1,6 @@
 """`codmd-distill eval study serve`: puts the page of app/study.py before a study, until told to stop.
 
-The one module of distill that imports the page; the page imports nothing of ours.
+The page imports nothing of ours; it is given the session.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import uvicorn
 
-from app.study import build_app
-from codmd_serve.errors import ConfigError, ConflictError, InvalidRequestError, StorageFullError
+from codmd_serve.commands import app_module, listening_socket
+from codmd_serve.errors import ConflictError, InvalidRequestError, StorageFullError
 from distill.evaluate.study.session import StudySession, UnknownRaterError
 
 STATUSES: dict[type[Exception], int] = {
@@ -48,9 +48,9 @@ def serve_study(folder: Path, host: str, port: int, *, is_rehearsal: bool) -> in
     """
     session = StudySession(folder, is_rehearsal=is_rehearsal)
     try:
-        with _bind(host, port) as listener:
+        with listening_socket(host, port) as listener:
             config = uvicorn.Config(
-                build_app(session, STATUSES),
+                app_module("study").build_app(session, STATUSES),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -69,21 +69,3 @@ def serve_study(folder: Path, host: str, port: int, *, is_rehearsal: bool) -> in
     finally:
         session.close()
     return 0
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
-        raise ConfigError(f"--port must be in 0..65535, got {port}")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
-    return listener

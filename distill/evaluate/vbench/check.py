@@ -150,7 +150,7 @@ def probe(path: Path) -> Probe | str:
 def _parse(text: str) -> Probe | str:
     size = re.search(r"^#dimensions 0: (\d+)x(\d+)$", text, re.M)
     base = re.search(r"^#tb 0: (\d+)/(\d+)$", text, re.M)
-    rows = [line.split(",") for line in text.splitlines() if line and not line.startswith("#")]
+    rows = [line.split(",") for line in text.split("\n") if line and not line.startswith("#")]
     if size is None or base is None or not rows:
         return "no frames"
     span = (int(rows[-1][2]) - int(rows[0][2])) * Fraction(int(base[1]), int(base[2]))

@@ -125,7 +125,9 @@ def failures(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     failed: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
         try:
             entry = json.loads(line)
             if entry["status"] == "failed":

@@ -255,8 +255,8 @@ def _evaluate(
     with log.open("w", encoding="utf-8") as stream:
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, cwd=scratch, check=False)
     if done.returncode:
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise CodmdError(f"the evaluator failed: {said[-1] if said else done.returncode} (see {log})")
+        said = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+        raise CodmdError(f"the evaluator failed: {said[-1] or done.returncode} (see {log})")
     return names
 
 

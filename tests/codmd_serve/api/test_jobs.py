@@ -239,7 +239,8 @@ def test_a_waiting_job_tells_its_position_as_it_changes(client: TestClient, tmp_
         until(lambda: client.backend.hub.known(last).events[-1].data.get("position") == 0)  # type: ignore[attr-defined]
         second.touch()
         events = events_of(following.result(DEADLINE_S).text)
-    assert [data["position"] for _, kind, data in events if kind == "queued"] == [1, 0]
+    positions = [data["position"] for _, kind, data in events if kind == "queued"]
+    assert list(dict.fromkeys(positions)) == [1, 0], "one more event where only eta_s has changed"
     assert events[-1][1] == "done"
 
 

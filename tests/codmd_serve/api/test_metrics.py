@@ -63,6 +63,7 @@ def test_queue_workers_restarts_and_execution_are_read_when_somebody_asks(client
     found = read(client)
     assert found["codmd_ready"] == 1 and found["codmd_workers"] == 1 and found["codmd_workers_hanging"] == 0
     assert found["codmd_queue_depth"] == 0 and found["codmd_queue_limit"] == 16 and found["codmd_store_up"] == 1
+    assert found["codmd_unserved"] == 0
     assert found['codmd_worker_restarts_total{reason="stalled"}'] == 2
     assert found['codmd_worker_restarts_total{reason="died"}'] == 0, "before the first, so that a rate sees it"
     info = next(name for name in found if name.startswith("codmd_execution_info"))

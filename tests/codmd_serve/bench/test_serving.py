@@ -37,7 +37,10 @@ def test_serving_row_writes_its_numbers_a_section_and_the_timeline(measured: tup
     assert sorted(file.name for file in folder.iterdir()) == ["performance.md", "serving-tiny-codmd-cpu.json", "t.png"]
     assert row["server"]["latency"]["count"] == 2 and row["server"]["saturation"]["count"] == 2
     assert row["server"]["own_ms"]["lowest"] > 0 and row["overlap"]["ratio"]["count"] == 2
+    assert set(row["mlperf"]) == {"engine", "server"} and row["mlperf"]["server"]["num_offline"] == 16
+    assert all(entry["single_stream_p90_ms"] > 0 for entry in row["mlperf"].values())
     text = (folder / "performance.md").read_text()
+    assert "In MLPerf's form, server: SingleStream p90" in text
     assert "## tiny-codmd-cpu, served" in text and "![Timeline of three overlapped requests](t.png)" in text
     assert printed in text
     with Image.open(folder / "t.png") as picture:

@@ -95,6 +95,37 @@ def test_outliers_cost_only_their_own_row() -> None:
     assert torch.equal(layer(loud)[1:], layer(features)[1:])
 
 
+def test_one_scale_per_tensor_is_where_row_scales_do_not_run(
+    transformer: FewStepTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents, embeds = torch.randn(1, 4, 2, 4, 6), torch.randn(1, 5, 16)
+    want = transformer(latents, 1, transformer.encode_prompt(embeds))
+    monkeypatch.setattr(fp8, "row_scales_problem", lambda _: "RuntimeError: no such kernel")
+    quantize_blocks(transformer)
+    assert transformer.problem == "fp8 with one scale per tensor, which is less exact: RuntimeError: no such kernel"
+    assert transformer.blocks[0].qkv.scale.shape == ()
+    got = transformer(latents, 1, transformer.encode_prompt(embeds))
+    assert 1e-4 < relative(got, want) < 0.1
+
+
+def test_a_device_without_row_scales_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fp8.row_scales_problem(torch.device("cpu")) == ""
+
+    def refuse(*_: object) -> Tensor:
+        raise RuntimeError("row-wise scaling needs compute capability 9.0\nand a long story")
+
+    monkeypatch.setattr(fp8, "scaled_product", refuse)
+    assert fp8.row_scales_problem(torch.device("meta")) == "RuntimeError: row-wise scaling needs compute capability 9.0"
+
+
+def test_an_outlier_costs_all_rows_where_there_is_one_scale() -> None:
+    source, features = layer_of(64, 32), torch.randn(16, 64).to(torch.bfloat16)
+    features[0] *= 1e6
+    want = source(features)[1:]
+    by_rows, by_tensor = (Float8Linear(source, per_tensor)(features)[1:] for per_tensor in (False, True))
+    assert relative(by_rows, want) < 0.06 < relative(by_tensor, want)
+
+
 def test_sides_that_the_kernels_cannot_take_are_refused() -> None:
     with pytest.raises(ConfigError, match="needs layers whose sides are multiples of 16, got 24 and 32"):
         Float8Linear(layer_of(32, 24))

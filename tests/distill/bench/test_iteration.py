@@ -28,8 +28,8 @@ def config(tiny_config: DistillConfig) -> DistillConfig:
 
 
 @pytest.fixture(scope="module")
-def arms(config: DistillConfig) -> list[Arm]:
-    built = build_arms(config)
+def arms(config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> list[Arm]:
+    built = build_arms(config, tmp_path_factory.mktemp("cache"))
     with torch.no_grad():
         for arm in built:
             rng = torch.Generator().manual_seed(0)
@@ -112,7 +112,9 @@ def test_command_measures_prints_and_writes(
     assert main(["bench-step", "--trials", "3"]) == 2
     assert "multiple of 4" in capsys.readouterr().err
     monkeypatch.setattr(bench_step, "bench_config", lambda _base, _batch_size: config)
-    monkeypatch.setattr(bench_step, "build_arms", lambda _config: arms)  # a loss of fresh copies is mostly rounding
+    monkeypatch.setattr(
+        bench_step, "build_arms", lambda _config, _cache: arms
+    )  # a loss of fresh copies is mostly rounding
     assert main(["bench-step", "--trials", "4", "--json", str(tmp_path / "step.json")]) == 0
     report = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
     assert list(report["cpu_s"]) == list(VARIANT_NAMES)

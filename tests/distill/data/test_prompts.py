@@ -2,23 +2,21 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.text import encode_prompts
 from distill import cli
 from distill.config import DistillConfig, with_overrides
-from distill.data import prompts as data
-from distill.data.prompts import batch_indices, cached_prompt_data, check_prompts, encode_prompt_data, load_prompts
+from distill.data import packing
+from distill.data.prompts import PromptData, batch_indices, cached_prompt_data, check_prompts, load_prompts
 from distill.networks.base import open_base
 from distill.worlds.shapeworld.captions import parse_caption
 
@@ -82,16 +80,29 @@ def test_missing_prompt_file_is_refused(tiny_config: DistillConfig, tmp_path: Pa
         load_prompts(with_overrides(tiny_config, [f"prompts={tmp_path / 'none.txt'}"]))
 
 
-def test_embeddings_equal_those_of_padded_encoding(tiny_base: Path, tiny_pipeline: WanPipeline) -> None:
-    prompts = ["a red ring", "a blue  circle moves right", "a red ring", ""]
-    packed = encode_prompt_data(prompts, open_base(str(tiny_base)), torch.float32, CPU)
+def test_embeddings_equal_those_of_padded_encoding(
+    tiny_config: DistillConfig, tiny_pipeline: WanPipeline, tmp_path: Path
+) -> None:
+    prompts = ["a red ring", "a blue  circle moves right", "a red ring"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    config = with_overrides(tiny_config, [f"prompts={tmp_path / 'p.txt'}"])
+    packed = cached_prompt_data(config, open_base(config.base), tmp_path / "cache", CPU)
     batch = packed.batch([0, 1, 2], CPU)
-    want = encode_prompts(tiny_pipeline.tokenizer, tiny_pipeline.text_encoder, prompts)
+    want = encode_prompts(tiny_pipeline.tokenizer, tiny_pipeline.text_encoder, [*prompts, ""])
     num_kept = batch.prompt_embeds.shape[1]
     assert batch.prompt_embeds.shape == (3, 8, 16)
     torch.testing.assert_close(batch.prompt_embeds, want[:3, :num_kept], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(batch.negative_prompt_embeds[2], want[3, :num_kept], rtol=1e-5, atol=1e-6)
     assert packed.num_prompts == 3
+    assert [packed.text(index) for index in range(3)] == prompts
+
+
+def rows_of(data: PromptData) -> list[torch.Tensor]:
+    return [data.rows(index) for index in range(data.num_prompts + 1)]
+
+
+def same(left: PromptData, right: PromptData) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(rows_of(left), rows_of(right), strict=True))
 
 
 def test_cache_spares_the_text_encoder(
@@ -102,26 +113,47 @@ def test_cache_spares_the_text_encoder(
     def refuse(*_: object) -> None:
         raise AssertionError("the text encoder was loaded again")
 
-    monkeypatch.setattr(data, "encode_prompt_data", refuse)
+    monkeypatch.setattr(packing._Texts, "encode", refuse)
     second = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU)
-    assert torch.equal(first.packed, second.packed)
-    assert torch.equal(first.offsets, second.offsets)
+    assert same(first, second)
     with pytest.raises(AssertionError, match="loaded again"):
         cached_prompt_data(
             with_overrides(tiny_config, ["negative_prompt=blue"]), open_base(tiny_config.base), tmp_path, CPU
         )
 
 
-def test_damaged_cache_is_made_anew(tiny_config: DistillConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "reason"),
+    [
+        ("00000/embeds.bin", 50, "embeds.bin is truncated"),
+        ("00000/embeds.bin", None, "lack embeds.bin"),
+        ("00000/samples.safetensors", None, "lack samples.safetensors"),
+        ("index.json", 30, "index.json"),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(
+    tiny_config: DistillConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    size: int | None,
+    reason: str,
+) -> None:
     first = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU)
-    (path,) = tmp_path.glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:50])
-    assert torch.equal(cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU).packed, first.packed)
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    want = [row.clone() for row in rows_of(first)]
+    (folder,) = tmp_path.iterdir()
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if size is not None:
+        (folder / name).write_bytes(data[:size])
+    again = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU)
+    assert all(torch.equal(one, other) for one, other in zip(rows_of(again), want, strict=True))
+    assert reason in caplog.text
+    assert [entry.name for entry in tmp_path.iterdir()] == [folder.name]
 
 
 def test_missing_text_encoder_is_a_checkpoint_error(tiny_config: DistillConfig, tmp_path: Path) -> None:
-    (tmp_path / "base" / "transformer").mkdir(parents=True)
+    shutil.copytree(Path(tiny_config.base, "transformer"), tmp_path / "base" / "transformer")
     config = with_overrides(tiny_config, [f"base={tmp_path / 'base'}"])
     with pytest.raises(CheckpointError, match="tokenizer"):
         cached_prompt_data(config, open_base(config.base), tmp_path / "cache", CPU)
@@ -158,31 +190,3 @@ def test_a_dry_run_checks_embeddings_of_shards(tiny_config: DistillConfig, tmp_p
     config = with_overrides(tiny_config, [f"prompts={tmp_path / 'a.tar'}"])
     with pytest.raises(ConfigError, match=r"a\.tar: 0\.embed\.pt must be of shape \(L, 16\), got \(3, 7\)"):
         check_prompts(config, open_base(config.base))
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda packed, offsets: (packed[:-1], offsets), "its offsets are not those"),
-        (lambda packed, offsets: (packed, offsets[:-1]), "offsets for 6 prompts"),
-        (lambda packed, offsets: (packed, offsets.flip(0)), "its offsets are not those"),
-        (lambda packed, offsets: (packed, offsets.int()), "offsets for 6 prompts"),
-        (lambda packed, offsets: (packed * torch.nan, offsets), "not finite"),
-        (lambda packed, offsets: (packed.long(), offsets), "not finite"),
-    ],
-)
-def test_a_cache_of_the_right_key_and_other_tensors_is_made_anew(
-    tiny_config: DistillConfig,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-    reason: str,
-) -> None:
-    first = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU)
-    (path,) = tmp_path.glob("*.safetensors")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    packed, offsets = change(first.packed, first.offsets)
-    save_file({"packed": packed.contiguous(), "offsets": offsets.contiguous()}, path, metadata=metadata)
-    second = cached_prompt_data(tiny_config, open_base(tiny_config.base), tmp_path, CPU)
-    assert torch.equal(second.packed, first.packed) and reason in caplog.text

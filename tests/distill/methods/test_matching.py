@@ -13,6 +13,7 @@ from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import Batch
 from distill.losses.copula import copula_terms
 from distill.losses.dmd import dmd_direction
+from distill.methods.controls import ControlDraws
 from distill.methods.draws import Turn, draw_exit_step, draw_score_level, reference_sigma, score_window
 from distill.methods.matching import (
     MatchingDraws,
@@ -184,13 +185,13 @@ def test_related_micro_batches_are_scored_once(
     assert calls == {"student": [1] * 3 * (exit_step + 1), "critic": [1] * 3, "teacher": [2] * 3}
 
 
-@pytest.mark.parametrize("exit_step", [0, 2])
-@pytest.mark.parametrize("sampler", ["sde", "ode"])
+@pytest.mark.parametrize(("exit_step", "sampler"), [(0, "sde"), (2, "ode"), (2, "sde")])
+@pytest.mark.parametrize("control", ["matched", "noise"])
 def test_a_resumed_step_is_the_step_bit_for_bit(
-    tiny_networks: Networks, tiny_config: DistillConfig, batch: Batch, exit_step: int, sampler: str
+    tiny_networks: Networks, tiny_config: DistillConfig, batch: Batch, exit_step: int, sampler: str, control: str
 ) -> None:
     part_ways(tiny_networks)
-    config = with_overrides(tiny_config, [f"sampler={sampler}", "copula.permute=true"])
+    config = with_overrides(tiny_config, [f"sampler={sampler}", f"copula.control={control}"])
     draws = drawn(config, exit_step)
     want = student_step(tiny_networks, batch, draws, config)
     sample, features = scored_sample(tiny_networks, batch, draws, config)
@@ -221,31 +222,60 @@ def test_metrics_are_detached_scalars(tiny_networks: Networks, tiny_config: Dist
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
 
 
-def test_arms_share_their_noise(tiny_config: DistillConfig) -> None:
-    """Paired comparisons: method and control arm change no draw but the permutations."""
+@pytest.mark.parametrize("control", ["matched", "teacher_only", "noise"])
+def test_arms_share_their_noise(tiny_config: DistillConfig, control: str) -> None:
+    """Paired comparisons: method and control arms change no draw but their own."""
     plain = drawn(tiny_config, 2)
-    permuted = drawn(with_overrides(tiny_config, ["copula.permute=true"]), 2)
-    assert plain.frame_permutation is None
-    assert torch.equal(plain.rollout_noise, permuted.rollout_noise)
-    assert torch.equal(plain.score_noise, permuted.score_noise)
-    assert torch.equal(plain.score_sigma, permuted.score_sigma)
-    assert permuted.frame_permutation is not None
-    assert permuted.batch_permutation is not None
-    assert permuted.frame_permutation.sort(dim=1).values.tolist() == [[0, 1, 2]] * 3
-    assert permuted.batch_permutation.sort().values.tolist() == [0, 1, 2]
+    own = drawn(with_overrides(tiny_config, [f"copula.control={control}"]), 2)
+    assert plain.control == ControlDraws() and own.control != ControlDraws()
+    for name in ("rollout_noise", "score_noise", "score_sigma"):
+        assert torch.equal(getattr(plain, name), getattr(own, name))
 
 
-def test_permuted_relations_change_the_loss(tiny_networks: Networks, tiny_config: DistillConfig, batch: Batch) -> None:
+@pytest.mark.parametrize("control", ["matched", "teacher_only"])
+def test_permuted_relations_change_the_loss(
+    tiny_networks: Networks, tiny_config: DistillConfig, batch: Batch, control: str
+) -> None:
     part_ways(tiny_networks)
-    config = with_overrides(tiny_config, ["copula.permute=true"])
-    draws = dataclasses.replace(
-        drawn(config, 0), frame_permutation=torch.tensor([[2, 0, 1]] * 3), batch_permutation=torch.tensor([1, 2, 0])
-    )
+    config = with_overrides(tiny_config, [f"copula.control={control}"])
+    shuffles = ControlDraws(frame_permutation=torch.tensor([[2, 0, 1]] * 3), batch_permutation=torch.tensor([1, 2, 0]))
+    draws = dataclasses.replace(drawn(config, 0), control=shuffles)
     permuted = student_step(tiny_networks, batch, draws, config).metrics
     plain = student_step(tiny_networks, batch, drawn(tiny_config, 0), tiny_config).metrics
     assert float(permuted["loss_dmd"]) == float(plain["loss_dmd"])
     assert float(permuted["loss_frame"]) != float(plain["loss_frame"])
     assert float(permuted["loss_batch"]) != float(plain["loss_batch"])
+
+
+@pytest.mark.parametrize("control", ["matched", "noise"])
+def test_size_matched_controls_vanish_when_critic_and_teacher_agree(
+    tiny_networks: Networks, tiny_config: DistillConfig, batch: Batch, control: str
+) -> None:
+    config = with_overrides(tiny_config, [f"copula.control={control}", "guidance_scale=1.0"])
+    result = student_step(tiny_networks, batch, drawn(config, 1), config)
+    result.loss.backward()
+    largest = max(float(p.grad.abs().max()) for p in tiny_networks.student.parameters() if p.grad is not None)
+    assert largest < 1e-6
+    # The old control does not.
+    old = with_overrides(config, ["copula.control=teacher_only"])
+    tiny_networks.student.zero_grad()
+    student_step(tiny_networks, batch, drawn(old, 1), old).loss.backward()
+    assert max(float(p.grad.abs().max()) for p in tiny_networks.student.parameters() if p.grad is not None) > 1e-5
+
+
+def test_noise_keeps_the_values_and_replaces_the_gradient(
+    tiny_networks: Networks, tiny_config: DistillConfig, batch: Batch
+) -> None:
+    part_ways(tiny_networks)
+    config = with_overrides(tiny_config, ["copula.control=noise"])
+    parameters = list(tiny_networks.student.parameters())
+    plain = student_step(tiny_networks, batch, drawn(tiny_config, 0), tiny_config)
+    noisy = student_step(tiny_networks, batch, drawn(config, 0), config)
+    assert plain.metrics.keys() == noisy.metrics.keys()
+    assert all(torch.equal(value, plain.metrics[name]) for name, value in noisy.metrics.items())
+    torch.testing.assert_close(noisy.loss, plain.loss)
+    gradients = [torch.autograd.grad(one.loss, parameters) for one in (plain, noisy)]
+    assert any(not torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_score_level_follows_the_published_law() -> None:
@@ -304,3 +334,24 @@ def test_exit_step_is_uniform() -> None:
     rng = torch.Generator().manual_seed(0)
     counts = torch.bincount(torch.tensor([draw_exit_step(rng, 4) for _ in range(4000)]), minlength=4)
     assert counts.tolist() == pytest.approx([1000] * 4, abs=120)
+
+
+@pytest.mark.parametrize("control", ["none", "matched", "teacher_only", "noise"])
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(
+    tiny_networks: Networks, tiny_config: DistillConfig, batch: Batch, control: str
+) -> None:
+    """The noise of a control arm is as large in three micro-batches as in one."""
+    part_ways(tiny_networks)
+    parameters = list(tiny_networks.student.parameters())
+    totals = []
+    for accumulate in (1, 3):
+        config = with_overrides(
+            tiny_config, [f"copula.control={control}", "copula.scale=10", f"accumulate={accumulate}"]
+        )
+        parts = list(MatchingMethod("codmd").losses(turn_of(config, tiny_networks, batch)))
+        assert len(parts) == accumulate
+        gradients = [torch.autograd.grad(part.loss / accumulate, parameters) for part in parts]
+        totals.append([sum(own) for own in zip(*gradients, strict=True)])
+    for whole, summed in zip(*totals, strict=True):
+        # float32 sums of another order, through a softmax at temperature .1; a lost factor would be 3.
+        torch.testing.assert_close(summed, whole, rtol=1e-2, atol=1e-3 * float(whole.abs().max()) + 1e-7)

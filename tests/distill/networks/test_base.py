@@ -106,7 +106,7 @@ def test_run_opens_the_base_and_reads_its_configs_once(
 
     monkeypatch.setattr(base_module, "read_part_config", counted)
     monkeypatch.setattr("distill.run.trainer.open_base", opened_once)
-    monkeypatch.setattr("distill.run.checkpoint.open_base", opened_once)
+    monkeypatch.setattr("distill.run.bundle.open_base", opened_once)
     options = RunOptions(out=tmp_path / "run", device=CPU, preview_every_iterations=2)
     assert run_training(tiny_config, options, resume=False).bundle
     assert opened == [tiny_config.base] and sorted(read) == ["transformer", "vae"]

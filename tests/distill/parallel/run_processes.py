@@ -8,16 +8,17 @@ SCENARIOS.json holds a list of {"name", "config", "world_size", "iterations", "r
 OUT/NAME-RANK.pt.
 """
 
-import copy
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.config import DistillConfig
@@ -28,7 +29,8 @@ from distill.methods.registry import METHODS, config_from_dict
 from distill.networks.base import open_base
 from distill.networks.build import Networks, build_networks, trained_parameters
 from distill.parallel.processes import SINGLE_PROCESS, Processes, join_processes
-from distill.parallel.sharding import sharded_like
+from distill.parallel.state import local_part, stage
+from distill.run.checkpoint import load_checkpoint, save_checkpoint
 from distill.run.trainer import Trainer, native_latents
 
 CPU = torch.device("cpu")
@@ -66,25 +68,24 @@ def part_ways(networks: Networks) -> None:
     rng = torch.Generator().manual_seed(1)
     for network in (networks.student, networks.critic):
         for parameter in trained_parameters(network).values():
-            parameter += sharded_like(0.05 * torch.randn(parameter.shape, generator=rng), parameter)
+            noise = 0.05 * torch.randn(parameter.shape, generator=rng)
+            local, offsets = local_part(parameter)
+            local += noise[tuple(slice(first, first + n) for first, n in zip(offsets, local.shape, strict=True))]
 
 
-def student_gradient(trainer: Trainer, processes: Processes) -> dict[str, torch.Tensor]:
+def student_gradient(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The gradient of the whole batch's loss, before any update; leaves none behind."""
     trainer._differentiate("student")
     parameters = trainer.parameters["student"]
-    gradient = processes.gather_to_rank0(
-        {name: item.grad for name, item in parameters.items() if item.grad is not None}
-    )
+    gradient = gathered({name: item.grad for name, item in parameters.items() if item.grad is not None})
     trainer.optimizers["student"].zero_grad()
     return {name: item.clone() for name, item in gradient.items()}
 
 
 def watched(config: DistillConfig, processes: Processes, cache: Path, iterations: int, resumes: bool) -> dict[str, Any]:
     trainer = new_trainer(config, processes, cache)
-    seen: dict[str, Any] = {"gradient": student_gradient(trainer, processes), "metrics": [], "exit_steps": []}
-    start = processes.gather_to_rank0({role: trainer.parameters[role] for role in ROLES})
-    seen["start"] = {role: {name: item.detach().clone() for name, item in start[role].items()} for role in ROLES}
+    seen: dict[str, Any] = {"gradient": student_gradient(trainer), "metrics": [], "exit_steps": []}
+    seen["start"] = {role: gathered(trainer.parameters[role]) for role in ROLES}
     kind = type(METHODS[config.method])
     draw = kind.draw
 
@@ -99,29 +100,28 @@ def watched(config: DistillConfig, processes: Processes, cache: Path, iterations
             metrics = trainer.iterate()
             seen["metrics"].append({name: float(value) for name, value in metrics.items()})
     seen["collectives"] = collectives.counts
-    state = trainer.state_dict()
-    seen["networks"] = {role: {k: v.clone() for k, v in state["networks"][role].items()} for role in ROLES}
-    seen["shadow"] = {name: item.clone() for name, item in state["ema"]["shadow"].items()}
+    seen["networks"] = {role: gathered(trainer.parameters[role]) for role in ROLES}
+    seen["shadow"] = gathered(trainer.ema.shadow)
     seen["sharded"] = sum(item.numel() for item in map(local, trainer.parameters["student"].values()))
     if not resumes:
         return seen
-    # Resumed from the whole state, the next iteration is the same as without a stop.
+    # Resumed from the checkpoint, the next iteration is the same as without a stop.
+    run_dir = cache.parent / f"saved-{processes.world_size}-{config.lora_critic_rank}"
+    saved = save_checkpoint(run_dir, 3, stage(trainer.state_tensors()), trainer.state_values(), 1, processes)
     again = new_trainer(config, processes, cache)
-    again.load_state_dict(sent(copy.deepcopy(state)))
+    again.load(load_checkpoint(saved))
     seen["next"], seen["next_resumed"] = ({k: float(v) for k, v in one.iterate().items()} for one in (trainer, again))
     return seen
 
 
+def gathered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of the whole tensors, in every process."""
+    whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    return {name: tensor.detach().clone() for name, tensor in whole.items()}
+
+
 def local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def sent(state: dict[str, Any]) -> dict[str, Any]:
-    """The first process's state in all of them, as the checkpoint file would bring it."""
-    box = [state]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def run(rank: int, scenario: dict[str, Any], store: str, out: Path) -> None:

@@ -11,7 +11,7 @@ from runs import with_method
 from torch import Tensor
 
 from distill.config import DistillConfig, with_overrides
-from distill.data.prompts import PromptData
+from distill.data.prompts import PromptData, prompts_in_memory
 from distill.networks.base import open_base
 from distill.networks.build import build_networks
 from distill.plan.architecture import Subject, read_subject
@@ -29,7 +29,7 @@ LONG = 'native={"height":128,"width":128,"num_frames":9,"fps":16}'
 def prompts() -> PromptData:
     """Five prompts and the negative one, of 15 positions each: 16 when trimmed."""
     rng = torch.Generator().manual_seed(3)
-    return PromptData(packed=torch.randn(6 * 15, 16, generator=rng), offsets=15 * torch.arange(7))
+    return prompts_in_memory(torch.randn(6 * 15, 16, generator=rng), 15 * torch.arange(7))
 
 
 @pytest.fixture
@@ -49,6 +49,8 @@ def new_trainer(config: DistillConfig, prompts: PromptData) -> Trainer:
 
 class RandomLatents:
     """Samples of the teacher that nobody made."""
+
+    num_samples, has_states = 10**6, False
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape

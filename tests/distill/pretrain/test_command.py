@@ -200,7 +200,10 @@ def test_processes_render_and_snapshots_are_measured(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "--preset must be one of shapeworld, tiny, more, decoder, next, gpu, gpu-tiny"),
+        (
+            ["--preset", "huge"],
+            "--preset must be one of shapeworld, tiny, more, decoder, next, gpu, gpu-more, gpu-tiny",
+        ),
         (["--minutes", "0"], "--minutes must be positive"),
         (["--precision", "int4"], "--precision must be auto, fp32 or bf16"),
         (["--device", "cuda:77"], "no device cuda:77"),

@@ -8,8 +8,8 @@ RUNS.json holds a list of {"name", "world_size", "arguments", "accident", "copy_
 would tell it, and writes OUT/NAME-RANK.json: its exit code, and what it printed as error. Accidents:
 
 sigterm    the last process sends itself SIGTERM in its third iteration; the others get no signal
-full disk  the first process saves step 4 to a device that is always full
-bug        the first process's save of step 4 fails with an error that nobody thought of
+full disk  the last process writes its shard of iteration 4 to a device that is always full
+bug        the first process's save of iteration 4 fails with an error that nobody thought of
 """
 
 import contextlib
@@ -27,29 +27,37 @@ import torch
 import torch.multiprocessing
 
 from distill.cli import main as run_command
-from distill.run import checkpoint, trainer
+from distill.parallel import shard_files
+from distill.run import saver, trainer
 
 
 def arm(accident: str, rank: int, world_size: int) -> None:
     """Put the accident in the place of the call that stands at its moment."""
-    iterate, save = trainer.Trainer.iterate, trainer.save_checkpoint
+    iterate, write, saved = trainer.Trainer.iterate, shard_files.ShardWriter.write_data, saver.save_checkpoint
 
     def signalled(self: trainer.Trainer) -> Any:
         if self.iteration == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return iterate(self)
 
-    def failing_save(run_dir: Path, step: int, *rest: Any) -> Path:
-        if step == 4 and accident == "bug":
-            raise ZeroDivisionError("nobody thought of this")
-        if step == 4:
-            checkpoint.STATE_FILE = "/dev/full"
-        return save(run_dir, step, *rest)
+    def noted_save(run_dir: Path, iteration: int, *rest: Any) -> Path:
+        saving.append(iteration)
+        return saved(run_dir, iteration, *rest)
 
+    def failing_write(self: shard_files.ShardWriter, *rest: Any) -> Any:
+        if saving[-1] != 4:
+            return write(self, *rest)
+        if accident == "bug":
+            raise ZeroDivisionError("nobody thought of this")
+        with Path("/dev/full").open("wb", buffering=0) as full:
+            full.write(b"0")
+
+    saving: list[int] = []
     if accident == "sigterm" and rank == world_size - 1:
         trainer.Trainer.iterate = signalled  # type: ignore[method-assign]
-    if accident in ("full disk", "bug"):
-        trainer.save_checkpoint = failing_save
+    if (accident == "full disk" and rank == world_size - 1) or (accident == "bug" and rank == 0):
+        saver.save_checkpoint = noted_save
+        shard_files.ShardWriter.write_data = failing_write  # type: ignore[method-assign]
 
 
 def run(rank: int, wanted: dict[str, Any], port: int, out: Path) -> None:
@@ -60,10 +68,7 @@ def run(rank: int, wanted: dict[str, Any], port: int, out: Path) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     arm(wanted["accident"], rank, world_size)
     with contextlib.redirect_stderr(printed):
-        try:
-            code = run_command(["train", *wanted["arguments"]])
-        except ZeroDivisionError as error:
-            code = repr(error)
+        code = run_command(["train", *wanted["arguments"]])
     told = {"code": code, "error": printed.getvalue()}
     (out / f"{wanted['name']}-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import reference_formats
@@ -18,7 +17,8 @@ from codmd_serve.student_scheduler import StudentScheduler
 from codmd_serve.wan.checkpoint import read_spec
 from distill.cli import main
 from distill.config import DistillConfig, config_to_dict
-from distill.run import checkpoint, trainer
+from distill.parallel import shard_files
+from distill.run import trainer
 
 
 @pytest.fixture
@@ -65,10 +65,32 @@ def test_train_resume_and_export(settings: list[str], tmp_path: Path, capsys: py
     assert "pipeline" in capsys.readouterr().out
     # The folder at the end of a run and the exported one are the same, and nothing else is left.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "run", "student"]
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (out / "pipeline" / weights).samefile(out / "bundle" / weights), "the weights are written once"
     for name in ("model_index.json", "scheduler/scheduler_config.json", "README.md"):
         assert (tmp_path / "exported" / name).read_text() == (out / "pipeline" / name).read_text()
     steps = StudentScheduler.from_pretrained(tmp_path / "exported", subfolder="scheduler").config.timesteps
     assert tuple(steps) == read_spec(tmp_path / "student").timesteps
+
+
+def test_the_best_checkpoint_by_a_logged_metric_is_kept_and_exported(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    often = ["save_every_iterations=1", "log_every_iterations=1", "keep_last=1"]
+    arguments = ["--max-iterations", "4", "--preview-every", "0", "--keep-best", "critic_loss"]
+    assert train("--out", str(out), *arguments, "--set", *settings, *often) == 0
+    losses = [json.loads(line)["critic_loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    best = min(range(4), key=losses.__getitem__) + 1
+    kept = {f"step-{iteration:08d}" for iteration in (best, 4)}
+    assert {path.name for path in (out / "checkpoints").iterdir()} == kept
+    assert json.loads((out / "best.json").read_text())["iteration"] == best
+    capsys.readouterr()
+    assert export("--run", str(out), "--out", str(tmp_path / "student"), "--iteration", "best") == 0
+    assert f"from iteration {best}" in capsys.readouterr().out
+    (out / "best.json").unlink()
+    assert export("--run", str(out), "--out", str(tmp_path / "student"), "--iteration", "best") == 2
+    assert "no run with --keep-best has chosen a checkpoint" in capsys.readouterr().err
 
 
 def test_method_brings_its_settings_and_those_on_the_command_line_win(
@@ -219,18 +241,23 @@ def test_checkpoint_of_another_architecture_is_exit_code_2_and_stays(
     for run, base in zip(runs, (tiny_base, other_base), strict=True):
         quick = ["--max-iterations", "1", "--preview-every", "0", "--cache", str(tmp_path / "cache")]
         assert train("--out", str(run), *quick, "--set", *settings, f"base={base}") == 0
-    name = Path("checkpoints", "step-00000001", "state.pt")
-    shutil.copy(runs[1] / name, runs[0] / name)
-    before = (runs[0] / name).read_bytes()
+    name = Path("checkpoints", "step-00000001")
+    shutil.rmtree(runs[0] / name)
+    shutil.copytree(runs[1] / name, runs[0] / name)
+    before = content(runs[0] / name)
     capsys.readouterr()
     assert train("--out", str(runs[0]), "--resume", "--max-iterations", "2", "--preview-every", "0") == 2
     error = capsys.readouterr().err
-    assert error.startswith("codmd-distill: the checkpoint does not fit this run: the saved network is another one: ")
-    assert error.count("\n") == 1
-    assert (runs[0] / name).read_bytes() == before
+    assert error.startswith("codmd-distill: ") and error.count("\n") == 1
+    assert "step-00000001 does not fit this run: it belongs to another network: " in error
+    assert content(runs[0] / name) == before
 
 
-@pytest.mark.parametrize("full", ["state.pt", "log.jsonl"])
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("full", ["shard", "log.jsonl"])
 def test_full_disk_is_exit_code_2_and_spares_the_checkpoint_before(
     settings: list[str],
     tmp_path: Path,
@@ -241,18 +268,16 @@ def test_full_disk_is_exit_code_2_and_spares_the_checkpoint_before(
     """The kernel's own error, of a device that is always full."""
     run, quick = tmp_path / "run", ["--preview-every", "0"]
     assert train("--out", str(run), *quick, "--max-iterations", "1", "--set", *settings, "keep_last=1") == 0
-    kept = run / "checkpoints" / "step-00000001" / "state.pt"
-    before = kept.read_bytes()
+    kept = run / "checkpoints" / "step-00000001"
+    before = content(kept)
     capsys.readouterr()
-    if full == "state.pt":
-        original = trainer.save_checkpoint
+    if full == "shard":
 
-        def save(*arguments: Any) -> Path:
-            with monkeypatch.context() as patch:
-                patch.setattr(checkpoint, "STATE_FILE", "/dev/full")
-                return original(*arguments)
+        def write_to_full_disk(_file: object, view: memoryview) -> None:
+            with Path("/dev/full").open("wb", buffering=0) as device:
+                device.write(view)
 
-        monkeypatch.setattr(trainer, "save_checkpoint", save)
+        monkeypatch.setattr(shard_files, "write_all", write_to_full_disk)
     else:
         (run / "log.jsonl").unlink()
         (run / "log.jsonl").symlink_to("/dev/full")
@@ -260,7 +285,7 @@ def test_full_disk_is_exit_code_2_and_spares_the_checkpoint_before(
     error = capsys.readouterr().err
     assert error.startswith("codmd-distill: ") and error.count("\n") == 1
     assert "cannot be written" in error and "No space left on device" in error
-    assert kept.read_bytes() == before
+    assert content(kept) == before
 
 
 def test_export_without_a_run_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import whole_state
 
 from codmd_serve.errors import CheckpointError
 from distill.config import DistillConfig, config_to_dict, with_overrides
-from distill.run import checkpoint, trainer
+from distill.parallel import shard_files
+from distill.run import saver
 from distill.run.checkpoint import list_checkpoints, load_checkpoint
 from distill.run.trainer import RunOptions, run_training
 
@@ -39,13 +41,18 @@ def whole(config: DistillConfig, cache_dir: Path, tmp_path_factory: pytest.TempP
     return out
 
 
+def write_to_full_disk(_file: object, view: memoryview) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        full.write(view)
+
+
 def assert_resumes_to(whole: Path, out: Path, config: DistillConfig, cache_dir: Path) -> None:
     """Go on with the run in `out`; every tensor and number of its end, and its bundle, must be those of `whole`."""
     outcome = run_training(
         config, RunOptions(out=out, device=CPU, cache_dir=cache_dir, preview_every_iterations=0), resume=True
     )
     assert outcome.iteration == config.max_iterations
-    states = [load_checkpoint(list_checkpoints(folder)[-1])["trainer"] for folder in (whole, out)]
+    states = [whole_state(list_checkpoints(folder)[-1]) for folder in (whole, out)]
     assert_same(*states)
     name = Path("bundle", "transformer", "diffusion_pytorch_model.safetensors")
     assert (whole / name).read_bytes() == (out / name).read_bytes()
@@ -69,7 +76,8 @@ def assert_same(left: object, right: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "left_step"), [("writing", 2), ("written", 2), ("named", 4), ("deleting", 4), ("training", 2)]
+    ("moment", "left_step"),
+    [("writing", 2), ("written", 2), ("indexed", 2), ("named", 4), ("deleting", 4), ("training", 2)],
 )
 def test_killed_run_goes_on_bit_for_bit(
     config: DistillConfig, cache_dir: Path, whole: Path, tmp_path: Path, moment: str, left_step: int
@@ -87,24 +95,24 @@ def test_killed_run_goes_on_bit_for_bit(
     assert done.returncode == -signal.SIGKILL, done.stderr
     newest = list_checkpoints(tmp_path / "run")[-1]
     assert newest.name == f"step-{left_step:08d}"
-    assert load_checkpoint(newest)["trainer"]["iteration"] == left_step
+    assert load_checkpoint(newest).values["iteration"] == left_step
     assert_resumes_to(whole, tmp_path / "run", config, cache_dir)
 
 
 def test_full_disk_stops_the_run_and_spares_the_checkpoint_before(
     config: DistillConfig, cache_dir: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel's own error: the save of step 4 writes to a device that is always full."""
-    save = trainer.save_checkpoint
+    """The kernel's own error: the shard of iteration 4 goes to a device that is always full."""
+    save = saver.save_checkpoint
 
-    def save_to_full_disk(run_dir: Path, step: int, *args: object) -> Path:
+    def save_to_full_disk(run_dir: Path, iteration: int, *args: object) -> Path:
         with monkeypatch.context() as patch:
-            if step == 4:
-                patch.setattr(checkpoint, "STATE_FILE", "/dev/full")
-            return save(run_dir, step, *args)
+            if iteration == 4:
+                patch.setattr(shard_files, "write_all", write_to_full_disk)
+            return save(run_dir, iteration, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save_to_full_disk)
+        patch.setattr(saver, "save_checkpoint", save_to_full_disk)
         with pytest.raises(CheckpointError, match=r"step-00000004 cannot be written"):
             run_training(
                 config,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import whole_state
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,7 +20,7 @@ from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import cached_prompt_data
 from distill.networks.base import open_base
 from distill.networks.build import Networks, compile_blocks
-from distill.run.checkpoint import list_checkpoints, load_checkpoint
+from distill.run.checkpoint import list_checkpoints
 from distill.run.previews import Previews, averaged_weights, filmstrips
 from distill.run.trainer import RunOptions, native_latents, run_training
 
@@ -56,13 +57,13 @@ def test_parameters_are_the_same_bits_with_and_without_previews(
     tiny_config: DistillConfig, tmp_path: Path, train: Callable[..., Path]
 ) -> None:
     runs = [train(tiny_config, tmp_path / str(every), every) for every in (0, 1)]
-    states = [load_checkpoint(list_checkpoints(out)[-1])["trainer"] for out in runs]
+    states = [whole_state(list_checkpoints(out)[-1]) for out in runs]
     for role in ("student", "critic"):
         without, with_them = (state["networks"][role] for state in states)
         assert all(torch.equal(without[name], with_them[name]) for name in without)
-        moments = [state["optimizers"][role]["state"] for state in states]
-        for index, entry in moments[0].items():
-            assert all(torch.equal(value, moments[1][index][name]) for name, value in entry.items())
+        moments = [state["optimizers"][role] for state in states]
+        for key, entry in moments[0].items():
+            assert entry and all(torch.equal(value, moments[1][key][name]) for name, value in entry.items())
     assert all(
         torch.equal(value, states[1]["ema"]["shadow"][name]) for name, value in states[0]["ema"]["shadow"].items()
     )
@@ -166,6 +167,25 @@ def test_folder_that_cannot_be_written_is_logged_and_training_goes_on(
     with caplog.at_level(logging.WARNING):
         assert previews.write(7, tiny_networks.student, shifted(tiny_networks)) is None
     assert "no preview iteration=7" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["sample", "clips"])
+def test_a_preview_that_fails_in_any_way_is_logged_and_training_goes_on(
+    previews: Previews,
+    tiny_networks: Networks,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+    before = {name: tensor.clone() for name, tensor in tiny_networks.student.state_dict().items()}
+    monkeypatch.setattr("distill.run.previews.rollout" if part == "sample" else "distill.run.previews.filmstrips", fail)
+    with caplog.at_level(logging.WARNING):
+        assert previews.write(7, tiny_networks.student, shifted(tiny_networks)) is None
+    assert "no preview iteration=7" in caplog.text and "CUDA out of memory." in caplog.text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_networks.student.state_dict().items())
 
 
 def test_filmstrips_show_first_and_last_frame_row_by_row() -> None:

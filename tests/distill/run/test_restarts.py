@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import whole_state
 from polling import wait_until
 
 from distill.config import DistillConfig, config_to_dict, with_overrides
@@ -31,13 +32,16 @@ RUNS: dict[str, tuple[int, int, str, str]] = {
     "two-then-four": (4, NUM_STEPS, "two", ""),
     "one": (1, 2, "", ""),
     "one-then-two": (2, NUM_STEPS, "one", ""),
+    "four": (4, 1, "", ""),
+    "four-then-two": (2, 3, "four", ""),
+    "four-two-one": (1, NUM_STEPS, "four-then-two", ""),
     "signalled": (2, NUM_STEPS, "", "sigterm"),
     "signalled-then-two": (2, NUM_STEPS, "signalled", ""),
     "full": (2, NUM_STEPS, "two", "full disk"),
     "full-then-two": (2, NUM_STEPS, "full", ""),
     "broken": (2, NUM_STEPS, "two", "bug"),
 }
-RESUMED = ("two-then-one", "two-then-four", "one-then-two", "signalled-then-two", "full-then-two")
+RESUMED = ("two-then-one", "two-then-four", "one-then-two", "four-two-one", "signalled-then-two", "full-then-two")
 
 
 def settings_of(config: DistillConfig) -> list[str]:
@@ -101,22 +105,22 @@ def tensors(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_resumed_in_any_number_of_processes_ends_as_the_one_that_nobody_stopped(folder: Path, name: str) -> None:
     assert [one["code"] for one in said(folder, name)] == [0] * RUNS[name][0], said(folder, name)
-    got, want = (load_checkpoint(folder / run / "checkpoints/step-00000004") for run in (name, "whole"))
+    got, want = (whole_state(folder / run / "checkpoints/step-00000004") for run in (name, "whole"))
     for part in ("networks", "ema"):
-        ours, theirs = (tensors(state["trainer"][part]) for state in (got, want))
+        ours, theirs = (tensors(state[part]) for state in (got, want))
         assert ours.keys() == theirs.keys() and ours
         for key, tensor in theirs.items():
             torch.testing.assert_close(
                 ours[key], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key} {text}"
             )
-    assert got["trainer"]["updates"] == want["trainer"]["updates"] == {"student": 4, "critic": 4}
+    assert got["updates"] == want["updates"] == {"student": 4, "critic": 4}
 
 
 def test_what_is_compared_has_moved_since_it_was_resumed(folder: Path) -> None:
     """By 10 times what it may differ by, so that it is not simply the checkpoint."""
-    before, after = (load_checkpoint(folder / "whole/checkpoints" / f"step-0000000{step}") for step in (2, 4))
+    before, after = (whole_state(folder / "whole/checkpoints" / f"step-0000000{step}") for step in (2, 4))
     for role in ("student", "critic"):
-        old, new = (state["trainer"]["networks"][role] for state in (before, after))
+        old, new = (state["networks"][role] for state in (before, after))
         assert max(float((new[key] - old[key]).abs().max()) for key in old) > 1e-4
 
 
@@ -139,10 +143,11 @@ def test_a_full_disk_ends_all_processes_with_the_same_message(folder: Path) -> N
 
 
 def test_an_unexpected_error_of_the_first_process_reaches_the_others(folder: Path) -> None:
-    first, other = said(folder, "broken")
-    assert first["code"] == "ZeroDivisionError('nobody thought of this')"
-    assert other["code"] == 1
-    assert other["error"] == "codmd-distill: rank 0 failed: ZeroDivisionError: nobody thought of this\n"
+    for one in said(folder, "broken"):
+        assert one["code"] == 2
+        assert one["error"].startswith("codmd-distill: checkpoint ") and one["error"].count("\n") == 1
+        assert one["error"].endswith("step-00000004 cannot be written: ZeroDivisionError: nobody thought of this\n")
+    assert steps_of(folder / "broken") == ["step-00000002"]
 
 
 def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
@@ -165,7 +170,7 @@ def test_torchrun_hands_a_sigterm_on_and_the_run_can_be_resumed(
     text = (tmp_path / "said").read_text()
     assert text.count("interrupted after") == 1, text[-4000:]
     (only,) = list_checkpoints(out)
-    iteration = load_checkpoint(only)["trainer"]["iteration"]
+    iteration = load_checkpoint(only).values["iteration"]
     assert only.name == f"step-{iteration:08d}"
     options = RunOptions(out=out, device=torch.device("cpu"), preview_every_iterations=0)
     longer = with_overrides(read_config(out), [f"max_iterations={iteration + 1}"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import as_single_file, save, whole_state
 from runs import with_method
 
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
@@ -21,8 +22,10 @@ from distill.methods.matching import MatchingMethod
 from distill.methods.registry import recipe_config
 from distill.networks.base import open_base
 from distill.networks.build import build_networks
-from distill.run.checkpoint import export_bundle, list_checkpoints, load_checkpoint, read_config
-from distill.run.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training, stop_signal
+from distill.run.bundle import export_bundle
+from distill.run.checkpoint import list_checkpoints, load_checkpoint, read_config
+from distill.run.signals import stop_signal
+from distill.run.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training
 from distill.streams import named_rng
 
 CPU = torch.device("cpu")
@@ -54,7 +57,7 @@ def new_trainer(cache_dir: Path) -> Callable[[DistillConfig], Trainer]:
 
 
 def final_state(out: Path) -> dict:
-    return load_checkpoint(list_checkpoints(out)[-1])["trainer"]
+    return whole_state(list_checkpoints(out)[-1])
 
 
 def flat(state: object, prefix: str = "") -> dict[str, object]:
@@ -155,7 +158,7 @@ def test_learning_rate_warms_up_over_each_networks_own_updates(
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], method: str
 ) -> None:
-    config = with_overrides(with_method(tiny_config, method), ["copula.permute=true", "save_every_iterations=100"])
+    config = with_overrides(with_method(tiny_config, method), ["copula.control=noise", "save_every_iterations=100"])
     run(config, tmp_path / "whole")
     run(with_overrides(config, ["max_iterations=3"]), tmp_path / "parts")
     outcome = run(config, tmp_path / "parts", resume=True)
@@ -448,21 +451,24 @@ def as_format_1(out: Path) -> None:
         *group, name = before.split(".")
         (data[group[0]] if group else data)[name] = source.pop(leaf)
     path.write_text(json.dumps(data | {"rcm": {"warmup_steps": 0, "data_steps": 50}, "dp_dmd": {"weight": 0.05}}))
-    state = out / "checkpoints" / "step-00000002" / "state.pt"
-    saved = torch.load(state, weights_only=True)
-    saved["trainer"]["step"] = saved["trainer"].pop("iteration")
-    torch.save(saved, state)
+    as_single_file(out / "checkpoints" / "step-00000002", iteration_key="step")
     log = out / "log.jsonl"
     log.write_text(log.read_text().replace('"iteration"', '"step"'))
 
 
-def test_checkpoint_of_another_base_is_refused(
-    tiny_config: DistillConfig, new_trainer: Callable[[DistillConfig], Trainer]
+def test_checkpoint_of_another_base_or_method_is_refused(
+    tiny_config: DistillConfig, tmp_path: Path, new_trainer: Callable[[DistillConfig], Trainer]
 ) -> None:
-    state = new_trainer(tiny_config).state_dict()
-    state["networks"]["student"].popitem()
-    with pytest.raises(CheckpointError, match="does not fit"):
-        new_trainer(tiny_config).load_state_dict(state)
+    trainer = new_trainer(tiny_config)
+    tensors = trainer.state_tensors()
+    tensors.popitem()
+    values = trainer.state_values()
+    folder = save(tmp_path, 1, tensors, **values)
+    with pytest.raises(CheckpointError, match=r"step-00000001 does not fit this run: .* 1 names differ"):
+        new_trainer(tiny_config).load(load_checkpoint(folder))
+    folder = save(tmp_path, 2, trainer.state_tensors(), **{**values, "method": "rcm"})
+    with pytest.raises(CheckpointError, match="is of method rcm, the run is of codmd"):
+        new_trainer(tiny_config).load(load_checkpoint(folder))
 
 
 def test_streams_of_random_numbers_differ_by_role_step_and_rank() -> None:
@@ -496,7 +502,7 @@ def test_wan_1_3b_scaled_down_trains_to_a_bundle(
     config = with_overrides(recipe_config("wan_1_3b"), small)
     outcome = run(config, tmp_path / "run")
     assert (outcome.iteration, outcome.num_student_updates, outcome.num_skipped) == (2, 2, 0)
-    state = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])["trainer"]
+    state = final_state(tmp_path / "run")
     start = open_base(config.base).load_transformer(torch.float32).state_dict()
     for role in ("student", "critic"):
         assert any(not torch.equal(tensor, start[name]) for name, tensor in state["networks"][role].items())

@@ -56,15 +56,18 @@ def test_win_rate_counts_ties_as_half_whatever_the_side() -> None:
 
 
 def test_planted_win_rates_lie_in_their_intervals() -> None:
-    study = design(3, 24)
-    crowd = Crowd(strengths={"a": 0.9, "b": 0.3, "c": 0.0}, num_raters=14, side_bias=0.4, seed=4)
-    raters, _ = read_votes(study, simulate(study, crowd))
-    rows = analyse(study, raters, num_draws=NUM_DRAWS)["passed"]["pairs"]
-    assert len(rows) == 3 * len(QUESTIONS)
-    inside = [
-        row["win_rate"]["low"] <= crowd.win_rate(row["first"], row["second"]) <= row["win_rate"]["high"] for row in rows
-    ]
-    assert sum(inside) >= 11
+    """In .95 of intervals; those of one crowd go wrong together, so eight crowds are counted."""
+    study, inside = design(3, 24), list[bool]()
+    for seed in range(8):
+        crowd = Crowd(strengths={"a": 0.9, "b": 0.3, "c": 0.0}, num_raters=14, side_bias=0.4, seed=seed)
+        raters, _ = read_votes(study, simulate(study, crowd))
+        rows = analyse(study, raters, num_draws=NUM_DRAWS)["passed"]["pairs"]
+        assert len(rows) == 3 * len(QUESTIONS)
+        inside += [
+            row["win_rate"]["low"] <= crowd.win_rate(row["first"], row["second"]) <= row["win_rate"]["high"]
+            for row in rows
+        ]
+    assert 0.88 <= sum(inside) / len(inside) <= 1.0
     verdicts = {(row["first"], row["second"]): row["verdict"] for row in rows if row["question"] == "overall"}
     assert verdicts["a", "c"] == "a"
 
