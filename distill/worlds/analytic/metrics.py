@@ -65,7 +65,8 @@ class Judge:
         rho_wanted, taus_wanted = self._wanted
         error = (rho - rho_wanted).abs()
         num_blocks, num_frames = 4 * self.world.shape[0], self.world.shape[1]
-        same = torch.block_diag(*[torch.ones(num_frames, num_frames)] * num_blocks).bool()
+        block = torch.arange(num_blocks).repeat_interleave(num_frames)
+        same = block[:, None] == block
         upper = torch.ones_like(same).triu(1)
         strong = (rho_wanted.abs() > STRONG) & upper
         per_caption = torch.tensor(
@@ -94,7 +95,8 @@ class Judge:
         """Return the main directions of the reference within captions, whitened, (N, NUM_DIRECTIONS)."""
         centred = (self.reference - self.reference.mean(1, keepdim=True)).flatten(2).flatten(0, 1)
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
-        return vectors[:, -NUM_DIRECTIONS:] / values[-NUM_DIRECTIONS:].sqrt()
+        directions: Tensor = vectors[:, -NUM_DIRECTIONS:] / values[-NUM_DIRECTIONS:].sqrt()
+        return directions
 
     def _dependence(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return Spearman's matrix (V, V) and Kendall's tau of each tied pair, means over captions."""
@@ -134,8 +136,8 @@ def spearman(values: Tensor) -> Tensor:
     """Return Spearman's correlations of the columns of (S, V), (V, V)."""
     ranks = values.argsort(0).argsort(0).float()
     ranks = ranks - ranks.mean(0)
-    ranks = ranks / ranks.norm(dim=0)
-    return ranks.T @ ranks
+    correlations: Tensor = (ranks / ranks.norm(dim=0)).T @ (ranks / ranks.norm(dim=0))
+    return correlations
 
 
 def kendall(first: Tensor, second: Tensor) -> float:

@@ -6,15 +6,19 @@ Legend: B batch, N numbers of one sample, P captions, E width of the condition.
 import math
 
 import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS
 
 NUM_PHASES = 16
 CAPTION_SCALE = 3.0
+# Not a buffer: `from_pretrained` leaves buffers that are not in the file empty.
+PHASES = torch.linspace(math.log(0.5), math.log(60.0), NUM_PHASES).exp()
 
 
-class AnalyticNetwork(nn.Module):
+class AnalyticNetwork(ModelMixin, ConfigMixin):
     """Predicts the flow, with the call of a Wan transformer; about 194,000 parameters at the default width.
 
     What a unit Gaussian's flow would be is added in closed form, (2 sigma - 1) / q x with q = (1 - sigma)^2 + sigma^2,
@@ -28,6 +32,7 @@ class AnalyticNetwork(nn.Module):
         condition_width: E.
     """
 
+    @register_to_config
     def __init__(
         self, size: int, num_embeds: int, width: int = 128, num_blocks: int = 2, condition_width: int = 48
     ) -> None:
@@ -46,8 +51,6 @@ class AnalyticNetwork(nn.Module):
             assert isinstance(layer, nn.Linear)
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        phases = torch.linspace(math.log(0.5), math.log(60.0), NUM_PHASES).exp()
-        self.register_buffer("phases", phases, persistent=False)
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False
@@ -57,7 +60,7 @@ class AnalyticNetwork(nn.Module):
         sigma = (timestep / NUM_TRAIN_TIMESTEPS)[:, None]
         latents = hidden_states.flatten(1)
         variance = (1 - sigma).square() + sigma.square()
-        angles = sigma * self.phases
+        angles = sigma * PHASES
         condition = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
         condition = nn.functional.silu(condition + CAPTION_SCALE * self.caption(encoder_hidden_states[:, 0]))
         stream = self.first(latents / variance.sqrt())

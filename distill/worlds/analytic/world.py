@@ -47,6 +47,10 @@ class GaussianWorld:
         """Number of captions, P; caption P stands for none."""
         return self.prior.shape[0]
 
+    def captions(self) -> list[str]:
+        """Return the captions, "caption 0" and so on."""
+        return [f"caption {index}" for index in range(self.num_captions)]
+
     @cached_property
     def log_prior(self) -> Tensor:
         """Return (P + 1, K) float32; the last row is the law without caption. -1e9 stands for impossible."""
@@ -145,7 +149,7 @@ def pattern(shape: tuple[int, int, int, int], channel: int, profile_F: Tensor, c
 
 
 def noise_covariance(shape: tuple[int, int, int, int], per_frame: float) -> Tensor:
-    """Return the (N, N) float64 covariance of unit noise, correlated per_frame^|f - f'| over frames, else independent."""
+    """Return the (N, N) float64 covariance of unit noise, correlated per_frame^|f - f'| over frames only."""
     num_channels, num_frames, height, width = shape
     frames = torch.arange(num_frames)
     over_frames = per_frame ** (frames[:, None] - frames[None]).abs().double()
