@@ -75,8 +75,11 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Kill it, stopped or not, and what it started. It keeps nothing that a gentler end would save."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if self.exit_code is None:
+            # Not Process.kill(): it polls first, and may so take the exit code of a dead process from asyncio, which
+            # then reports 255. The id may be free until the loop hears of the end, but is not given out that soon.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
         for pid in _session(self.pid):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

@@ -79,7 +79,8 @@ def scenario_config(tiny_config: DistillConfig, settings: list[str]) -> DistillC
         "dp_dmd": ["student_every_iterations=1", "dp_dmd.teacher_steps=4", "dp_dmd.match_step=2"],
     }
     # Keys have a bias whose gradient is 0 but for rounding, and Adam would make updates of full size of that.
-    common = ["batch_size=4", "optimizer.eps=0.01", *own[config.method_settings.group]]
+    # The seed is one whose three iterations stop at the first, a middle and the last step.
+    common = ["seed=3", "batch_size=4", "optimizer.eps=0.01", *own[config.method_settings.group]]
     return with_overrides(config, [*common, *(setting for setting in settings if not setting.startswith("method="))])
 
 
@@ -163,7 +164,7 @@ def test_processes_agree_and_do_equally_many_collectives(results: dict[str, list
 
 def test_exit_steps_are_those_of_one_process(results: dict[str, list[dict[str, Any]]]) -> None:
     assert results["four"][3]["exit_steps"] == results["whole"][0]["exit_steps"]
-    assert set(results["whole"][0]["exit_steps"]) == {1, 3}
+    assert set(results["whole"][0]["exit_steps"]) == {0, 1, 3}
 
 
 def test_weights_are_sharded_not_copied(results: dict[str, list[dict[str, Any]]]) -> None:
