@@ -268,6 +268,8 @@ class Recipe:
         return {"recipe": own.pop("name"), **own}
 
 
+# By recipe, the world of distill/worlds/analytic.
+ANALYTIC_RECIPES = {"analytic_ties": "ties", "analytic_orbit": "orbit"}
 _WAN_RECIPE = Recipe(
     name="wan",
     base="",
@@ -288,6 +290,16 @@ RECIPES: dict[str, Recipe] = {
             base="weights/shapeworld",
             native=NativeConfig(height=96, width=96, num_frames=25, fps=16),
             bundle_dtype="fp16",
+        ),
+        # Worlds whose teacher is exact: latents of (4, 8, 2, 2), no VAE.
+        *(
+            Recipe(
+                name=name,
+                base=f"analytic:{world}",
+                native=NativeConfig(height=2, width=2, num_frames=8, fps=8),
+                precision="fp32",
+            )
+            for name, world in ANALYTIC_RECIPES.items()
         ),
         dataclasses.replace(_WAN_RECIPE, name="wan_1_3b", base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
         dataclasses.replace(_WAN_RECIPE, name="wan_14b", base="Wan-AI/Wan2.1-T2V-14B-Diffusers"),

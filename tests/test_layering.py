@@ -192,6 +192,7 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.methods": METHODS,
     "distill.data": (*NETWORKS, "distill.data", "distill.worlds"),
     "distill.networks": NETWORKS,
+    "distill.networks.analytic": (*NETWORKS, "distill.worlds"),
     "distill.parallel": (*SETTINGS, "distill.parallel"),
     "distill.losses": (*SETTINGS, "distill.losses"),
     "distill.worlds": ("distill.worlds",),
