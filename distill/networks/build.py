@@ -29,8 +29,11 @@ from distill.networks.lora import (
     student_adapters,
 )
 from distill.networks.precision import keep_sensitive_parts_float32, unfuse_bf16_attention
+<<<<<<< HEAD
 from distill.networks.start import load_start
 from distill.networks.teacher import open_teacher
+=======
+>>>>>>> main
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import load_sharded, split_tokens
 
@@ -80,13 +83,19 @@ def build_networks(
 
     def build(role: str, dtype: str, is_trained: bool, adapters: Adapters | None = None) -> WanTransformer3DModel:
         def load() -> WanTransformer3DModel:
+<<<<<<< HEAD
             transformer = (origin.load if role == "teacher" else base.load_transformer)(DTYPES_BY_NAME[dtype])
+=======
+            transformer = base.load_teacher(dtype) if role == "teacher" else base.load_transformer(dtype)
+>>>>>>> main
             source = starts.get(role, "")
-            return load_start(transformer, source, f"{role}_from") if source else transformer
+            return base.load_start(transformer, source, f"{role}_from") if source else transformer
 
         def prepare(transformer: WanTransformer3DModel) -> None:
             # Wan has no dropout; eval makes that independent of a base whose config says otherwise.
             transformer.eval().requires_grad_(is_trained)
+            if not base.has_blocks:
+                return
             keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
             if config.context_parallel == 1:  # context parallelism has an attention of its own
                 unfuse_bf16_attention(transformer, config.precision, device)

@@ -32,6 +32,7 @@ from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import check_token_split
 from distill.run.adapters import begin_adapters, beginning
 from distill.run.bundle import export_bundle, student_spec, write_pipeline
+from distill.run.calls import Calls
 from distill.run.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -112,6 +113,7 @@ class Trainer:
         self.updates = dict.fromkeys(ROLES, 0)
         self.num_skipped = 0
         self.nonfinite_in_row = dict.fromkeys(ROLES, 0)
+        self.calls = Calls(networks)
         self.ema = Ema(networks.student, config.ema)
         self.trained: dict[str, nn.Module] = {"student": networks.student, "critic": networks.critic}
         self.parameters = {role: trained_parameters(self.trained[role]) for role in ROLES}
@@ -136,7 +138,9 @@ class Trainer:
         """
         metrics: dict[str, Tensor] = {}
         for role in METHODS[self.config.method].turns(self.config, self.iteration):
-            metrics |= self._update(role, self._differentiate(role))
+            with self.calls:
+                means = self._differentiate(role)
+            metrics |= self._update(role, means)
         self.iteration += 1
         return metrics
 
@@ -237,6 +241,7 @@ class Trainer:
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": dict(self.nonfinite_in_row),
             "ema_updates": self.ema.num_updates,
+            "calls": dict(self.calls.counts),
             "data": {"content": self.data.content, "samples": self.iteration * self.config.batch_size},
         }
 
@@ -264,6 +269,7 @@ class Trainer:
             self.iteration, self.num_skipped = int(values["iteration"]), int(values["num_skipped"])
             self.updates, self.nonfinite_in_row = dict(values["updates"]), dict(values["nonfinite_in_row"])
             self.ema.num_updates = int(values["ema_updates"])
+            self.calls.restore(values.get("calls", {}))
         except (KeyError, TypeError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"{checkpoint.folder} does not fit this run: {first_line(error)}") from error
 
@@ -306,7 +312,8 @@ def run_training(
     """
     processes = options.processes
     processes.on_rank0(lambda: check_out(config, options.out, resume))
-    base = open_base(config.base)
+    base = open_base(config.base).prepared(options.cache_dir or options.out / "cache")
+    base.check_run(config, processes.world_size, compiled=options.compiled)
     # What the bundle at the end could not say is an error now.
     student_spec(options.out / "bundle", config, base, 0)
     checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
@@ -324,7 +331,7 @@ def run_training(
         def export() -> None:
             # From the checkpoint, tensor by tensor: rank 0 needs the memory of the bundle alone.
             export_bundle(options.out, bundle, trainer.iteration, base)
-            if options.has_pipeline:
+            if options.has_pipeline and base.has_vae:
                 write_pipeline(bundle, options.out / "pipeline")
 
         processes.on_rank0(export)
@@ -375,8 +382,13 @@ def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
             the teacher does not fit the base.
     """
     shape = base.latent_shape(config.native)
+<<<<<<< HEAD
     check_teacher(config, base)
     check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
+=======
+    if base.has_blocks:
+        check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
+>>>>>>> main
     return shape
 
 
@@ -461,7 +473,8 @@ class _Outputs:
     """Checkpoints, curves and previews of a run; every rank calls it, rank 0 writes."""
 
     def __init__(self, trainer: Trainer, base: Base, options: RunOptions, log: RunLog, saver: Saver) -> None:
-        self.trainer, self.out, self.log, self.every = trainer, options.out, log, options.preview_every_iterations
+        self.trainer, self.out, self.log = trainer, options.out, log
+        self.every = options.preview_every_iterations if base.has_vae else 0
         self.saver, self.keep_best = saver, options.keep_best
         self.previews: Previews | None = None
         if self.every:
