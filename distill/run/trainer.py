@@ -27,8 +27,10 @@ from distill.methods.registry import METHODS
 from distill.networks.base import Base, open_base
 from distill.networks.build import Networks, build_networks, compile_blocks, trained_parameters
 from distill.networks.ema import Ema
+from distill.networks.teacher import check_teacher
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import check_token_split
+from distill.run.adapters import begin_adapters, beginning
 from distill.run.bundle import export_bundle, student_spec, write_pipeline
 from distill.run.calls import Calls
 from distill.run.checkpoint import (
@@ -315,12 +317,11 @@ def run_training(
     # What the bundle at the end could not say is an error now.
     student_spec(options.out / "bundle", config, base, 0)
     checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
-    begin = config if started is None else replace(config, student_from=str(started))
-    if checkpoints:  # they replace what student and critic started from, which may be gone by now
-        begin = replace(config, student_from="", critic_from="")
-    trainer = _build_trainer(config, begin, base, options)
+    trainer = _build_trainer(config, beginning(config, started, is_resumed=bool(checkpoints)), base, options)
     if checkpoints:
         elapsed_s = _resume(trainer, checkpoints[-1])
+    elif started is not None and config.lora_student_rank:
+        begin_adapters(trainer.parameters["student"], trainer.ema, started.parent, processes)
     processes.on_rank0(lambda: start_folder(options.out, config))
     signal_number, elapsed_s = _loop(trainer, base, options, elapsed_s, is_saved=bool(checkpoints))
     bundle = None
@@ -377,11 +378,17 @@ def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
 
     Raises:
         CheckpointError: the base is missing or has no transformer.
-        ConfigError: the size does not fit VAE and patches, or its tokens cannot be split over context_parallel ranks.
+        ConfigError: the size does not fit VAE and patches, its tokens cannot be split over context_parallel ranks, or
+            the teacher does not fit the base.
     """
     shape = base.latent_shape(config.native)
+<<<<<<< HEAD
+    check_teacher(config, base)
+    check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
+=======
     if base.has_blocks:
         check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
+>>>>>>> main
     return shape
 
 
