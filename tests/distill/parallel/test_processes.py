@@ -36,6 +36,8 @@ SCENARIOS: dict[str, tuple[int, list[str]]] = {
     "rcm-two": (2, ["method=rcm"]),
     "dp-dmd": (1, ["method=dp-dmd"]),
     "dp-dmd-two": (2, ["method=dp-dmd"]),
+    "exits": (1, ["exit_per_sample=true"]),
+    "exits-two": (2, ["exit_per_sample=true", "accumulate=2"]),
     "split-two": (2, ["context_parallel=2"]),
     "split-four": (4, ["context_parallel=2", "accumulate=2", "activation_checkpointing=true"]),
     # Both compute two parts of two samples, so that bfloat16 rounds the same sums.
@@ -60,6 +62,7 @@ SAME = [
     ("dcm-two", "dcm"),
     ("rcm-two", "rcm"),
     ("dp-dmd-two", "dp-dmd"),
+    ("exits-two", "exits"),
     ("split-two", "whole"),
     ("split-four", "whole"),
     ("bf16-two", "bf16-parts"),
@@ -76,7 +79,7 @@ def scenario_config(tiny_config: DistillConfig, settings: list[str]) -> DistillC
         # The relational term is most of the loss, so that an error in its gradient cannot hide behind the rest.
         "copula": ["student_every_iterations=1", "copula.scale=20"],
         "rcm": ["student_every_iterations=2", "rcm.data_steps=2", "rcm.warmup_iterations=0"],
-        "dp_dmd": ["student_every_iterations=1", "dp_dmd.teacher_steps=4", "dp_dmd.match_step=2"],
+        "dp_dmd": ["student_every_iterations=2", "dp_dmd.teacher_steps=4", "dp_dmd.match_step=2"],
     }
     # Keys have a bias whose gradient is 0 but for rounding, and Adam would make updates of full size of that.
     # The seed is one whose three iterations stop at the first, a middle and the last step.
