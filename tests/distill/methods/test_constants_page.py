@@ -1,4 +1,4 @@
-"""docs/explanation/constants.md: every constant of every method is on it, and what it calls ours is what a recipe has."""
+"""docs/explanation/constants.md: every constant of every method is on it, and "ours" is what the recipes have."""
 
 import importlib
 import json
