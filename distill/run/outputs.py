@@ -43,7 +43,8 @@ class Outputs:
         is_stopping: Callable[[], bool],
     ) -> None:
         self.trainer, self.out, self.log, self.saver = trainer, options.out, log, saver
-        self.preview_every, self.keep_best = options.preview_every_iterations, options.keep_best
+        self.preview_every = options.preview_every_iterations if base.has_vae else 0
+        self.keep_best = options.keep_best
         config, shape = trainer.config, trainer.shape[1:]
         self.validate_every = config.validate.every_iterations
         self.previews: Previews | None = None

@@ -27,9 +27,12 @@ from distill.methods.registry import METHODS
 from distill.networks.base import Base, open_base
 from distill.networks.build import Networks, build_networks, compile_blocks, trained_parameters
 from distill.networks.ema import Ema
+from distill.networks.teacher import check_teacher
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import check_token_split
+from distill.run.adapters import begin_adapters, beginning
 from distill.run.bundle import export_bundle, student_spec, write_pipeline
+from distill.run.calls import Calls
 from distill.run.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -118,6 +121,7 @@ class Trainer:
         self.num_skipped = 0
         self.choice = Choice()
         self.nonfinite_in_row = dict.fromkeys(ROLES, 0)
+        self.calls = Calls(networks)
         self.ema = Ema(networks.student, config.ema)
         self.trained: dict[str, nn.Module] = {"student": networks.student, "critic": networks.critic}
         self.parameters = {role: trained_parameters(self.trained[role]) for role in ROLES}
@@ -142,7 +146,9 @@ class Trainer:
         """
         metrics: dict[str, Tensor] = {}
         for role in METHODS[self.config.method].turns(self.config, self.iteration):
-            metrics |= self._update(role, self._differentiate(role))
+            with self.calls:
+                means = self._differentiate(role)
+            metrics |= self._update(role, means)
         self.iteration += 1
         return metrics
 
@@ -244,6 +250,7 @@ class Trainer:
             "nonfinite_in_row": dict(self.nonfinite_in_row),
             "ema_updates": self.ema.num_updates,
             "choice": self.choice.values(),
+            "calls": dict(self.calls.counts),
             "data": {"content": self.data.content, "samples": self.iteration * self.config.batch_size},
         }
 
@@ -272,6 +279,7 @@ class Trainer:
             self.updates, self.nonfinite_in_row = dict(values["updates"]), dict(values["nonfinite_in_row"])
             self.ema.num_updates = int(values["ema_updates"])
             self.choice = choice_of(values.get("choice", {}))
+            self.calls.restore(values.get("calls", {}))
         except (KeyError, TypeError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"{checkpoint.folder} does not fit this run: {first_line(error)}") from error
 
@@ -314,17 +322,17 @@ def run_training(
     """
     processes = options.processes
     processes.on_rank0(lambda: check_out(config, options.out, resume))
-    base = open_base(config.base)
+    base = open_base(config.base).prepared(options.cache_dir or options.out / "cache")
+    base.check_run(config, processes.world_size, compiled=options.compiled)
     # What the bundle at the end could not say is an error now.
     student_spec(options.out / "bundle", config, base, 0)
     judge = processes.on_all_ranks(lambda: open_judge(config, base, options.keep_best))
     checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
-    begin = config if started is None else replace(config, student_from=str(started))
-    if checkpoints:  # they replace what student and critic started from, which may be gone by now
-        begin = replace(config, student_from="", critic_from="")
-    trainer = _build_trainer(config, begin, base, options)
+    trainer = _build_trainer(config, beginning(config, started, is_resumed=bool(checkpoints)), base, options)
     if checkpoints:
         elapsed_s = _resume(trainer, checkpoints[-1])
+    elif started is not None and config.lora_student_rank:
+        begin_adapters(trainer.parameters["student"], trainer.ema, started.parent, processes)
     processes.on_rank0(lambda: start_folder(options.out, config))
     signal_number, elapsed_s = _loop(trainer, base, options, judge, elapsed_s, is_saved=bool(checkpoints))
     bundle = None
@@ -336,7 +344,7 @@ def run_training(
         def export() -> None:
             # From the checkpoint, tensor by tensor: rank 0 needs the memory of the bundle alone.
             export_bundle(options.out, bundle, exported, base)
-            if options.has_pipeline:
+            if options.has_pipeline and base.has_vae:
                 write_pipeline(bundle, options.out / "pipeline")
 
         processes.on_rank0(export)
@@ -384,10 +392,17 @@ def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
 
     Raises:
         CheckpointError: the base is missing or has no transformer.
-        ConfigError: the size does not fit VAE and patches, or its tokens cannot be split over context_parallel ranks.
+        ConfigError: the size does not fit VAE and patches, its tokens cannot be split over context_parallel ranks, or
+            the teacher does not fit the base.
     """
     shape = base.latent_shape(config.native)
+<<<<<<< HEAD
+    check_teacher(config, base)
     check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
+=======
+    if base.has_blocks:
+        check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
+>>>>>>> main
     return shape
 
 
