@@ -150,8 +150,9 @@ def _iteration(text: str) -> int | str:
 def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
     from distill.data.prompts import check_prompts, require_prompts
     from distill.networks.base import open_base
+    from distill.run.checks import native_latents
     from distill.run.start import run_with_start
-    from distill.run.trainer import RunOptions, native_latents
+    from distill.run.trainer import RunOptions
 
     device = processes.device
     # Before the base is looked for, which may take a download.
