@@ -29,11 +29,7 @@ from distill.networks.lora import (
     student_adapters,
 )
 from distill.networks.precision import keep_sensitive_parts_float32, unfuse_bf16_attention
-<<<<<<< HEAD
-from distill.networks.start import load_start
 from distill.networks.teacher import open_teacher
-=======
->>>>>>> main
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import load_sharded, split_tokens
 
@@ -83,24 +79,15 @@ def build_networks(
 
     def build(role: str, dtype: str, is_trained: bool, adapters: Adapters | None = None) -> WanTransformer3DModel:
         def load() -> WanTransformer3DModel:
-<<<<<<< HEAD
             transformer = (origin.load if role == "teacher" else base.load_transformer)(DTYPES_BY_NAME[dtype])
-=======
-            transformer = base.load_teacher(dtype) if role == "teacher" else base.load_transformer(dtype)
->>>>>>> main
             source = starts.get(role, "")
             return base.load_start(transformer, source, f"{role}_from") if source else transformer
 
         def prepare(transformer: WanTransformer3DModel) -> None:
             # Wan has no dropout; eval makes that independent of a base whose config says otherwise.
             transformer.eval().requires_grad_(is_trained)
-            if not base.has_blocks:
-                return
-            keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
-            if config.context_parallel == 1:  # context parallelism has an attention of its own
-                unfuse_bf16_attention(transformer, config.precision, device)
-            if adapters is not None:
-                add_adapters(transformer, adapters.switch, adapters.rank, adapters.alpha, adapters.role)
+            if base.has_blocks:
+                _prepare_blocks(transformer, config, device, adapters)
 
         if processes.mesh is None:
             network = load()
@@ -129,6 +116,16 @@ def build_networks(
     if config.context_parallel > 1:
         split_tokens(networks.transformers(), config, processes)
     return networks
+
+
+def _prepare_blocks(
+    transformer: WanTransformer3DModel, config: DistillConfig, device: torch.device, adapters: Adapters | None
+) -> None:
+    keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
+    if config.context_parallel == 1:  # context parallelism has an attention of its own
+        unfuse_bf16_attention(transformer, config.precision, device)
+    if adapters is not None:
+        add_adapters(transformer, adapters.switch, adapters.rank, adapters.alpha, adapters.role)
 
 
 def compile_blocks(transformer: WanTransformer3DModel) -> WanTransformer3DModel:

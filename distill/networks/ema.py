@@ -37,11 +37,10 @@ def _power_exponent(length: float) -> float:
 
 
 class Ema:
-<<<<<<< HEAD
-    """The moving average of a network's trained parameters, in float32, `shadow` by name; at first it is a copy."""
-=======
-    """The moving average in float32, `shadow` by parameter name; for the first `start_after_updates` it is a copy."""
->>>>>>> main
+    """The moving average of a network's trained parameters, in float32, `shadow` by name.
+
+    For the first `start_after_updates` it is a copy.
+    """
 
     def __init__(self, network: nn.Module, config: EmaConfig) -> None:
         self.config = config

@@ -8,22 +8,9 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
-from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError
 from codmd_serve.wan.convert import ConvertOptions, student_weights
 from codmd_serve.wan.published import read_published
-from distill.config import DistillConfig
-from distill.networks.base import Base
-
-
-def frozen_student(config: DistillConfig, base: Base) -> WanTransformer3DModel:
-    """Load the frozen network under the adapters of a LoRA student, in the dtype that it is trained on.
-
-    Raises:
-        CheckpointError: the base is gone, or what the student started from.
-    """
-    transformer = base.load_transformer(DTYPES_BY_NAME[config.frozen_dtype("student")])
-    return load_start(transformer, config.student_from, "student_from") if config.student_from else transformer
 
 
 def load_start(transformer: WanTransformer3DModel, source: str, setting: str) -> WanTransformer3DModel:

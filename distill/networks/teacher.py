@@ -52,11 +52,13 @@ class Teacher:
         name: of its folder or file, or its hub id; student.json records it as base_model.
         pipeline: its pipeline, or where a bundle or a file brings the transformer alone, that of its other parts.
         transformer: the bundle or file with its transformer, where that is not the pipeline's.
+        is_base: it is the base of the run itself.
     """
 
     name: str
     pipeline: Base
     transformer: Path | None = None
+    is_base: bool = False
 
     @cached_property
     def architecture(self) -> dict[str, Any]:
@@ -77,8 +79,8 @@ class Teacher:
         Raises:
             CheckpointError: missing, truncated or of another kind.
         """
-        if self.transformer is None and self.pipeline.is_local:
-            return self.pipeline.load_transformer(dtype)
+        if self.is_base:
+            return self.pipeline.load_teacher(dtype)
         if self.transformer is not None and self.transformer.is_file():
             return _load_file(self.transformer, self.architecture, dtype)
         transformer: WanTransformer3DModel = load_module(
@@ -102,7 +104,7 @@ class Teacher:
             return self.transformer
         # Of a hub id the transformer alone: text encoder and VAE are the base's.
         own = self.pipeline
-        return own.folder if own.is_local else hub_snapshot(own.source, ("transformer",))
+        return own.folder if own.is_local or self.is_base else hub_snapshot(own.source, ("transformer",))
 
 
 def open_teacher(config: DistillConfig, base: Base) -> Teacher:
@@ -116,7 +118,7 @@ def open_teacher(config: DistillConfig, base: Base) -> Teacher:
         CheckpointError: no such folder or file, and the text cannot be a hub id.
     """
     if not config.teacher:
-        return Teacher(name=base.name, pipeline=base)
+        return Teacher(name=base.name, pipeline=base, is_base=True)
     path = Path(config.teacher)
     if path.is_file():
         return Teacher(name=path.name, pipeline=base, transformer=path)
@@ -148,8 +150,11 @@ def check_teacher(config: DistillConfig, base: Base) -> Teacher:
         CheckpointError: a config of either cannot be read.
     """
     teacher = open_teacher(config, base)
-    if not config.teacher:
+    if teacher.is_base:
         return teacher
+    for pipeline in (base, teacher.pipeline):
+        if not pipeline.has_vae:
+            raise ConfigError(f"teacher must be empty for {pipeline.name}: its world has an exact teacher of its own")
     own, theirs = base.transformer_config, teacher.architecture
     where = f"teacher {teacher.name}"
     if own["in_channels"] != theirs["in_channels"] or own["out_channels"] != theirs["out_channels"]:

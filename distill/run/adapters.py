@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError
 from codmd_serve.files import atomic_folder, first_line
 from distill.config import DistillConfig
 from distill.networks.base import Base
 from distill.networks.ema import Ema
 from distill.networks.lora import diffusers_lora, merged_weights
-from distill.networks.start import frozen_student
 from distill.parallel.processes import Processes
 from distill.parallel.state import load_shards
 from distill.run.checkpoint import list_checkpoints, load_checkpoint
@@ -76,7 +76,10 @@ def whole_weights(config: DistillConfig, base: Base, ema_weights: Mapping[str, T
     """
     if not config.lora_student_rank:
         return ema_weights.items()
-    return merged_weights(frozen_student(config, base), ema_weights, lora_scale(config))
+    frozen = base.load_transformer(DTYPES_BY_NAME[config.frozen_dtype("student")])
+    if config.student_from:
+        frozen = base.load_start(frozen, config.student_from, "student_from")
+    return merged_weights(frozen, ema_weights, lora_scale(config))
 
 
 def write_lora(folder: Path, config: DistillConfig, ema_weights: Mapping[str, Tensor]) -> None:

@@ -165,8 +165,9 @@ def _iteration(text: str) -> int | str:
 def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
     from distill.data.prompts import check_prompts, require_prompts
     from distill.networks.base import open_base
+    from distill.run.checks import native_latents
     from distill.run.start import run_with_start
-    from distill.run.trainer import RunOptions, native_latents
+    from distill.run.trainer import RunOptions
     from distill.run.validation import open_judge
 
     device = processes.device

@@ -11,7 +11,7 @@ from distill.config import DistillConfig
 from distill.networks.base import Base
 from distill.validate.command import command_suite
 from distill.validate.shapebench import shapebench_suite
-from distill.validate.suites import Suite
+from distill.validate.suites import LATENTS, Suite
 
 # Called once at the start of a run. Raises ConfigError for settings or a base that cannot work.
 SUITES: dict[str, Callable[[DistillConfig, Base], Suite]] = {
@@ -74,6 +74,8 @@ def open_suite(config: DistillConfig, base: Base, metric: Metric) -> tuple[Suite
         ConfigError: the suite cannot work here, it has no such value, or nobody says which direction is better.
     """
     suite = SUITES[metric.suite](config, base)
+    if suite.needs != LATENTS and not base.has_vae:
+        raise ConfigError(f"suite {metric.suite} needs {suite.needs}, and {base.source} has no VAE")
     known = suite.better
     if known and metric.value not in known:
         raise ConfigError(f"suite {metric.suite} cannot choose by {metric.value!r}, expected {', '.join(known)}")

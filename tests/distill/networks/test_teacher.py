@@ -22,7 +22,7 @@ from distill.networks.build import Networks, build_networks
 from distill.networks.lora import AdaptedCritic
 from distill.networks.teacher import Teacher, check_teacher, open_teacher, teacher_name
 from distill.run.bundle import student_spec
-from distill.run.trainer import native_latents
+from distill.run.checks import native_latents
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,8 @@ from distill.networks.build import Networks, build_networks, trained_parameters
 from distill.parallel.processes import SINGLE_PROCESS, Processes, join_processes
 from distill.parallel.state import local_part, stage
 from distill.run.checkpoint import load_checkpoint, save_checkpoint
-from distill.run.trainer import Trainer, native_latents
+from distill.run.checks import native_latents
+from distill.run.trainer import Trainer
 
 CPU = torch.device("cpu")
 
