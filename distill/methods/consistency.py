@@ -19,7 +19,7 @@ from torch import Tensor
 from codmd_serve.errors import ConfigError
 from codmd_serve.grid import StepGrid
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
-from distill.config import DistillConfig, MethodSettings, Recipe
+from distill.config import ANALYTIC_RECIPES, DistillConfig, MethodSettings, Recipe
 from distill.data.prompts import Batch
 from distill.data.teacher_latents import TeacherSampling
 from distill.losses.consistency import (
@@ -145,8 +145,9 @@ def rcm_settings(config: DistillConfig) -> RcmConfig:
 
 # By recipe: what is published beside the settings of `configure`.
 _PUBLISHED: dict[str, dict[str, Any]] = {
-    # 5 latent frames: -.8 + .5 * log(5) = 0. The warm-up has about the published share of the run.
+    # -.8 + .5 * log(latent frames): 8 in the analytic worlds. The warm-up has about the published share of the run.
     "shapeworld": {"method_settings": RcmConfig(theta_mean=0.0, warmup_iterations=400, data_steps=25)},
+    **{name: {"method_settings": RcmConfig(theta_mean=0.24, warmup_iterations=200)} for name in ANALYTIC_RECIPES},
     "wan_1_3b": {
         "method_settings": RcmConfig(theta_mean=0.7, warmup_iterations=1000, data_steps=100),
         "guidance_scale": 5.0,
