@@ -297,7 +297,7 @@ _WAN_RECIPE = Recipe(
     teacher_dtype="bf16",
     text_dtype="bf16",
     bundle_dtype="bf16",
-    validate=ValidateConfig(metric="command.total", better="high"),
+    validate=ValidateConfig(metric="command.total"),
 )
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -375,6 +375,9 @@ def parse_config(data: Mapping[str, Any], kinds: Mapping[str, type[MethodSetting
         own = current_names(own, RENAMED_IN_4)
     if isinstance(own.get(kind.group, {}), dict):
         own[kind.group] = kind.upgraded(own.get(kind.group, {}), saved_format)
+    recipe = RECIPES.get(str(own.get("recipe")))
+    if recipe is not None:  # a run of before there was validation
+        own.setdefault("validate", dataclasses.asdict(recipe.validate))
     return _assemble(own, kind)
 
 
