@@ -185,6 +185,7 @@ class AnalyticBase(Base):
         asked = {
             f"precision fp32, got {config.precision}": config.precision != "fp32",
             "lora_critic_rank 0": config.lora_critic_rank > 0,
+            "lora_student_rank 0": config.lora_student_rank > 0,
             "activation_checkpointing false": config.activation_checkpointing,
             f"one process, got {world_size}": world_size > 1,
             "no --compile": compiled,
