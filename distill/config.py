@@ -286,7 +286,7 @@ class Recipe:
 
 
 # By recipe, the world of distill/worlds/analytic.
-ANALYTIC_RECIPES = {"analytic_ties": "ties", "analytic_orbit": "orbit"}
+ANALYTIC_RECIPES = {"analytic_ties": "ties", "analytic_orbit": "orbit", "analytic_switch": "switch"}
 _WAN_RECIPE = Recipe(
     name="wan",
     base="",
