@@ -188,6 +188,8 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.pretrain.curve_worker": (*PRETRAIN, "distill.evaluate"),
     "distill.plan": (*METHODS, "distill.plan"),
     "distill.run": (*METHODS, "distill.run"),
+    # It asks whether a run fits before it starts it.
+    "distill.run.command": (*METHODS, "distill.plan", "distill.run"),
     "distill.methods": METHODS,
     "distill.data": (*NETWORKS, "distill.data", "distill.worlds"),
     "distill.networks": NETWORKS,

@@ -78,7 +78,7 @@ def build_networks(
         def prepare(transformer: WanTransformer3DModel) -> None:
             # Wan has no dropout; eval makes that independent of a base whose config says otherwise.
             transformer.eval().requires_grad_(is_trained)
-            keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
+            keep_sensitive_parts_float32(use_compact_cross_attention(transformer), config.residual_dtype)
             if config.context_parallel == 1:  # context parallelism has an attention of its own
                 unfuse_bf16_attention(transformer, config.precision, device)
             if has_adapters:

@@ -59,6 +59,11 @@ def precision_of(config: DistillConfig) -> str:
     return "fp32" if config.precision == "fp32" else "bf16"
 
 
+def residual_of(config: DistillConfig) -> str:
+    """Return the dtype of the residual stream, fp32 or bf16."""
+    return config.residual_dtype if precision_of(config) == "bf16" else "fp32"
+
+
 def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
     """Return the numbers of trained parameters of student and critic."""
     rank, parameters = options.lora_critic_rank, subject.parameters
@@ -81,7 +86,7 @@ def state_bytes(
         "optimizer": NUM_MOMENTS * master * sum(trained[role] for role in roles),
         "EMA": 4 * parameters.total,
     }
-    return {part: -(-size // options.gpus) for part, size in whole.items()}
+    return {part: -(-size // options.shards) for part, size in whole.items()}
 
 
 def phase_bytes(
@@ -98,8 +103,7 @@ def phase_bytes(
     Returns:
         Bytes for all PHASES and MEMORY_PARTS. In "student scores", critic and teacher evaluate a sample whose graph is
         held, or the student's forward-mode derivative is taken. A backward peaks at its start (all activations) or at
-        its end (all gradients). An update also holds one temporary of the size of the trained parameters, as AdamW's
-        default on CUDA does.
+        its end (all gradients). The fused AdamW of an update has no temporary.
     """
     # A role without turns, as the critic of a plain consistency model, has weights and nothing else.
     roles = tuple(role for role in ("student", "critic") if passes[role].turns > 0)
@@ -113,8 +117,7 @@ def phase_bytes(
     moments["student scores"] = _score_moments(subject, options, load, passes["student"])
     for role in roles:
         moments[f"{role} backward"] = _backward_moments(subject, options, load, role, passes[role].graphs)
-        trained = _gradient_bytes(subject, options, role)
-        moments[f"{role} update"] = [{"gradients": trained, "working set": trained}]
+        moments[f"{role} update"] = [{"gradients": _gradient_bytes(subject, options, role)}]
     worst = {phase: max(moments[phase], key=lambda parts: sum(parts.values())) for phase in PHASES}
     return {phase: {**always, **worst[phase]} for phase in PHASES}
 
@@ -153,7 +156,8 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
 def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own: Passes) -> list[dict[str, int]]:
     held_gradients = {"gradients": _held_gradient_bytes(subject, options, "student")}
     saved, samples = _saved(subject, options, load), load.samples
-    working = samples * forward_working_bytes(subject.architecture, load.sequence, precision_of(subject.config))
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
+    working = samples * forward_working_bytes(subject.architecture, load.sequence, precision, residual)
     # The teacher sees prompt and negative prompt in one call.
     factors = {"student": 1, "critic": 1, "teacher": 1 if subject.config.guidance_scale == 1.0 else 2}
     kept = own.graphs * _kept_copies(subject, options)
@@ -182,12 +186,13 @@ def _kept_copies(subject: Subject, options: PlanOptions) -> int:
 def _backward_moments(
     subject: Subject, options: PlanOptions, load: MicroBatch, role: str, graphs: int
 ) -> list[dict[str, int]]:
-    architecture, sequence, precision = subject.architecture, load.sequence, precision_of(subject.config)
-    block = load.samples * block_bytes(architecture, sequence, precision)
-    working = load.samples * backward_working_bytes(architecture, sequence, precision)
+    architecture, sequence = subject.architecture, load.sequence
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
+    block = load.samples * block_bytes(architecture, sequence, precision, residual)
+    working = load.samples * backward_working_bytes(architecture, sequence, precision, residual)
     if options.activation_checkpointing:
-        working += block - load.samples * input_bytes(architecture, sequence)
-        block = load.samples * input_bytes(architecture, sequence)
+        working += block - load.samples * input_bytes(architecture, sequence, residual)
+        block = load.samples * input_bytes(architecture, sequence, residual)
     saved, copies = _saved(subject, options, load), copy_bytes(subject, options, role, is_backward=True)
     waiting = (graphs - 1) * _kept_copies(subject, options)
     head = load.samples * head_bytes(architecture, sequence)
@@ -202,25 +207,31 @@ def _backward_moments(
         "working set": working,
         "weight copies": copies + waiting,
         "activations": (graphs - 1) * saved + block,
-        "gradients": _gradient_bytes(subject, options, role),
+        # Of a micro-batch before the last, where whole gradients wait for it.
+        "gradients": max(_gradient_bytes(subject, options, role), _held_gradient_bytes(subject, options, role)),
     }
     return [begin, end]
 
 
 def _saved(subject: Subject, options: PlanOptions, load: MicroBatch) -> int:
     architecture, sequence = subject.architecture, load.sequence
-    precision, checkpointing = precision_of(subject.config), options.activation_checkpointing
-    saved = saved_bytes(architecture, sequence, precision, checkpointing=checkpointing)
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
+    saved = saved_bytes(architecture, sequence, precision, residual, checkpointing=options.activation_checkpointing)
     return load.samples * saved + rotation_bytes(architecture, sequence)
 
 
 def _gradient_bytes(subject: Subject, options: PlanOptions, role: str) -> int:
-    return -(-DTYPE_BYTES[options.master_dtype] * trained_counts(subject, options)[role] // options.gpus)
+    return -(-DTYPE_BYTES[options.master_dtype] * trained_counts(subject, options)[role] // options.shards)
 
 
 def _held_gradient_bytes(subject: Subject, options: PlanOptions, role: str) -> int:
     # The trainer frees gradients after each update, so only earlier micro-batches leave any.
-    return _gradient_bytes(subject, options, role) if options.accumulate > 1 else 0
+    if options.accumulate == 1:
+        return 0
+    if options.gpus > 1 and options.gradient_sync == "last":
+        # Not reduced yet, so not sharded either; FSDP2 adds them up in float32.
+        return 4 * trained_counts(subject, options)[role]
+    return _gradient_bytes(subject, options, role)
 
 
 def _data_bytes(subject: Subject, options: PlanOptions, load: MicroBatch, passes: Mapping[str, Passes]) -> int:

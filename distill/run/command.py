@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from distill.config import DistillConfig
     from distill.parallel.processes import Processes
+    from distill.plan.fit import Fit
 
 # For `export --iteration`.
 BEST = "best"
@@ -60,6 +61,13 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the checkpoint with the lowest value of a metric of log.jsonl beside the newest ones",
     )
     parser.add_argument("--cache", type=Path, help="folder of prompt embeddings; default: OUT/cache")
+    parser.add_argument(
+        "--gpu-gib",
+        type=float,
+        metavar="GIB",
+        help="memory of one GPU, for the check that the run fits; default: that of the device",
+    )
+    parser.add_argument("--anyway", action="store_true", help="start what does not fit by the count of `plan`")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the settings, write nothing")
 
 
@@ -89,6 +97,8 @@ def run_train(args: argparse.Namespace) -> int:
         raise ConfigError(f"--minutes must be above 0, got {args.minutes}")
     if args.preview_every < 0:
         raise ConfigError(f"--preview-every must be 0 or more, got {args.preview_every}")
+    if args.gpu_gib is not None and not args.gpu_gib > 0:
+        raise ConfigError(f"--gpu-gib must be above 0, got {args.gpu_gib}")
     device = choose_device(args.device)
     if args.compile:
         check_compiler(args.compiler, device)
@@ -150,13 +160,16 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
     device = processes.device
     # Before the base is looked for, which may take a download.
     require_prompts(config)
+    base = open_base(config.base)
+    latents = native_latents(config, base)
+    fit = _checked_fit(args, config, processes)
     if args.dry_run:
-        base = open_base(config.base)
         summary = {
             **check_prompts(config, base),
-            "latents": native_latents(config, base),
+            "latents": latents,
             "device": str(device),
             "processes": processes.world_size,
+            "plan": None if fit is None else fit.summary(),
         }
         if processes.is_rank0:
             print(settings_as_json(config, summary))
@@ -182,6 +195,25 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
     if processes.is_rank0:
         print(f"bundle {outcome.bundle} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
     return 0
+
+
+def _checked_fit(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> "Fit | None":
+    """Ask `plan` whether the run fits; each rank does, with the smallest memory of all.
+
+    Raises:
+        ConfigError: it does not, and --anyway is not given. A dry run on a CPU without --gpu-gib only tells: a run is
+            often prepared where it is not going to run.
+    """
+    from distill.plan.fit import check_fit, process_memory_bytes
+
+    if args.gpu_gib is None:
+        memory_bytes, is_gpu = process_memory_bytes(processes), processes.device.type == "cuda"
+    else:
+        memory_bytes, is_gpu = round(args.gpu_gib * 2**30), True
+    fit = check_fit(config, processes.world_size, memory_bytes, is_gpu=is_gpu)
+    if fit is None or fit.fits or args.anyway or (args.dry_run and not is_gpu):
+        return fit
+    raise ConfigError(fit.refusal())
 
 
 def resolve_config(args: argparse.Namespace, device: "torch.device") -> "DistillConfig":
