@@ -149,6 +149,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.dispatcher",
         "codmd_serve.jobs",
         "codmd_serve.pool",
+        "codmd_serve.worker_process",
     ),
     "codmd_serve.cli": ("codmd_serve",),
 }
@@ -182,6 +183,8 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.cli": ("distill",),
     "distill.bench": (*METHODS, "distill.bench", "distill.run"),
     "distill.evaluate": (*NETWORKS, "distill.evaluate", "distill.pretrain", "distill.worlds"),
+    # It runs the trainer itself.
+    "distill.evaluate.compare": (*METHODS, "distill.evaluate", "distill.run", "distill.worlds"),
     "distill.pretrain": PRETRAIN,
     # They measure the teacher while it trains.
     "distill.pretrain.curve": (*PRETRAIN, "distill.evaluate"),
@@ -193,10 +196,12 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.methods": METHODS,
     "distill.data": (*NETWORKS, "distill.data", "distill.worlds"),
     "distill.networks": NETWORKS,
+    "distill.networks.analytic": (*NETWORKS, "distill.worlds"),
     "distill.parallel": (*SETTINGS, "distill.parallel"),
     "distill.losses": (*SETTINGS, "distill.losses"),
     "distill.worlds": ("distill.worlds",),
-    "distill.config": SETTINGS,
+    "distill.config": (*SETTINGS, "distill.formats"),
+    "distill.formats": (),
     "distill.settings": (),
     "distill.streams": (),
 }

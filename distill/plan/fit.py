@@ -18,7 +18,7 @@ from distill.config import DistillConfig
 from distill.methods.regression import start_of
 from distill.networks.base import open_base
 from distill.parallel.processes import Processes
-from distill.plan.architecture import PUBLISHED, read_subject
+from distill.plan.architecture import UnknownNetworkError, read_subject
 from distill.plan.options import GIB, LAYOUT, MIN_GPU_GIB, PlanOptions
 from distill.plan.planner import Plan, make_plan, smallest, suggest
 
@@ -95,18 +95,21 @@ def check_fit(config: DistillConfig, num_processes: int, memory_bytes: int, *, i
         is_gpu: some of the memory is then kept free, see RESERVE_SHARE.
 
     Returns:
-        The fit; None where a plan cannot count the run, as one of a base on the hub that it does not know.
+        The fit; None where a plan cannot count the run, as one of a base on the hub that it does not know, or of an
+        analytic world.
 
     Raises:
         ConfigError, CheckpointError: as `read_subject`.
     """
-    base = open_base(config.base)
-    if not base.is_local and base.source not in PUBLISHED:
+    if not open_base(config.base).has_blocks:
         return None
     memory_gib = max(memory_bytes / GIB, MIN_GPU_GIB)
     reserve_gib = min(PlanOptions().reserve_gib, RESERVE_SHARE * memory_gib) if is_gpu else 0.0
     layout = {name: getattr(config, name) for name in LAYOUT}
-    subjects = [read_subject(one) for one in (config, start_of(config)) if one is not None]
+    try:
+        subjects = [read_subject(one) for one in (config, start_of(config)) if one is not None]
+    except UnknownNetworkError:
+        return None
     options = PlanOptions(gpus=num_processes, gpu_gib=memory_gib, reserve_gib=reserve_gib, **layout)
     try:
         plans = [make_plan(subject, options) for subject in subjects]

@@ -6,7 +6,6 @@ config: the random numbers of iteration n are drawn from (seed, n), so there is 
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.errors import CheckpointError, CodmdError
 from codmd_serve.files import first_line
 from distill.config import DistillConfig
 from distill.data.prompts import Batch, PromptData, batch_indices, cached_prompt_data
@@ -28,17 +27,16 @@ from distill.networks.base import Base, open_base
 from distill.networks.build import Networks, build_networks, compile_blocks, trained_parameters
 from distill.networks.ema import Ema
 from distill.parallel.processes import SINGLE_PROCESS, Processes
-from distill.parallel.sharding import check_token_split, set_gradient_sync
+from distill.parallel.sharding import set_gradient_sync
+from distill.run.adapters import begin_adapters, beginning
 from distill.run.bundle import export_bundle, student_spec, write_pipeline
+from distill.run.calls import Calls
 from distill.run.checkpoint import (
-    CONFIG_FILE,
     Checkpoint,
-    check_resumable,
     list_checkpoints,
     load_checkpoint,
-    read_config,
-    write_config,
 )
+from distill.run.checks import check_out, native_latents, start_folder
 from distill.run.curves import CURVES_FILE, plot_curves
 from distill.run.log import LOG_FILE, RunLog
 from distill.run.optimizer import new_moment, new_optimizer
@@ -111,6 +109,7 @@ class Trainer:
         self.updates = dict.fromkeys(ROLES, 0)
         self.num_skipped = 0
         self.nonfinite_in_row = dict.fromkeys(ROLES, 0)
+        self.calls = Calls(networks)
         self.ema = Ema(networks.student, config.ema)
         self.trained: dict[str, nn.Module] = {"student": networks.student, "critic": networks.critic}
         self.parameters = {role: trained_parameters(self.trained[role]) for role in ROLES}
@@ -128,7 +127,9 @@ class Trainer:
         """
         metrics: dict[str, Tensor] = {}
         for role in METHODS[self.config.method].turns(self.config, self.iteration):
-            metrics |= self._update(role, self._differentiate(role))
+            with self.calls:
+                means = self._differentiate(role)
+            metrics |= self._update(role, means)
         self.iteration += 1
         return metrics
 
@@ -231,6 +232,7 @@ class Trainer:
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": dict(self.nonfinite_in_row),
             "ema_updates": self.ema.num_updates,
+            "calls": dict(self.calls.counts),
             "data": {"content": self.data.content, "samples": self.iteration * self.config.batch_size},
         }
 
@@ -258,6 +260,7 @@ class Trainer:
             self.iteration, self.num_skipped = int(values["iteration"]), int(values["num_skipped"])
             self.updates, self.nonfinite_in_row = dict(values["updates"]), dict(values["nonfinite_in_row"])
             self.ema.num_updates = int(values["ema_updates"])
+            self.calls.restore(values.get("calls", {}))
         except (KeyError, TypeError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"{checkpoint.folder} does not fit this run: {first_line(error)}") from error
 
@@ -298,16 +301,16 @@ def run_training(
     """
     processes = options.processes
     processes.on_rank0(lambda: check_out(config, options.out, resume))
-    base = open_base(config.base)
+    base = open_base(config.base).prepared(options.cache_dir or options.out / "cache")
+    base.check_run(config, processes.world_size, compiled=options.compiled)
     # What the bundle at the end could not say is an error now.
     student_spec(options.out / "bundle", config, base, 0)
     checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
-    begin = config if started is None else replace(config, student_from=str(started))
-    if checkpoints:  # they replace what student and critic started from, which may be gone by now
-        begin = replace(config, student_from="", critic_from="")
-    trainer = _build_trainer(config, begin, base, options)
+    trainer = _build_trainer(config, beginning(config, started, is_resumed=bool(checkpoints)), base, options)
     if checkpoints:
         elapsed_s = _resume(trainer, checkpoints[-1])
+    elif started is not None and config.lora_student_rank:
+        begin_adapters(trainer.parameters["student"], trainer.ema, started.parent, processes)
     processes.on_rank0(lambda: start_folder(options.out, config))
     signal_number, elapsed_s = _loop(trainer, base, options, elapsed_s, is_saved=bool(checkpoints))
     bundle = None
@@ -317,7 +320,7 @@ def run_training(
         def export() -> None:
             # From the checkpoint, tensor by tensor: rank 0 needs the memory of the bundle alone.
             export_bundle(options.out, bundle, trainer.iteration, base)
-            if options.has_pipeline:
+            if options.has_pipeline and base.has_vae:
                 write_pipeline(bundle, options.out / "pipeline")
 
         processes.on_rank0(export)
@@ -357,40 +360,6 @@ def _resume(trainer: Trainer, folder: Path) -> float:
     checkpoint = trainer.processes.on_all_ranks(lambda: load_checkpoint(folder))
     trainer.load(checkpoint)
     return float(checkpoint.values.get("elapsed_s", 0.0))
-
-
-def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
-    """Return (C, F, H, W) of the latents of the config's native video.
-
-    Raises:
-        CheckpointError: the base is missing or has no transformer.
-        ConfigError: the size does not fit VAE and patches, or its tokens cannot be split over context_parallel ranks.
-    """
-    shape = base.latent_shape(config.native)
-    check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
-    return shape
-
-
-def start_folder(out: Path, config: DistillConfig) -> None:
-    """Make the folder of a run, which from now on can be resumed."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_config(out, config)
-
-
-def check_out(config: DistillConfig, out: Path, resume: bool) -> None:
-    """Refuse a folder that cannot be resumed or written, or that holds another run.
-
-    Raises:
-        ConfigError: the message names the folder.
-    """
-    holds_run = (out / CONFIG_FILE).is_file()
-    if resume:
-        check_resumable(read_config(out), config)
-    elif holds_run:
-        raise ConfigError(f"{out} already holds a run: resume it or name another folder")
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"{out} cannot be written: {nearest} is no folder or is read-only")
 
 
 def _loop(
@@ -452,7 +421,8 @@ class _Outputs:
     """Checkpoints, curves and previews of a run; every rank calls it, rank 0 writes."""
 
     def __init__(self, trainer: Trainer, base: Base, options: RunOptions, log: RunLog, saver: Saver) -> None:
-        self.trainer, self.out, self.log, self.every = trainer, options.out, log, options.preview_every_iterations
+        self.trainer, self.out, self.log = trainer, options.out, log
+        self.every = options.preview_every_iterations if base.has_vae else 0
         self.saver, self.keep_best = saver, options.keep_best
         self.previews: Previews | None = None
         if self.every:
