@@ -28,6 +28,7 @@ from codmd_serve.verdicts import Verdicts
 from codmd_serve.video import write_video
 from codmd_serve.wan.attention import pad_prompt_embeds
 from codmd_serve.wan.checkpoint import Bundle
+from codmd_serve.wan.precision import joined
 from codmd_serve.wan.preview import animate, preview_frames
 from codmd_serve.wan.teacher import GuidedPrompt, Teacher
 from codmd_serve.wan.text import PromptEmbedder, prompt_warnings
@@ -316,9 +317,12 @@ class Engine:
 
     def _widen_decoder(self) -> None:
         """Decode in float32 from now on. Its weights stay rounded to float16, which is 67 dB and cannot be seen."""
+        said = "VAE in float32: the activations of a request left the range of float16"
+        problem = joined(self.decoder.problem, said)
         self.decoder.set_dtype(torch.float32)
-        self.decoder.problem = "VAE in float32: the activations of a request left the range of float16"
-        self.facts = replace(self.facts, vae_dtype="float32", vae_execution="eager", fallback=self.decoder.problem)
+        self.decoder.problem = problem
+        fallback = joined(self.facts.fallback, said)
+        self.facts = replace(self.facts, vae_dtype="float32", vae_execution="eager", fallback=fallback)
         logger.warning("vae_dtype=float32 reason=overflow")
 
     def _encoded(self, video: _Video, frames: Tail) -> GenerateResult:

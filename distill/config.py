@@ -23,6 +23,7 @@ from distill.settings import EmaConfig as EmaConfig
 from distill.settings import NativeConfig as NativeConfig
 from distill.settings import OptimizerConfig as OptimizerConfig
 from distill.settings import StartConfig as StartConfig
+from distill.settings import ValidateConfig as ValidateConfig
 from distill.settings import check_choice, check_range
 
 # Of config.json. A file without a format is of format 1; distill/formats.py knows the older ones.
@@ -42,6 +43,7 @@ RESUMABLE = (
     "accumulate",
     "activation_checkpointing",
     "context_parallel",
+    "validate",
 )
 
 # Wan2.1, wan/configs/shared_config.py: what the teacher is guided away from.
@@ -94,10 +96,13 @@ class DistillConfig:
 
     Attributes:
         recipe: name of the recipe that it started from.
-        base: folder or hub id of the teacher's diffusers pipeline.
+        base: folder or hub id of a diffusers pipeline: the student's architecture and first weights, VAE, text encoder.
+        teacher: another network to distil from, of the base's VAE and text encoder: a pipeline's folder or hub id, a
+            bundle, or a file that `codmd-serve convert` reads; empty is the base.
         student_from, critic_from: weights that student and critic start from, in place of the base's: a bundle, or a
             file or folder that `codmd-serve convert` reads.
         start: regression of the student on the teacher's paths, from these weights, before the method's own iterations.
+        validate: scores of the student on held-out prompts during the run, which choose its best checkpoint.
         native: the video that the student is trained on.
         optimizer: of student and critic.
         ema: of the student.
@@ -109,7 +114,8 @@ class DistillConfig:
         activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
         context_parallel: processes that share their samples and split their tokens.
         lora_critic_rank: rank of a LoRA critic on the teacher's frozen weights; 0 trains a full critic.
-        lora_critic_alpha: the LoRA update is scaled by alpha / rank.
+        lora_student_rank: rank of a LoRA student on frozen weights of its own; 0 trains a full student.
+        lora_critic_alpha, lora_student_alpha: the LoRA update is scaled by alpha / rank.
         max_iterations: passes of the training loop.
         student_every_iterations: the student's turn comes once in so many iterations.
         critic_warmup_iterations: iterations before the first student update.
@@ -128,7 +134,8 @@ class DistillConfig:
             two objects in turn from the ShapeWorld grammar, num_captions of them.
         num_captions: captions drawn where there are no prompts.
         precision: auto, fp32 or bf16 (autocast); auto is bf16 where the device computes it fast.
-        teacher_dtype, text_dtype: of the weights of teacher and text encoder, fp32 or bf16.
+        teacher_dtype: of the frozen weights of the teacher and under a LoRA student, fp32 or bf16.
+        text_dtype: of the weights of the text encoder, fp32 or bf16.
         bundle_dtype: of the exported student, fp32, bf16 or fp16.
         max_nonfinite_in_row: the run ends after so many updates in a row whose gradient was not finite.
         log_every_iterations: iterations per line of the log.
@@ -154,12 +161,16 @@ class DistillConfig:
     context_parallel: int = 1
     lora_critic_rank: int = 0
     lora_critic_alpha: float = 64.0
+    lora_student_rank: int = 0
+    lora_student_alpha: float = 64.0
     max_iterations: int
     student_every_iterations: int = 5
     critic_warmup_iterations: int = 0
+    teacher: str = ""
     student_from: str = ""
     critic_from: str = ""
     start: StartConfig = field(default_factory=StartConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     guidance_scale: float
     negative_prompt: str = ""
     sampler: str = "sde"
@@ -198,8 +209,9 @@ class DistillConfig:
             check_range(name, getattr(self, name), 1, 10**9)
         for name in ("accumulate", "context_parallel"):
             check_range(name, getattr(self, name), 1, 10**9)
-        check_range("lora_critic_rank", self.lora_critic_rank, 0, 4096)
-        check_range("lora_critic_alpha", self.lora_critic_alpha, 1e-3, 1e6)
+        for role in ("critic", "student"):
+            check_range(f"lora_{role}_rank", getattr(self, f"lora_{role}_rank"), 0, 4096)
+            check_range(f"lora_{role}_alpha", getattr(self, f"lora_{role}_alpha"), 1e-3, 1e6)
         check_range("critic_warmup_iterations", self.critic_warmup_iterations, 0, 10**9)
         check_range("guidance_scale", self.guidance_scale, 0.0, 100.0)
         check_range("step_shift", self.step_shift, 1e-3, 1e3)
@@ -240,6 +252,10 @@ class DistillConfig:
         """
         return "fp32" if role in self.method_settings.float32_roles(self) else precision
 
+    def frozen_dtype(self, role: str) -> str:
+        """Return the dtype, fp32 or bf16, of the frozen weights of the teacher, or of those under a LoRA student."""
+        return "fp32" if role in self.method_settings.float32_roles(self) else self.teacher_dtype
+
     def sha256(self) -> str:
         """Return `settings_digest` of this config as config.json holds it."""
         return settings_digest(config_to_dict(self))
@@ -261,6 +277,7 @@ class Recipe:
     teacher_dtype: str = "fp32"
     text_dtype: str = "fp32"
     bundle_dtype: str = "fp32"
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `DistillConfig` that the recipe fixes."""
@@ -269,7 +286,7 @@ class Recipe:
 
 
 # By recipe, the world of distill/worlds/analytic.
-ANALYTIC_RECIPES = {"analytic_ties": "ties", "analytic_orbit": "orbit"}
+ANALYTIC_RECIPES = {"analytic_ties": "ties", "analytic_orbit": "orbit", "analytic_switch": "switch"}
 _WAN_RECIPE = Recipe(
     name="wan",
     base="",
@@ -280,6 +297,7 @@ _WAN_RECIPE = Recipe(
     teacher_dtype="bf16",
     text_dtype="bf16",
     bundle_dtype="bf16",
+    validate=ValidateConfig(metric="command.total"),
 )
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -290,6 +308,7 @@ RECIPES: dict[str, Recipe] = {
             base="weights/shapeworld",
             native=NativeConfig(height=96, width=96, num_frames=25, fps=16),
             bundle_dtype="fp16",
+            validate=ValidateConfig(metric="shapebench.all"),
         ),
         # Worlds whose teacher is exact: latents of (4, 8, 2, 2), no VAE.
         *(
@@ -356,6 +375,9 @@ def parse_config(data: Mapping[str, Any], kinds: Mapping[str, type[MethodSetting
         own = current_names(own, RENAMED_IN_4)
     if isinstance(own.get(kind.group, {}), dict):
         own[kind.group] = kind.upgraded(own.get(kind.group, {}), saved_format)
+    recipe = RECIPES.get(str(own.get("recipe")))
+    if recipe is not None:  # a run of before there was validation
+        own.setdefault("validate", dataclasses.asdict(recipe.validate))
     return _assemble(own, kind)
 
 

@@ -201,12 +201,15 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.cli": ("distill",),
     "distill.bench": (*METHODS, "distill.bench", "distill.run"),
     "distill.evaluate": (*NETWORKS, "distill.evaluate", "distill.pretrain", "distill.worlds"),
+    # It runs the trainer itself.
+    "distill.evaluate.compare": (*METHODS, "distill.evaluate", "distill.run", "distill.worlds"),
     "distill.pretrain": PRETRAIN,
     # They measure the teacher while it trains.
     "distill.pretrain.curve": (*PRETRAIN, "distill.evaluate"),
     "distill.pretrain.curve_worker": (*PRETRAIN, "distill.evaluate"),
     "distill.plan": (*METHODS, "distill.plan"),
-    "distill.run": (*METHODS, "distill.run"),
+    "distill.run": (*METHODS, "distill.run", "distill.validate"),
+    "distill.validate": (*METHODS, "distill.evaluate", "distill.validate", "distill.worlds"),
     "distill.methods": METHODS,
     "distill.data": (*NETWORKS, "distill.data", "distill.worlds"),
     "distill.networks": NETWORKS,

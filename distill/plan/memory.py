@@ -5,7 +5,7 @@ method runs from its `Passes`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distill.config import DistillConfig
 from distill.methods.draws import Passes
@@ -19,7 +19,7 @@ from distill.plan.activations import (
     rotation_bytes,
     saved_bytes,
 )
-from distill.plan.architecture import Subject
+from distill.plan.architecture import Network, Subject
 from distill.plan.flops import Sequence
 from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions
 
@@ -61,27 +61,50 @@ def precision_of(config: DistillConfig) -> str:
 
 def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
     """Return the numbers of trained parameters of student and critic."""
-    rank, parameters = options.lora_critic_rank, subject.parameters
-    return {"student": parameters.total, "critic": rank * parameters.lora_width if rank else parameters.total}
+    counts = {}
+    for role in ("student", "critic"):
+        rank, parameters = options.lora_rank(role), network_of(subject, options, role).parameters
+        counts[role] = rank * parameters.lora_width if rank else parameters.total
+    return counts
+
+
+def network_of(subject: Subject, options: PlanOptions, role: str) -> Network:
+    """Return the network of a role."""
+    return subject.network(role, options.lora_critic_rank)
+
+
+def role_load(subject: Subject, options: PlanOptions, load: MicroBatch, role: str) -> MicroBatch:
+    """Return a micro-batch of the base with the sequence lengths of a role's network."""
+    own, base = subject.num_tokens_of(role, options.lora_critic_rank), subject.num_tokens
+    sequence = load.sequence
+    scaled = replace(
+        sequence, tokens=sequence.tokens * own // base, context_tokens=sequence.context_tokens * own // base
+    )
+    return replace(load, sequence=scaled)
 
 
 def state_bytes(
     subject: Subject, options: PlanOptions, roles: tuple[str, ...] = ("student", "critic")
 ) -> dict[str, int]:
     """Return the persistent bytes of one GPU: weights, optimizer moments of the trained roles, EMA."""
-    config, parameters = subject.config, subject.parameters
     trained, master = trained_counts(subject, options), DTYPE_BYTES[options.master_dtype]
-    teacher = DTYPE_BYTES[config.teacher_dtype] * parameters.total
-    if config.teacher_dtype == "bf16":
-        teacher += 2 * parameters.kept_fp32
+    student = master * trained["student"]
+    if options.lora_student_rank:
+        student += _frozen_bytes(subject, "student")
     whole = {
-        "student weights": master * trained["student"],
+        "student weights": student,
         "critic weights": master * trained["critic"],
-        "teacher weights": teacher,
+        "teacher weights": _frozen_bytes(subject, "teacher"),
         "optimizer": NUM_MOMENTS * master * sum(trained[role] for role in roles),
-        "EMA": 4 * parameters.total,
+        "EMA": 4 * trained["student"],
     }
     return {part: -(-size // options.gpus) for part, size in whole.items()}
+
+
+def _frozen_bytes(subject: Subject, role: str) -> int:
+    parameters, dtype = subject.network(role).parameters, subject.config.frozen_dtype(role)
+    kept = 2 * parameters.kept_fp32 if dtype == "bf16" else 0
+    return DTYPE_BYTES[dtype] * parameters.total + kept
 
 
 def phase_bytes(
@@ -132,13 +155,14 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
 
     Source: FSDP2 as `distill.parallel.sharding.shard` sets it up, measured with torch 2.13.
     """
-    parameters, config = subject.parameters, subject.config
-    rank, precision = options.lora_critic_rank, precision_of(config)
-    is_frozen = role == "teacher" or (role == "critic" and rank > 0)
+    network, config = network_of(subject, options, role), subject.config
+    parameters, num_layers = network.parameters, network.architecture.num_layers
+    rank, precision = options.lora_rank(role), precision_of(config)
+    is_frozen = role == "teacher" or rank > 0
     if options.gpus > 1:
         gathered = config.gather_precision(role, precision)
-        lora = rank * parameters.lora_width // subject.architecture.num_layers if role == "critic" else 0
-        outer = 4 * (parameters.total - subject.architecture.num_layers * parameters.block)
+        lora = rank * parameters.lora_width // num_layers
+        outer = 4 * (parameters.total - num_layers * parameters.block)
         blocks = 2 if gathered == "bf16" else 3
         reduced = 4 * parameters.block if is_backward and not is_frozen else 0
         return blocks * DTYPE_BYTES[gathered] * (parameters.block + lora) + outer + reduced
@@ -152,8 +176,7 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
 
 def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own: Passes) -> list[dict[str, int]]:
     held_gradients = {"gradients": _held_gradient_bytes(subject, options, "student")}
-    saved, samples = _saved(subject, options, load), load.samples
-    working = samples * forward_working_bytes(subject.architecture, load.sequence, precision_of(subject.config))
+    saved, samples = _saved(subject, options, load, "student"), load.samples
     # The teacher sees prompt and negative prompt in one call.
     factors = {"student": 1, "critic": 1, "teacher": 1 if subject.config.guidance_scale == 1.0 else 2}
     kept = own.graphs * _kept_copies(subject, options)
@@ -162,6 +185,11 @@ def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own
         copies = copy_bytes(subject, options, role, is_backward=False)
         # A student that keeps its copies has counted them.
         copies = kept if role == "student" and kept else copies + kept
+        architecture, own_load = (
+            network_of(subject, options, role).architecture,
+            role_load(subject, options, load, role),
+        )
+        working = samples * forward_working_bytes(architecture, own_load.sequence, precision_of(subject.config))
         parts = {"activations": own.graphs * saved, "working set": factor * working, "weight copies": copies}
         moments.append(held_gradients | parts)
     if own.derivatives:
@@ -182,13 +210,14 @@ def _kept_copies(subject: Subject, options: PlanOptions) -> int:
 def _backward_moments(
     subject: Subject, options: PlanOptions, load: MicroBatch, role: str, graphs: int
 ) -> list[dict[str, int]]:
-    architecture, sequence, precision = subject.architecture, load.sequence, precision_of(subject.config)
+    architecture, precision = network_of(subject, options, role).architecture, precision_of(subject.config)
+    sequence = role_load(subject, options, load, role).sequence
     block = load.samples * block_bytes(architecture, sequence, precision)
     working = load.samples * backward_working_bytes(architecture, sequence, precision)
     if options.activation_checkpointing:
         working += block - load.samples * input_bytes(architecture, sequence)
         block = load.samples * input_bytes(architecture, sequence)
-    saved, copies = _saved(subject, options, load), copy_bytes(subject, options, role, is_backward=True)
+    saved, copies = _saved(subject, options, load, role), copy_bytes(subject, options, role, is_backward=True)
     waiting = (graphs - 1) * _kept_copies(subject, options)
     head = load.samples * head_bytes(architecture, sequence)
     begin = {
@@ -207,8 +236,9 @@ def _backward_moments(
     return [begin, end]
 
 
-def _saved(subject: Subject, options: PlanOptions, load: MicroBatch) -> int:
-    architecture, sequence = subject.architecture, load.sequence
+def _saved(subject: Subject, options: PlanOptions, load: MicroBatch, role: str) -> int:
+    architecture = network_of(subject, options, role).architecture
+    sequence = role_load(subject, options, load, role).sequence
     precision, checkpointing = precision_of(subject.config), options.activation_checkpointing
     saved = saved_bytes(architecture, sequence, precision, checkpointing=checkpointing)
     return load.samples * saved + rotation_bytes(architecture, sequence)
