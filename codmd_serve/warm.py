@@ -20,7 +20,7 @@ from codmd_serve.device import multiplies_bfloat16
 from codmd_serve.engine import Engine
 from codmd_serve.errors import CancelledError, GenerationError
 from codmd_serve.verdicts import Verdicts
-from codmd_serve.wan.precision import fit_dtype, race_dtype
+from codmd_serve.wan.precision import fit_dtype, joined, race_dtype
 from codmd_serve.wan.teacher import GuidedPrompt
 
 MEMORY_SHARE = 0.9  # of what is free; the rest is for fragments, workspaces and the driver
@@ -135,7 +135,7 @@ def _warm_decoder(engine: Engine, x0_pred: Tensor) -> None:
     Raises:
         GenerationError: not even one latent frame at a time fits.
     """
-    decoder = engine.decoder
+    decoder, said_before = engine.decoder, engine.decoder.problem
     while True:
         try:
             with measured_convolutions():
@@ -149,7 +149,8 @@ def _warm_decoder(engine: Engine, x0_pred: Tensor) -> None:
         else:
             return
         decoder.max_chunk = max(1, decoder.max_chunk // 2)
-        decoder.problem = f"the VAE decodes {decoder.max_chunk} latent frame(s) at a time for want of memory"
+        said = f"the VAE decodes {decoder.max_chunk} latent frame(s) at a time for want of memory"
+        decoder.problem = joined(said_before, said)
         logger.warning("vae_chunk=%d reason=out_of_memory", decoder.max_chunk)
         torch.cuda.empty_cache()
 
