@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.cli import main
+from distill.config import RECIPES
 from distill.plan.command import PLAN_HELP
 from distill.plan.options import PlanOptions
 
@@ -65,7 +66,7 @@ def test_every_option_has_help() -> None:
     [
         (
             ["--recipe", "wan_2"],
-            "--recipe must be one of shapeworld, analytic_ties, analytic_orbit, wan_1_3b, wan_14b, got 'wan_2'",
+            f"--recipe must be one of {', '.join(RECIPES)}, got 'wan_2'",
         ),
         (["--method", "nonsense"], "--method must be one of codmd, dmd, rcm, dcm, dp-dmd, regression, got 'nonsense'"),
         (["--set", "method=rcm"], "use --method rcm"),
