@@ -83,10 +83,13 @@ def planned(config: DistillConfig, **options: Any) -> Plan:
 
 
 @pytest.mark.parametrize("teacher_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("roles", [{}, {"lora_critic_rank": 3, "lora_student_rank": 2}])
 def test_states_are_those_of_a_real_trainer(
-    tiny_config: DistillConfig, prompts: PromptData, teacher_dtype: str
+    tiny_config: DistillConfig, big_teacher: Path, prompts: PromptData, teacher_dtype: str, roles: dict[str, int]
 ) -> None:
     settings = ["optimizer.betas=[0.9,0.999]", "precision=bf16", f"teacher_dtype={teacher_dtype}"]
+    if roles:
+        settings += [f"teacher={big_teacher}", *(f"{name}={rank}" for name, rank in roles.items())]
     config = with_overrides(tiny_config, settings)
     trainer = new_trainer(config, prompts)
     gradients = {}
@@ -94,15 +97,17 @@ def test_states_are_those_of_a_real_trainer(
         network = trainer.trained[role]
 
         def note(*_: object, role: str = role, network: torch.nn.Module = network) -> None:
-            gradients[role] = size(parameter.grad for parameter in network.parameters())
+            gradients[role] = size(parameter.grad for parameter in network.parameters() if parameter.requires_grad)
 
         optimizer.register_step_pre_hook(note)
     trainer.iterate()
-    plan = planned(config)
+    plan = planned(config, **roles)
     memory, networks = plan.memory["student update"], trainer.networks
     assert memory["student weights"] == size(networks.student.parameters())
-    assert memory["critic weights"] == size(networks.critic.parameters())
-    assert memory["teacher weights"] == size(networks.teacher.parameters())
+    # A LoRA critic is the teacher's network.
+    shared = size(trainer.parameters["critic"].values()) if roles else 0
+    assert memory["critic weights"] == (shared or size(networks.critic.parameters()))
+    assert memory["teacher weights"] == size(networks.teacher.parameters()) - shared
     assert memory["EMA"] == size(trainer.ema.shadow.values())
     assert memory["optimizer"] == optimizer_bytes(trainer)
     assert gradients == {role: plan.memory[f"{role} update"]["gradients"] for role in ("student", "critic")}
@@ -165,6 +170,19 @@ def test_peak_of_an_iteration_is_within_15_percent(
     parts = plan.memory[plan.peak_phase]
     # Or the test would be one of weights.
     assert parts["activations"] + parts["working set"] > 0.5 * plan.totals[plan.peak_phase]
+
+
+@pytest.mark.parametrize("roles", [{}])
+def test_peak_under_another_teacher_is_within_15_percent(
+    long_config: DistillConfig, big_teacher: Path, prompts: PromptData, live_bytes: Callable, roles: dict[str, int]
+) -> None:
+    ranks = [f"{name}={rank}" for name, rank in roles.items()]
+    config = with_overrides(with_method(long_config, "dmd"), [f"teacher={big_teacher}", "precision=fp32", *ranks])
+    trainer = new_trainer(config, prompts)
+    trainer.iterate()
+    peak = peak_of_iterations(trainer, live_bytes, 1)
+    plan = planned(config, activation_checkpointing=False, **roles)
+    assert plan.totals[plan.peak_phase] == pytest.approx(peak, rel=0.15)
 
 
 def test_a_critic_without_turns_costs_its_weights(tiny_config: DistillConfig, prompts: PromptData) -> None:

@@ -52,6 +52,59 @@ def test_sizes_of_a_published_base_need_no_files(subject_14b: Subject) -> None:
     assert subject_14b.num_tokens == 32_760
 
 
+def test_a_14b_teacher_of_a_1_3b_student_is_counted_as_itself(subject_14b: Subject) -> None:
+    options = dataclasses.replace(EIGHT, accumulate=8)
+    config = recipe_config("wan_1_3b")
+    alone = make_plan(read_subject(config), options)
+    subject = read_subject(with_overrides(config, ["teacher=Wan-AI/Wan2.1-T2V-14B-Diffusers"]))
+    plan = make_plan(subject, options)
+    memory, before = plan.memory["student update"], alone.memory["student update"]
+    # bf16 weights of 14.29 G parameters over 8 GPUs.
+    assert memory["teacher weights"] == pytest.approx(2 * 14.288e9 / 8, rel=0.01)
+    for part in ("student weights", "critic weights", "optimizer", "EMA"):
+        assert memory[part] == before[part]
+    # A forward of the 14B is 1,678 TFLOP, one of the 1.3B 283; see test_flops.py.
+    assert plan.flops["teacher"] / alone.flops["teacher"] == pytest.approx(1678 / 283, rel=1e-3)
+    assert {**plan.flops, "teacher": 0} == {**alone.flops, "teacher": 0}
+    assert plan.gathered_bytes > alone.gathered_bytes
+    lora = make_plan(subject, dataclasses.replace(options, lora_critic_rank=64))
+    own = make_plan(subject_14b, dataclasses.replace(fitting_14b(), lora_critic_rank=64))
+    assert lora.memory["critic update"]["critic weights"] == own.memory["critic update"]["critic weights"]
+    assert "teacher 14.288 G parameters, bf16" in plan_text(
+        PlanReport(plan=plan, suggestion=None, smallest=None, reference=reference_layout(subject, options), command="")
+    )
+    assert reference_layout(subject, options) is None
+
+
+def test_samples_of_a_14b_teacher_cost_its_forwards() -> None:
+    plans = [
+        make_plan(read_subject(with_overrides(recipe_config("wan_1_3b", "dcm"), [f"teacher={teacher}"])), EIGHT)
+        for teacher in ("", "Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    ]
+    assert plans[1].sampling_flops / plans[0].sampling_flops == pytest.approx(1678 / 283, rel=1e-3)
+
+
+def test_a_teacher_that_no_table_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expected a teacher that is a folder or one of .*--set teacher=FOLDER"):
+        read_subject(with_overrides(recipe_config("wan_1_3b"), ["teacher=some/other"]))
+
+
+def test_a_lora_student_of_14b_costs_frozen_weights_and_adapters(subject_14b: Subject) -> None:
+    full = make_plan(subject_14b, fitting_14b())
+    plan = make_plan(subject_14b, dataclasses.replace(fitting_14b(), lora_student_rank=64))
+    memory, adapters = plan.memory["student update"], 306_708_480
+    assert memory["student weights"] == pytest.approx((2 * 14.288e9 + 4 * adapters) / 8, rel=0.01)
+    assert memory["EMA"] == -(-4 * adapters // 8)
+    assert memory["gradients"] == -(-4 * adapters // 8)
+    assert plan.totals[plan.peak_phase] < 0.75 * full.totals[full.peak_phase]
+    # Attention, which has no weights, stays.
+    assert plan.flops["student backward"] < 0.85 * full.flops["student backward"]
+    assert any("frozen weights of its own, bf16" in note for note in plan_notes(plan))
+    # rcm derives its student in float32.
+    rcm = make_plan(read_subject(recipe_config("wan_14b", "rcm")), dataclasses.replace(EIGHT, lora_student_rank=64))
+    assert rcm.memory["student update"]["student weights"] == pytest.approx((4 * 14.288e9 + 4 * adapters) / 8, rel=0.01)
+
+
 def test_14b_fits_eight_gpus_with_full_critic_and_both_moments(subject_14b: Subject) -> None:
     plan = make_plan(subject_14b, fitting_14b())
     assert plan.fits
