@@ -203,7 +203,9 @@ class DenoiseLoop:
             return float("inf")
 
     def _refuse_compiled(self, error: Exception) -> None:
-        self.fallback = first_line(error)
+        # The first line of a failed backend names the backend; the cause is in the error that it wraps.
+        cause = getattr(error, "inner_exception", None)
+        self.fallback = f"blocks not compiled: {first_line(cause if isinstance(cause, Exception) else error)}"
         logger.warning("execution=eager reason=%r", self.fallback)
 
     def _warm_compiled(self, noise: Tensor, prompts: Sequence[PromptCache]) -> None:
@@ -245,9 +247,10 @@ class DenoiseLoop:
 
 @contextlib.contextmanager
 def _compiler_notices() -> Iterator[None]:
-    """Ignore inductor's notice that float32 products could use TF32: they are float32 on purpose."""
+    """Ignore inductor's notices: float32 products could use TF32, but are float32 on purpose; it uses torch.jit."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)
         yield
 
 

@@ -55,12 +55,27 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.verdicts",
         *WAN,
     ),
+    "codmd_serve.device_memory": (),
+    "codmd_serve.chunk_graphs": (
+        *PURE,
+        *(f"codmd_serve.{name}" for name in ("cuda_graph", "device_memory", "verdicts")),
+        *WAN,
+    ),
+    "codmd_serve.overlap": (*PURE, "codmd_serve.device_memory"),
     "codmd_serve.threads": (),
     "codmd_serve.stages": (*PURE, "codmd_serve.messages"),
-    "codmd_serve.warm": (*PURE, "codmd_serve.device", "codmd_serve.engine", "codmd_serve.verdicts", *WAN),
+    "codmd_serve.warm": (
+        *PURE,
+        *(
+            f"codmd_serve.{name}"
+            for name in ("chunk_graphs", "device", "device_memory", "engine", "overlap", "verdicts")
+        ),
+        *WAN,
+    ),
     "codmd_serve.engine": (
         *PURE,
         "codmd_serve.denoise",
+        "codmd_serve.overlap",
         "codmd_serve.stages",
         "codmd_serve.threads",
         "codmd_serve.verdicts",
@@ -76,6 +91,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.denoise",
         "codmd_serve.device",
         "codmd_serve.engine",
+        "codmd_serve.overlap",
         "codmd_serve.video",
         *WAN,
     ),
@@ -90,7 +106,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *PURE,
         "codmd_serve.__version__",
         "codmd_serve.bench",
+        "codmd_serve.chunk_graphs",
         "codmd_serve.cpu",
+        "codmd_serve.cuda_graph",
         "codmd_serve.denoise",
         "codmd_serve.device",
         "codmd_serve.engine",
@@ -191,6 +209,8 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.pretrain.curve_worker": (*PRETRAIN, "distill.evaluate"),
     "distill.plan": (*METHODS, "distill.plan"),
     "distill.run": (*METHODS, "distill.run", "distill.validate"),
+    # It asks whether a run fits before it starts it.
+    "distill.run.command": (*METHODS, "distill.plan", "distill.run", "distill.validate"),
     "distill.validate": (*METHODS, "distill.evaluate", "distill.validate", "distill.worlds"),
     "distill.methods": METHODS,
     "distill.data": (*NETWORKS, "distill.data", "distill.worlds"),

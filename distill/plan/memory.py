@@ -59,6 +59,11 @@ def precision_of(config: DistillConfig) -> str:
     return "fp32" if config.precision == "fp32" else "bf16"
 
 
+def residual_of(config: DistillConfig) -> str:
+    """Return the dtype of the residual stream, fp32 or bf16."""
+    return config.residual_dtype if precision_of(config) == "bf16" else "fp32"
+
+
 def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
     """Return the numbers of trained parameters of student and critic."""
     counts = {}
@@ -98,7 +103,7 @@ def state_bytes(
         "optimizer": NUM_MOMENTS * master * sum(trained[role] for role in roles),
         "EMA": 4 * trained["student"],
     }
-    return {part: -(-size // options.gpus) for part, size in whole.items()}
+    return {part: -(-size // options.shards) for part, size in whole.items()}
 
 
 def _frozen_bytes(subject: Subject, role: str) -> int:
@@ -121,8 +126,7 @@ def phase_bytes(
     Returns:
         Bytes for all PHASES and MEMORY_PARTS. In "student scores", critic and teacher evaluate a sample whose graph is
         held, or the student's forward-mode derivative is taken. A backward peaks at its start (all activations) or at
-        its end (all gradients). An update also holds one temporary of the size of the trained parameters, as AdamW's
-        default on CUDA does.
+        its end (all gradients). The fused AdamW of an update has no temporary.
     """
     # A role without turns, as the critic of a plain consistency model, has weights and nothing else.
     roles = tuple(role for role in ("student", "critic") if passes[role].turns > 0)
@@ -136,8 +140,7 @@ def phase_bytes(
     moments["student scores"] = _score_moments(subject, options, load, passes["student"])
     for role in roles:
         moments[f"{role} backward"] = _backward_moments(subject, options, load, role, passes[role].graphs)
-        trained = _gradient_bytes(subject, options, role)
-        moments[f"{role} update"] = [{"gradients": trained, "working set": trained}]
+        moments[f"{role} update"] = [{"gradients": _gradient_bytes(subject, options, role)}]
     worst = {phase: max(moments[phase], key=lambda parts: sum(parts.values())) for phase in PHASES}
     return {phase: {**always, **worst[phase]} for phase in PHASES}
 
@@ -177,11 +180,15 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
 def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own: Passes) -> list[dict[str, int]]:
     held_gradients = {"gradients": _held_gradient_bytes(subject, options, "student")}
     saved, samples = _saved(subject, options, load, "student"), load.samples
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
     # The teacher sees prompt and negative prompt in one call.
     factors = {"student": 1, "critic": 1, "teacher": 1 if subject.config.guidance_scale == 1.0 else 2}
     kept = own.graphs * _kept_copies(subject, options)
+    calls = {"student": 1.0, "critic": own.critic, "teacher": own.teacher}
     moments = []
     for role, factor in factors.items():
+        if not calls[role]:  # as the critic of a regression
+            continue
         copies = copy_bytes(subject, options, role, is_backward=False)
         # A student that keeps its copies has counted them.
         copies = kept if role == "student" and kept else copies + kept
@@ -189,7 +196,7 @@ def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own
             network_of(subject, options, role).architecture,
             role_load(subject, options, load, role),
         )
-        working = samples * forward_working_bytes(architecture, own_load.sequence, precision_of(subject.config))
+        working = samples * forward_working_bytes(architecture, own_load.sequence, precision, residual)
         parts = {"activations": own.graphs * saved, "working set": factor * working, "weight copies": copies}
         moments.append(held_gradients | parts)
     if own.derivatives:
@@ -210,13 +217,14 @@ def _kept_copies(subject: Subject, options: PlanOptions) -> int:
 def _backward_moments(
     subject: Subject, options: PlanOptions, load: MicroBatch, role: str, graphs: int
 ) -> list[dict[str, int]]:
-    architecture, precision = network_of(subject, options, role).architecture, precision_of(subject.config)
+    architecture = network_of(subject, options, role).architecture
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
     sequence = role_load(subject, options, load, role).sequence
-    block = load.samples * block_bytes(architecture, sequence, precision)
-    working = load.samples * backward_working_bytes(architecture, sequence, precision)
+    block = load.samples * block_bytes(architecture, sequence, precision, residual)
+    working = load.samples * backward_working_bytes(architecture, sequence, precision, residual)
     if options.activation_checkpointing:
-        working += block - load.samples * input_bytes(architecture, sequence)
-        block = load.samples * input_bytes(architecture, sequence)
+        working += block - load.samples * input_bytes(architecture, sequence, residual)
+        block = load.samples * input_bytes(architecture, sequence, residual)
     saved, copies = _saved(subject, options, load, role), copy_bytes(subject, options, role, is_backward=True)
     waiting = (graphs - 1) * _kept_copies(subject, options)
     head = load.samples * head_bytes(architecture, sequence)
@@ -231,7 +239,8 @@ def _backward_moments(
         "working set": working,
         "weight copies": copies + waiting,
         "activations": (graphs - 1) * saved + block,
-        "gradients": _gradient_bytes(subject, options, role),
+        # Of a micro-batch before the last, where whole gradients wait for it.
+        "gradients": max(_gradient_bytes(subject, options, role), _held_gradient_bytes(subject, options, role)),
     }
     return [begin, end]
 
@@ -239,18 +248,23 @@ def _backward_moments(
 def _saved(subject: Subject, options: PlanOptions, load: MicroBatch, role: str) -> int:
     architecture = network_of(subject, options, role).architecture
     sequence = role_load(subject, options, load, role).sequence
-    precision, checkpointing = precision_of(subject.config), options.activation_checkpointing
-    saved = saved_bytes(architecture, sequence, precision, checkpointing=checkpointing)
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
+    saved = saved_bytes(architecture, sequence, precision, residual, checkpointing=options.activation_checkpointing)
     return load.samples * saved + rotation_bytes(architecture, sequence)
 
 
 def _gradient_bytes(subject: Subject, options: PlanOptions, role: str) -> int:
-    return -(-DTYPE_BYTES[options.master_dtype] * trained_counts(subject, options)[role] // options.gpus)
+    return -(-DTYPE_BYTES[options.master_dtype] * trained_counts(subject, options)[role] // options.shards)
 
 
 def _held_gradient_bytes(subject: Subject, options: PlanOptions, role: str) -> int:
     # The trainer frees gradients after each update, so only earlier micro-batches leave any.
-    return _gradient_bytes(subject, options, role) if options.accumulate > 1 else 0
+    if options.accumulate == 1:
+        return 0
+    if options.gpus > 1 and options.gradient_sync == "last":
+        # Not reduced yet, so not sharded either; FSDP2 adds them up in float32.
+        return 4 * trained_counts(subject, options)[role]
+    return _gradient_bytes(subject, options, role)
 
 
 def _data_bytes(subject: Subject, options: PlanOptions, load: MicroBatch, passes: Mapping[str, Passes]) -> int:

@@ -143,7 +143,7 @@ class Trackio:
     def close(self) -> None:
         """Write what is in flight."""
         with contextlib.redirect_stdout(io.StringIO()):
-            self.run.finish()
+            self.trackio.finish()
 
 
 # By the name of `--track`: what makes it, and the package that has to be there.

@@ -27,6 +27,7 @@ from distill.networks.base import Base, open_base
 from distill.networks.build import Networks, build_networks, compile_blocks, trained_parameters
 from distill.networks.ema import Ema
 from distill.parallel.processes import SINGLE_PROCESS, Processes
+from distill.parallel.sharding import set_gradient_sync
 from distill.run.adapters import begin_adapters, beginning
 from distill.run.bundle import export_bundle, student_spec, write_pipeline
 from distill.run.calls import Calls
@@ -38,6 +39,7 @@ from distill.run.checkpoint import (
 from distill.run.checks import check_out, native_latents, start_folder
 from distill.run.choice import Choice, choice_of
 from distill.run.log import RunLog
+from distill.run.optimizer import new_moment, new_optimizer
 from distill.run.outputs import Outputs
 from distill.run.saver import Saver
 from distill.run.signals import stop_signal
@@ -121,14 +123,7 @@ class Trainer:
         self.parameters = {role: trained_parameters(self.trained[role]) for role in ROLES}
         self.learning_rates = {"student": config.optimizer.student_lr, "critic": config.optimizer.critic_lr}
         self.optimizers = {
-            role: torch.optim.AdamW(
-                list(self.parameters[role].values()),
-                lr=self.learning_rates[role],
-                betas=config.optimizer.betas,
-                eps=config.optimizer.eps,
-                weight_decay=config.optimizer.weight_decay,
-            )
-            for role in ROLES
+            role: new_optimizer(self.parameters[role].values(), self.learning_rates[role], config) for role in ROLES
         }
 
     def iterate(self) -> dict[str, Tensor]:
@@ -153,7 +148,9 @@ class Trainer:
             The loss, as {role}_loss, and the step's metrics, means over micro-batches and ranks; equal on all ranks.
         """
         config, sums = self.config, dict[str, Tensor]()
-        for result in METHODS[config.method].losses(self._turn(role)):
+        for index, result in enumerate(METHODS[config.method].losses(self._turn(role))):
+            if config.accumulate > 1:
+                set_gradient_sync(self.trained[role], config.gradient_sync, is_last=index == config.accumulate - 1)
             # Ranks that split their tokens hold a share of the gradient each, and gradients are averaged over ranks.
             share = self.processes.context_parallel / config.accumulate
             (result.loss if share == 1.0 else share * result.loss).backward()  # type: ignore[no-untyped-call]
@@ -287,9 +284,7 @@ class Trainer:
                 continue
             role, key, parameter_name = rest
             parameter = self.parameters[role][parameter_name]
-            # The count of updates is a scalar on the CPU.
-            moment = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
-            self.optimizers[role].state[parameter][key] = moment.detach()
+            self.optimizers[role].state[parameter][key] = new_moment(key, parameter)
 
 
 def run_training(

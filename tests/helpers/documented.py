@@ -157,7 +157,7 @@ def judge_fit(config: DistillConfig, gpus: int) -> None:
     from distill.plan.options import GIB, PlanOptions
     from distill.plan.planner import make_plan
 
-    shared = ("accumulate", "activation_checkpointing", "lora_critic_rank", "context_parallel")
+    shared = ("accumulate", "activation_checkpointing", "lora_critic_rank", "lora_student_rank", "context_parallel")
     layout = {name: getattr(config, name) for name in shared}
     plan = make_plan(read_subject(config), PlanOptions(gpus=gpus, gpu_gib=GPU_GIB, **layout))
     if not plan.fits:

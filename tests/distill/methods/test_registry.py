@@ -177,5 +177,8 @@ def test_unknown_recipe_and_method_are_refused_by_option() -> None:
         ConfigError, match="--method must be one of codmd, dmd, rcm, dcm, dp-dmd, regression, got 'gan'"
     ):
         recipe_config(method="gan")
-    with pytest.raises(ConfigError, match="--recipe must be one of shapeworld, wan_1_3b, wan_14b, got ''"):
+    with pytest.raises(
+        ConfigError,
+        match="--recipe must be one of shapeworld, analytic_ties, analytic_orbit, wan_1_3b, wan_14b, got ''",
+    ):
         recipe_config(recipe="")
