@@ -8,6 +8,7 @@ import pytest
 
 from distill.cli import main
 from distill.config import RECIPES
+from distill.methods.registry import METHODS
 from distill.plan.command import PLAN_HELP
 from distill.plan.options import PlanOptions
 
