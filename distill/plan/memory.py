@@ -40,6 +40,8 @@ PHASES = ("student scores", "student backward", "student update", "critic backwa
 # Float32 latents of a batch alive beside the noise while a network runs: the student's sample, the noisy state, the
 # critic's flow, and the state twice more for the guided teacher.
 LATENT_TENSORS = 5
+# The same without scores, as in a regression: the noisy state and the prediction.
+PLAIN_LATENT_TENSORS = 2
 # torch.optim.AdamW allocates both moments whatever betas are.
 NUM_MOMENTS = 2
 
@@ -272,7 +274,9 @@ def _data_bytes(subject: Subject, options: PlanOptions, load: MicroBatch, passes
     # Every GPU of a context-parallel group has the whole latents: the network splits them. Noise is one per step and
     # one for the scores.
     kept = options.accumulate * max(one.kept_latents for one in passes.values())
-    tensors = len(subject.config.grid().timesteps) + 1 + LATENT_TENSORS + kept
+    has_scores = any(one.teacher or one.critic for one in passes.values())
+    alive = LATENT_TENSORS if has_scores else PLAIN_LATENT_TENSORS
+    tensors = len(subject.config.grid().timesteps) + 1 + alive + kept
     latents = tensors * channels * frames * height * width
     # Prompt and negative prompt, and the teacher's concatenation of both.
     text = 4 * load.sequence.prompt_tokens * subject.architecture.text_dim
