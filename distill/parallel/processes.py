@@ -218,7 +218,7 @@ def process_group(device: torch.device, config: DistillConfig, launch: Launch | 
         yield Processes(device=device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", dist.get_node_local_rank() if launch is None else launch.local_rank)
+        device = own_gpu(dist.get_node_local_rank() if launch is None else launch.local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -232,6 +232,23 @@ def process_group(device: torch.device, config: DistillConfig, launch: Launch | 
         yield join_processes(device, config)
     finally:
         dist.destroy_process_group()
+
+
+def own_gpu(local_rank: int) -> torch.device:
+    """Return the GPU of a process: that of its local rank, or the only one that its launcher lets it see.
+
+    Raises:
+        ConfigError: this machine has fewer GPUs than processes.
+    """
+    count = torch.cuda.device_count()
+    # srun --gpus-per-task=1 shows each process its own GPU alone; NCCL refuses two processes on one.
+    if count == 1:
+        return torch.device("cuda", 0)
+    if local_rank >= count:
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU, it sees {count}: start as many processes as GPUs"
+        )
+    return torch.device("cuda", local_rank)
 
 
 @contextmanager

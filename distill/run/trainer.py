@@ -394,6 +394,7 @@ def _loop(
     """
     config, processes, start = trainer.config, trainer.processes, time.monotonic()
     budget_s = math.inf if options.minutes is None else 60 * options.minutes
+    patience = 0 if judge is None else config.validate.patience
 
     def elapsed_s() -> float:
         return elapsed_before_s + time.monotonic() - start
@@ -404,7 +405,7 @@ def _loop(
         )
         if has_failed:
             saver.wait()
-        is_over |= trainer.iteration >= config.max_iterations or trainer.choice.is_over(config.validate.patience)
+        is_over |= trainer.iteration >= config.max_iterations or trainer.choice.is_over(patience)
         return number, bool(number or is_over)
 
     with (
