@@ -222,7 +222,8 @@ def _backward_moments(
     architecture = network_of(subject, options, role).architecture
     precision, residual = precision_of(subject.config), residual_of(subject.config)
     sequence = role_load(subject, options, load, role).sequence
-    block = load.samples * block_bytes(architecture, sequence, precision, residual)
+    rank = options.lora_rank(role)
+    block = load.samples * block_bytes(architecture, sequence, precision, residual, lora_rank=rank)
     working = load.samples * backward_working_bytes(architecture, sequence, precision, residual)
     if options.activation_checkpointing:
         working += block - load.samples * input_bytes(architecture, sequence, residual)
@@ -251,7 +252,8 @@ def _saved(subject: Subject, options: PlanOptions, load: MicroBatch, role: str) 
     architecture = network_of(subject, options, role).architecture
     sequence = role_load(subject, options, load, role).sequence
     precision, residual = precision_of(subject.config), residual_of(subject.config)
-    saved = saved_bytes(architecture, sequence, precision, residual, checkpointing=options.activation_checkpointing)
+    checkpointing, rank = options.activation_checkpointing, options.lora_rank(role)
+    saved = saved_bytes(architecture, sequence, precision, residual, checkpointing=checkpointing, lora_rank=rank)
     return load.samples * saved + rotation_bytes(architecture, sequence)
 
 
