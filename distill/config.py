@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from codmd_serve.errors import ConfigError
 from codmd_serve.grid import SAMPLERS, StepGrid
 from distill.settings import EmaConfig as EmaConfig
+from distill.settings import HeadConfig as HeadConfig
 from distill.settings import NativeConfig as NativeConfig
 from distill.settings import OptimizerConfig as OptimizerConfig
 from distill.settings import StartConfig as StartConfig
@@ -92,6 +93,19 @@ class MethodSettings(ABC):
         """Return the networks that the method also calls in float32 when `precision` is bf16."""
         del config
         return frozenset()
+
+    def critic_head(self) -> HeadConfig | None:
+        """Return the head that the critic has beside its flow, None for none."""
+        return None
+
+    def data_roles(self) -> frozenset[str]:
+        """Return the roles whose turns are given real latents, where the method trains on any."""
+        return frozenset({"student"})
+
+    def memory(self, config: "DistillConfig") -> dict[str, tuple[float, ...]]:
+        """Return what the method keeps from turn to turn, as it is before the first; it is a part of checkpoints."""
+        del config
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

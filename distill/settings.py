@@ -112,6 +112,21 @@ class StartConfig:
         check_range("start.student_lr", self.student_lr, 1e-12, 1.0)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """A discriminator's head on the critic.
+
+    Attributes:
+        depth: after which share of the critic's blocks it reads their tokens.
+        queries: learned queries that pool the tokens.
+        width: units of its hidden layer.
+    """
+
+    depth: float
+    queries: int
+    width: int
+
+
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ConfigError, naming the key, unless `value` is one of `choices`."""
     if value not in choices:

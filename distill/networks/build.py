@@ -20,6 +20,7 @@ from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.config import DistillConfig
 from distill.losses.dmd import guided_flow
 from distill.networks.base import Base
+from distill.networks.head import add_head
 from distill.networks.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
 from distill.networks.precision import keep_sensitive_parts_float32, unfuse_bf16_attention
 from distill.networks.start import load_start
@@ -68,6 +69,7 @@ def build_networks(
     """
     switch = Switch()
     starts = {"student": config.student_from, "critic": config.critic_from}
+    head = config.method_settings.critic_head()
 
     def build(role: str, dtype: torch.dtype, is_trained: bool, has_adapters: bool = False) -> WanTransformer3DModel:
         def load() -> WanTransformer3DModel:
@@ -83,6 +85,8 @@ def build_networks(
                 unfuse_bf16_attention(transformer, config.precision, device)
             if has_adapters:
                 add_adapters(transformer, switch, config.lora_critic_rank, config.lora_critic_alpha)
+            if head is not None and (has_adapters or role == "critic"):
+                add_head(transformer, head)
 
         if processes.mesh is None:
             network = load()
@@ -135,7 +139,15 @@ def denoiser(transformer: WanTransformer3DModel | AdaptedCritic, precision: str)
     Each call opens an autocast region of its own. One region around a rollout would reuse the bf16 casts that its
     no-grad steps made without gradient, and the exit step would silently train nothing.
     """
+    return _called(transformer, precision)
 
+
+def classifier(critic: WanTransformer3DModel | AdaptedCritic, precision: str) -> Denoise:
+    """Wrap a critic with a head as the discriminator: arguments as `denoise`, returns logits (B,) float32."""
+    return _called(critic, precision, classify=True)
+
+
+def _called(transformer: WanTransformer3DModel | AdaptedCritic, precision: str, **options: bool) -> Denoise:
     # FSDP2 frees gathered weights after each block; autocast's cache would keep the bf16 casts of all of them.
     keeps_casts = not isinstance(
         transformer.base if isinstance(transformer, AdaptedCritic) else transformer, FSDPModule
@@ -144,7 +156,7 @@ def denoiser(transformer: WanTransformer3DModel | AdaptedCritic, precision: str)
     def denoise(latents: Tensor, timestep_B: Tensor, prompt_embeds_BLD: Tensor) -> Tensor:
         is_on, device_type = precision == "bf16", latents.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=is_on, cache_enabled=keeps_casts):
-            output: Tensor = transformer(latents, timestep_B, prompt_embeds_BLD, return_dict=False)[0]
+            output: Tensor = transformer(latents, timestep_B, prompt_embeds_BLD, return_dict=False, **options)[0]
         return output
 
     return denoise

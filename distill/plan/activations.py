@@ -83,6 +83,27 @@ def saved_bytes(architecture: "Architecture", sequence: Sequence, precision: str
     return architecture.num_layers * block + outer_bytes(architecture, sequence, precision)
 
 
+def classifier_bytes(
+    architecture: "Architecture", sequence: Sequence, precision: str, queries: int, *, checkpointing: bool
+) -> int:
+    """Return the bytes that a discriminator keeps from forward to backward, for one sample.
+
+    Args:
+        architecture: sizes of the critic, with the blocks that its head reads.
+        sequence: lengths on one GPU.
+        precision: "fp32", or "bf16" for autocast.
+        queries: of the head.
+        checkpointing: keep only the input of each block.
+
+    Returns:
+        Bytes; neither casts of weights nor the tables of rotation. Of the head, the features, their norm, and scores,
+        softmax and pooled tokens; the transformer's own last norm and projection keep nothing.
+    """
+    whole = saved_bytes(architecture, sequence, precision, checkpointing=checkpointing)
+    own = sequence.tokens * (2 * 4 * architecture.dim + 4 * queries)
+    return whole - head_bytes(architecture, sequence) + own
+
+
 def forward_working_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
     """Return the peak bytes of one block in a forward without gradient, for one sample, input included.
 

@@ -4,14 +4,18 @@ Knows sizes, not tensors: what a network keeps comes from activations.py, parame
 method runs from its `Passes`.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distill.config import DistillConfig
 from distill.methods.draws import Passes
+from distill.networks.head import head_blocks, head_parameters
 from distill.plan.activations import (
     backward_working_bytes,
     block_bytes,
+    classifier_bytes,
     derivative_working_bytes,
     forward_working_bytes,
     head_bytes,
@@ -60,9 +64,12 @@ def precision_of(config: DistillConfig) -> str:
 
 
 def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
-    """Return the numbers of trained parameters of student and critic."""
+    """Return the numbers of trained parameters of student and critic, a discriminator's head included."""
     rank, parameters = options.lora_critic_rank, subject.parameters
-    return {"student": parameters.total, "critic": rank * parameters.lora_width if rank else parameters.total}
+    head = subject.config.method_settings.critic_head()
+    on_critic = 0 if head is None else head_parameters(subject.architecture.dim, head)
+    critic = rank * parameters.lora_width if rank else parameters.total
+    return {"student": parameters.total, "critic": critic + on_critic}
 
 
 def state_bytes(
@@ -112,7 +119,7 @@ def phase_bytes(
     moments: dict[str, list[dict[str, int]]] = {phase: [{}] for phase in PHASES}
     moments["student scores"] = _score_moments(subject, options, load, passes["student"])
     for role in roles:
-        moments[f"{role} backward"] = _backward_moments(subject, options, load, role, passes[role].graphs)
+        moments[f"{role} backward"] = _backward_moments(subject, options, load, role, passes[role])
         trained = _gradient_bytes(subject, options, role)
         moments[f"{role} update"] = [{"gradients": trained, "working set": trained}]
     worst = {phase: max(moments[phase], key=lambda parts: sum(parts.values())) for phase in PHASES}
@@ -169,7 +176,48 @@ def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own
         gathered = copy_bytes(subject, options, "student", is_backward=False) if options.gpus > 1 else 0
         copies = gathered + _kept_copies(subject, options)
         moments.append(held_gradients | {"activations": saved, "working set": derivative, "weight copies": copies})
+    if own.judged:
+        moments.append(held_gradients | _judging(subject, options, load, own.graphs * saved, kept))
+    if own.token_plans:
+        _, frames, height, width = subject.latents
+        tokens = height * width // math.gcd(height, 2) // math.gcd(width, 2)
+        plans = 4 * own.token_plans * frames * tokens * tokens
+        moments.append(
+            held_gradients | {"activations": own.graphs * saved, "working set": plans, "weight copies": kept}
+        )
     return moments
+
+
+def _judging(subject: Subject, options: PlanOptions, load: MicroBatch, held: int, kept: int) -> dict[str, int]:
+    """Return the moment in which the discriminator's gradient for a sample is taken, the student's graph held."""
+    copies = copy_bytes(subject, options, "critic", is_backward=True)
+    working = load.samples * backward_working_bytes(subject.architecture, load.sequence, precision_of(subject.config))
+    if options.activation_checkpointing:
+        working += _recomputed(subject, load)
+    return {
+        "activations": held + _classifier_saved(subject, options, load),
+        "working set": working,
+        "weight copies": kept + copies,
+    }
+
+
+def _recomputed(subject: Subject, load: MicroBatch) -> int:
+    """Return what a block computed again keeps beside its input."""
+    architecture, sequence = subject.architecture, load.sequence
+    block = block_bytes(architecture, sequence, precision_of(subject.config))
+    return load.samples * (block - input_bytes(architecture, sequence))
+
+
+def _classifier_saved(subject: Subject, options: PlanOptions, load: MicroBatch) -> int:
+    """Return the bytes that the discriminator keeps from forward to backward, 0 where there is none."""
+    head = subject.config.method_settings.critic_head()
+    if head is None:
+        return 0
+    architecture, sequence = subject.architecture, load.sequence
+    part = dataclasses.replace(architecture, num_layers=head_blocks(architecture.num_layers, head))
+    precision, checkpointing = precision_of(subject.config), options.activation_checkpointing
+    saved = classifier_bytes(part, sequence, precision, head.queries, checkpointing=checkpointing)
+    return load.samples * saved + rotation_bytes(architecture, sequence)
 
 
 def _kept_copies(subject: Subject, options: PlanOptions) -> int:
@@ -180,13 +228,14 @@ def _kept_copies(subject: Subject, options: PlanOptions) -> int:
 
 
 def _backward_moments(
-    subject: Subject, options: PlanOptions, load: MicroBatch, role: str, graphs: int
+    subject: Subject, options: PlanOptions, load: MicroBatch, role: str, own: Passes
 ) -> list[dict[str, int]]:
+    graphs = own.graphs
     architecture, sequence, precision = subject.architecture, load.sequence, precision_of(subject.config)
     block = load.samples * block_bytes(architecture, sequence, precision)
     working = load.samples * backward_working_bytes(architecture, sequence, precision)
     if options.activation_checkpointing:
-        working += block - load.samples * input_bytes(architecture, sequence)
+        working += _recomputed(subject, load)
         block = load.samples * input_bytes(architecture, sequence)
     saved, copies = _saved(subject, options, load), copy_bytes(subject, options, role, is_backward=True)
     waiting = (graphs - 1) * _kept_copies(subject, options)
@@ -204,7 +253,13 @@ def _backward_moments(
         "activations": (graphs - 1) * saved + block,
         "gradients": _gradient_bytes(subject, options, role),
     }
-    return [begin, end]
+    moments = [begin, end]
+    gradients = {"working set": working, "weight copies": copies, "gradients": _gradient_bytes(subject, options, role)}
+    if own.trained > graphs:  # one graph after the other: the first has left its gradients
+        moments.append(gradients | {"activations": saved - head})
+    if own.classified:
+        moments.append(gradients | {"activations": _classifier_saved(subject, options, load)})
+    return moments
 
 
 def _saved(subject: Subject, options: PlanOptions, load: MicroBatch) -> int:
@@ -229,6 +284,9 @@ def _data_bytes(subject: Subject, options: PlanOptions, load: MicroBatch, passes
     # one for the scores.
     kept = options.accumulate * max(one.kept_latents for one in passes.values())
     tensors = len(subject.config.grid().timesteps) + 1 + LATENT_TENSORS + kept
+    if options.gpus * options.accumulate > 1:
+        gathered = max(one.gathered_latents for one in passes.values())
+        tensors += gathered * options.data_parallel * options.accumulate
     latents = tensors * channels * frames * height * width
     # Prompt and negative prompt, and the teacher's concatenation of both.
     text = 4 * load.sequence.prompt_tokens * subject.architecture.text_dim

@@ -11,8 +11,9 @@ from distill.data.prompts import load_prompts
 from distill.methods.draws import Passes
 from distill.methods.registry import METHODS
 from distill.methods.regression import start_of
+from distill.networks.head import head_blocks
 from distill.plan.architecture import Subject
-from distill.plan.flops import Sequence, derivative_flops, iteration_flops, network_flops
+from distill.plan.flops import Sequence, classifier_flops, derivative_flops, iteration_flops, network_flops
 from distill.plan.memory import MemoryByPhase, MicroBatch, phase_bytes, precision_of, trained_counts
 from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions, divisors, flag
 
@@ -196,13 +197,15 @@ def _split(subject: Subject, options: PlanOptions) -> MicroBatch:
 def _sample_flops(
     subject: Subject, options: PlanOptions, load: MicroBatch, passes: Mapping[str, Passes]
 ) -> dict[str, float]:
+    head, rank = subject.config.method_settings.critic_head(), options.lora_critic_rank
     return iteration_flops(
         network_flops(subject.architecture, load.sequence),
-        network_flops(subject.architecture, load.sequence, options.lora_critic_rank),
+        network_flops(subject.architecture, load.sequence, rank),
         passes,
         is_guided=_is_guided(subject),
         checkpointing=options.activation_checkpointing,
         derivative=derivative_flops(subject.architecture, load.sequence),
+        classifier=None if head is None else classifier_flops(subject.architecture, load.sequence, head, rank),
     )
 
 
@@ -229,12 +232,17 @@ def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str,
         role: DTYPE_BYTES[config.gather_precision(role, precision_of(config))]
         for role in ("student", "critic", "teacher")
     }
+    head, num_layers = config.method_settings.critic_head(), subject.architecture.num_layers
+    read = 0.0 if head is None else head_blocks(num_layers, head) / num_layers
     per_micro_batch = 0.0
     for role, trained in trained_counts(subject, options).items():
         own = passes[role]
         calls = {"student": own.student + own.derivatives, "critic": own.critic, "teacher": own.teacher}
         calls[role] += 2 * own.trained
-        per_turn = blocks * sum(count * width[name] for name, count in calls.items()) + 4 * own.trained * trained
+        # The discriminator gathers the blocks that it reads, once forward and once backward.
+        calls["critic"] += 2 * read * (own.judged + own.classified)
+        reduced = 4 * (own.trained + read * own.classified) * trained
+        per_turn = blocks * sum(count * width[name] for name, count in calls.items()) + reduced
         per_micro_batch += own.turns * per_turn
     return options.accumulate * per_micro_batch * (options.gpus - 1) / options.gpus
 

@@ -111,6 +111,8 @@ class Trainer:
         self.num_skipped = 0
         self.nonfinite_in_row = dict.fromkeys(ROLES, 0)
         self.ema = Ema(networks.student, config.ema)
+        memory = config.method_settings.memory(config)
+        self.memory = {name: torch.tensor(values, device=device) for name, values in memory.items()}
         self.trained: dict[str, nn.Module] = {"student": networks.student, "critic": networks.critic}
         self.parameters = {role: trained_parameters(self.trained[role]) for role in ROLES}
         self.learning_rates = {"student": config.optimizer.student_lr, "critic": config.optimizer.critic_lr}
@@ -166,10 +168,12 @@ class Trainer:
             shape=self.shape,
             device=self.device,
             load=lambda positions: self._load(role, positions),
+            memory=self.memory,
         )
 
     def _load(self, role: str, positions: range) -> Batch:
-        config, latents = self.config, self.latents if role == "student" else None
+        config, has_data = self.config, role in self.config.method_settings.data_roles()
+        latents = self.latents if has_data else None
         num_prompts = self.data.num_prompts
         num_samples = num_prompts if latents is None else latents.num_samples
         indices = batch_indices(self.iteration, num_samples, config.batch_size, config.seed)
@@ -178,7 +182,7 @@ class Trainer:
         if latents is not None:
             states = latents.states(own, self.device) if latents.has_states else None
             batch = replace(batch, x0=latents.batch(own, self.device), states=states)
-        elif role == "student" and self.data.latents is not None:
+        elif has_data and self.data.latents is not None:
             batch = replace(batch, x0=self.data.x0(own, self.device))
         return batch
 
@@ -219,6 +223,7 @@ class Trainer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return all tensors that the next iteration depends on, as this rank holds them; they are not copies."""
         tensors = {f"ema/{name}": tensor for name, tensor in self.ema.shadow.items()}
+        tensors |= {f"memory/{name}": tensor for name, tensor in self.memory.items()}
         for role in ROLES:
             for name, parameter in self.parameters[role].items():
                 tensors[f"networks/{role}/{name}"] = parameter.detach()

@@ -64,7 +64,11 @@ def test_every_option_has_help() -> None:
     ("arguments", "words"),
     [
         (["--recipe", "wan_2"], "--recipe must be one of shapeworld, wan_1_3b, wan_14b, got 'wan_2'"),
-        (["--method", "nonsense"], "--method must be one of codmd, dmd, rcm, dcm, dp-dmd, regression, got 'nonsense'"),
+        (
+            ["--method", "nonsense"],
+            "--method must be one of codmd, dmd, rcm, dcm, dp-dmd, regression, dmd2, f-distill, avd, vdot, "
+            "got 'nonsense'",
+        ),
         (["--set", "method=rcm"], "use --method rcm"),
         (["--method", "rcm", "--gpus", "4", "--context-parallel", "2"], "context_parallel must be 1 for method rcm"),
         (["--gpus", "0"], "--gpus must be"),

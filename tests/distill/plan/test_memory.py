@@ -128,7 +128,7 @@ def peak_of_iterations(trainer: Trainer, live_bytes: Callable, count: int) -> in
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["codmd", "dmd", "rcm", "dcm", "dp-dmd"])
+@pytest.mark.parametrize("method", ["codmd", "dmd", "rcm", "dcm", "dp-dmd", "dmd2", "f-distill", "avd", "vdot"])
 def test_peak_of_an_iteration_is_within_15_percent(
     tiny_config: DistillConfig,
     prompts: PromptData,
