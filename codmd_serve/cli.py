@@ -4,6 +4,7 @@ The one place that reads the environment, configures logging, and puts the page 
 """
 
 import argparse
+import asyncio
 import contextlib
 import logging
 import os
@@ -29,6 +30,7 @@ from codmd_serve.lean_imports import import_lean
 from codmd_serve.models_cli import add_models_arguments, resolve_bundle, run_models
 from codmd_serve.textfiles import shown
 from codmd_serve.video import check_encoder, find_ffmpeg, format_of
+from codmd_serve.worker_process import worker_ahead
 
 PROGRAM = "codmd-serve"
 COMMANDS = ("serve", "work", "generate", "bench", "convert", "models", "doctor")
@@ -252,16 +254,11 @@ def models(options: argparse.Namespace) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """Serve until told to stop; prints one line when ready."""
-    from codmd_serve.api.app import create_app
-    from codmd_serve.api.security import read_keys
-    from codmd_serve.serving import make_backend, make_server
-
     start_s = time.perf_counter()
     config = _config(options)
-    keys = read_keys(config.api_keys)
-    if config.workers != "0":
+    has_workers = config.workers != "0"
+    if has_workers:
         check_encoder(find_ffmpeg())
-    listener = listening_socket(config.host, config.port)
     address = f"http://{_in_url(config.host)}:{config.port}"
     fatal: list[str] = []
 
@@ -272,13 +269,22 @@ def serve(options: argparse.Namespace) -> int:
         fatal.append(message)
         server.should_exit = True
 
-    with listener:
-        backend, metrics = make_backend(config, on_ready, on_fatal)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(listening_socket(config.host, config.port))
+        runner = stack.enter_context(asyncio.Runner())
+        spare = stack.enter_context(worker_ahead(runner)) if has_workers else None
+        # Only now: these imports take about a second, in which the worker gets on with its own.
+        from codmd_serve.api.app import create_app
+        from codmd_serve.api.security import read_keys
+        from codmd_serve.serving import make_backend, make_server
+
+        keys = read_keys(config.api_keys)
+        backend, metrics = make_backend(config, on_ready, on_fatal, spare=spare)
         app: Any = create_app(backend, metrics, keys, _page_loader(config) if config.page else None)
         server = make_server(app, backend)
-        if config.workers == "0":
+        if not has_workers:
             print(f"ready: {address} workers=0 seconds_to_ready={time.perf_counter() - start_s:.1f}", flush=True)
-        server.run(sockets=[listener])
+        runner.run(server.serve(sockets=[listener]))
     if fatal:
         raise ConfigError(fatal[0])
     return 0
@@ -286,16 +292,15 @@ def serve(options: argparse.Namespace) -> int:
 
 def work(options: argparse.Namespace) -> int:
     """Run jobs of a store until told to stop, without HTTP; prints one line when ready."""
-    import asyncio
-
-    from codmd_serve.serving import run_worker
-
     start_s = time.perf_counter()
     config = _config(options)
     if config.workers == "0":
         raise ConfigError("workers must be auto or above 0: `work` is what runs jobs")
     check_encoder(find_ffmpeg())
-    asyncio.run(run_worker(config, lambda facts: _print_ready("", facts, start_s)))
+    with asyncio.Runner() as runner, worker_ahead(runner) as spare:
+        from codmd_serve.serving import run_worker
+
+        runner.run(run_worker(config, lambda facts: _print_ready("", facts, start_s), spare=spare))
     return 0
 
 

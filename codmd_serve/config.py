@@ -110,7 +110,7 @@ class ServeConfig:
             "max_pixels": (0, 2**40),
             "max_body_bytes": (1024, 2**30),
             "jobs_kept": (1, 1_000_000),
-            "max_attempts": (1, 10),
+            "max_attempts": (1, 1000),
             "threads": (0, 4096),
             "cancel_timeout_s": (1, 86_400),
             "stall_timeout_s": (1, 86_400),

@@ -58,15 +58,19 @@ class StepGrid:
         check_step_grid(self.sigmas, self.timesteps, SAMPLERS[0])
 
 
+def _table_sigmas(*entries: float) -> tuple[float, ...]:
+    """Return entries of the shift-8 table in which the authors of CoDMD and CausVid look sigma up."""
+    return tuple(8.0 * entry / (1.0 + 7.0 * entry) for entry in entries)
+
+
 def wan_1_3b_grid() -> StepGrid:
     """Return the published 4 steps of CoDMD on Wan2.1-T2V-1.3B.
 
     The network is fed integers, but the state is at the nearest entry of a 1,000-entry shift-8 table. So sigma is not
     exactly timestep / 1000. A student must be sampled with the grid it was trained with.
     """
-    table_entries = (1.0, 0.529, 0.280, 0.120)
     return StepGrid(
-        sigmas=(*(8.0 * u / (1.0 + 7.0 * u) for u in table_entries), 0.0),
+        sigmas=(*_table_sigmas(1.0, 0.529, 0.280, 0.120), 0.0),
         timesteps=(1000.0, 900.0, 757.0, 522.0),
     )
 
@@ -80,8 +84,31 @@ def causvid_grid() -> StepGrid:
     )
 
 
+def codmd_14b_grid() -> StepGrid:
+    """Return the published 4 steps of CoDMD on Wan2.1-T2V-14B.
+
+    As at 1.3B, the network is fed the integers of the config and the state is at the nearest entry of the shift-8
+    table, whatever the size of the model. The integers are shift 5 of 1, 3/4, 1/2, 1/4, rounded down and the last one
+    lower still.
+
+    Source: JIA-Lab-research/CoDMD@aef0ec0: configs/wan_dmd_tar_14b.yaml (denoising_step_list, warp_denoising_step
+    false), copula_dmd/models/wan/bidirectional_inference.py (the list as torch.long), copula_dmd/models/wan/
+    wan_wrapper.py (FlowMatchScheduler of shift 8, argmin over its 1000 timesteps).
+    """
+    return StepGrid(
+        sigmas=(*_table_sigmas(1.0, 0.650, 0.384, 0.172), 0.0),
+        timesteps=(1000.0, 937.0, 833.0, 624.0),
+    )
+
+
 def wan_14b_grid() -> StepGrid:
-    """Return the published 4 steps on Wan2.1-T2V-14B: shift 5 of 1, 3/4, 1/2, 1/4."""
+    """Return shift 5 of 1, 3/4, 1/2, 1/4: the published 4 steps of Self-Forcing and LightX2V.
+
+    The network is fed 1000 * sigma, not rounded.
+
+    Source: ModelTC/LightX2V lightx2v/models/schedulers/wan/step_distill/scheduler.py@21ef47a, set_denoising_timesteps;
+    guandeh17/Self-Forcing@33593df, denoising_step_list 1000, 750, 500, 250 with warp_denoising_step.
+    """
     return StepGrid(
         sigmas=(1.0, 0.9375, 5 / 6, 0.625, 0.0),
         timesteps=(1000.0, 937.5, 5000 / 6, 625.0),

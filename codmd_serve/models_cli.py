@@ -145,8 +145,6 @@ def _of_table(student: Student, base: str) -> Wanted:
     if student.refused:
         raise ConfigError(f"{student.name} ({student.repository}) cannot be served: {student.refused}")
     words = ["--method", student.method]
-    if student.sampler:
-        words += ["--sampler", student.sampler]
     if student.is_bidirectional:
         words.append("--bidirectional")
     return Wanted(HubName(student.repository, student.file), student.name, base or student.base, tuple(words))

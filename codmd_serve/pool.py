@@ -10,7 +10,6 @@ Knows nothing of HTTP, of the job store, and of torch: it survives whatever happ
 
 import asyncio
 import logging
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from codmd_serve.cpu import usable_cpus
 from codmd_serve.errors import CodmdError, GenerationError
 from codmd_serve.messages import DEVICE_ERROR, Cancel, Cancelled, Done, Failed, JobMessage, Progress, Ready, Started
 from codmd_serve.service_time import ServiceTimes
-from codmd_serve.worker_process import WorkerProcess
+from codmd_serve.worker_process import WORKER_COMMAND, WorkerProcess
 from codmd_serve.worker_slot import (
     Event,
     InFlight,
@@ -36,7 +35,6 @@ from codmd_serve.worker_slot import (
 
 __all__ = ["Event", "JobCancelled", "JobDone", "JobFailed", "JobRequest", "OnEvent", "Outcome", "WorkerPool"]
 
-WORKER_COMMAND = (sys.executable, "-P", "-m", "codmd_serve.worker")
 MAX_BACKOFF_S = 30.0
 # Codes of failures whose fault is not the job's; the attempt counts all the same.
 RETRYABLE = (DEVICE_ERROR, "encoder_hung")
@@ -57,6 +55,7 @@ class WorkerPool:
         on_ready: called when the first worker is warm.
         on_fatal: called with one sentence when the first worker cannot load; nothing will ever run then.
         on_change: called when `capacity`, `is_ready` or `load_error` may have changed.
+        spare: a process of `command` on this event loop, for the first worker; None starts one.
 
     Attributes:
         facts: of the engine; None until the first worker is warm.
@@ -71,6 +70,7 @@ class WorkerPool:
         on_ready: Callable[[ModelFacts], None] | None = None,
         on_fatal: Callable[[str], None] | None = None,
         on_change: Callable[[], None] | None = None,
+        spare: WorkerProcess | None = None,
     ) -> None:
         self.config = config
         self.facts: ModelFacts | None = None
@@ -81,7 +81,7 @@ class WorkerPool:
         self._times: ServiceTimes | None = None
         self._slots: list[WorkerSlot] = []
         self._pending: deque[InFlight] = deque()
-        self._spare: WorkerProcess | None = None
+        self._spare = spare
         self._tasks: list[asyncio.Task[None]] = []
         self._has_capacity = asyncio.Event()
         self._refusal: JobFailed | None = None

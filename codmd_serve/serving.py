@@ -29,7 +29,8 @@ from codmd_serve.jobs.listener import Listener
 from codmd_serve.jobs.ownership import Ownership
 from codmd_serve.jobs.results import ResultStore
 from codmd_serve.jobs.store import JobStore
-from codmd_serve.pool import WORKER_COMMAND, WorkerPool
+from codmd_serve.pool import WorkerPool
+from codmd_serve.worker_process import WORKER_COMMAND, WorkerProcess
 
 # Answers to waiting clients are on their way when the workers have been stopped.
 LAST_ANSWERS_S = 10
@@ -91,6 +92,7 @@ def make_backend(
     on_ready: OnReady | None = None,
     on_fatal: OnFatal | None = None,
     command: Sequence[str] = WORKER_COMMAND,
+    spare: WorkerProcess | None = None,
 ) -> tuple[Backend, Metrics]:
     """Make the store, the API and, unless `workers` is 0, the dispatcher of one process.
 
@@ -99,6 +101,7 @@ def make_backend(
         on_ready: called with the facts when the first worker is warm.
         on_fatal: called with one sentence when the first worker cannot load.
         command: starts a worker; tests have one of their own.
+        spare: the first worker, where it was started already.
 
     Raises:
         StoreError, ConfigError: in one sentence.
@@ -108,7 +111,7 @@ def make_backend(
     try:
         if config.workers != "0":
             own = describe_bundle(config)
-            pool = WorkerPool(config, command, on_ready, on_fatal)
+            pool = WorkerPool(config, command, on_ready, on_fatal, spare=spare)
             dispatcher = make_dispatcher(config, parts, own, pool)
     except BaseException:
         parts.database.close()
@@ -153,8 +156,13 @@ def make_server(app: Any, backend: Backend) -> Any:
     )
 
 
-async def run_worker(config: ServeConfig, on_ready: OnReady, command: Sequence[str] = WORKER_COMMAND) -> None:
-    """Run a dispatcher without HTTP, until SIGTERM or SIGINT.
+async def run_worker(
+    config: ServeConfig,
+    on_ready: OnReady,
+    command: Sequence[str] = WORKER_COMMAND,
+    spare: WorkerProcess | None = None,
+) -> None:
+    """Run a dispatcher without HTTP, until SIGTERM or SIGINT; arguments as of `make_backend`.
 
     Raises:
         ConfigError: the first worker cannot load.
@@ -171,7 +179,7 @@ async def run_worker(config: ServeConfig, on_ready: OnReady, command: Sequence[s
     parts = Parts.open(config)
     stop_metrics: Callable[[], None] | None = None
     try:
-        pool = WorkerPool(config, command, on_ready, on_fatal)
+        pool = WorkerPool(config, command, on_ready, on_fatal, spare=spare)
         dispatcher = make_dispatcher(config, parts, describe_bundle(config), pool)
         if config.metrics_port:
             parts.metrics.watch(_queue_of(dispatcher.store), lambda: dispatcher.is_ready, dispatcher, config.queue_size)

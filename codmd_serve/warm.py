@@ -4,6 +4,7 @@ Knows neither bundles nor jobs.
 """
 
 import contextlib
+import functools
 import logging
 import tempfile
 import time
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 def warm_engine(engine: Engine, vae_dtype: torch.dtype | None, verdicts: Verdicts | None = None) -> None:
     """Make the native video, so that the first request is fast, and record the findings in the facts.
 
+    On CUDA that is done twice: in the first run libraries choose kernels, the second one is timed. On a CPU the first
+    run is as fast as any other.
+
     Args:
         engine: just made.
         vae_dtype: of the VAE, where its activations fit; the engine's decoder says in `problem` where they do not. None
@@ -40,13 +44,16 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype | None, verdicts: Verdict
     params = _native_params(engine)
     engine.embed(params.prompt)  # first, or an encoder that is lent to the device would be taken for activations
     resident_bytes = _allocated_bytes(device)
-    x0_pred = engine.denoised(params)
-    if vae_dtype is not None:
-        fit_dtype(engine.decoder, vae_dtype, x0_pred)
+    latents = functools.cache(lambda: engine.denoised(params))
+    if vae_dtype == torch.float16:
+        fit_dtype(engine.decoder, vae_dtype, latents())
+    elif vae_dtype is not None:
+        engine.decoder.set_dtype(vae_dtype)
     elif multiplies_bfloat16(device):
-        race_dtype(engine.decoder, x0_pred, verdicts or Verdicts(None))
-    _warm_decoder(engine, x0_pred)
-    del x0_pred
+        race_dtype(engine.decoder, latents, verdicts or Verdicts(None))
+    if chooses_kernels(device):
+        _warm_decoder(engine, latents())
+    latents.cache_clear()
     # Before anything is recorded: libraries have chosen their kernels, and activations took what they take.
     needed_bytes = _peak_bytes(device) - resident_bytes
     engine.warm_loop(params)
@@ -114,6 +121,11 @@ def _native_params(engine: Engine) -> GenerateParams:
         fps=facts.fps,
         crf=DEFAULT_CRF,
     )
+
+
+def chooses_kernels(device: torch.device) -> bool:
+    """Return whether libraries choose kernels for a shape when they first see it."""
+    return device.type == "cuda"
 
 
 @torch.inference_mode()

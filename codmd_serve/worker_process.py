@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from codmd_serve.messages import MAX_MESSAGE_BYTES, FromWorker, ToWorker, decode, encode
 
+WORKER_COMMAND = (sys.executable, "-P", "-m", "codmd_serve.worker")
 MAX_DYING_S = 10.0
 
 logger = logging.getLogger(__name__)
@@ -75,8 +77,11 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Kill it, stopped or not, and what it started. It keeps nothing that a gentler end would save."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if self.exit_code is None:
+            # Not Process.kill(): it polls first, and may so take the exit code of a dead process from asyncio, which
+            # then reports 255. The id may be free until the loop hears of the end, but is not given out that soon.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
         for pid in _session(self.pid):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -93,6 +98,27 @@ class WorkerProcess:
             logger.error("worker pid=%d does not die", self.pid)
             return
         self._is_collected = True
+
+
+@contextlib.contextmanager
+def worker_ahead(runner: asyncio.Runner) -> Iterator[WorkerProcess | None]:
+    """Start a worker, so that it imports while this process imports the server; end it with the block.
+
+    Args:
+        runner: of the event loop that the pool will live on.
+
+    Yields:
+        A spare for the pool; None where it could not be started, which the pool will report.
+    """
+    try:
+        process = runner.run(WorkerProcess.start(WORKER_COMMAND))
+    except OSError:
+        yield None
+        return
+    try:
+        yield process
+    finally:
+        runner.run(process.end())
 
 
 def _session(leader: int) -> Iterator[int]:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.grid import SAMPLERS, StepGrid
+from distill.formats import RENAMED, RENAMED_IN_4, current_names, current_values, name_of_today, value_of_today
 from distill.settings import EmaConfig as EmaConfig
 from distill.settings import HeadConfig as HeadConfig
 from distill.settings import NativeConfig as NativeConfig
@@ -25,23 +26,8 @@ from distill.settings import OptimizerConfig as OptimizerConfig
 from distill.settings import StartConfig as StartConfig
 from distill.settings import check_choice, check_range
 
-# Of config.json. A file without a format is of format 1.
-FORMAT = 3
-# Keys of format 1 and what they are called now. `--set` still takes the old ones.
-RENAMED = {
-    "max_steps": "max_iterations",
-    "student_every_steps": "student_every_iterations",
-    "critic_warmup_steps": "critic_warmup_iterations",
-    "log_every_steps": "log_every_iterations",
-    "save_every_steps": "save_every_iterations",
-    "rcm.warmup_steps": "rcm.warmup_iterations",
-    "copula.shared_sigma": "score_shared_sigma",
-    "reference_compat": "copula.reference_compat",
-}
-# Keys of format 2 whose values changed too: the name of today, and the value of today by the value of then.
-REVALUED: dict[str, tuple[str, dict[object, object]]] = {
-    "copula.permute": ("copula.control", {False: "none", True: "teacher_only"}),
-}
+# Of config.json. A file without a format is of format 1; distill/formats.py knows the older ones.
+FORMAT = 4
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = ("fp32", "bf16")
 SCORE_WINDOWS = ("full", "above", "step")
@@ -73,9 +59,11 @@ class MethodSettings(ABC):
 
     Attributes:
         group: their key in config.json and before the dot in `--set`.
+        has_exit_steps: rollouts stop at a drawn denoising step of the student.
     """
 
     group: ClassVar[str]
+    has_exit_steps: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, config: "DistillConfig") -> None:
@@ -88,6 +76,12 @@ class MethodSettings(ABC):
     @abstractmethod
     def step_grid(self, config: "DistillConfig") -> StepGrid:
         """Return the denoising steps of the student."""
+
+    @classmethod
+    def upgraded(cls, saved: Mapping[str, Any], saved_format: int) -> dict[str, Any]:
+        """Return these settings as an older format saved them, with the meaning that they had then."""
+        del saved_format
+        return dict(saved)
 
     def float32_roles(self, config: "DistillConfig") -> frozenset[str]:
         """Return the networks that the method also calls in float32 when `precision` is bf16."""
@@ -142,6 +136,8 @@ class DistillConfig:
         score_shift, score_sigma_min, score_sigma_max: law of the noise levels at which teacher and critic are compared.
         score_window: which of these levels judge which exit step, see `methods.draws.score_window`.
         score_shared_sigma: one such level per batch instead of one per sample.
+        exit_per_sample: each sample's rollout stops at an exit step of its own, as CoDMD's authors have it, instead of
+            one for the whole batch. A large batch then takes nearly all steps in every turn.
         prompts: a txt, jsonl or tar file, a folder of tars, or one of packed samples; empty draws captions of one and
             two objects in turn from the ShapeWorld grammar, num_captions of them.
         num_captions: captions drawn where there are no prompts.
@@ -189,6 +185,7 @@ class DistillConfig:
     score_sigma_max: float = 0.98
     score_window: str = "full"
     score_shared_sigma: bool = False
+    exit_per_sample: bool = False
     prompts: str = ""
     num_captions: int = 4096
     precision: str = "auto"
@@ -230,6 +227,13 @@ class DistillConfig:
             raise ConfigError("critic_from needs lora_critic_rank 0: a LoRA critic is the teacher with adapters")
         if self.teacher_dtype == "bf16" and self.precision == "fp32":
             raise ConfigError("teacher_dtype bf16 needs precision bf16: a bf16 teacher runs under autocast")
+        if self.exit_per_sample and not self.method_settings.has_exit_steps:
+            raise ConfigError(f"exit_per_sample must be false for method {self.method}: its rollouts draw no exit step")
+        if self.exit_per_sample and self.score_shared_sigma and self.score_window != "full":
+            raise ConfigError(
+                f"exit_per_sample needs score_shared_sigma false or score_window full, got {self.score_window!r}: "
+                "samples that stop at different steps have no noise level in common"
+            )
         self.method_settings.check(self)
         self.grid()
 
@@ -278,6 +282,8 @@ class Recipe:
         return {"recipe": own.pop("name"), **own}
 
 
+# By recipe, the world of distill/worlds/analytic.
+ANALYTIC_RECIPES = {"analytic_ties": "ties", "analytic_orbit": "orbit"}
 _WAN_RECIPE = Recipe(
     name="wan",
     base="",
@@ -298,6 +304,16 @@ RECIPES: dict[str, Recipe] = {
             base="weights/shapeworld",
             native=NativeConfig(height=96, width=96, num_frames=25, fps=16),
             bundle_dtype="fp16",
+        ),
+        # Worlds whose teacher is exact: latents of (4, 8, 2, 2), no VAE.
+        *(
+            Recipe(
+                name=name,
+                base=f"analytic:{world}",
+                native=NativeConfig(height=2, width=2, num_frames=8, fps=8),
+                precision="fp32",
+            )
+            for name, world in ANALYTIC_RECIPES.items()
         ),
         dataclasses.replace(_WAN_RECIPE, name="wan_1_3b", base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
         dataclasses.replace(_WAN_RECIPE, name="wan_14b", base="Wan-AI/Wan2.1-T2V-14B-Diffusers"),
@@ -347,9 +363,13 @@ def parse_config(data: Mapping[str, Any], kinds: Mapping[str, type[MethodSetting
     if saved_format == 1:
         # It held the settings of all methods, used or not.
         unused = {other.group for other in kinds.values()} - {kind.group}
-        own = {key: value for key, value in _current_names(own).items() if key not in unused}
+        own = {key: value for key, value in current_names(own, RENAMED).items() if key not in unused}
     if saved_format <= 2:
-        own = _current_values(own)
+        own = current_values(own)
+    if saved_format <= 3:
+        own = current_names(own, RENAMED_IN_4)
+    if isinstance(own.get(kind.group, {}), dict):
+        own[kind.group] = kind.upgraded(own.get(kind.group, {}), saved_format)
     return _assemble(own, kind)
 
 
@@ -370,7 +390,7 @@ def with_overrides(config: DistillConfig, assignments: list[str]) -> DistillConf
                 f"method cannot be set with --set, which would leave out the settings published for it: "
                 f"use --method {text}"
             )
-        *groups, leaf = _name_of_today(given).split(".")
+        *groups, leaf = name_of_today(given).split(".")
         target = data
         for group in groups:
             target = target.get(group) if isinstance(target, dict) else None  # type: ignore[assignment]
@@ -381,49 +401,8 @@ def with_overrides(config: DistillConfig, assignments: list[str]) -> DistillConf
             value = json.loads(text)
         except (ValueError, RecursionError):
             value = text
-        target[leaf] = _value_of_today(given, value)
+        target[leaf] = value_of_today(given, value)
     return _assemble(data, type(config.method_settings))
-
-
-def _name_of_today(name: str) -> str:
-    return REVALUED[name][0] if name in REVALUED else RENAMED.get(name, name)
-
-
-def _value_of_today(name: str, value: object) -> object:
-    if name not in REVALUED:
-        return value
-    values = REVALUED[name][1]
-    if not isinstance(value, bool) or value not in values:
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, values))}, got {value!r}")
-    return values[value]
-
-
-def _current_values(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of format 2 under the names and with the values of today."""
-    current = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
-    for before, (after, _) in REVALUED.items():
-        group, _, leaf = before.partition(".")
-        settings = current.get(group)
-        if isinstance(settings, dict) and leaf in settings:
-            settings[after.partition(".")[2]] = _value_of_today(before, settings.pop(leaf))
-    return current
-
-
-def _current_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of format 1 under the names of today."""
-    renamed = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
-    for before, after in RENAMED.items():
-        *groups, leaf = before.split(".")
-        source = renamed.get(groups[0]) if groups else renamed
-        if not isinstance(source, dict) or leaf not in source:
-            continue
-        value = source.pop(leaf)
-        *groups, leaf = after.split(".")
-        target = renamed.setdefault(groups[0], {}) if groups else renamed
-        if not isinstance(target, dict):
-            raise ConfigError(f"expected settings under {groups[0]}, got {target!r}")
-        target[leaf] = value
-    return renamed
 
 
 def _assemble(data: Mapping[str, Any], kind: type[MethodSettings]) -> DistillConfig:

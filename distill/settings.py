@@ -48,13 +48,14 @@ class EmaConfig:
 
     Attributes:
         decay: share of the average that stays at each update, for kind "constant".
-        start_update: until this update the average is a plain copy.
+        start_after_updates: student updates after which the average starts; until then it is a plain copy. An iteration
+            count of another trainer is to be divided by its iterations per student update.
         kind: "constant" forgets at one rate; "power" always averages over the same share of all updates so far.
         length: for "power", the standard deviation of the averaged updates over their number.
     """
 
     decay: float
-    start_update: int = 0
+    start_after_updates: int = 0
     kind: str = "constant"
     length: float = 0.1
 
@@ -63,7 +64,7 @@ class EmaConfig:
         # Above .288 the exponent is negative: older updates would weigh more than newer ones.
         check_range("ema.length", self.length, 1e-3, 0.28)
         check_range("ema.decay", self.decay, 0.0, 0.999999)
-        check_range("ema.start_update", self.start_update, 0, 10**7)
+        check_range("ema.start_after_updates", self.start_after_updates, 0, 10**7)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -103,7 +103,8 @@ def folder_lines(package: str, prefix: str) -> list[tuple[str, str]]:
 
 def settings_page() -> str:
     """Return the page of the settings of a run."""
-    from distill.config import RENAMED, RESUMABLE, DistillConfig, config_to_dict
+    from distill.config import RESUMABLE, DistillConfig, config_to_dict
+    from distill.formats import RENAMED
     from distill.methods.registry import METHODS, recipe_config
 
     columns = [_flat(config_to_dict(recipe_config(*each))) for each in RECIPES]

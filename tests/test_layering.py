@@ -149,6 +149,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "codmd_serve.dispatcher",
         "codmd_serve.jobs",
         "codmd_serve.pool",
+        "codmd_serve.worker_process",
     ),
     "codmd_serve.cli": ("codmd_serve",),
 }
@@ -191,10 +192,12 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.methods": METHODS,
     "distill.data": (*NETWORKS, "distill.data", "distill.worlds"),
     "distill.networks": NETWORKS,
+    "distill.networks.analytic": (*NETWORKS, "distill.worlds"),
     "distill.parallel": (*SETTINGS, "distill.parallel"),
     "distill.losses": (*SETTINGS, "distill.losses"),
     "distill.worlds": ("distill.worlds",),
-    "distill.config": SETTINGS,
+    "distill.config": (*SETTINGS, "distill.formats"),
+    "distill.formats": (),
     "distill.settings": (),
     "distill.streams": (),
 }

@@ -18,7 +18,8 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
 from codmd_serve.config import default_bundle_path as default_bundle_path
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError

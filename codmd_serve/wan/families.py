@@ -6,7 +6,7 @@ The one table behind `convert`, its --help and docs/how-to/import.md. Imports no
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from codmd_serve.grid import StepGrid, causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
+from codmd_serve.grid import StepGrid, causvid_grid, codmd_14b_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
 
 WIDTH_1_3B, WIDTH_14B = 1536, 5120
 BASE_1_3B, BASE_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
@@ -22,16 +22,18 @@ class MethodSampling:
     grid: Callable[[int], StepGrid]
 
 
-# Sampler and step grid by method. LightX2V steps along the flow, all others re-noise.
+# Sampler and step grid by method; all of them re-noise the predicted x0. For LightX2V that is the scheduler it serves
+# its Wan2.1 students with, lightx2v/models/schedulers/wan/step_distill/scheduler.py@21ef47a: WanStepDistillScheduler
+# adds fresh noise in step_post. Only its Wan22StepDistillScheduler steps along the flow, as LightX2V-train samples.
 METHOD_SAMPLING = {
     "codmd": MethodSampling(
-        sampler="sde", grid=lambda width: wan_14b_grid() if width >= WIDTH_14B else wan_1_3b_grid()
+        sampler="sde", grid=lambda width: codmd_14b_grid() if width >= WIDTH_14B else wan_1_3b_grid()
     ),
     "causvid": MethodSampling(sampler="sde", grid=lambda _: causvid_grid()),
     "self-forcing": MethodSampling(sampler="sde", grid=lambda _: wan_14b_grid()),
     "rcm": MethodSampling(sampler="sde", grid=lambda _: rcm_grid()),
     "fastwan": MethodSampling(sampler="sde", grid=lambda _: causvid_grid()),
-    "lightx2v": MethodSampling(sampler="ode", grid=lambda _: wan_14b_grid()),
+    "lightx2v": MethodSampling(sampler="sde", grid=lambda _: wan_14b_grid()),
 }
 
 

@@ -5,6 +5,7 @@ float32, where TF32, torch's own choice for float32 convolutions on CUDA, is 69.
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,12 +44,12 @@ def choose_vae_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 @torch.inference_mode()
-def race_dtype(decoder: StreamingDecoder, latents_BCFHW: Tensor, verdicts: Verdicts) -> None:
+def race_dtype(decoder: StreamingDecoder, latents_BCFHW: Callable[[], Tensor], verdicts: Verdicts) -> None:
     """Cast a float32 decoder on a CPU to bfloat16 where that is faster and near enough.
 
     Args:
         decoder: in float32.
-        latents_BCFHW: real ones; the first two frames are decoded.
+        latents_BCFHW: makes real ones, where they are needed; the first two frames are decoded.
         verdicts: of earlier loads.
     """
     if sum(parameter.numel() for parameter in decoder.parameters()) < MIN_RACED_WEIGHTS:
@@ -58,7 +59,7 @@ def race_dtype(decoder: StreamingDecoder, latents_BCFHW: Tensor, verdicts: Verdi
         if known == "bfloat16":
             decoder.set_dtype(torch.bfloat16)
         return
-    first = latents_BCFHW[:, :, :NUM_LATENTS_RACED]
+    first = latents_BCFHW()[:, :, :NUM_LATENTS_RACED]
 
     def run() -> Tensor:
         return next(decoder.frames(first))

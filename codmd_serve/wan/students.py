@@ -35,7 +35,6 @@ class Student:
         file: path in the repository; empty for the whole of it.
         base: hub id of the diffusers pipeline that it was distilled from.
         method: one of METHOD_SAMPLING.
-        sampler: where its sampler is not the method's; empty where it is.
         licence: of the weights; UNKNOWN where no source states one.
         is_bidirectional: whether that has to be said when it is converted.
         refused: why it cannot be served; empty when it can.
@@ -48,7 +47,6 @@ class Student:
     base: str
     method: str
     sources: tuple[Source, ...]
-    sampler: str = ""
     licence: str = UNKNOWN
     is_bidirectional: bool = False
     refused: str = ""
@@ -67,7 +65,7 @@ class Student:
     @property
     def sampling(self) -> str:
         """Return its sampler: sde or ode."""
-        return self.sampler or METHOD_SAMPLING[self.method].sampler
+        return METHOD_SAMPLING[self.method].sampler
 
 
 _CODMD = (
@@ -75,7 +73,7 @@ _CODMD = (
     Source(
         facts="steps, sampler",
         where="JIA-Lab-research/CoDMD@aef0ec0 configs/wan_dmd_tar.yaml, configs/wan_dmd_tar_14b.yaml, "
-        "copula_dmd/bidirectional_trajectory_pipeline.py",
+        "copula_dmd/models/wan/bidirectional_inference.py, copula_dmd/models/wan/wan_wrapper.py",
     ),
     Source(facts="licence", where="its code is Apache-2.0 (README.md@0fd73b1); none is stated for the weights"),
 )
@@ -87,7 +85,7 @@ _RCM = (
 _LIGHTX2V_SAMPLING = Source(
     facts="steps, sampler",
     where="ModelTC/LightX2V docs/EN/source/method_tutorials/step_distill.md@0eca726 (1000, 750, 500, 250 at shift 5), "
-    "lightx2v/models/schedulers/wan/step_distill/scheduler.py@45ea417 (noise is added again)",
+    "lightx2v/models/schedulers/wan/step_distill/scheduler.py@21ef47a (noise is added again)",
 )
 _FASTWAN = (
     Source(facts="repository", where="hao-ai-lab/FastVideo docs/inference/support_matrix.md@031123d"),
@@ -147,7 +145,6 @@ _TABLE = (
         file="wan2.1_t2v_14b_lightx2v_4step.safetensors",
         base=BASE_14B,
         method="lightx2v",
-        sampler="sde",
         sources=(
             Source(
                 facts="repository, file",

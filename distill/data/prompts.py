@@ -20,7 +20,7 @@ from torch import Tensor
 from codmd_serve.errors import ConfigError
 from codmd_serve.grammar import Grammar
 from codmd_serve.wan.attention import compact_prompt_embeds
-from distill.config import DistillConfig
+from distill.config import ANALYTIC_RECIPES, DistillConfig
 from distill.data.packed import PackedSet, is_packed_set, open_set
 from distill.data.packing import Packing
 from distill.data.packing import add_module_files as add_module_files
@@ -29,6 +29,7 @@ from distill.data.shards import shard_paths, shard_prompts, shard_samples
 from distill.data.texts import Prompts, read_prompt_file
 from distill.networks.base import Base
 from distill.parallel.processes import SINGLE_PROCESS, Processes
+from distill.worlds.analytic.makers import make_world
 from distill.worlds.shapeworld.captions import grammar, sample_caption
 
 # Recipes whose teacher knows the captions of the shapeworld grammar; any other would be trained on words it never saw.
@@ -114,7 +115,7 @@ def batch_indices(position: int, num_prompts: int, batch_size: int, seed: int) -
 
 
 def read_prompts(config: DistillConfig) -> Prompts:
-    """Return the training prompts: of a file, tar shards or packed samples, or captions of ShapeWorld's grammar.
+    """Return the training prompts: of a file, tar shards or packed samples, or captions of the recipe's own world.
 
     Raises:
         ConfigError: the file is missing, empty, of another kind, or has a row without prompt; the message says where.
@@ -128,6 +129,9 @@ def read_prompts(config: DistillConfig) -> Prompts:
             return Prompts(texts=list(open_set(Path(config.prompts)).texts()))
         return read_prompt_file(Path(config.prompts))
     require_prompts(config)
+    if config.recipe in ANALYTIC_RECIPES:
+        captions = make_world(ANALYTIC_RECIPES[config.recipe]).captions()
+        return Prompts(texts=[captions[index % len(captions)] for index in range(config.num_captions)])
     rng = np.random.default_rng(config.seed)
     # One and two objects in turn, as in the evaluation: two take longer to learn and are fewer in the world.
     return Prompts(texts=[sample_caption(rng, "train", 1 + index % 2) for index in range(config.num_captions)])
@@ -139,7 +143,7 @@ def require_prompts(config: DistillConfig) -> None:
     Raises:
         ConfigError: names the key.
     """
-    if not config.prompts and config.recipe not in CAPTIONED_RECIPES:
+    if not config.prompts and config.recipe not in (*CAPTIONED_RECIPES, *ANALYTIC_RECIPES):
         raise ConfigError(
             f"prompts is not set: recipe {config.recipe} needs a .txt, .jsonl or .tar file, or a folder of .tar files "
             "(--set prompts=FILE); only shapeworld draws captions of its own"
@@ -171,8 +175,8 @@ def check_prompts(config: DistillConfig, base: Base) -> dict[str, object]:
 
 
 def caption_grammar(config: DistillConfig) -> Grammar | None:
-    """Return the grammar that all training prompts are captions of; None when they come from a file."""
-    return None if config.prompts else grammar()
+    """Return the grammar that all training prompts are captions of; None when they come from a file or have none."""
+    return None if config.prompts or config.recipe not in CAPTIONED_RECIPES else grammar()
 
 
 def cached_prompt_data(
@@ -202,13 +206,15 @@ def cached_prompt_data(
     shards, folder = shard_paths(config.prompts), Path(config.prompts)
     if not shards and not (config.prompts and is_packed_set(folder)):
         read = processes.on_all_ranks(lambda: read_prompts(config))
+        known = base.caption_embeds([*read.texts, config.negative_prompt])
+        if known is not None:
+            return _known_prompts(read.texts, known, config.negative_prompt)
         encoded, order, num_cut = packing.encoded([*read.texts, config.negative_prompt])
         data = PromptData(
             num_prompts=len(read.texts),
             rows=lambda index: encoded.embeds(order[index]),
             text=read.texts.__getitem__,
-            # Of the texts: encoded again on another machine, the last bits of their embeddings can differ.
-            content=hashlib.sha256(json.dumps([*read.texts, config.negative_prompt]).encode()).hexdigest(),
+            content=_content(read.texts, config.negative_prompt),
             num_cut=num_cut,
         )
         longest = encoded.longest(set(order[:-1]))
@@ -231,6 +237,22 @@ def cached_prompt_data(
     )
     latents = f" latents={'x'.join(map(str, packed.layout.latent_shape))}" if has_latents else ""
     return replace(data, report=f"samples={size} from={packed.source} longest={packed.longest()}{latents}")
+
+
+def _known_prompts(texts: list[str], embeds: list[Tensor], negative_prompt: str) -> PromptData:
+    """Make data of prompts that the base knows without a text encoder; the negative prompt is the last embedding."""
+    return PromptData(
+        num_prompts=len(texts),
+        rows=embeds.__getitem__,
+        text=texts.__getitem__,
+        content=_content(texts, negative_prompt),
+        report=_report(texts, 0, 0, max(map(len, embeds))),
+    )
+
+
+def _content(texts: list[str], negative_prompt: str) -> str:
+    """Digest the texts: encoded again on another machine, the last bits of their embeddings can differ."""
+    return hashlib.sha256(json.dumps([*texts, negative_prompt]).encode()).hexdigest()
 
 
 def _check_layout(packed: PackedSet, base: Base, latent_shape: tuple[int, ...]) -> None:

@@ -178,10 +178,11 @@ def dcm_tangent(x0_pred: Tensor, lower_x0_pred: Tensor, theta: Tensor, lower_the
         g of `scm_tangent` at ratio 1 up to an error of the order of the step, without gradient. It is 0 exactly where
         the discrete consistency condition f(x) = f(x') holds, at any step.
 
-    Source: the discrete option of rcm@5b41aa9, which regresses f(x) on f(x') over 48 steps. Its gradient with respect
-    to F is that of `consistency_loss` with this g, times (theta - theta') * tan(theta). Deviation: we keep the form,
-    the normalisation and the weight of the continuous term, so that the balance with distribution matching holds for
-    both and does not move with the number of steps.
+    Source: the discrete option of rcm@5b41aa9 (cm_type dcm), which regresses f(x) on f(x') by a mean squared error over
+    48 steps. Its gradient with respect to F is that of `consistency_loss` with this g, times
+    (theta - theta') * tan(theta). Deviations: theta is any angle, not an end of one of 48 fixed steps; loss, norm and
+    weight are those of the continuous term, so that the balance with distribution matching holds for both and does not
+    move with the number of steps; the lower angle is not below 0.
     """
     with torch.no_grad():
         step = expand_sigma(theta - lower_theta, x0_pred)

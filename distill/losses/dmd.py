@@ -30,12 +30,13 @@ def guided_flow(cond_flow: Tensor, uncond_flow: Tensor, guidance_scale: float) -
 
 
 def dmd_direction(
-    student_x0: Tensor, latents: Tensor, teacher_flow: Tensor, critic_flow: Tensor, sigma: float | Tensor
+    reference: Tensor, latents: Tensor, teacher_flow: Tensor, critic_flow: Tensor, sigma: float | Tensor
 ) -> Tensor:
     """Return the normalised step, x0_critic - x0_teacher, whose negative moves the student towards the teacher.
 
     Args:
-        student_x0: (B, C, F, H, W) clean prediction of the student; only its distance to the teacher is read.
+        reference: (B, C, F, H, W) whose distance to the teacher's clean prediction normalises: the student's sample in
+            DMD2 and CoDMD, `latents` in DP-DMD.
         latents: the noisy state that teacher and critic saw.
         teacher_flow: guided flow of the teacher there.
         critic_flow: flow of the critic there.
@@ -43,15 +44,16 @@ def dmd_direction(
 
     Returns:
         (B, C, F, H, W) direction without gradient, float32 or wider, each sample divided by its mean
-        |student_x0 - x0_teacher|, floored at 1e-5.
+        |reference - x0_teacher|, floored at 1e-5.
 
-    Source: DMD2 as in CoDMD, copula_dmd/dmd.py@6a8259b. Deviation: the difference is taken between flows, since two x0
-    rounded to bfloat16 differ by rounding alone at small sigma; and the normaliser has a floor.
+    Source: DMD2 as in CoDMD, copula_dmd/dmd.py@6a8259b; DP-DMD, dpdmd@d8f75c9 train_sd35_dpdmd.py compute_dmd_loss.
+    Deviation: the difference is taken between flows, since two x0 rounded to bfloat16 differ by rounding alone at small
+    sigma; and the normaliser has a floor.
     """
     with torch.no_grad():
         gap = expand_sigma(sigma, latents) * (at_least_float32(teacher_flow) - at_least_float32(critic_flow))
         teacher_x0 = flow_to_x0(latents, teacher_flow, sigma)
-        distance = (student_x0 - teacher_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+        distance = (reference - teacher_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
         return gap / distance.clamp_min(NORMALISER_FLOOR)
 
 

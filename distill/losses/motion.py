@@ -36,21 +36,21 @@ def adaptive_weights(error_B: Tensor, mean_B: Tensor, sharpness: float, rate: fl
 
     Args:
         error_B: from `flow_errors`; no gradient reaches it.
-        mean_B: moving mean at each sample's level before this batch; NaN where there is none yet, which gives 1/2.
+        mean_B: moving mean at each sample's level before this batch; below 0 where there is none yet: weight 1/2.
         sharpness: published 3.
         rate: share of the mean that stays, published .95: error - m is rate * (error - mean).
 
     Source: AVD (arXiv 2603.21864), causvid/train_distillation_adv.py@0a71f0e.
     """
     excess_B = rate * (error_B.detach() - mean_B)
-    return 1.0 - torch.sigmoid(sharpness * torch.nan_to_num(excess_B))
+    return 1.0 - torch.sigmoid(sharpness * torch.where(mean_B < 0, torch.zeros_like(excess_B), excess_B))
 
 
 def moved_means(mean_K: Tensor, level_B: Tensor, error_B: Tensor, rate: float) -> Tensor:
     """Return the moving mean of the error at each level, after one batch.
 
     Args:
-        mean_K: before; NaN where no sample has been yet.
+        mean_K: before; below 0 where no sample has been yet.
         level_B: of each sample of the whole batch, int64.
         error_B: from `flow_errors`; one that is not finite is left out.
         rate: share of the mean that stays.
@@ -59,7 +59,7 @@ def moved_means(mean_K: Tensor, level_B: Tensor, error_B: Tensor, rate: float) -
     level_B, error_B = level_B[is_finite], error_B[is_finite].to(mean_K.dtype)
     counts_K = torch.bincount(level_B, minlength=len(mean_K)).to(mean_K.dtype)
     batch_K = torch.zeros_like(mean_K).index_add(0, level_B, error_B) / counts_K.clamp(min=1.0)
-    moved_K = torch.where(mean_K.isnan(), batch_K, rate * mean_K + (1.0 - rate) * batch_K)
+    moved_K = torch.where(mean_K < 0, batch_K, rate * mean_K + (1.0 - rate) * batch_K)
     return torch.where(counts_K > 0, moved_K, mean_K)
 
 

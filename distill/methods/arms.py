@@ -24,16 +24,18 @@ from distill.losses.dmd import dmd_loss
 from distill.losses.gan import with_gradient
 from distill.losses.motion import motion_loss
 from distill.methods import matching
-from distill.methods.avd import ERROR_MEANS, AvdConfig, RegressionDraws, note_errors, regression_results
+from distill.methods.avd import ERROR_MEANS, NO_ERROR, AvdConfig, RegressionDraws, note_errors, regression_results
 from distill.methods.draws import (
     Passes,
     StepDraws,
     StepResult,
     Turn,
-    draw_exit_step,
+    draw_exits,
     draw_score_level,
     draw_step,
+    steps_before_exit,
 )
+from distill.methods.exits import exit_levels
 from distill.methods.f_distill import RATIO_MEANS, FDistillConfig, sample_weights
 from distill.methods.gan import GanConfig, NoisedAt, Verdict, discriminator_results, judge
 from distill.methods.scores import Scores, critic_result, score_metrics, score_sample, student_sample
@@ -110,7 +112,7 @@ class TermsConfig(MethodSettings):
         if self.f_distill.is_on:
             means[RATIO_MEANS] = (1.0,) * self.f_distill.bins
         if self.avd.regression_weight > 0:
-            means[ERROR_MEANS] = (float("nan"),) * len(config.grid().timesteps)
+            means[ERROR_MEANS] = (NO_ERROR,) * len(config.grid().timesteps)
         return means
 
     @property
@@ -143,10 +145,10 @@ _AVD_WAN: dict[str, Any] = {
 def configure(recipe: Recipe, method: str) -> DistillConfig:
     """Return the settings of a recipe by one of the arms: those of dmd, with the published weights of its terms.
 
-    On Wan, avd also has its authors' rates, guidance, levels and steps. The heads of shapeworld are narrower.
+    On Wan, avd also has its authors' rates, guidance, levels and steps. Heads of small teachers are narrower.
     """
     config, terms = matching.configure(recipe), _TERMS[method]
-    if recipe.name == "shapeworld":
+    if not recipe.name.startswith("wan_"):
         gan = dataclasses.replace(terms.gan, width=128, queries=4)
         terms = dataclasses.replace(terms, gan=gan, data_steps=25)
         return dataclasses.replace(config, method=method, method_settings=terms)
@@ -183,8 +185,8 @@ def draw_arm(
 ) -> ArmDraws:
     """Draw one turn. What dmd draws comes first, so that arms of one seed share it."""
     settings, rng = terms_settings(config), named_rng(config.seed, role, iteration)
-    exit_step = draw_exit_step(named_rng(config.seed, "exit", iteration), len(config.grid().timesteps))
-    step = draw_step(config, rng, shape, exit_step, device, positions)
+    exit_step, exit_steps = draw_exits(config, named_rng(config.seed, "exit", iteration), shape[0])
+    step = draw_step(config, rng, shape, exit_step, device, positions, exit_steps=exit_steps)
     places = range(shape[0]) if positions is None else positions
     own = slice(places.start, places.stop)
     scored = NoisedAt(noise=step.score_noise, sigma=step.score_sigma, timestep=step.score_timestep)
@@ -194,7 +196,7 @@ def draw_arm(
             if settings.gan.shares_noise:
                 noised[name] = scored
                 continue
-            sigma, timestep = draw_score_level(config, rng, shape[0], exit_step)
+            sigma, timestep = draw_score_level(config, rng, shape[0], exit_step if exit_steps is None else exit_steps)
             noise = sample_noise(rng, shape[1:], places).to(device)
             noised[name] = NoisedAt(noise=noise, sigma=sigma[own].to(device), timestep=timestep[own].to(device))
     if settings.avd.regression_weight > 0 and role == "student":
@@ -210,14 +212,15 @@ class Judged:
 
     Attributes:
         exit_latents: input of the exit step.
-        exit_step: where the rollout stopped.
+        exit_sigma, exit_timestep: from `exit_levels`.
         scores: of critic and teacher.
         sigma: (B,) level of the scores.
         verdict: of the discriminator; None without one.
     """
 
     exit_latents: Tensor
-    exit_step: int
+    exit_sigma: float | Tensor
+    exit_timestep: Tensor
     scores: Scores
     sigma: Tensor
     verdict: Verdict | None
@@ -253,9 +256,11 @@ def judged_sample(turn: Turn, positions: range, draws: ArmDraws, *, with_grad: b
     sample = student_x0.detach()
     scores = score_sample(networks, batch, sample, draws, config)
     verdict = judge(networks, batch, sample, draws.noised["fake"]) if draws.noised else None
+    exit_sigma, exit_timestep = exit_levels(draws, config.grid(), len(sample), sample.device)
     judged = Judged(
         exit_latents=inputs[0],
-        exit_step=draws.exit_step,
+        exit_sigma=exit_sigma,
+        exit_timestep=exit_timestep,
         scores=scores,
         sigma=draws.score_sigma,
         verdict=verdict,
@@ -390,17 +395,16 @@ class ArmMethod:
 
     def _related_losses(self, turn: Turn) -> Iterator[StepResult]:
         # Two passes: what a micro-batch's loss is depends on all others.
-        config, networks, grid, parts = turn.config, turn.networks, turn.config.grid(), []
+        settings, networks, parts = terms_settings(turn.config), turn.networks, []
         for positions, draws in self._draws(turn):
             with torch.no_grad():
                 parts.append(judged_sample(turn, positions, draws, with_grad=False)[1])
         whole = gathered(turn, parts)
         for positions, judged in zip(turn.micro_batches(), parts, strict=True):
             latents, embeds = judged.exit_latents, turn.load(positions).prompt_embeds
-            timestep_B = torch.full((len(latents),), grid.timesteps[judged.exit_step], device=latents.device)
-            flow_pred = denoiser(networks.student, networks.precision)(latents, timestep_B, embeds)
-            student_x0 = flow_to_x0(latents, flow_pred, grid.sigmas[judged.exit_step])
-            yield student_loss(student_x0, judged, whole, positions, terms_settings(config))
+            flow_pred = denoiser(networks.student, networks.precision)(latents, judged.exit_timestep, embeds)
+            student_x0 = flow_to_x0(latents, flow_pred, judged.exit_sigma)
+            yield student_loss(student_x0, judged, whole, positions, settings)
 
     def _regression_losses(self, turn: Turn) -> Iterator[StepResult]:
         settings, means = terms_settings(turn.config).avd, turn.memory[ERROR_MEANS]
@@ -417,7 +421,7 @@ class ArmMethod:
 
     def passes(self, config: DistillConfig) -> dict[str, Passes]:
         """Count the passes of each role's turn: the exit step is uniform."""
-        settings, before_exit = terms_settings(config), (len(config.grid().timesteps) - 1) / 2
+        settings, before_exit = terms_settings(config), steps_before_exit(config)
         has_head = settings.critic_head() is not None
         has_two_passes = settings.relates_samples and config.accumulate > 1
         plans = TOKEN_PLANS if settings.transport.weight > 0 and settings.transport.over == FRAME else 0

@@ -19,8 +19,8 @@ from distill.methods.draws import StepResult
 from distill.networks.build import Networks, denoiser
 from distill.settings import check_range
 
-# Name of its running means in `Turn.memory`.
-ERROR_MEANS = "error_means"
+# Name of its running means in `Turn.memory`, and what they are before the first error.
+ERROR_MEANS, NO_ERROR = "error_means", -1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from codmd_serve.errors import ConfigError
 from codmd_serve.grid import StepGrid
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, add_noise, shift_sigma
-from distill.config import DistillConfig, MethodSettings, Recipe
+from distill.config import ANALYTIC_RECIPES, DistillConfig, MethodSettings, Recipe
 from distill.data.prompts import Batch
 from distill.data.teacher_latents import TeacherSampling
 from distill.losses.consistency import (
@@ -145,8 +145,9 @@ def rcm_settings(config: DistillConfig) -> RcmConfig:
 
 # By recipe: what is published beside the settings of `configure`.
 _PUBLISHED: dict[str, dict[str, Any]] = {
-    # 5 latent frames: -.8 + .5 * log(5) = 0. The warm-up has about the published share of the run.
+    # -.8 + .5 * log(latent frames): 8 in the analytic worlds. The warm-up has about the published share of the run.
     "shapeworld": {"method_settings": RcmConfig(theta_mean=0.0, warmup_iterations=400, data_steps=25)},
+    **{name: {"method_settings": RcmConfig(theta_mean=0.24, warmup_iterations=200)} for name in ANALYTIC_RECIPES},
     "wan_1_3b": {
         "method_settings": RcmConfig(theta_mean=0.7, warmup_iterations=1000, data_steps=100),
         "guidance_scale": 5.0,
@@ -155,7 +156,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "max_iterations": 10_000,
     },
     "wan_14b": {
-        "method_settings": RcmConfig(theta_mean=1.5, warmup_iterations=200, data_steps=100),
+        "method_settings": RcmConfig(theta_mean=1.5, warmup_iterations=0, data_steps=100),
         "guidance_scale": 5.0,
         "score_shift": 5.0,
         "batch_size": 64,
@@ -169,9 +170,9 @@ _LEARNING_RATES = {"wan_1_3b": (2e-6, 4e-7), "wan_14b": (1e-6, 1e-7)}
 def configure(recipe: Recipe, method: str) -> DistillConfig:
     """Return the settings of rcm or dcm for a recipe; what is not published for them is that of codmd.
 
-    Source: rCM (arXiv 2510.08431) and rcm@5b41aa9: no clipping, betas (0, .999), a power average of length .05, steps
-    at atan(80), 1.5, 1.4 and 1, scores at shift-5 levels without clamp, guidance 5, and for 14B the warm-up of the
-    paper with the angles of the code. Deviation: score_sigma_min is 1e-4, since at level 0 there is no noise to score.
+    Source: rcm@5b41aa9 rcm/configs/experiments/rcm/wan2pt1_t2v.py, for 14B its angles and its warm-up of 0 together
+    (the paper, arXiv 2510.08431, warms 200 iterations up); batch, iterations and the average's length are the paper's.
+    Deviation: score_sigma_min is 1e-4, since at level 0 there is no noise to score. docs/explanation/constants.md.
     """
     config = matching.configure(recipe)
     student_lr, critic_lr = _LEARNING_RATES.get(recipe.name, (config.optimizer.student_lr, config.optimizer.critic_lr))
@@ -185,7 +186,7 @@ def configure(recipe: Recipe, method: str) -> DistillConfig:
         optimizer=replace(
             config.optimizer, student_lr=student_lr, critic_lr=critic_lr, betas=(0.0, 0.999), clip_norm=None
         ),
-        ema=replace(config.ema, kind="power", length=0.05, start_update=0),
+        ema=replace(config.ema, kind="power", length=0.05, start_after_updates=0),
         **_PUBLISHED[recipe.name],
     )
 

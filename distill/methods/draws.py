@@ -9,6 +9,7 @@ Legend: B batch, C channels, F latent frames, H and W latent rows and columns.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,9 @@ class StepDraws:
     """The random numbers of a student rollout and of its scores, on the training device.
 
     Attributes:
-        exit_step: denoising step at which the rollout stops.
+        exit_step: denoising step at which the rollout stops; the last one of the whole batch where each sample has its
+            own, so that all ranks call the student equally often.
+        exit_steps: (B,) int64 on the CPU, the exit step of each sample; None where all have `exit_step`.
         rollout_noise: (exit_step + 1, B, C, F, H, W), N(0, 1).
         score_noise: (B, C, F, H, W), N(0, 1).
         score_sigma: (B,) noise level at which teacher and critic see the sample.
@@ -115,11 +118,45 @@ class StepDraws:
     score_noise: Tensor
     score_sigma: Tensor
     score_timestep: Tensor
+    exit_steps: Tensor | None = None
 
 
 def draw_exit_step(rng: torch.Generator, num_steps: int, first: int = 0) -> int:
     """Draw a rollout's last step, uniform in first..num_steps - 1; `rng` must be in one state on all ranks."""
     return int(torch.randint(first, num_steps, (), generator=rng))
+
+
+def draw_exits(
+    config: DistillConfig, rng: torch.Generator, batch_size: int, first: int = 0
+) -> tuple[int, Tensor | None]:
+    """Draw where the rollouts of a turn stop.
+
+    Args:
+        config: gives the number of steps, and exit_per_sample.
+        rng: in one state on all ranks.
+        batch_size: of the whole batch.
+        first: the first step at which one may stop.
+
+    Returns:
+        `exit_step` and `exit_steps` of `StepDraws`, of the whole batch.
+
+    Source: one per batch as in Self-Forcing; one per sample as in CoDMD, copula_dmd/dmd.py@aef0ec0 _run_generator.
+    """
+    num_steps = len(config.grid().timesteps)
+    if not config.exit_per_sample:
+        return draw_exit_step(rng, num_steps, first), None
+    exit_steps = torch.randint(first, num_steps, (batch_size,), generator=rng)
+    return int(exit_steps.max()), exit_steps
+
+
+def steps_before_exit(config: DistillConfig, first: int = 0) -> float:
+    """Return the mean number of steps that a rollout takes before its exit step, over `draw_exits`."""
+    num_steps = len(config.grid().timesteps)
+    if config.exit_per_sample:
+        count = num_steps - first
+        # The mean of the latest of the batch, which all its samples' rollouts take.
+        return num_steps - 1 - sum((step / count) ** config.batch_size for step in range(1, count))
+    return (num_steps - 1 + first) / 2
 
 
 def draw_step(
@@ -130,6 +167,7 @@ def draw_step(
     device: torch.device,
     positions: range | None = None,
     *,
+    exit_steps: Tensor | None = None,
     reference_compat: bool = False,
 ) -> StepDraws:
     """Draw everything random in one step, for the whole batch or some places of it.
@@ -138,9 +176,10 @@ def draw_step(
         config: gives the law of the noise levels.
         rng: a CPU generator, so that a run draws the same numbers on every kind of device.
         shape: (B, C, F, H, W) of the whole batch's latents.
-        exit_step: from `draw_exit_step`.
+        exit_step: from `draw_exit_step`, or the largest of `exit_steps`.
         device: where the numbers go.
         positions: places of the batch to draw for; None is all of them.
+        exit_steps: from `draw_exits`, of the whole batch; None stops all samples at `exit_step`.
         reference_compat: draw noise levels as the authors do, see `draw_score_level`.
 
     Returns:
@@ -150,9 +189,12 @@ def draw_step(
     places = range(batch_size) if positions is None else positions
     own = slice(places.start, places.stop)
     noise = sample_noise(rng, (exit_step + 2, *shape[1:]), places).movedim(1, 0).contiguous().to(device)
-    sigma, timestep = draw_score_level(config, rng, batch_size, exit_step, reference_compat=reference_compat)
+    sigma, timestep = draw_score_level(
+        config, rng, batch_size, exit_step if exit_steps is None else exit_steps, reference_compat=reference_compat
+    )
     return StepDraws(
         exit_step=exit_step,
+        exit_steps=None if exit_steps is None else exit_steps[own],
         rollout_noise=noise[:-1],
         score_noise=noise[-1],
         score_sigma=sigma[own].to(device),
@@ -161,7 +203,12 @@ def draw_step(
 
 
 def draw_score_level(
-    config: DistillConfig, rng: torch.Generator, batch_size: int, exit_step: int, *, reference_compat: bool = False
+    config: DistillConfig,
+    rng: torch.Generator,
+    batch_size: int,
+    exit_step: int | Tensor,
+    *,
+    reference_compat: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Draw noise levels for the scores: uniform, shifted, clamped to the window of the exit step.
 
@@ -169,7 +216,7 @@ def draw_score_level(
         config: score_shift, score_sigma_min, score_sigma_max, score_window, score_shared_sigma.
         rng: in one state on all ranks.
         batch_size: of the whole batch.
-        exit_step: chooses the window.
+        exit_step: chooses the window; one of the batch, or (B,) of each sample.
         reference_compat: draw timesteps from 0..999 and snap sigma to the authors' table, as they do.
 
     Returns:
@@ -182,16 +229,26 @@ def draw_score_level(
     level = torch.rand(num_draws, generator=rng)
     if reference_compat:
         level = (level * NUM_TRAIN_TIMESTEPS).floor() / NUM_TRAIN_TIMESTEPS
-    low, high = score_window(config, exit_step)
+    low, high = _windows(config, exit_step)
     if config.score_window != "full":
         # Uniform before the shift and inside the window, so that no draw piles up at its ends.
         bottom, top = (shift_sigma(bound, 1.0 / config.score_shift) for bound in (low, high))
         level = bottom + (top - bottom) * level
-    sigma = shift_sigma(level, config.score_shift).clamp(low, high)
+    sigma = shift_sigma(level, config.score_shift).clamp(low, high).float()
     timestep = NUM_TRAIN_TIMESTEPS * sigma
     if reference_compat:
         sigma = torch.tensor([reference_sigma(value) for value in timestep.tolist()])
     return sigma.expand(batch_size), timestep.expand(batch_size)
+
+
+def _windows(config: DistillConfig, exit_step: int | Tensor) -> tuple[Any, Any]:
+    """Return the bounds of `score_window`: two numbers, or two float64 tensors (B,) where samples differ."""
+    if isinstance(exit_step, int):
+        return score_window(config, exit_step)
+    if config.score_window == "full":
+        return score_window(config, 0)
+    lows, highs = zip(*(score_window(config, step) for step in exit_step.tolist()), strict=True)
+    return torch.tensor(lows, dtype=torch.float64), torch.tensor(highs, dtype=torch.float64)
 
 
 def score_window(config: DistillConfig, exit_step: int) -> tuple[float, float]:

@@ -18,7 +18,15 @@ from torch import Tensor
 from codmd_serve.errors import ConfigError
 from codmd_serve.grid import StepGrid
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, flow_to_x0, shift_sigma
-from distill.config import DistillConfig, EmaConfig, MethodSettings, OptimizerConfig, Recipe
+from distill.config import (
+    ANALYTIC_RECIPES,
+    DistillConfig,
+    EmaConfig,
+    MethodSettings,
+    OptimizerConfig,
+    Recipe,
+    StartConfig,
+)
 from distill.data.prompts import Batch
 from distill.data.teacher_latents import TeacherSampling
 from distill.losses.copula import FEATURES, copula_terms, pooled_features
@@ -37,10 +45,12 @@ from distill.methods.draws import (
     StepDraws,
     StepResult,
     Turn,
-    draw_exit_step,
+    draw_exits,
     draw_step,
     reference_sigma,
+    steps_before_exit,
 )
+from distill.methods.exits import exit_levels
 from distill.methods.relations import BatchRelations
 from distill.methods.scores import Scores, critic_step, score_metrics, score_sample, student_sample
 from distill.networks.build import Networks, denoiser
@@ -68,6 +78,7 @@ class CopulaConfig(MethodSettings):
     """
 
     group: ClassVar[str] = "copula"
+    has_exit_steps: ClassVar[bool] = True
 
     scale: float = 0.1
     weight_frame: float = 1.0
@@ -122,15 +133,41 @@ def copula_settings(config: DistillConfig) -> CopulaConfig:
     return config.method_settings
 
 
+# Self-Forcing's ema_start_step counts iterations, of which one in 5 updates the student.
+# Source: guandeh17/Self-Forcing@33593df trainer/distillation.py (self.step), configs/self_forcing_dmd.yaml.
+SELF_FORCING_EMA_START_ITERATIONS = 200
+ITERATIONS_PER_STUDENT_UPDATE = 5
+
 _WAN_1_3B: dict[str, Any] = {
     "optimizer": OptimizerConfig(student_lr=2e-6, critic_lr=4e-7),
-    "ema": EmaConfig(decay=0.99, start_update=200),
+    "ema": EmaConfig(
+        decay=0.99, start_after_updates=SELF_FORCING_EMA_START_ITERATIONS // ITERATIONS_PER_STUDENT_UPDATE
+    ),
     "batch_size": 64,
     "max_iterations": 3000,
+    "student_every_iterations": ITERATIONS_PER_STUDENT_UPDATE,
     "guidance_scale": 4.5,
     "timesteps": (1000.0, 900.0, 757.0, 522.0),
     "score_shift": 8.0,
     "method_settings": CopulaConfig(),
+}
+# Chosen by hand on seed 0 of the world ties.
+_ANALYTIC: dict[str, Any] = {
+    "optimizer": OptimizerConfig(
+        student_lr=5e-4, critic_lr=1e-3, betas=(0.0, 0.999), weight_decay=0.0, warmup_updates=50
+    ),
+    "ema": EmaConfig(decay=0.98),
+    "batch_size": 64,
+    "max_iterations": 2000,
+    "student_every_iterations": 4,
+    "guidance_scale": 1.0,
+    "step_shift": 3.0,
+    "score_shift": 3.0,
+    "score_window": "step",
+    "start": StartConfig(student_lr=1e-3),
+    "method_settings": CopulaConfig(),
+    "log_every_iterations": 100,
+    "save_every_iterations": 1000,
 }
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "shapeworld": {
@@ -145,6 +182,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "score_window": "step",
         "method_settings": CopulaConfig(),
     },
+    **dict.fromkeys(ANALYTIC_RECIPES, _ANALYTIC),
     "wan_1_3b": _WAN_1_3B,
     # Shift-5 steps and scores, both relational terms.
     "wan_14b": {
@@ -181,13 +219,15 @@ class ScoredSample:
 
     Attributes:
         exit_latents: (B, C, F, H, W) input of the exit step, from which the sample is computed again with gradient.
-        exit_step: denoising step at which the rollout stopped.
+        exit_sigma: noise level of that input, one number or (B,).
+        exit_timestep: (B,) what the student is fed there.
         scores: of the sample.
         control: of `MatchingDraws`.
     """
 
     exit_latents: Tensor
-    exit_step: int
+    exit_sigma: float | Tensor
+    exit_timestep: Tensor
     scores: Scores
     control: ControlDraws
 
@@ -211,10 +251,20 @@ def draw_sample(
     exit_step: int,
     device: torch.device,
     positions: range | None = None,
+    exit_steps: Tensor | None = None,
 ) -> MatchingDraws:
     """Draw everything random in one step of codmd or dmd; arguments as `draw_step`."""
     settings = copula_settings(config)
-    step = draw_step(config, rng, shape, exit_step, device, positions, reference_compat=settings.reference_compat)
+    step = draw_step(
+        config,
+        rng,
+        shape,
+        exit_step,
+        device,
+        positions,
+        exit_steps=exit_steps,
+        reference_compat=settings.reference_compat,
+    )
     shared = {entry.name: getattr(step, entry.name) for entry in dataclasses.fields(step)}
     # Last, so that control arms share every other draw.
     cells = 1 if settings.features == "mean" else settings.grid
@@ -267,9 +317,11 @@ def scored_sample(
     scores = score_sample(networks, batch, student_x0, draws, config)
     settings = copula_settings(config)
     videos = (student_x0, scores.teacher_x0, scores.critic_x0)
+    exit_sigma, exit_timestep = exit_levels(draws, config.grid(), len(student_x0), student_x0.device)
     sample = ScoredSample(
         exit_latents=inputs[0],
-        exit_step=draws.exit_step,
+        exit_sigma=exit_sigma,
+        exit_timestep=exit_timestep,
         scores=scores,
         control=draws.control,
     )
@@ -284,10 +336,8 @@ def resumed_student_step(
     relate: Callable[[Tensor], Tensor],
 ) -> StepResult:
     """Compute the loss of `student_step` from `scored_sample`: one forward of the student, nothing scored again."""
-    grid, latents = config.grid(), sample.exit_latents
-    timestep_B = torch.full((latents.shape[0],), grid.timesteps[sample.exit_step], device=latents.device)
-    flow_pred = denoiser(networks.student, networks.precision)(latents, timestep_B, batch.prompt_embeds)
-    student_x0 = flow_to_x0(latents, flow_pred, grid.sigmas[sample.exit_step])
+    denoise, latents = denoiser(networks.student, networks.precision), sample.exit_latents
+    student_x0 = flow_to_x0(latents, denoise(latents, sample.exit_timestep, batch.prompt_embeds), sample.exit_sigma)
     return _student_loss(student_x0, sample.scores, sample.control, config, relate)
 
 
@@ -349,9 +399,10 @@ class MatchingMethod:
         device: torch.device,
         positions: range | None = None,
     ) -> MatchingDraws:
-        """Draw one turn; student and critic of an iteration stop at the same exit step."""
-        exit_step = draw_exit_step(named_rng(config.seed, "exit", iteration), len(config.grid().timesteps))
-        return draw_sample(config, named_rng(config.seed, role, iteration), shape, exit_step, device, positions)
+        """Draw one turn; student and critic of an iteration stop at the same exit steps."""
+        rng, exit_rng = (named_rng(config.seed, name, iteration) for name in (role, "exit"))
+        exit_step, exit_steps = draw_exits(config, exit_rng, shape[0])
+        return draw_sample(config, rng, shape, exit_step, device, positions, exit_steps)
 
     def losses(self, turn: Turn) -> Iterator[StepResult]:
         """Yield the loss of each micro-batch of a turn."""
@@ -391,7 +442,7 @@ class MatchingMethod:
 
     def passes(self, config: DistillConfig) -> dict[str, Passes]:
         """Count the passes of each role's turn: the exit step is uniform."""
-        before_exit = (len(config.grid().timesteps) - 1) / 2
+        before_exit = steps_before_exit(config)
         has_two_passes = self._has_batch_term(config) and config.accumulate > 1
         return {
             "student": Passes(

@@ -18,6 +18,7 @@ from distill.data.prompts import Batch
 from distill.losses.dmd import dmd_direction
 from distill.losses.flow import flow_loss
 from distill.methods.draws import StepDraws, StepResult
+from distill.methods.exits import sample_at_exits
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
 
 
@@ -44,6 +45,8 @@ def student_sample(
     Returns:
         x0_pred (B, C, F, H, W) of the exit step, float32 or wider.
     """
+    if draws.exit_steps is not None:
+        return sample_at_exits(denoise, batch, draws, grid, sampler, with_grad=with_grad)
     return rollout(
         denoise,
         draws.rollout_noise,
@@ -57,9 +60,25 @@ def student_sample(
 
 
 def score_sample(
-    networks: Networks, batch: Batch, student_x0: Tensor, draws: StepDraws, config: DistillConfig
+    networks: Networks,
+    batch: Batch,
+    student_x0: Tensor,
+    draws: StepDraws,
+    config: DistillConfig,
+    *,
+    is_relative_to_state: bool = False,
 ) -> Scores:
-    """Re-noise a student sample to the drawn level and evaluate critic and guided teacher there, without gradient."""
+    """Re-noise a student sample to the drawn level and evaluate critic and guided teacher there, without gradient.
+
+    Args:
+        networks: critic and teacher.
+        batch: prompts.
+        student_x0: (B, C, F, H, W) the sample.
+        draws: noise and its level.
+        config: the run's settings.
+        is_relative_to_state: divide the direction by the teacher's distance from the noisy state, as DP-DMD does,
+            instead of that from the sample.
+    """
     with torch.no_grad():
         latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
         critic_flow = denoiser(networks.critic, networks.precision)(latents, draws.score_timestep, batch.prompt_embeds)
@@ -71,8 +90,9 @@ def score_sample(
             batch.negative_prompt_embeds,
             config.guidance_scale,
         )
+        reference = latents if is_relative_to_state else student_x0
         return Scores(
-            direction=dmd_direction(student_x0, latents, teacher_flow, critic_flow, draws.score_sigma),
+            direction=dmd_direction(reference, latents, teacher_flow, critic_flow, draws.score_sigma),
             teacher_x0=flow_to_x0(latents, teacher_flow, draws.score_sigma),
             critic_x0=flow_to_x0(latents, critic_flow, draws.score_sigma),
         )

@@ -1,24 +1,29 @@
 """The base of a run, the teacher's diffusers pipeline: found and its configs read once; weights are loaded when asked.
 
-Knows neither losses nor the training loop.
+What a run asks of its base is a method here. Another kind of base (networks/analytic.py) overrides them, and says by
+`has_vae` and `has_blocks` what it cannot do. Knows neither losses nor the training loop.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from torch import Tensor
 
 from codmd_serve.config import default_bundle_path
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.checkpoint import load_module, load_tokenizer, read_part_config
 from codmd_serve.wan.hub import hub_snapshot, is_hub_id
 from codmd_serve.wan.vae import vae_scales
-from distill.config import NativeConfig
+from distill.config import DistillConfig, HeadConfig, NativeConfig
+from distill.networks.head import add_head
+from distill.networks.start import load_start
 
+ANALYTIC_PREFIX = "analytic:"
 CONFIGURED_PARTS = ("transformer", "vae", "scheduler")
 PARTS = (*CONFIGURED_PARTS, "tokenizer", "text_encoder")
 
@@ -34,6 +39,31 @@ class Base:
 
     source: str
     is_local: bool
+    # Latents decode to videos: previews, a diffusers folder.
+    has_vae: ClassVar[bool] = True
+    # Networks of Wan blocks: sharded, compiled, checkpointed and adapted block by block, and called in bf16.
+    has_blocks: ClassVar[bool] = True
+
+    def prepared(self, cache_dir: Path) -> "Base":
+        """Return the base with all that a run needs beside its files, made in the cache folder; here nothing is."""
+        del cache_dir
+        return self
+
+    def check_run(self, config: DistillConfig, world_size: int, *, compiled: bool) -> None:
+        """Refuse a run that the base's networks cannot be trained in.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+
+    def caption_embeds(self, prompts: list[str]) -> list[Tensor] | None:
+        """Return embeddings (L, D) of prompts that the base knows without a text encoder; None where it has one.
+
+        Raises:
+            ConfigError: a prompt that it does not know.
+        """
+        del prompts
+        return None
 
     @property
     def name(self) -> str:
@@ -120,6 +150,24 @@ class Base:
         transformer: WanTransformer3DModel = self.load(WanTransformer3DModel, "transformer", torch_dtype=dtype)
         return transformer
 
+    def load_teacher(self, dtype: torch.dtype) -> WanTransformer3DModel:
+        """Load the network of the teacher; raises as `load`."""
+        return self.load_transformer(dtype)
+
+    def load_start(self, transformer: WanTransformer3DModel, source: str, setting: str) -> WanTransformer3DModel:
+        """Give a network the weights that student or critic start from; see `networks.start.load_start`."""
+        return load_start(transformer, source, setting)
+
+    def add_head(self, transformer: WanTransformer3DModel, head: HeadConfig) -> None:
+        """Give a critic the head of a discriminator, in place; see `networks.head.add_head`."""
+        add_head(transformer, head)
+
+    def empty_transformer(self) -> WanTransformer3DModel:
+        """Return a transformer of the base's architecture on the meta device, without weights."""
+        with torch.device("meta"):
+            transformer: WanTransformer3DModel = WanTransformer3DModel.from_config(self.transformer_config)
+        return transformer
+
     def load_tokenizer(self) -> Any:
         """Load the tokenizer.
 
@@ -142,9 +190,16 @@ class Base:
 def open_base(name: str) -> Base:
     """Find the teacher's pipeline: a folder, one of the bundled weights, or a hub id. Nothing is downloaded.
 
+    `analytic:NAME` is the exact teacher of an analytic world.
+
     Raises:
         CheckpointError: no such folder, and the text cannot be a hub id.
+        ConfigError: no analytic world of that name.
     """
+    if name.startswith(ANALYTIC_PREFIX):
+        from distill.networks.analytic import AnalyticBase
+
+        return AnalyticBase.of_world(name.removeprefix(ANALYTIC_PREFIX))
     folder, bundled = Path(name), default_bundle_path().parent / Path(name).name
     if folder.is_dir():
         return Base(source=str(folder), is_local=True)

@@ -20,10 +20,8 @@ from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.config import DistillConfig
 from distill.losses.dmd import guided_flow
 from distill.networks.base import Base
-from distill.networks.head import add_head
 from distill.networks.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
 from distill.networks.precision import keep_sensitive_parts_float32, unfuse_bf16_attention
-from distill.networks.start import load_start
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import load_sharded, split_tokens
 
@@ -73,20 +71,21 @@ def build_networks(
 
     def build(role: str, dtype: torch.dtype, is_trained: bool, has_adapters: bool = False) -> WanTransformer3DModel:
         def load() -> WanTransformer3DModel:
-            transformer = base.load_transformer(dtype)
+            transformer = base.load_teacher(dtype) if role == "teacher" else base.load_transformer(dtype)
             source = starts.get(role, "")
-            return load_start(transformer, source, f"{role}_from") if source else transformer
+            return base.load_start(transformer, source, f"{role}_from") if source else transformer
 
         def prepare(transformer: WanTransformer3DModel) -> None:
             # Wan has no dropout; eval makes that independent of a base whose config says otherwise.
             transformer.eval().requires_grad_(is_trained)
-            keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
-            if config.context_parallel == 1:  # context parallelism has an attention of its own
-                unfuse_bf16_attention(transformer, config.precision, device)
-            if has_adapters:
-                add_adapters(transformer, switch, config.lora_critic_rank, config.lora_critic_alpha)
+            if base.has_blocks:
+                keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
+                if config.context_parallel == 1:  # context parallelism has an attention of its own
+                    unfuse_bf16_attention(transformer, config.precision, device)
+                if has_adapters:
+                    add_adapters(transformer, switch, config.lora_critic_rank, config.lora_critic_alpha)
             if head is not None and (has_adapters or role == "critic"):
-                add_head(transformer, head)
+                base.add_head(transformer, head)
 
         if processes.mesh is None:
             network = load()

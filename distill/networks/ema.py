@@ -18,7 +18,7 @@ def ema_decay(config: EmaConfig, update: int) -> float:
 
     Source: EDM2 (arXiv 2312.02696), section 3.1, as rCM (arXiv 2510.08431) uses it.
     """
-    num_averaged = update - config.start_update
+    num_averaged = update - config.start_after_updates
     if num_averaged <= 0:
         return 0.0
     if config.kind == "constant":
@@ -37,7 +37,7 @@ def _power_exponent(length: float) -> float:
 
 
 class Ema:
-    """The moving average in float32, `shadow` by parameter name; before `start_update` it is a copy."""
+    """The moving average in float32, `shadow` by parameter name; for the first `start_after_updates` it is a copy."""
 
     def __init__(self, network: nn.Module, config: EmaConfig) -> None:
         self.config = config

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 import codmd_serve
@@ -120,10 +118,10 @@ def write_bundle(
     """
     bundle_dir = bundle_dir.absolute()
     spec = student_spec(bundle_dir, config, base, num_student_updates, config_sha256)
-    spec = replace(spec, preview_map=preview_map_of_base(base.folder))
+    if base.has_vae:
+        spec = replace(spec, preview_map=preview_map_of_base(base.folder))
     try:
-        with torch.device("meta"):
-            transformer = WanTransformer3DModel.from_config(base.transformer_config)
+        transformer = base.empty_transformer()
         dtype = DTYPES_BY_NAME[config.bundle_dtype]
         weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in ema_weights.items()}
         transformer.load_state_dict(weights, assign=True)

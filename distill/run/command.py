@@ -23,7 +23,7 @@ BEST = "best"
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill train`."""
-    parser.add_argument("--recipe", help="shapeworld (default), wan_1_3b or wan_14b")
+    parser.add_argument("--recipe", help="shapeworld (default), analytic_ties, analytic_orbit, wan_1_3b or wan_14b")
     parser.add_argument(
         "--method",
         help="with the settings published for it (default codmd); an unknown name lists all",
@@ -152,6 +152,7 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
     require_prompts(config)
     if args.dry_run:
         base = open_base(config.base)
+        base.check_run(config, processes.world_size, compiled=args.compile)
         summary = {
             **check_prompts(config, base),
             "latents": native_latents(config, base),

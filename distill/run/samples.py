@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill sample-teacher`."""
-    parser.add_argument("--recipe", help="shapeworld (default), wan_1_3b or wan_14b")
+    parser.add_argument("--recipe", help="shapeworld (default), analytic_ties, analytic_orbit, wan_1_3b or wan_14b")
     parser.add_argument("--method", help="rcm, dcm, regression, or a method whose run has start.updates above 0")
     parser.add_argument(
         "--set",
@@ -90,7 +90,7 @@ def _sample(config: "DistillConfig", cache: Path, device: "torch.device", proces
     from distill.networks.build import build_networks
     from distill.run.trainer import native_latents
 
-    base, device = open_base(config.base), processes.device
+    base, device = open_base(config.base).prepared(cache), processes.device
     shape = native_latents(config, base)
     data = cached_prompt_data(config, base, cache, device, processes)
     networks = build_networks(config, base, device, processes)

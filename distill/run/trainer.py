@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
 from codmd_serve.files import first_line
 from distill.config import DistillConfig
-from distill.data.prompts import Batch, PromptData, batch_indices, cached_prompt_data
+from distill.data.prompts import PromptData, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
 from distill.methods.draws import ROLES, Turn
 from distill.methods.registry import METHODS
@@ -29,7 +30,9 @@ from distill.networks.build import Networks, build_networks, compile_blocks, tra
 from distill.networks.ema import Ema
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import check_token_split
+from distill.run.batches import load_batch
 from distill.run.bundle import export_bundle, student_spec, write_pipeline
+from distill.run.calls import Calls
 from distill.run.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -110,9 +113,10 @@ class Trainer:
         self.updates = dict.fromkeys(ROLES, 0)
         self.num_skipped = 0
         self.nonfinite_in_row = dict.fromkeys(ROLES, 0)
+        self.calls = Calls(networks)
         self.ema = Ema(networks.student, config.ema)
-        memory = config.method_settings.memory(config)
-        self.memory = {name: torch.tensor(values, device=device) for name, values in memory.items()}
+        kept = config.method_settings.memory(config).items()
+        self.memory = {name: torch.tensor(values, device=device) for name, values in kept}
         self.trained: dict[str, nn.Module] = {"student": networks.student, "critic": networks.critic}
         self.parameters = {role: trained_parameters(self.trained[role]) for role in ROLES}
         self.learning_rates = {"student": config.optimizer.student_lr, "critic": config.optimizer.critic_lr}
@@ -136,7 +140,9 @@ class Trainer:
         """
         metrics: dict[str, Tensor] = {}
         for role in METHODS[self.config.method].turns(self.config, self.iteration):
-            metrics |= self._update(role, self._differentiate(role))
+            with self.calls:
+                means = self._differentiate(role)
+            metrics |= self._update(role, means)
         self.iteration += 1
         return metrics
 
@@ -167,24 +173,9 @@ class Trainer:
             processes=self.processes,
             shape=self.shape,
             device=self.device,
-            load=lambda positions: self._load(role, positions),
+            load=partial(load_batch, self.config, self.data, self.latents, role, self.iteration, self.device),
             memory=self.memory,
         )
-
-    def _load(self, role: str, positions: range) -> Batch:
-        config, has_data = self.config, role in self.config.method_settings.data_roles()
-        latents = self.latents if has_data else None
-        num_prompts = self.data.num_prompts
-        num_samples = num_prompts if latents is None else latents.num_samples
-        indices = batch_indices(self.iteration, num_samples, config.batch_size, config.seed)
-        own = indices[positions.start : positions.stop]
-        batch = self.data.batch([index % num_prompts for index in own], self.device)
-        if latents is not None:
-            states = latents.states(own, self.device) if latents.has_states else None
-            batch = replace(batch, x0=latents.batch(own, self.device), states=states)
-        elif has_data and self.data.latents is not None:
-            batch = replace(batch, x0=self.data.x0(own, self.device))
-        return batch
 
     def _update(self, role: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         parameters, optimizer, settings = self.parameters[role], self.optimizers[role], self.config.optimizer
@@ -222,8 +213,8 @@ class Trainer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return all tensors that the next iteration depends on, as this rank holds them; they are not copies."""
-        tensors = {f"ema/{name}": tensor for name, tensor in self.ema.shadow.items()}
-        tensors |= {f"memory/{name}": tensor for name, tensor in self.memory.items()}
+        kept = {"ema": self.ema.shadow, "memory": self.memory}
+        tensors = {f"{kind}/{name}": tensor for kind, one in kept.items() for name, tensor in one.items()}
         for role in ROLES:
             for name, parameter in self.parameters[role].items():
                 tensors[f"networks/{role}/{name}"] = parameter.detach()
@@ -240,6 +231,7 @@ class Trainer:
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": dict(self.nonfinite_in_row),
             "ema_updates": self.ema.num_updates,
+            "calls": dict(self.calls.counts),
             "data": {"content": self.data.content, "samples": self.iteration * self.config.batch_size},
         }
 
@@ -267,6 +259,7 @@ class Trainer:
             self.iteration, self.num_skipped = int(values["iteration"]), int(values["num_skipped"])
             self.updates, self.nonfinite_in_row = dict(values["updates"]), dict(values["nonfinite_in_row"])
             self.ema.num_updates = int(values["ema_updates"])
+            self.calls.restore(values.get("calls", {}))
         except (KeyError, TypeError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"{checkpoint.folder} does not fit this run: {first_line(error)}") from error
 
@@ -309,7 +302,8 @@ def run_training(
     """
     processes = options.processes
     processes.on_rank0(lambda: check_out(config, options.out, resume))
-    base = open_base(config.base)
+    base = open_base(config.base).prepared(options.cache_dir or options.out / "cache")
+    base.check_run(config, processes.world_size, compiled=options.compiled)
     # What the bundle at the end could not say is an error now.
     student_spec(options.out / "bundle", config, base, 0)
     checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
@@ -328,7 +322,7 @@ def run_training(
         def export() -> None:
             # From the checkpoint, tensor by tensor: rank 0 needs the memory of the bundle alone.
             export_bundle(options.out, bundle, trainer.iteration, base)
-            if options.has_pipeline:
+            if options.has_pipeline and base.has_vae:
                 write_pipeline(bundle, options.out / "pipeline")
 
         processes.on_rank0(export)
@@ -378,7 +372,8 @@ def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
         ConfigError: the size does not fit VAE and patches, or its tokens cannot be split over context_parallel ranks.
     """
     shape = base.latent_shape(config.native)
-    check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
+    if base.has_blocks:
+        check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
     return shape
 
 
@@ -463,7 +458,8 @@ class _Outputs:
     """Checkpoints, curves and previews of a run; every rank calls it, rank 0 writes."""
 
     def __init__(self, trainer: Trainer, base: Base, options: RunOptions, log: RunLog, saver: Saver) -> None:
-        self.trainer, self.out, self.log, self.every = trainer, options.out, log, options.preview_every_iterations
+        self.trainer, self.out, self.log = trainer, options.out, log
+        self.every = options.preview_every_iterations if base.has_vae else 0
         self.saver, self.keep_best = saver, options.keep_best
         self.previews: Previews | None = None
         if self.every:

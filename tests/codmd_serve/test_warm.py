@@ -36,6 +36,10 @@ def test_convolutions_are_measured_at_warm_up_only(tiny_bundle: Path, monkeypatc
 
     monkeypatch.setattr(StreamingDecoder, "frames", watched)
     load_engine(tiny_bundle, "cpu")
+    assert seen == [False]  # on a CPU the whole video that is timed, and nothing before it
+    seen.clear()
+    monkeypatch.setattr(warm_module, "chooses_kernels", lambda _: True)
+    load_engine(tiny_bundle, "cpu")
     assert seen == [True, False]  # the decode of the warm-up, then the whole video that is timed
     assert not torch.backends.cudnn.benchmark
 
@@ -60,6 +64,7 @@ def test_an_overflow_of_the_half_precision_vae_decodes_again_in_float32(
 def test_a_chunk_that_does_not_fit_is_halved_at_load(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames, sizes = StreamingDecoder.frames, list[int]()
     monkeypatch.setattr("codmd_serve.loading.fit_preview", lambda _: ())  # which decodes, too
+    monkeypatch.setattr(warm_module, "chooses_kernels", lambda _: True)
 
     def short_of_memory(self: StreamingDecoder, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         sizes.append(self.max_chunk)

@@ -15,16 +15,18 @@ from codmd_serve.grid import wan_1_3b_grid, wan_14b_grid
 from distill.config import (
     FORMAT,
     RECIPES,
-    RENAMED,
     WAN_NEGATIVE_PROMPT,
     DistillConfig,
     config_to_dict,
     settings_digest,
     with_overrides,
 )
+from distill.formats import RENAMED
+from distill.methods.consistency import rcm_settings
 from distill.methods.draws import reference_sigma
 from distill.methods.matching import copula_settings
 from distill.methods.registry import METHODS, config_from_dict, recipe_config
+from distill.methods.trajectory import dp_dmd_settings
 from distill.settings import NativeConfig
 
 # Every recipe by every method as format 1 saved it, with its steps and its digest.
@@ -44,10 +46,23 @@ def test_recipe_survives_json(name: str, method: str) -> None:
 
 
 def first_edition(config: DistillConfig) -> DistillConfig:
-    """The recipe of today as when format 1 was written: another size of the world, Wan's bundles in float32."""
-    if config.recipe != "shapeworld":
-        return dataclasses.replace(config, bundle_dtype="fp32")
-    return dataclasses.replace(config, native=NativeConfig(height=64, width=64, num_frames=17, fps=16))
+    """The recipe of today as when format 1 was written.
+
+    The world had another size, Wan's bundles were float32 and their average started after 200 updates, dp-dmd was what
+    dp_dmd.matching exit is now with all other settings of codmd, and rcm at 14B warmed up.
+    """
+    if config.method == "dp-dmd":
+        codmd = recipe_config(config.recipe, "codmd")
+        settings = dataclasses.replace(dp_dmd_settings(config), matching="exit")
+        config = dataclasses.replace(codmd, method="dp-dmd", method_settings=settings)
+    if config.recipe == "shapeworld":
+        return dataclasses.replace(config, native=NativeConfig(height=64, width=64, num_frames=17, fps=16))
+    if config.ema.kind == "constant":
+        config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, start_after_updates=200))
+    if config.recipe == "wan_14b" and config.method_settings.group == "rcm":
+        settings = dataclasses.replace(rcm_settings(config), warmup_iterations=200)
+        config = dataclasses.replace(config, method_settings=settings)
+    return dataclasses.replace(config, bundle_dtype="fp32")
 
 
 @pytest.mark.parametrize("name", sorted(FORMAT_1))
@@ -69,6 +84,7 @@ def test_every_renamed_setting_of_format_1_loads_and_is_still_taken_by_set() -> 
         "copula.shared_sigma": True,
         "reference_compat": True,
         "rcm.warmup_steps": 9,
+        "ema.start_update": 11,
     }
     assert changed.keys() == RENAMED.keys()
     for name, value in changed.items():
@@ -76,11 +92,34 @@ def test_every_renamed_setting_of_format_1_loads_and_is_still_taken_by_set() -> 
         data = json.loads(json.dumps(FORMAT_1[f"shapeworld/{method}"]["config"]))
         *groups, leaf = name.split(".")
         (data[groups[0]] if groups else data)[leaf] = value
+        data.get("ema", {}).pop(RENAMED[name].rpartition(".")[2], None)
         recipe = first_edition(recipe_config("shapeworld", method))
         want = with_overrides(recipe, [f"{RENAMED[name]}={json.dumps(value)}"])
         assert want != recipe
         assert config_from_dict(data) == want
         assert with_overrides(recipe, [f"{name}={json.dumps(value)}"]) == want
+
+
+def test_ema_of_format_3_starts_after_as_many_updates_as_it_said() -> None:
+    """The unit was always the student's updates; only the recipes had a count of iterations in it."""
+    config = with_overrides(recipe_config("wan_1_3b"), ["ema.start_after_updates=200"])
+    data = config_to_dict(config) | {"format": 3}
+    data["ema"]["start_update"] = data["ema"].pop("start_after_updates")
+    assert config_from_dict(data) == config
+    data["format"] = FORMAT
+    with pytest.raises(ConfigError, match=r"unknown setting ema\.start_update"):
+        config_from_dict(data)
+
+
+def test_dp_dmd_of_format_3_stays_the_method_that_it_was() -> None:
+    config = first_edition(recipe_config("wan_1_3b", "dp-dmd"))
+    data = config_to_dict(config) | {"format": 3}
+    data["ema"]["start_update"] = data["ema"].pop("start_after_updates")
+    del data["dp_dmd"]["matching"]
+    old = config_from_dict(data)
+    assert old == config
+    assert (dp_dmd_settings(old).matching, old.sampler, old.student_every_iterations) == ("exit", "sde", 5)
+    assert METHODS["dp-dmd"].turns(old, 0) == ("student", "critic")
 
 
 @pytest.mark.parametrize(("before", "after"), [(False, "none"), (True, "teacher_only")])
@@ -140,7 +179,7 @@ def test_wan_1_3b_has_the_published_constants() -> None:
     assert (config.optimizer.student_lr, config.optimizer.critic_lr) == (2e-6, 4e-7)
     assert config.optimizer.betas == (0.9, 0.999)
     assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.01, 10.0)
-    assert (config.ema.decay, config.ema.start_update) == (0.99, 200)
+    assert (config.ema.decay, config.ema.start_after_updates) == (0.99, 40)
     assert config.student_every_iterations == 5
     copula = copula_settings(config)
     assert (copula.weight_batch, copula.weight_frame) == (0.0, 1.0)
@@ -253,6 +292,7 @@ def test_bad_settings_are_refused_by_name(assignment: str, named: str) -> None:
         ("dp_dmd.match_step=31", "dp_dmd.match_step"),
         ("dp_dmd.teacher_steps=0", "dp_dmd.teacher_steps"),
         ("dp_dmd.shift=0", "dp_dmd.shift"),
+        ("dp_dmd.matching=half", "dp_dmd.matching"),
         ("copula.scale=1", "copula.scale"),
     ],
 )
@@ -351,6 +391,31 @@ def test_rcm_refuses_settings_that_leave_a_network_untrained_or_mean_nothing(met
         with_overrides(config, ["score_window=above"])
     with pytest.raises(ConfigError, match="reference_compat"):
         with_overrides(config, ["copula.reference_compat=true"])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "named"),
+    [
+        ("sampler=sde", 'sampler must be "ode"'),
+        ("score_window=step", 'score_window must be "full"'),
+        ("exit_per_sample=true", "exit_per_sample must be false"),
+        ("student_every_iterations=1", "student_every_iterations must be 2 or more"),
+    ],
+)
+def test_dp_dmd_as_its_authors_have_it_refuses_what_undoes_it(assignment: str, named: str) -> None:
+    config = recipe_config("wan_1_3b", "dp-dmd")
+    with pytest.raises(ConfigError, match=named):
+        with_overrides(config, [assignment])
+    assert with_overrides(config, ["dp_dmd.matching=exit", assignment]).method == "dp-dmd"
+
+
+@pytest.mark.parametrize("method", ["rcm", "dcm", "regression"])
+def test_exit_steps_per_sample_need_exit_steps(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"exit_per_sample must be false for method {method}"):
+        with_overrides(recipe_config("wan_1_3b", method), ["exit_per_sample=true"])
+    config = with_overrides(recipe_config("wan_1_3b"), ["exit_per_sample=true", "score_shared_sigma=true"])
+    with pytest.raises(ConfigError, match="exit_per_sample needs score_shared_sigma false or score_window full"):
+        with_overrides(config, ["score_window=step"])
 
 
 def test_dp_dmd_needs_a_step_after_the_first() -> None:

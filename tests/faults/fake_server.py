@@ -7,13 +7,14 @@ import functools
 import sys
 from pathlib import Path
 
-from codmd_serve import cli, pool, serving, worker_slot
+from codmd_serve import cli, pool, serving, worker_process, worker_slot
 
 FAKE_WORKER = Path(__file__).parent.parent / "codmd_serve" / "fake_worker.py"
 
 
 def main() -> int:
     command = (sys.executable, str(FAKE_WORKER))
+    worker_process.WORKER_COMMAND = command
     serving.make_backend = functools.partial(serving.make_backend, command=command)
     serving.run_worker = functools.partial(serving.run_worker, command=command)  # type: ignore[assignment]
     # Silence of a worker; a machine that is busy with other tests must not be taken for one.

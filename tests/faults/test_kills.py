@@ -17,8 +17,8 @@ Server = Callable[..., ServerProcess]
 Record = Callable[..., None]
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200)]
 
-# A job may be hit several times by chance; more attempts than the default, so that each of them ends well.
-WORDS = ("--max-attempts", "10", "--threads", "1")
+# All kills may hit one job, if it is the one that runs: more attempts than kills, so that each of them ends well.
+WORDS = ("--max-attempts", "100", "--threads", "1")
 FAKE_JOBS = [{"prompt": f"take 0.5 {number}", "seed": number} for number in range(6)]
 REAL_JOBS = [
     {"prompt": "a red circle moves right quickly on a black background", "seed": number, "num_frames": 9 + 8 * number}

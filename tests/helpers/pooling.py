@@ -9,6 +9,7 @@ from typing import Any
 from codmd_serve.config import GenerateParams, ServeConfig
 from codmd_serve.messages import Progress, Started
 from codmd_serve.pool import Event, JobRequest, Outcome, WorkerPool
+from codmd_serve.worker_process import WorkerProcess
 
 PARAMS = GenerateParams(prompt="", seed=1, height=64, width=64, num_frames=17, fps=16, crf=18)
 DEADLINE_S = 120.0
@@ -37,11 +38,13 @@ class Ran:
 class PoolHarness:
     """A pool whose workers are fake, and a folder that is their memory."""
 
-    def __init__(self, folder: Path, command: tuple[str, ...], **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, command: tuple[str, ...], spare: WorkerProcess | None = None, **settings: Any
+    ) -> None:
         self.folder = folder
         self.fatal: list[str] = []
         config = replace(ServeConfig(bundle=str(folder), spare_worker=False), **settings)
-        self.pool = WorkerPool(config, command, on_fatal=self.fatal.append)
+        self.pool = WorkerPool(config, command, on_fatal=self.fatal.append, spare=spare)
         self._num_jobs = 0
 
     def submit(self, prompt: str, **changes: Any) -> Ran:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from codmd_serve.config import GenerateParams
 from codmd_serve.errors import CheckpointError, ConfigError
-from codmd_serve.grid import causvid_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
+from codmd_serve.grid import causvid_grid, codmd_14b_grid, rcm_grid, wan_1_3b_grid, wan_14b_grid
 from codmd_serve.loading import load_engine
+from codmd_serve.student_scheduler import StudentScheduler
 from codmd_serve.wan.checkpoint import NativeShape, load_bundle, read_spec
 from codmd_serve.wan.convert import FAMILIES, METHOD_SAMPLING, ConvertOptions, convert
 from codmd_serve.wan.names import original_name
 from codmd_serve.wan.pipeline import save_pipeline
+from codmd_serve.wan.students import STUDENTS, Student
 
 Write = Callable[..., Path]
 # Sums of 96 products in another order than in the authors' code; the recorded values go up to 2.
@@ -78,7 +80,7 @@ def test_convert_merges_a_lora_into_the_base(golden_base: Path, tmp_path: Path) 
     changed = [name for name in given if not torch.equal(stored[name], given[name])]
     assert changed == ["blocks.1.attn1.to_q.weight"] and done.num_tensors == 2
     torch.testing.assert_close(stored[changed[0]], given[changed[0]] + up @ down)
-    assert load_bundle(tmp_path / "bundle").spec.sampler == "ode"
+    assert load_bundle(tmp_path / "bundle").spec.sampler == "sde"
 
 
 def test_a_converted_bundle_makes_a_video(
@@ -101,7 +103,7 @@ def test_a_converted_bundle_makes_a_video(
         ("generator", "codmd", "sde", wan_1_3b_grid().timesteps, False),
         ("generator_ema", "self-forcing", "sde", wan_14b_grid().timesteps, True),
         ("rcm", "rcm", "sde", rcm_grid().timesteps, True),
-        ("original", "lightx2v", "ode", wan_14b_grid().timesteps, False),
+        ("original", "lightx2v", "sde", wan_14b_grid().timesteps, False),
     ],
 )
 def test_sampling_is_guessed_from_the_family_and_recorded_as_assumed(
@@ -152,7 +154,35 @@ def test_a_named_method_brings_its_own_steps(write: Write, golden_base: Path, tm
 
 def test_codmd_has_other_steps_at_14b() -> None:
     assert METHOD_SAMPLING["codmd"].grid(1536) == wan_1_3b_grid()
-    assert METHOD_SAMPLING["codmd"].grid(5120) == wan_14b_grid()
+    assert METHOD_SAMPLING["codmd"].grid(5120) == codmd_14b_grid()
+
+
+def test_codmd_14b_keeps_its_integers_through_convert_and_export(
+    write: Write, golden_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("codmd_serve.wan.families.WIDTH_14B", 96)  # the golden network stands for one of 5120
+    converted(write("generator"), golden_base, tmp_path / "bundle")
+    spec = read_spec(tmp_path / "bundle")
+    assert spec.timesteps == (1000.0, 937.0, 833.0, 624.0) == STUDENTS["codmd-wan2.1-14b"].timesteps
+    assert spec.sigmas == codmd_14b_grid().sigmas
+    save_pipeline(tmp_path / "bundle", tmp_path / "pipeline")
+    scheduler = StudentScheduler.from_pretrained(tmp_path / "pipeline", subfolder="scheduler")
+    assert tuple(scheduler.config.timesteps) == spec.timesteps and tuple(scheduler.config.sigmas) == spec.sigmas
+    index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    assert index["dmd2_config"]["denoising_timesteps"] == [1000, 937, 833, 624]
+    again = converted(tmp_path / "pipeline", golden_base, tmp_path / "again").spec
+    assert (again.timesteps, again.sigmas, again.sampler) == (spec.timesteps, spec.sigmas, "sde")
+
+
+@pytest.mark.parametrize("student", [student for student in STUDENTS.values() if not student.refused])
+def test_table_of_students_and_convert_sample_alike(student: Student) -> None:
+    """What a file of the family is taken to be, without options, is what the table of published students says."""
+    width = 5120 if "14b" in student.name else 1536
+    sampling = METHOD_SAMPLING[student.method]
+    assert (student.sampling, student.timesteps) == (sampling.sampler, sampling.grid(width).timesteps)
+    families = [family for family in FAMILIES.values() if family.method == student.method]
+    assert families or student.method == "causvid"  # a file of CausVid looks like one of CoDMD
+    assert student.sampling == "sde"  # every published Wan2.1 student is sampled with fresh noise
 
 
 def test_an_unknown_method_is_refused() -> None:

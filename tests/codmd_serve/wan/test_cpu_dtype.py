@@ -90,7 +90,7 @@ def test_the_vae_takes_bfloat16_where_it_is_faster_and_near(
 
     def raced(folder: Path | None) -> StreamingDecoder:
         decoder = StreamingDecoder(copy.deepcopy(embedded_vae))
-        race_dtype(decoder, latents, Verdicts(folder, "v"))
+        race_dtype(decoder, lambda: latents, Verdicts(folder, "v"))
         return decoder
 
     want = next(StreamingDecoder(copy.deepcopy(embedded_vae)).frames(latents))

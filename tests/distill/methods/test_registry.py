@@ -12,6 +12,7 @@ from distill.methods.arms import terms_settings
 from distill.methods.consistency import rcm_settings
 from distill.methods.draws import ROLES
 from distill.methods.registry import METHODS, recipe_config
+from distill.methods.trajectory import dp_dmd_settings
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -61,14 +62,62 @@ def test_no_file_but_those_of_the_methods_compares_a_methods_name() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-@pytest.mark.parametrize("method", ["codmd", "dmd", "dp-dmd", "dmd2", "f-distill", "vdot"])
-def test_matching_methods_change_nothing_else_of_a_recipe(recipe: str, method: str) -> None:
+@pytest.mark.parametrize("method", ["dmd", "dmd2", "f-distill", "vdot"])
+def test_dmd_and_its_arms_change_nothing_else_of_a_recipe(recipe: str, method: str) -> None:
     own, codmd = (config_to_dict(recipe_config(recipe, name)) for name in (method, "codmd"))
     for settings in (own, codmd):
         del settings["method"]
-        for group in ("dp_dmd", "copula", "terms"):
+        for group in ("copula", "terms"):
             settings.pop(group, None)
     assert own == codmd
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_dp_dmd_has_its_authors_constants(recipe: str) -> None:
+    """scripts/run_train_sd35.sh and train_sd35_dpdmd.py of dpdmd@d8f75c9; the rest is the recipe's."""
+    config, codmd = recipe_config(recipe, "dp-dmd"), recipe_config(recipe)
+    settings = dp_dmd_settings(config)
+    assert (settings.weight, settings.teacher_steps, settings.match_step, settings.shift) == (0.05, 30, 10, 3.0)
+    assert (settings.matching, config.sampler, config.score_window) == ("full", "ode", "full")
+    # The schedule of diffusers, of 1000 steps at shift 3: its ends are shifted before all of it is.
+    ends = [1.0, 3 * 0.001 / (1 + 2 * 0.001)]
+    lowest = 3 * ends[1] / (1 + 2 * ends[1])
+    assert (config.score_sigma_min, config.score_sigma_max) == (pytest.approx(lowest, abs=1e-5), 1.0)
+    assert config.student_every_iterations == codmd.student_every_iterations + 1
+    optimizer = config.optimizer
+    if recipe == "shapeworld":
+        assert optimizer == codmd.optimizer and config.student_every_iterations == 5
+    else:
+        assert (optimizer.student_lr, optimizer.critic_lr, optimizer.betas) == (1e-5, 1e-5, (0.9, 0.999))
+        assert (optimizer.weight_decay, optimizer.clip_norm) == (0.0, 1.0)
+        assert config.student_every_iterations == 6
+    for name in ("ema", "guidance_scale", "score_shift", "batch_size", "timesteps", "step_shift", "native", "base"):
+        assert getattr(config, name) == getattr(codmd, name), name
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_dp_dmd_gives_both_roles_the_updates_of_codmd(recipe: str) -> None:
+    def updates(method: str) -> list[float]:
+        config = recipe_config(recipe, method)
+        passes = METHODS[method].passes(config)
+        return [config.max_iterations * passes[role].turns for role in ("student", "critic")]
+
+    assert updates("dp-dmd") == pytest.approx(updates("codmd"), abs=1e-6)
+
+
+def test_turns_of_dp_dmd_are_five_of_the_critic_and_then_one_of_the_student() -> None:
+    config = recipe_config("wan_1_3b", "dp-dmd")
+    turns = [METHODS["dp-dmd"].turns(config, iteration) for iteration in range(12)]
+    assert turns == 2 * [*5 * [("critic",)], ("student",)]
+
+
+@pytest.mark.parametrize("recipe", ["wan_1_3b", "wan_14b"])
+@pytest.mark.parametrize("method", ["codmd", "dmd", "dp-dmd", "regression"])
+def test_average_starts_after_self_forcings_200_iterations(recipe: str, method: str) -> None:
+    """Its trainer/distillation.py: the average is made when self.step is 200; 0, 5, ..., 195 updated the student."""
+    config = recipe_config(recipe, method)
+    updates_before = sum(step % 5 == 0 for step in range(200))
+    assert (config.ema.decay, config.ema.start_after_updates) == (0.99, updates_before)
 
 
 def runs(method: str) -> list[DistillConfig]:
@@ -97,7 +146,7 @@ def test_rcm_is_not_clipped_and_averages_by_power(recipe: str, method: str) -> N
     assert config.method == method
     assert config.optimizer.clip_norm is None
     assert config.optimizer.betas == (0.0, 0.999)
-    assert (config.ema.kind, config.ema.length, config.ema.start_update) == ("power", 0.05, 0)
+    assert (config.ema.kind, config.ema.length, config.ema.start_after_updates) == ("power", 0.05, 0)
     assert (config.score_window, config.score_sigma_max) == ("full", 1.0)
     thetas = (math.atan(80.0), 1.5, 1.4, 1.0)
     want = [math.sin(theta) / (math.cos(theta) + math.sin(theta)) for theta in thetas]
@@ -118,7 +167,7 @@ def test_rcm_on_wan_has_the_published_constants() -> None:
     assert (small.student_every_iterations, small.batch_size) == (5, 256)
     assert (large.student_every_iterations, large.batch_size) == (10, 64)
     assert (rcm_settings(small).theta_mean, rcm_settings(large).theta_mean) == (0.7, 1.5)
-    assert (rcm_settings(small).warmup_iterations, rcm_settings(large).warmup_iterations) == (1000, 200)
+    assert (rcm_settings(small).warmup_iterations, rcm_settings(large).warmup_iterations) == (1000, 0)
 
 
 def test_rcm_on_shapeworld_fits_its_latents() -> None:

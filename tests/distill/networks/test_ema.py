@@ -10,7 +10,7 @@ from distill.networks.ema import Ema, ema_decay
 
 def test_ema_copies_before_its_start_and_averages_after() -> None:
     network = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
-    ema = Ema(network, EmaConfig(decay=0.75, start_update=1))
+    ema = Ema(network, EmaConfig(decay=0.75, start_after_updates=1))
     for value in (4.0, 8.0, 0.0):
         nn.init.constant_(network.weight, value)
         ema.update(network)
@@ -42,7 +42,7 @@ def test_power_ema_weighs_a_fixed_share_of_all_updates() -> None:
 
 
 def test_power_ema_counts_from_its_start() -> None:
-    late = EmaConfig(decay=0.0, kind="power", length=0.1, start_update=5)
+    late = EmaConfig(decay=0.0, kind="power", length=0.1, start_after_updates=5)
     early = EmaConfig(decay=0.0, kind="power", length=0.1)
     assert [ema_decay(late, update) for update in range(1, 6)] == [0.0] * 5
     assert ema_decay(late, 8) == ema_decay(early, 3)

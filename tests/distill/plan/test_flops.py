@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from distill.config import DistillConfig, with_overrides
 from distill.data.prompts import Batch
 from distill.losses.consistency import velocity_and_tangent
-from distill.methods import arms, matching, trajectory
+from distill.methods import draws as drawing
 from distill.methods.draws import Turn
 from distill.methods.registry import METHODS, recipe_config
 from distill.networks.build import Networks, denoiser
@@ -121,7 +121,14 @@ LOOPS = {
     "f-distill in three micro-batches": ["max_iterations=8", "accumulate=3"],
     "avd": ["max_iterations=8"],
     "vdot": ["max_iterations=8", "terms.transport.over=batch"],
-    "dp-dmd": ["dp_dmd.teacher_steps=6", "dp_dmd.match_step=2"],
+    "dp-dmd": ["dp_dmd.teacher_steps=6", "dp_dmd.match_step=2", "student_every_iterations=3"],
+    "dp-dmd to an exit step": [
+        "dp_dmd.matching=exit",
+        "sampler=sde",
+        "student_every_iterations=2",
+        "dp_dmd.teacher_steps=6",
+        "dp_dmd.match_step=2",
+    ],
 }
 
 
@@ -136,8 +143,7 @@ def test_iteration_equals_the_counter_on_the_losses_of_every_method(
     embeds = torch.randn(2, 3, 8, 16, generator=rng)
     whole = Batch(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], x0=torch.randn(shape, generator=rng))
     exits: Iterator[int] = iter(())
-    for family in (arms, matching, trajectory):
-        monkeypatch.setattr(family, "draw_exit_step", lambda _rng, num_steps, first=0: next(exits) % num_steps)
+    monkeypatch.setattr(drawing, "draw_exit_step", lambda _rng, num_steps, first=0: next(exits) % num_steps)
 
     def load(own: range) -> Batch:
         places = slice(own.start, own.stop)
@@ -153,7 +159,7 @@ def test_iteration_equals_the_counter_on_the_losses_of_every_method(
     if head is not None:
         add_head(tiny_networks.critic, head)  # type: ignore[arg-type]
     total, exit_of = 0.0, {"student": itertools.cycle(range(4)), "critic": itertools.cycle(range(4))}
-    if config.method_settings.group == "dp_dmd":
+    if getattr(config.method_settings, "matching", "") == "exit":
         exit_of = {role: itertools.cycle((1, 2, 3)) for role in exit_of}
     for iteration in range(config.max_iterations):
         for role in method.turns(config, iteration):

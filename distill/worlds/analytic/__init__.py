@@ -1,0 +1,1 @@
+"""Worlds whose teacher is known in closed form, where distillation methods are compared in minutes."""
