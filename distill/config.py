@@ -108,7 +108,9 @@ class DistillConfig:
 
     Attributes:
         recipe: name of the recipe that it started from.
-        base: folder or hub id of the teacher's diffusers pipeline.
+        base: folder or hub id of a diffusers pipeline: the student's architecture and first weights, VAE, text encoder.
+        teacher: another network to distil from, of the base's VAE and text encoder: a pipeline's folder or hub id, a
+            bundle, or a file that `codmd-serve convert` reads; empty is the base.
         student_from, critic_from: weights that student and critic start from, in place of the base's: a bundle, or a
             file or folder that `codmd-serve convert` reads.
         start: regression of the student on the teacher's paths, from these weights, before the method's own iterations.
@@ -123,7 +125,8 @@ class DistillConfig:
         activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
         context_parallel: processes that share their samples and split their tokens.
         lora_critic_rank: rank of a LoRA critic on the teacher's frozen weights; 0 trains a full critic.
-        lora_critic_alpha: the LoRA update is scaled by alpha / rank.
+        lora_student_rank: rank of a LoRA student on frozen weights of its own; 0 trains a full student.
+        lora_critic_alpha, lora_student_alpha: the LoRA update is scaled by alpha / rank.
         max_iterations: passes of the training loop.
         student_every_iterations: the student's turn comes once in so many iterations.
         critic_warmup_iterations: iterations before the first student update.
@@ -142,7 +145,8 @@ class DistillConfig:
             two objects in turn from the ShapeWorld grammar, num_captions of them.
         num_captions: captions drawn where there are no prompts.
         precision: auto, fp32 or bf16 (autocast); auto is bf16 where the device computes it fast.
-        teacher_dtype, text_dtype: of the weights of teacher and text encoder, fp32 or bf16.
+        teacher_dtype: of the frozen weights of the teacher and under a LoRA student, fp32 or bf16.
+        text_dtype: of the weights of the text encoder, fp32 or bf16.
         bundle_dtype: of the exported student, fp32, bf16 or fp16.
         max_nonfinite_in_row: the run ends after so many updates in a row whose gradient was not finite.
         log_every_iterations: iterations per line of the log.
@@ -168,9 +172,12 @@ class DistillConfig:
     context_parallel: int = 1
     lora_critic_rank: int = 0
     lora_critic_alpha: float = 64.0
+    lora_student_rank: int = 0
+    lora_student_alpha: float = 64.0
     max_iterations: int
     student_every_iterations: int = 5
     critic_warmup_iterations: int = 0
+    teacher: str = ""
     student_from: str = ""
     critic_from: str = ""
     start: StartConfig = field(default_factory=StartConfig)
@@ -212,8 +219,9 @@ class DistillConfig:
             check_range(name, getattr(self, name), 1, 10**9)
         for name in ("accumulate", "context_parallel"):
             check_range(name, getattr(self, name), 1, 10**9)
-        check_range("lora_critic_rank", self.lora_critic_rank, 0, 4096)
-        check_range("lora_critic_alpha", self.lora_critic_alpha, 1e-3, 1e6)
+        for role in ("critic", "student"):
+            check_range(f"lora_{role}_rank", getattr(self, f"lora_{role}_rank"), 0, 4096)
+            check_range(f"lora_{role}_alpha", getattr(self, f"lora_{role}_alpha"), 1e-3, 1e6)
         check_range("critic_warmup_iterations", self.critic_warmup_iterations, 0, 10**9)
         check_range("guidance_scale", self.guidance_scale, 0.0, 100.0)
         check_range("step_shift", self.step_shift, 1e-3, 1e3)
@@ -253,6 +261,10 @@ class DistillConfig:
             precision: in which the networks are called: fp32 or bf16.
         """
         return "fp32" if role in self.method_settings.float32_roles(self) else precision
+
+    def frozen_dtype(self, role: str) -> str:
+        """Return the dtype, fp32 or bf16, of the frozen weights of the teacher, or of those under a LoRA student."""
+        return "fp32" if role in self.method_settings.float32_roles(self) else self.teacher_dtype
 
     def sha256(self) -> str:
         """Return `settings_digest` of this config as config.json holds it."""

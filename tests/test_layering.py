@@ -183,6 +183,8 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.cli": ("distill",),
     "distill.bench": (*METHODS, "distill.bench", "distill.run"),
     "distill.evaluate": (*NETWORKS, "distill.evaluate", "distill.pretrain", "distill.worlds"),
+    # It runs the trainer itself.
+    "distill.evaluate.compare": (*METHODS, "distill.evaluate", "distill.run", "distill.worlds"),
     "distill.pretrain": PRETRAIN,
     # They measure the teacher while it trains.
     "distill.pretrain.curve": (*PRETRAIN, "distill.evaluate"),

@@ -146,7 +146,7 @@ def build_arms(config: "DistillConfig", cache: Path) -> list[Arm]:
     from distill.bench.authors import Ablation
     from distill.data.prompts import cached_prompt_data
     from distill.networks.base import open_base
-    from distill.run.trainer import native_latents
+    from distill.run.checks import native_latents
 
     base = open_base(config.base)
     data = cached_prompt_data(config, base, cache, torch.device("cpu"))

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,19 +233,19 @@ def _file_facts(path: Path) -> list[Any]:
 def prompt_key(prompts: list[str], config: DistillConfig, base: Base) -> str:
     """Return a digest of prompts and of the base's text encoder."""
     digest = hashlib.sha256(json.dumps([prompts, config.text_dtype, None if base.is_local else base.source]).encode())
-    add_module_files(digest, base.folder, ("tokenizer", "text_encoder"))
+    for part in ("tokenizer", "text_encoder"):
+        add_files(digest, sorted((base.folder / part).glob("*")))
     return digest.hexdigest()
 
 
-def add_module_files(digest: "hashlib._Hash", folder: Path, subfolders: tuple[str, ...]) -> None:
-    """Let a digest tell modules apart that have the same name and size, without reading 20 GB.
+def add_files(digest: "hashlib._Hash", paths: Iterable[Path]) -> None:
+    """Let a digest tell files apart that have the same name and size, without reading 20 GB.
 
     A module trained anew keeps both, so the first and the last MiB of each file count as well.
     """
-    for subfolder in subfolders:
-        for path in sorted((folder / subfolder).glob("*")):
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(HASHED_BYTES))
-                file.seek(max(path.stat().st_size - HASHED_BYTES, 0))
-                digest.update(file.read(HASHED_BYTES))
+    for path in paths:
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(HASHED_BYTES))
+            file.seek(max(path.stat().st_size - HASHED_BYTES, 0))
+            digest.update(file.read(HASHED_BYTES))

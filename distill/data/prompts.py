@@ -23,7 +23,7 @@ from codmd_serve.wan.attention import compact_prompt_embeds
 from distill.config import ANALYTIC_RECIPES, DistillConfig
 from distill.data.packed import PackedSet, is_packed_set, open_set
 from distill.data.packing import Packing
-from distill.data.packing import add_module_files as add_module_files
+from distill.data.packing import add_files as add_files
 from distill.data.packing import prompt_key as prompt_key
 from distill.data.shards import shard_paths, shard_prompts, shard_samples
 from distill.data.texts import Prompts, read_prompt_file

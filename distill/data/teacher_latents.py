@@ -26,9 +26,10 @@ from codmd_serve.files import atomic_file
 from codmd_serve.sampler import rollout
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
 from distill.config import DistillConfig
-from distill.data.prompts import Batch, PromptData, add_module_files, load_prompts, prompt_key
+from distill.data.prompts import Batch, PromptData, add_files, load_prompts, prompt_key
 from distill.networks.base import Base
 from distill.networks.build import Networks, denoiser, guided_teacher_flow
+from distill.networks.teacher import open_teacher
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.streams import named_rng
 
@@ -124,7 +125,7 @@ def cached_teacher_latents(
     Args:
         config: its guidance_scale guides the teacher; its precision must be resolved.
         sampling: steps of the teacher, how many samples, and what is kept of the way.
-        base: of the networks; the samples are cached under its files.
+        base: of the run; the samples are cached under the files of its teacher.
         networks: the teacher is sampled.
         data: embeddings of the prompts.
         shape: (C, F, H, W) of the latents.
@@ -170,7 +171,9 @@ def _write_shard(
     folder: Path, shard: int, tensors: dict[str, Tensor], config: DistillConfig, *, is_writer: bool
 ) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise CheckpointError(f"samples of the teacher {config.base} are not finite: check its weights and precision")
+        raise CheckpointError(
+            f"samples of the teacher {config.teacher or config.base} are not finite: check its weights and precision"
+        )
     if not is_writer:
         return
     try:
@@ -241,7 +244,7 @@ def _holds_samples(path: Path, shape: tuple[int, ...], num_kept: int) -> bool:
 
 
 def _cache_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> str:
-    prompts = [*load_prompts(config), config.negative_prompt]
+    prompts, teacher = [*load_prompts(config), config.negative_prompt], open_teacher(config, base)
     settings = [
         prompt_key(prompts, config, base),
         dataclasses.asdict(config.native),
@@ -251,8 +254,8 @@ def _cache_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> 
         *([list(sampling.kept_sigmas)] if sampling.kept_sigmas else []),
         config.teacher_dtype,
         config.precision,
-        None if base.is_local else base.source,
+        None if teacher.pipeline.is_local else teacher.pipeline.source,
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    add_module_files(digest, base.folder, ("transformer",))
+    add_files(digest, teacher.files())
     return digest.hexdigest()

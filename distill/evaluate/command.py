@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import write_text
+from distill.evaluate.compare.command import add_compare_arguments, run_compare
 from distill.evaluate.study.command import add_study_arguments, run_study
 from distill.evaluate.vbench.command import add_vbench_arguments, run_vbench
 
@@ -261,6 +262,7 @@ def _write_report(
 
 SUITES: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "shapebench": ("score held-out ShapeWorld captions from pixels", add_shapebench_arguments, run_shapebench),
+    "compare": ("compare methods over seeds in a world whose teacher is exact", add_compare_arguments, run_compare),
     "study": ("run a blind pairwise study: make, serve, analyse", add_study_arguments, run_study),
     "vbench": ("drive VBench: plan, generate, check, run, score, compare, curve", add_vbench_arguments, run_vbench),
 }

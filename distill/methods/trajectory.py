@@ -40,7 +40,7 @@ AUTHORS_OPTIMIZER = OptimizerConfig(
 OWN_OPTIMIZER_RECIPES = ("shapeworld",)
 # Lowest and highest level of their 1000: shift 3 of shift 3 of .001, since diffusers shifts the ends of a schedule
 # before it shifts the whole.
-AUTHORS_SCORE_SIGMAS = (0.00892, 1.0)
+AUTHORS_SCORE_SIGMAS = (0.00893, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -88,7 +88,7 @@ class AnalyticBase(Base):
         Raises:
             CheckpointError: the cache cannot be written.
         """
-        folder = cache_dir / f"analytic-{self.world_name}-{self._start_key()[:16]}"
+        folder = self.start_folder(cache_dir)
         if not (folder / "transformer").is_dir():
             logger.info("regressing the start network world=%s updates=%d", self.world_name, PRETRAIN.updates)
             network, error = pretrain(self.world, PRETRAIN)
@@ -100,14 +100,14 @@ class AnalyticBase(Base):
                 raise CheckpointError(f"{folder} cannot be written: {first_line(problem)}") from problem
         return replace(self, start=folder)
 
-    def _start_key(self) -> str:
-        """Digest what the start network depends on: the law itself, so that a world made anew gets a new one."""
+    def start_folder(self, cache_dir: Path) -> Path:
+        """Return the folder of the start network in a cache; its name follows from the law and the settings."""
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(PRETRAIN), sort_keys=True).encode())
         world = self.world
         for tensor in (world.means, world.prior, world.covariance):
             # Rounded: the last bits differ between machines.
             digest.update(tensor.double().mul(1e4).round().long().numpy().tobytes())
-        return digest.hexdigest()
+        return cache_dir / f"analytic-{self.world_name}-{digest.hexdigest()[:16]}"
 
     @cached_property
     def folder(self) -> Path:
@@ -211,6 +211,7 @@ class AnalyticBase(Base):
         asked = {
             f"precision fp32, got {config.precision}": config.precision != "fp32",
             "lora_critic_rank 0": config.lora_critic_rank > 0,
+            "lora_student_rank 0": config.lora_student_rank > 0,
             "activation_checkpointing false": config.activation_checkpointing,
             f"one process, got {world_size}": world_size > 1,
             "no --compile": compiled,

@@ -20,20 +20,28 @@ from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.config import DistillConfig
 from distill.losses.dmd import guided_flow
 from distill.networks.base import Base
-from distill.networks.lora import AdaptedCritic, Switch, add_adapters, checkpoint_activations
+from distill.networks.lora import (
+    AdaptedCritic,
+    Adapters,
+    add_adapters,
+    checkpoint_activations,
+    critic_adapters,
+    student_adapters,
+)
 from distill.networks.precision import keep_sensitive_parts_float32, unfuse_bf16_attention
+from distill.networks.teacher import open_teacher
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import load_sharded, split_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Networks:
-    """The three networks of distribution matching, of one architecture and with the same initial weights.
+    """The three networks of distribution matching; unless the config names others, all begin as the base.
 
     Attributes:
-        student: trained, parameters in float32.
+        student: trained, parameters in float32; of a LoRA student the adapters alone, which are always on.
         critic: trained, parameters in float32; a LoRA critic is the teacher with adapters that only its calls enable.
-        teacher: frozen, float32 or bfloat16.
+        teacher: frozen, float32 or bfloat16, of the base's architecture or another.
         precision: fp32, or bf16 for autocast in every call.
     """
 
@@ -51,13 +59,14 @@ class Networks:
 def build_networks(
     config: DistillConfig, base: Base, device: torch.device, processes: Processes = SINGLE_PROCESS
 ) -> Networks:
-    """Load the base three times: trained student and critic, frozen teacher; or twice, with a LoRA critic.
+    """Load trained student and critic, which begin as the base, and the frozen teacher.
 
-    With `student_from` or `critic_from` that network then takes the weights of that file.
+    With `student_from` or `critic_from` that network then takes the weights of that file. A LoRA critic is of the
+    teacher's architecture, any other of the base's.
 
     Args:
         config: dtypes and the options of sharding; its precision must be resolved.
-        base: whose transformer all three start from.
+        base: of the run.
         device: where the networks go.
         processes: the ranks that parameters are sharded over; groups of them split the tokens.
 
@@ -65,27 +74,20 @@ def build_networks(
         CheckpointError: the base is missing or broken, or the weights to start from are or do not fit it.
         ConfigError: the base is not text to video.
     """
-    switch = Switch()
-    starts = {"student": config.student_from, "critic": config.critic_from}
-    head = config.method_settings.critic_head()
+    origin = open_teacher(config, base)
 
-    def build(role: str, dtype: torch.dtype, is_trained: bool, has_adapters: bool = False) -> WanTransformer3DModel:
+    def build(role: str, dtype: str, is_trained: bool, adapters: Adapters | None = None) -> WanTransformer3DModel:
         def load() -> WanTransformer3DModel:
-            transformer = base.load_teacher(dtype) if role == "teacher" else base.load_transformer(dtype)
-            source = starts.get(role, "")
+            transformer = (origin.load if role == "teacher" else base.load_transformer)(DTYPES_BY_NAME[dtype])
+            source = {"student": config.student_from, "critic": config.critic_from}.get(role, "")
             return base.load_start(transformer, source, f"{role}_from") if source else transformer
 
         def prepare(transformer: WanTransformer3DModel) -> None:
             # Wan has no dropout; eval makes that independent of a base whose config says otherwise.
             transformer.eval().requires_grad_(is_trained)
             if base.has_blocks:
-                keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
-                if config.context_parallel == 1:  # context parallelism has an attention of its own
-                    unfuse_bf16_attention(transformer, config.precision, device)
-                if has_adapters:
-                    add_adapters(transformer, switch, config.lora_critic_rank, config.lora_critic_alpha)
-            if head is not None and (has_adapters or role == "critic"):
-                base.add_head(transformer, head)
+                _prepare_blocks(transformer, config, device, adapters)
+            _add_head(transformer, config, base, role)
 
         if processes.mesh is None:
             network = load()
@@ -93,19 +95,44 @@ def build_networks(
             network.to(device)
         else:
             gathered = config.gather_precision(role, config.precision)
-            network = load_sharded(load, prepare, base.transformer_config, processes, gathered)
-        if config.activation_checkpointing and (is_trained or has_adapters):
-            checkpoint_activations(network, switch)
+            # Of rank 0 alone: to know the architecture of a file, it has to be read.
+            architecture = processes.broadcast_from_rank0(
+                lambda: origin.architecture if role == "teacher" else base.transformer_config
+            )
+            network = load_sharded(load, prepare, architecture, processes, gathered)
+        if config.activation_checkpointing and (is_trained or adapters is not None):
+            checkpoint_activations(network, None if adapters is None else adapters.switch)
         return network
 
-    is_low_rank = config.lora_critic_rank > 0
-    teacher = build("teacher", DTYPES_BY_NAME[config.teacher_dtype], is_trained=False, has_adapters=is_low_rank)
-    student = build("student", torch.float32, is_trained=True)
-    critic = AdaptedCritic(teacher, switch) if is_low_rank else build("critic", torch.float32, is_trained=True)
+    of_critic, of_student = critic_adapters(config), student_adapters(config)
+    teacher = build("teacher", config.frozen_dtype("teacher"), is_trained=False, adapters=of_critic)
+    if of_student is None:
+        student = build("student", "fp32", is_trained=True)
+    else:
+        student = build("student", config.frozen_dtype("student"), is_trained=False, adapters=of_student)
+    critic: WanTransformer3DModel | AdaptedCritic
+    critic = build("critic", "fp32", is_trained=True) if of_critic is None else AdaptedCritic(teacher, of_critic.switch)
     networks = Networks(student=student, critic=critic, teacher=teacher, precision=config.precision)
     if config.context_parallel > 1:
         split_tokens(networks.transformers(), config, processes)
     return networks
+
+
+def _add_head(transformer: WanTransformer3DModel, config: DistillConfig, base: Base, role: str) -> None:
+    """Give the critic a discriminator's head where the method wants one; a LoRA critic is the teacher's module."""
+    head = config.method_settings.critic_head()
+    if head is not None and role == ("teacher" if config.lora_critic_rank else "critic"):
+        base.add_head(transformer, head)
+
+
+def _prepare_blocks(
+    transformer: WanTransformer3DModel, config: DistillConfig, device: torch.device, adapters: Adapters | None
+) -> None:
+    keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
+    if config.context_parallel == 1:  # context parallelism has an attention of its own
+        unfuse_bf16_attention(transformer, config.precision, device)
+    if adapters is not None:
+        add_adapters(transformer, adapters.switch, adapters.rank, adapters.alpha, adapters.role)
 
 
 def compile_blocks(transformer: WanTransformer3DModel) -> WanTransformer3DModel:

@@ -37,12 +37,15 @@ def _power_exponent(length: float) -> float:
 
 
 class Ema:
-    """The moving average in float32, `shadow` by parameter name; for the first `start_after_updates` it is a copy."""
+    """The moving average of a network's trained parameters, in float32, `shadow` by name.
+
+    For the first `start_after_updates` it is a copy.
+    """
 
     def __init__(self, network: nn.Module, config: EmaConfig) -> None:
         self.config = config
         self.num_updates = 0
-        self.shadow = {name: tensor.detach().float().clone() for name, tensor in network.named_parameters()}
+        self.shadow = {name: tensor.detach().float().clone() for name, tensor in _trained(network)}
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
@@ -50,5 +53,9 @@ class Ema:
         self.num_updates += 1
         # lerp towards the network; weight 1 copies.
         weight = 1.0 - ema_decay(self.config, self.num_updates)
-        sources = [tensor.detach().float() for tensor in network.parameters()]
+        sources = [tensor.detach().float() for _, tensor in _trained(network)]
         torch._foreach_lerp_(list(self.shadow.values()), sources, weight)
+
+
+def _trained(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]

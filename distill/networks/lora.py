@@ -1,4 +1,4 @@
-"""A LoRA critic: adapters on the frozen teacher's own module, which is the teacher while they are off.
+"""LoRA: a critic's adapters on the frozen teacher, which is the teacher while they are off, and those of a student.
 
 Knows neither losses nor the training loop.
 
@@ -7,8 +7,9 @@ Legend: r is the rank of the adapters.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from distill.config import DistillConfig
+from distill.streams import named_rng
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # Every linear layer of a block.
@@ -25,8 +29,8 @@ ADAPTED = (*(f"{name}.{part}" for name in ("attn1", "attn2") for part in _ATTENT
 class Switch:
     """Turns the adapters of one transformer on and off."""
 
-    def __init__(self) -> None:
-        self.is_on = False
+    def __init__(self, is_on: bool = False) -> None:
+        self.is_on = is_on
 
     @contextmanager
     def turned(self, is_on: bool) -> Iterator[None]:
@@ -36,6 +40,28 @@ class Switch:
             yield
         finally:
             self.is_on = before
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapters:
+    """The adapters of one role: their switch, rank and alpha."""
+
+    role: str
+    switch: Switch
+    rank: int
+    alpha: float
+
+
+def critic_adapters(config: DistillConfig) -> Adapters | None:
+    """Return the adapters of a LoRA critic, off at first; None for a full critic."""
+    rank, alpha = config.lora_critic_rank, config.lora_critic_alpha
+    return Adapters(role="critic", switch=Switch(), rank=rank, alpha=alpha) if rank else None
+
+
+def student_adapters(config: DistillConfig) -> Adapters | None:
+    """Return the adapters of a LoRA student, which are always on; None for a full student."""
+    rank, alpha = config.lora_student_rank, config.lora_student_alpha
+    return Adapters(role="student", switch=Switch(is_on=True), rank=rank, alpha=alpha) if rank else None
 
 
 class AdaptedLinear(nn.Linear):
@@ -62,7 +88,9 @@ class AdaptedLinear(nn.Linear):
         return output + self.lora_scale * update
 
 
-def add_adapters(transformer: WanTransformer3DModel, switch: Switch, rank: int, alpha: float) -> None:
+def add_adapters(
+    transformer: WanTransformer3DModel, switch: Switch, rank: int, alpha: float, name: str = "critic"
+) -> None:
     """Freeze a transformer and add an adapter, zero at first, to every linear layer of its blocks.
 
     Args:
@@ -70,15 +98,16 @@ def add_adapters(transformer: WanTransformer3DModel, switch: Switch, rank: int, 
         switch: turns all adapters on and off.
         rank: 1 or more.
         alpha: the adapters are scaled by alpha / rank.
+        name: of the role, whose draw is its own.
 
     Source: LoRA (arXiv 2106.09685): down is uniform as nn.Linear's own weights, up is zero. The draw depends on the
     position of the layer alone, so all ranks and all runs start with the same adapters.
     """
     transformer.requires_grad_(False)
     for index, block in enumerate(transformer.blocks):
-        for place, name in enumerate(ADAPTED):
-            linear = block.get_submodule(name)
-            rng = torch.Generator().manual_seed(index * len(ADAPTED) + place)
+        for place, part in enumerate(ADAPTED):
+            linear = block.get_submodule(part)
+            rng = named_rng(0, f"lora {name}", index, place)
             bound = 1.0 / math.sqrt(linear.in_features)
             down = (2.0 * torch.rand(rank, linear.in_features, generator=rng) - 1.0) * bound
             device = linear.weight.device
@@ -99,6 +128,44 @@ class AdaptedCritic(nn.Module):
         """Call the transformer with the same arguments."""
         with self.switch.turned(True):
             return self.base(*args, **options)
+
+
+def merged_weights(
+    base: WanTransformer3DModel, adapters: Mapping[str, Tensor], scale: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a network whose adapters have become part of it, float32, by diffusers name.
+
+    Args:
+        base: the frozen network.
+        adapters: lora_down and lora_up of each adapted layer, by parameter name; each is read once and not kept.
+        scale: alpha / rank.
+    """
+    adapted = {name.rpartition(".")[0] for name in adapters}
+    for name, tensor in base.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        weight = tensor.float()
+        if leaf == "weight" and module in adapted:
+            weight = weight + scale * (adapters[f"{module}.lora_up"].float() @ adapters[f"{module}.lora_down"].float())
+        yield name, weight
+
+
+def diffusers_lora(adapters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Return adapters under diffusers' names, float32.
+
+    The scale goes into lora_B, so that alpha equals the rank, which every reader takes where none is stated.
+
+    Args:
+        adapters: lora_down and lora_up by parameter name.
+        scale: alpha / rank.
+
+    Source: diffusers, WanLoraLoaderMixin: transformer.MODULE.lora_A.weight is down, lora_B up.
+    """
+    renamed = {}
+    for name, tensor in adapters.items():
+        module, _, leaf = name.rpartition(".")
+        half, factor = ("lora_B", scale) if leaf == "lora_up" else ("lora_A", 1.0)
+        renamed[f"transformer.{module}.{half}.weight"] = (factor * tensor.float()).contiguous()
+    return renamed
 
 
 def checkpoint_activations(transformer: WanTransformer3DModel, switch: Switch | None = None) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig
-from distill.networks.base import latent_grid, open_base
+from distill.networks.base import Base, latent_grid, open_base
+from distill.networks.teacher import check_teacher, open_teacher
 
 _WAN_2_1 = {
     "attention_head_dim": 128,
@@ -80,13 +81,40 @@ class ParameterCounts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """One network of a run."""
+
+    architecture: Architecture
+    parameters: ParameterCounts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """The subject of a plan: settings, network, and the latents (C, F, H, W) of one sample."""
+    """The subject of a plan.
+
+    Attributes:
+        config: settings.
+        architecture, parameters: of the base, which student and full critic begin as.
+        latents: (C, F, H, W) of one sample.
+        teacher: where it is another network than the base.
+    """
 
     config: DistillConfig
     architecture: Architecture
     parameters: ParameterCounts
     latents: tuple[int, ...]
+    teacher: Network | None = None
+
+    def network(self, role: str, lora_critic_rank: int = 0) -> Network:
+        """Return the network of a role; a LoRA critic is the teacher's."""
+        is_teachers = role == "teacher" or (role == "critic" and lora_critic_rank > 0)
+        own = Network(architecture=self.architecture, parameters=self.parameters)
+        return self.teacher if is_teachers and self.teacher is not None else own
+
+    def num_tokens_of(self, role: str, lora_critic_rank: int = 0) -> int:
+        """Return the tokens of one sample in the network of a role."""
+        _, frames, height, width = self.latents
+        return frames * height * width // self.network(role, lora_critic_rank).architecture.patch_volume
 
     @property
     def num_tokens(self) -> int:
@@ -99,15 +127,13 @@ def read_subject(config: DistillConfig) -> Subject:
     """Read the network of a run: from the base's configs when it is local, else from the table PUBLISHED.
 
     Raises:
-        ConfigError: a base of unknown architecture, one that is not text to video, or a size that does not fit it.
+        ConfigError: a base or teacher of unknown architecture, two that do not fit each other, one that is not text to
+            video, or a size that does not fit it.
         CheckpointError: a base that cannot be, or whose configs cannot be read.
     """
     base = open_base(config.base)
     if not base.is_local and base.source not in PUBLISHED:
-        raise ConfigError(
-            f"expected a base that is a folder or one of {', '.join(PUBLISHED)}, got {config.base}: "
-            "a plan downloads nothing, so fetch that pipeline's configs and name their folder with --set base=FOLDER"
-        )
+        raise _unknown("base", config.base)
     network = base.transformer_config if base.is_local else PUBLISHED[base.source]
     architecture = read_architecture(network)
     if base.is_local:
@@ -115,7 +141,29 @@ def read_subject(config: DistillConfig) -> Subject:
     else:
         latents = latent_grid(config.native, architecture.in_channels, architecture.patch_size, *PUBLISHED_VAE_SCALES)
     return Subject(
-        config=config, architecture=architecture, parameters=count_parameters(network), latents=tuple(latents)
+        config=config,
+        architecture=architecture,
+        parameters=count_parameters(network),
+        latents=tuple(latents),
+        teacher=_read_teacher(config, base) if config.teacher else None,
+    )
+
+
+def _read_teacher(config: DistillConfig, base: Base) -> Network:
+    teacher = open_teacher(config, base)
+    is_local = teacher.transformer is not None or teacher.pipeline.is_local
+    if not is_local and teacher.pipeline.source not in PUBLISHED:
+        raise _unknown("teacher", config.teacher)
+    if is_local and base.is_local:
+        check_teacher(config, base)
+    network = teacher.architecture if is_local else PUBLISHED[teacher.pipeline.source]
+    return Network(architecture=read_architecture(network), parameters=count_parameters(network))
+
+
+def _unknown(role: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"expected a {role} that is a folder or one of {', '.join(PUBLISHED)}, got {name}: "
+        f"a plan downloads nothing, so fetch that pipeline's configs and name their folder with --set {role}=FOLDER"
     )
 
 

@@ -13,6 +13,7 @@ PLAN_HELP = {
     "reserve_gib": "of it kept free for the CUDA context, NCCL, workspaces and fragmentation, GiB",
     "activation_checkpointing": "keep only the input of each block, and compute the block again before its backward",
     "lora_critic_rank": "train LoRA of this rank on the teacher's frozen weights as the critic; 0 is a full critic",
+    "lora_student_rank": "train LoRA of this rank on frozen weights as the student; 0 is a full student",
     "master_dtype": "fp32 or bf16: weights, gradients and moments of student and critic",
     "context_parallel": "GPUs that share the tokens of one sample",
     "accumulate": "micro-batches whose gradients are added up for one update",

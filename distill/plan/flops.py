@@ -144,17 +144,19 @@ def iteration_flops(
     checkpointing: bool,
     derivative: float = 0.0,
     classifier: ClassifierFlops | None = None,
+    teacher: NetworkFlops | None = None,
 ) -> dict[str, float]:
     """Count one sample's share of a mean iteration.
 
     Args:
-        student: passes of the student; the teacher's forward is the same.
+        student: passes of the student.
         critic: passes of the critic.
         passes: of the method, by role.
         is_guided: the teacher also sees the negative prompt.
         checkpointing: blocks are recomputed before their backward.
         derivative: of one forward-mode derivative of the student.
         classifier: of the critic as a discriminator, where it has a head.
+        teacher: passes of the teacher; None where they are the student's.
 
     Returns:
         Operations by part, in the order in which they happen.
@@ -171,7 +173,7 @@ def iteration_flops(
         "derivative": own.turns * own.derivatives * derivative,
         "student forward": student_graphs * student.forward,
         "critic forward": (own.turns * own.critic + other.turns * other.critic + critic_graphs) * critic.forward,
-        "teacher": evaluations * (2 if is_guided else 1) * student.forward,
+        "teacher": evaluations * (2 if is_guided else 1) * (teacher or student).forward,
         "discriminator": judged * (again_judged + judge.judging) + classified * (again_judged + judge.training),
         "student backward": student_graphs * student.backward,
         "critic backward": critic_graphs * critic.backward,

@@ -4,10 +4,9 @@ Knows sizes, not tensors: what a network keeps comes from activations.py, parame
 method runs from its `Passes`.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distill.config import DistillConfig
 from distill.methods.draws import Passes
@@ -23,7 +22,7 @@ from distill.plan.activations import (
     rotation_bytes,
     saved_bytes,
 )
-from distill.plan.architecture import Subject
+from distill.plan.architecture import Architecture, Network, Subject
 from distill.plan.flops import Sequence
 from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions
 
@@ -65,30 +64,53 @@ def precision_of(config: DistillConfig) -> str:
 
 def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
     """Return the numbers of trained parameters of student and critic, a discriminator's head included."""
-    rank, parameters = options.lora_critic_rank, subject.parameters
-    head = subject.config.method_settings.critic_head()
-    on_critic = 0 if head is None else head_parameters(subject.architecture.dim, head)
-    critic = rank * parameters.lora_width if rank else parameters.total
-    return {"student": parameters.total, "critic": critic + on_critic}
+    counts, head = {}, subject.config.method_settings.critic_head()
+    for role in ("student", "critic"):
+        network = network_of(subject, options, role)
+        rank, parameters = options.lora_rank(role), network.parameters
+        counts[role] = rank * parameters.lora_width if rank else parameters.total
+        if role == "critic" and head is not None:
+            counts[role] += head_parameters(network.architecture.dim, head)
+    return counts
+
+
+def network_of(subject: Subject, options: PlanOptions, role: str) -> Network:
+    """Return the network of a role."""
+    return subject.network(role, options.lora_critic_rank)
+
+
+def role_load(subject: Subject, options: PlanOptions, load: MicroBatch, role: str) -> MicroBatch:
+    """Return a micro-batch of the base with the sequence lengths of a role's network."""
+    own, base = subject.num_tokens_of(role, options.lora_critic_rank), subject.num_tokens
+    sequence = load.sequence
+    scaled = replace(
+        sequence, tokens=sequence.tokens * own // base, context_tokens=sequence.context_tokens * own // base
+    )
+    return replace(load, sequence=scaled)
 
 
 def state_bytes(
     subject: Subject, options: PlanOptions, roles: tuple[str, ...] = ("student", "critic")
 ) -> dict[str, int]:
     """Return the persistent bytes of one GPU: weights, optimizer moments of the trained roles, EMA."""
-    config, parameters = subject.config, subject.parameters
     trained, master = trained_counts(subject, options), DTYPE_BYTES[options.master_dtype]
-    teacher = DTYPE_BYTES[config.teacher_dtype] * parameters.total
-    if config.teacher_dtype == "bf16":
-        teacher += 2 * parameters.kept_fp32
+    student = master * trained["student"]
+    if options.lora_student_rank:
+        student += _frozen_bytes(subject, "student")
     whole = {
-        "student weights": master * trained["student"],
+        "student weights": student,
         "critic weights": master * trained["critic"],
-        "teacher weights": teacher,
+        "teacher weights": _frozen_bytes(subject, "teacher"),
         "optimizer": NUM_MOMENTS * master * sum(trained[role] for role in roles),
-        "EMA": 4 * parameters.total,
+        "EMA": 4 * trained["student"],
     }
     return {part: -(-size // options.gpus) for part, size in whole.items()}
+
+
+def _frozen_bytes(subject: Subject, role: str) -> int:
+    parameters, dtype = subject.network(role).parameters, subject.config.frozen_dtype(role)
+    kept = 2 * parameters.kept_fp32 if dtype == "bf16" else 0
+    return DTYPE_BYTES[dtype] * parameters.total + kept
 
 
 def phase_bytes(
@@ -139,13 +161,14 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
 
     Source: FSDP2 as `distill.parallel.sharding.shard` sets it up, measured with torch 2.13.
     """
-    parameters, config = subject.parameters, subject.config
-    rank, precision = options.lora_critic_rank, precision_of(config)
-    is_frozen = role == "teacher" or (role == "critic" and rank > 0)
+    network, config = network_of(subject, options, role), subject.config
+    parameters, num_layers = network.parameters, network.architecture.num_layers
+    rank, precision = options.lora_rank(role), precision_of(config)
+    is_frozen = role == "teacher" or rank > 0
     if options.gpus > 1:
         gathered = config.gather_precision(role, precision)
-        lora = rank * parameters.lora_width // subject.architecture.num_layers if role == "critic" else 0
-        outer = 4 * (parameters.total - subject.architecture.num_layers * parameters.block)
+        lora = rank * parameters.lora_width // num_layers
+        outer = 4 * (parameters.total - num_layers * parameters.block)
         blocks = 2 if gathered == "bf16" else 3
         reduced = 4 * parameters.block if is_backward and not is_frozen else 0
         return blocks * DTYPE_BYTES[gathered] * (parameters.block + lora) + outer + reduced
@@ -159,8 +182,7 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
 
 def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own: Passes) -> list[dict[str, int]]:
     held_gradients = {"gradients": _held_gradient_bytes(subject, options, "student")}
-    saved, samples = _saved(subject, options, load), load.samples
-    working = samples * forward_working_bytes(subject.architecture, load.sequence, precision_of(subject.config))
+    saved, samples = _saved(subject, options, load, "student"), load.samples
     # The teacher sees prompt and negative prompt in one call.
     factors = {"student": 1, "critic": 1, "teacher": 1 if subject.config.guidance_scale == 1.0 else 2}
     kept = own.graphs * _kept_copies(subject, options)
@@ -169,6 +191,11 @@ def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own
         copies = copy_bytes(subject, options, role, is_backward=False)
         # A student that keeps its copies has counted them.
         copies = kept if role == "student" and kept else copies + kept
+        architecture, own_load = (
+            network_of(subject, options, role).architecture,
+            role_load(subject, options, load, role),
+        )
+        working = samples * forward_working_bytes(architecture, own_load.sequence, precision_of(subject.config))
         parts = {"activations": own.graphs * saved, "working set": factor * working, "weight copies": copies}
         moments.append(held_gradients | parts)
     if own.derivatives:
@@ -190,34 +217,34 @@ def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own
 
 def _judging(subject: Subject, options: PlanOptions, load: MicroBatch, held: int, kept: int) -> dict[str, int]:
     """Return the moment in which the discriminator's gradient for a sample is taken, the student's graph held."""
-    copies = copy_bytes(subject, options, "critic", is_backward=True)
-    working = load.samples * backward_working_bytes(subject.architecture, load.sequence, precision_of(subject.config))
+    own = role_load(subject, options, load, "critic")
+    architecture, precision = network_of(subject, options, "critic").architecture, precision_of(subject.config)
+    working = own.samples * backward_working_bytes(architecture, own.sequence, precision)
     if options.activation_checkpointing:
-        working += _recomputed(subject, load)
+        working += _recomputed(architecture, own, precision)
     return {
         "activations": held + _classifier_saved(subject, options, load),
         "working set": working,
-        "weight copies": kept + copies,
+        "weight copies": kept + copy_bytes(subject, options, "critic", is_backward=True),
     }
 
 
-def _recomputed(subject: Subject, load: MicroBatch) -> int:
+def _recomputed(architecture: Architecture, load: MicroBatch, precision: str) -> int:
     """Return what a block computed again keeps beside its input."""
-    architecture, sequence = subject.architecture, load.sequence
-    block = block_bytes(architecture, sequence, precision_of(subject.config))
-    return load.samples * (block - input_bytes(architecture, sequence))
+    block = block_bytes(architecture, load.sequence, precision)
+    return load.samples * (block - input_bytes(architecture, load.sequence))
 
 
 def _classifier_saved(subject: Subject, options: PlanOptions, load: MicroBatch) -> int:
     """Return the bytes that the discriminator keeps from forward to backward, 0 where there is none."""
-    head = subject.config.method_settings.critic_head()
+    head, own = subject.config.method_settings.critic_head(), role_load(subject, options, load, "critic")
     if head is None:
         return 0
-    architecture, sequence = subject.architecture, load.sequence
-    part = dataclasses.replace(architecture, num_layers=head_blocks(architecture.num_layers, head))
+    architecture = network_of(subject, options, "critic").architecture
+    part = replace(architecture, num_layers=head_blocks(architecture.num_layers, head))
     precision, checkpointing = precision_of(subject.config), options.activation_checkpointing
-    saved = classifier_bytes(part, sequence, precision, head.queries, checkpointing=checkpointing)
-    return load.samples * saved + rotation_bytes(architecture, sequence)
+    saved = classifier_bytes(part, own.sequence, precision, head.queries, checkpointing=checkpointing)
+    return own.samples * saved + rotation_bytes(architecture, own.sequence)
 
 
 def _kept_copies(subject: Subject, options: PlanOptions) -> int:
@@ -231,13 +258,14 @@ def _backward_moments(
     subject: Subject, options: PlanOptions, load: MicroBatch, role: str, own: Passes
 ) -> list[dict[str, int]]:
     graphs = own.graphs
-    architecture, sequence, precision = subject.architecture, load.sequence, precision_of(subject.config)
+    architecture, precision = network_of(subject, options, role).architecture, precision_of(subject.config)
+    sequence = role_load(subject, options, load, role).sequence
     block = load.samples * block_bytes(architecture, sequence, precision)
     working = load.samples * backward_working_bytes(architecture, sequence, precision)
     if options.activation_checkpointing:
-        working += _recomputed(subject, load)
+        working += _recomputed(architecture, role_load(subject, options, load, role), precision)
         block = load.samples * input_bytes(architecture, sequence)
-    saved, copies = _saved(subject, options, load), copy_bytes(subject, options, role, is_backward=True)
+    saved, copies = _saved(subject, options, load, role), copy_bytes(subject, options, role, is_backward=True)
     waiting = (graphs - 1) * _kept_copies(subject, options)
     head = load.samples * head_bytes(architecture, sequence)
     begin = {
@@ -262,8 +290,9 @@ def _backward_moments(
     return moments
 
 
-def _saved(subject: Subject, options: PlanOptions, load: MicroBatch) -> int:
-    architecture, sequence = subject.architecture, load.sequence
+def _saved(subject: Subject, options: PlanOptions, load: MicroBatch, role: str) -> int:
+    architecture = network_of(subject, options, role).architecture
+    sequence = role_load(subject, options, load, role).sequence
     precision, checkpointing = precision_of(subject.config), options.activation_checkpointing
     saved = saved_bytes(architecture, sequence, precision, checkpointing=checkpointing)
     return load.samples * saved + rotation_bytes(architecture, sequence)

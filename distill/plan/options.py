@@ -20,6 +20,7 @@ class PlanOptions:
         reserve_gib: kept free for CUDA context, NCCL, library workspaces and fragmentation.
         activation_checkpointing: of every block.
         lora_critic_rank: rank of a LoRA critic on the teacher's frozen weights; 0 is a full critic.
+        lora_student_rank: rank of a LoRA student on frozen weights of its own; 0 is a full student.
         master_dtype: of weights, gradients and moments of student and critic.
         prompt_tokens: 512 is Wan's padded length; training trims to the longest prompt of a batch.
         tflops: rate of one GPU; 400 is half of what large bf16 matrix products reach on an H200.
@@ -33,6 +34,7 @@ class PlanOptions:
     reserve_gib: float = 4.0
     activation_checkpointing: bool = True
     lora_critic_rank: int = 0
+    lora_student_rank: int = 0
     master_dtype: str = "fp32"
     context_parallel: int = 1
     accumulate: int = 1
@@ -43,7 +45,8 @@ class PlanOptions:
         for name in ("gpus", "context_parallel", "accumulate"):
             _check_range(name, getattr(self, name), 1, 10**6)
         _check_range("prompt_tokens", self.prompt_tokens, 1, 512)
-        _check_range("lora_critic_rank", self.lora_critic_rank, 0, 4096)
+        for name in ("lora_critic_rank", "lora_student_rank"):
+            _check_range(name, getattr(self, name), 0, 4096)
         _check_range("gpu_gib", self.gpu_gib, 0.1, 1e5)
         _check_range("reserve_gib", self.reserve_gib, 0.0, self.gpu_gib)
         _check_range("tflops", self.tflops, 1e-3, 1e6)
@@ -56,6 +59,10 @@ class PlanOptions:
                 f"{flag('context_parallel')} must divide the {self.gpus} GPUs, got {self.context_parallel}: "
                 f"use one of {', '.join(str(degree) for degree in divisors(self.gpus))}"
             )
+
+    def lora_rank(self, role: str) -> int:
+        """Return the rank of a role's adapters; 0 for none."""
+        return {"student": self.lora_student_rank, "critic": self.lora_critic_rank}.get(role, 0)
 
     @property
     def data_parallel(self) -> int:

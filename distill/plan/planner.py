@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,8 +14,23 @@ from distill.methods.registry import METHODS
 from distill.methods.regression import start_of
 from distill.networks.head import head_blocks
 from distill.plan.architecture import Subject
-from distill.plan.flops import Sequence, classifier_flops, derivative_flops, iteration_flops, network_flops
-from distill.plan.memory import MemoryByPhase, MicroBatch, phase_bytes, precision_of, trained_counts
+from distill.plan.flops import (
+    NetworkFlops,
+    Sequence,
+    classifier_flops,
+    derivative_flops,
+    iteration_flops,
+    network_flops,
+)
+from distill.plan.memory import (
+    MemoryByPhase,
+    MicroBatch,
+    network_of,
+    phase_bytes,
+    precision_of,
+    role_load,
+    trained_counts,
+)
 from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions, divisors, flag
 
 SUGGESTED_LORA_RANK = 64
@@ -82,7 +98,8 @@ class Plan:
     @property
     def start_flops(self) -> float:
         """Return the operations of one GPU for the updates of a regressed start."""
-        network, options = network_flops(self.subject.architecture, self.load.sequence), self.options
+        options = self.options
+        network = _network_flops(self.subject, self.load, options, "student")
         again = network.recomputation if options.activation_checkpointing else 0.0
         num_samples = self.subject.config.start.updates * self.load.samples * options.accumulate
         return num_samples * (network.forward + again + network.backward)
@@ -169,7 +186,7 @@ def smallest(subject: Subject, options: PlanOptions) -> Plan:
 
 
 def _split(subject: Subject, options: PlanOptions) -> MicroBatch:
-    degree, heads, tokens = options.context_parallel, subject.architecture.num_attention_heads, subject.num_tokens
+    degree, heads, tokens = options.context_parallel, _common_heads(subject), subject.num_tokens
     if heads % degree or tokens % degree:
         usable = [value for value in divisors(options.gpus) if heads % value == 0 and tokens % value == 0]
         raise ConfigError(
@@ -185,28 +202,45 @@ def _split(subject: Subject, options: PlanOptions) -> MicroBatch:
             f"batch_size {batch_size} must split evenly over {options.data_parallel} data-parallel groups x "
             f"{options.accumulate} micro-batches: use {advice}, or --set batch_size={-(-batch_size // groups) * groups}"
         )
-    if options.lora_critic_rank > subject.architecture.dim:
-        raise ConfigError(
-            f"{flag('lora_critic_rank')} must be at most the width {subject.architecture.dim}, "
-            f"got {options.lora_critic_rank}: use 64, or 0 for a full critic"
-        )
+    for role in ("critic", "student"):
+        width, rank = network_of(subject, options, role).architecture.dim, options.lora_rank(role)
+        if rank > width:
+            raise ConfigError(
+                f"{flag(f'lora_{role}_rank')} must be at most the width {width}, "
+                f"got {rank}: use 64, or 0 for a full {role}"
+            )
     sequence = Sequence(tokens=tokens // degree, context_tokens=tokens, prompt_tokens=options.prompt_tokens)
     return MicroBatch(samples=batch_size // groups, sequence=sequence)
+
+
+def _common_heads(subject: Subject) -> int:
+    """Return the number of heads whose divisors divide those of all networks."""
+    return math.gcd(*(subject.network(role).architecture.num_attention_heads for role in ("student", "teacher")))
 
 
 def _sample_flops(
     subject: Subject, options: PlanOptions, load: MicroBatch, passes: Mapping[str, Passes]
 ) -> dict[str, float]:
-    head, rank = subject.config.method_settings.critic_head(), options.lora_critic_rank
+    student, critic, teacher = (
+        _network_flops(subject, load, options, role) for role in ("student", "critic", "teacher")
+    )
+    head, judges = subject.config.method_settings.critic_head(), network_of(subject, options, "critic").architecture
+    sequence = role_load(subject, options, load, "critic").sequence
     return iteration_flops(
-        network_flops(subject.architecture, load.sequence),
-        network_flops(subject.architecture, load.sequence, rank),
+        student,
+        critic,
         passes,
+        teacher=teacher,
         is_guided=_is_guided(subject),
         checkpointing=options.activation_checkpointing,
         derivative=derivative_flops(subject.architecture, load.sequence),
-        classifier=None if head is None else classifier_flops(subject.architecture, load.sequence, head, rank),
+        classifier=None if head is None else classifier_flops(judges, sequence, head, options.lora_critic_rank),
     )
+
+
+def _network_flops(subject: Subject, load: MicroBatch, options: PlanOptions, role: str) -> NetworkFlops:
+    sequence = role_load(subject, options, load, role).sequence
+    return network_flops(network_of(subject, options, role).architecture, sequence, options.lora_rank(role))
 
 
 def _is_guided(subject: Subject) -> bool:
@@ -215,7 +249,7 @@ def _is_guided(subject: Subject) -> bool:
 
 def _sampling_flops(subject: Subject, load: MicroBatch, options: PlanOptions) -> float:
     """Count the operations of the teacher's samples, of the run's and of its start's: each group makes its share."""
-    forward = network_flops(subject.architecture, load.sequence).forward * (2 if _is_guided(subject) else 1)
+    forward = _network_flops(subject, load, options, "teacher").forward * (2 if _is_guided(subject) else 1)
     forwards = sum(
         (sampling.num_samples or num_prompts(subject.config)) * (len(sampling.sigmas()) - 1)
         for config in (subject.config, start_of(subject.config))
@@ -226,13 +260,15 @@ def _sampling_flops(subject: Subject, load: MicroBatch, options: PlanOptions) ->
 
 def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str, Passes]) -> float:
     """Every forward and every backward gathers the blocks once; a backward also reduces float32 gradients."""
-    config, parameters = subject.config, subject.parameters
-    blocks = subject.architecture.num_layers * parameters.block
-    width = {
-        role: DTYPE_BYTES[config.gather_precision(role, precision_of(config))]
-        for role in ("student", "critic", "teacher")
-    }
-    head, num_layers = config.method_settings.critic_head(), subject.architecture.num_layers
+    config, width = subject.config, dict[str, float]()
+    for role in ("student", "critic", "teacher"):
+        network = network_of(subject, options, role)
+        blocks = network.architecture.num_layers * network.parameters.block
+        width[role] = blocks * DTYPE_BYTES[config.gather_precision(role, precision_of(config))]
+    head, num_layers = (
+        config.method_settings.critic_head(),
+        network_of(subject, options, "critic").architecture.num_layers,
+    )
     read = 0.0 if head is None else head_blocks(num_layers, head) / num_layers
     per_micro_batch = 0.0
     for role, trained in trained_counts(subject, options).items():
@@ -242,7 +278,7 @@ def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str,
         # The discriminator gathers the blocks that it reads, once forward and once backward.
         calls["critic"] += 2 * read * (own.judged + own.classified)
         reduced = 4 * (own.trained + read * own.classified) * trained
-        per_turn = blocks * sum(count * width[name] for name, count in calls.items()) + reduced
+        per_turn = sum(count * width[name] for name, count in calls.items()) + reduced
         per_micro_batch += own.turns * per_turn
     return options.accumulate * per_micro_batch * (options.gpus - 1) / options.gpus
 

@@ -38,7 +38,7 @@ class ReferenceLayout:
 
 
 def reference_layout(subject: Subject, options: PlanOptions) -> ReferenceLayout | None:
-    """Compute the authors' layout of a published recipe; None for a recipe or a method that they do not have.
+    """Compute the authors' layout of a published recipe; None for a recipe, method or teacher that they do not have.
 
     Args:
         subject: settings and network.
@@ -49,7 +49,7 @@ def reference_layout(subject: Subject, options: PlanOptions) -> ReferenceLayout 
     turn; blocks checkpointed; no context parallelism, no accumulation, no EMA.
     """
     samples = METHODS[subject.config.method].authors_samples(subject.config)
-    if samples is None:
+    if samples is None or subject.teacher is not None:
         return None
     architecture, parameters = subject.architecture, subject.parameters
     sequence = Sequence(

@@ -76,6 +76,9 @@ def plan_notes(plan: Plan) -> list[str]:
     notes = []
     if options.lora_critic_rank:
         notes.append("the LoRA critic shares the teacher's weights: both are one copy in teacher weights")
+    if options.lora_student_rank:
+        dtype = config.frozen_dtype("student")
+        notes.append(f"the LoRA student has frozen weights of its own, {dtype}, which no other network shares")
     if options.master_dtype == "bf16":
         notes.append("bf16 master weights lose every update below 1/512 of a weight: fp32 is what the recipes mean")
     notes += METHODS[config.method].notes(config)
@@ -89,11 +92,15 @@ def _head(plan: Plan) -> str:
     config, native, parameters = subject.config, subject.config.native, subject.parameters
     checkpointing = "on" if options.activation_checkpointing else "off"
     critic = f"LoRA of rank {options.lora_critic_rank}" if options.lora_critic_rank else "full"
+    student = f"student LoRA of rank {options.lora_student_rank}; " if options.lora_student_rank else ""
+    teacher = config.teacher_dtype
+    if subject.teacher is not None:
+        teacher = f"{subject.teacher.parameters.total / 1e9:.3f} G parameters, {teacher}"
     return "\n".join(
         [
             f"plan of {config.recipe} by {config.method} on {options.gpus} x {options.gpu_gib:g} GiB",
             f"  network   {parameters.total / 1e9:.3f} G parameters, {subject.architecture.num_layers} blocks of "
-            f"{parameters.block / 1e6:.1f} M; critic {critic}; teacher {config.teacher_dtype}, "
+            f"{parameters.block / 1e6:.1f} M; {student}critic {critic}; teacher {teacher}, "
             f"master weights {options.master_dtype}",
             f"  sample    {native.width}x{native.height}, {native.num_frames} frames = {subject.num_tokens:,} tokens, "
             f"{plan.load.sequence.tokens:,} on a GPU (context parallel {options.context_parallel})",
@@ -208,6 +215,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "method": subject.config.method,
         "options": dataclasses.asdict(plan.options),
         "parameters": dataclasses.asdict(subject.parameters),
+        "teacher_parameters": dataclasses.asdict(subject.network("teacher").parameters),
         "latents": list(subject.latents),
         "num_tokens": subject.num_tokens,
         "batch_size": subject.config.batch_size,

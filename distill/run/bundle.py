@@ -19,6 +19,8 @@ from codmd_serve.wan.preview import preview_map_of_base
 from distill.config import DistillConfig, settings_digest
 from distill.data.prompts import caption_grammar
 from distill.networks.base import Base, open_base
+from distill.networks.teacher import teacher_name
+from distill.run.adapters import EMA_PREFIX, whole_weights, write_lora
 from distill.run.checkpoint import (
     Checkpoint,
     checkpoint_folder,
@@ -28,8 +30,6 @@ from distill.run.checkpoint import (
     read_config,
     saved_settings,
 )
-
-EMA_PREFIX = "ema/"
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def student_spec(
             fps=config.native.fps,
         ),
         method=config.method,
-        base_model=base.name,
+        base_model=teacher_name(config, base),
         step=num_student_updates,
         ema=True,
         config_sha256=config_sha256 or config.sha256(),
@@ -109,12 +109,14 @@ def write_bundle(
         bundle_dir: its folder; one that exists is replaced.
         config: of the run.
         base: of the run.
-        ema_weights: float32 moving average by parameter name; each is read once and not kept.
+        ema_weights: float32 moving average by parameter name, of a LoRA student that of its adapters; each is read
+            once and not kept.
         num_student_updates: updates of the student so far.
         config_sha256: digest of the run's config.json; None where this version wrote it.
 
     Raises:
-        CheckpointError: the base is gone, the weights do not fit it, or the bundle cannot be written.
+        CheckpointError: the base is gone, or what a LoRA student started from; the weights do not fit it, or the
+            bundle cannot be written.
     """
     bundle_dir = bundle_dir.absolute()
     spec = student_spec(bundle_dir, config, base, num_student_updates, config_sha256)
@@ -123,7 +125,8 @@ def write_bundle(
     try:
         transformer = base.empty_transformer()
         dtype = DTYPES_BY_NAME[config.bundle_dtype]
-        weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in ema_weights.items()}
+        whole = whole_weights(config, base, ema_weights)
+        weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in whole}
         transformer.load_state_dict(weights, assign=True)
         save_bundle(bundle_dir, transformer, spec, caption_grammar(config))
     except (OSError, RuntimeError) as error:
@@ -147,6 +150,15 @@ def export_bundle(run_dir: Path, bundle_dir: Path, iteration: int | None = None,
         CheckpointError: no such checkpoint, or it is damaged.
     """
     config = read_config(run_dir)
+    chosen, checkpoint = _checkpoint_of(run_dir, iteration)
+    # Of the file as it stands: a run of an older format keeps the digest that its bundles have.
+    digest = settings_digest(saved_settings(run_dir))
+    num_updates = checkpoint.values["updates"]["student"]
+    write_bundle(bundle_dir, config, base or open_base(config.base), CheckpointEma(checkpoint), num_updates, digest)
+    return chosen
+
+
+def _checkpoint_of(run_dir: Path, iteration: int | None) -> tuple[int, Checkpoint]:
     kept = [iteration_of(folder) for folder in list_checkpoints(run_dir)]
     if not kept or (iteration is not None and iteration not in kept):
         raise CheckpointError(
@@ -154,11 +166,32 @@ def export_bundle(run_dir: Path, bundle_dir: Path, iteration: int | None = None,
             f"kept are: {', '.join(map(str, kept)) or 'none'}"
         )
     chosen = kept[-1] if iteration is None else iteration
-    checkpoint = load_checkpoint(checkpoint_folder(run_dir, chosen))
-    # Of the file as it stands: a run of an older format keeps the digest that its bundles have.
-    digest = settings_digest(saved_settings(run_dir))
-    num_updates = checkpoint.values["updates"]["student"]
-    write_bundle(bundle_dir, config, base or open_base(config.base), CheckpointEma(checkpoint), num_updates, digest)
+    return chosen, load_checkpoint(checkpoint_folder(run_dir, chosen))
+
+
+def export_lora(run_dir: Path, folder: Path, iteration: int | None = None) -> int:
+    """Write the adapters of a LoRA student alone; diffusers' `load_lora_weights` and `codmd-serve convert` read them.
+
+    Args:
+        run_dir: the run's folder.
+        folder: where to; one that exists is replaced.
+        iteration: which checkpoint; None is the newest.
+
+    Returns:
+        The iteration of the checkpoint.
+
+    Raises:
+        ConfigError: there is no run, or its student is no LoRA.
+        CheckpointError: no such checkpoint, it is damaged, or the folder cannot be written.
+    """
+    config = read_config(run_dir)
+    if not config.lora_student_rank:
+        raise ConfigError(
+            f"{run_dir} trains a full student, which has no adapters: export it as a bundle, or train one with "
+            "--set lora_student_rank=64"
+        )
+    chosen, checkpoint = _checkpoint_of(run_dir, iteration)
+    write_lora(folder, config, CheckpointEma(checkpoint))
     return chosen
 
 

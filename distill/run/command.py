@@ -6,6 +6,7 @@ Knows nothing of training itself. Imports nothing heavy until a command runs, so
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,9 +104,10 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; one that exists is replaced")
     parser.add_argument(
         "--format",
-        choices=("bundle", "pipeline"),
+        choices=("bundle", "pipeline", "lora"),
         default="bundle",
-        help="a bundle for codmd-serve (default), or a complete folder for diffusers.WanPipeline.from_pretrained",
+        help="a bundle for codmd-serve (default), a complete folder for diffusers.WanPipeline.from_pretrained, or the "
+        "adapters of a LoRA student alone, for load_lora_weights",
     )
     parser.add_argument(
         "--iteration",
@@ -123,16 +125,20 @@ def run_export(args: argparse.Namespace) -> int:
     Raises:
         ConfigError, CheckpointError: no such run or checkpoint, or a folder that cannot be written.
     """
-    from distill.run.bundle import export_bundle, export_pipeline
+    from distill.run.bundle import export_bundle, export_lora, export_pipeline
     from distill.run.checkpoint import BEST_FILE, best_iteration
 
-    export = export_pipeline if args.format == "pipeline" else export_bundle
+    exports: dict[str, Callable[[Path, Path, int | None], int]] = {
+        "bundle": export_bundle,
+        "pipeline": export_pipeline,
+        "lora": export_lora,
+    }
     wanted = args.iteration
     if wanted == BEST:
         wanted = best_iteration(args.run)
         if wanted is None:
             raise ConfigError(f"{args.run} has no {BEST_FILE}: no run with --keep-best has chosen a checkpoint")
-    iteration = export(args.run, args.out, wanted)
+    iteration = exports[args.format](args.run, args.out, wanted)
     print(f"{args.format} {args.out} from iteration {iteration}")
     return 0
 
@@ -144,8 +150,9 @@ def _iteration(text: str) -> int | str:
 def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> int:
     from distill.data.prompts import check_prompts, require_prompts
     from distill.networks.base import open_base
+    from distill.run.checks import native_latents
     from distill.run.start import run_with_start
-    from distill.run.trainer import RunOptions, native_latents
+    from distill.run.trainer import RunOptions
 
     device = processes.device
     # Before the base is looked for, which may take a download.

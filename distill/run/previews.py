@@ -25,7 +25,7 @@ from codmd_serve.wan.vae import StreamingDecoder
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData
 from distill.networks.base import Base
-from distill.networks.build import denoiser
+from distill.networks.build import denoiser, trained_parameters
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.streams import named_rng
 
@@ -140,8 +140,8 @@ class Previews:
 
 @contextmanager
 def averaged_weights(network: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run the block with `average` in place of the network's parameters, then restore the same bits."""
-    parameters = dict(network.named_parameters())
+    """Run the block with `average` in place of the network's trained parameters, then restore the same bits."""
+    parameters = trained_parameters(network)
     own = [parameter.detach().clone() for parameter in parameters.values()]
     targets = [parameter.detach() for parameter in parameters.values()]
     try:

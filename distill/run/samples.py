@@ -88,7 +88,7 @@ def _sample(config: "DistillConfig", cache: Path, device: "torch.device", proces
     from distill.methods.registry import METHODS
     from distill.networks.base import open_base
     from distill.networks.build import build_networks
-    from distill.run.trainer import native_latents
+    from distill.run.checks import native_latents
 
     base, device = open_base(config.base).prepared(cache), processes.device
     shape = native_latents(config, base)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from distill.config import DistillConfig
 from distill.methods.regression import start_of
+from distill.run.checks import check_out, start_folder
 from distill.run.log import LOG_FILE
-from distill.run.trainer import RunOptions, RunOutcome, check_out, run_training, start_folder
+from distill.run.trainer import RunOptions, RunOutcome, run_training
 
 START_FOLDER = "start"
 

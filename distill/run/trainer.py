@@ -6,10 +6,9 @@ config: the random numbers of iteration n are drawn from (seed, n), so there is 
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from codmd_serve.errors import CheckpointError, CodmdError, ConfigError
+from codmd_serve.errors import CheckpointError, CodmdError
 from codmd_serve.files import first_line
 from distill.config import DistillConfig
 from distill.data.prompts import PromptData, cached_prompt_data
@@ -29,19 +28,16 @@ from distill.networks.base import Base, open_base
 from distill.networks.build import Networks, build_networks, compile_blocks, trained_parameters
 from distill.networks.ema import Ema
 from distill.parallel.processes import SINGLE_PROCESS, Processes
-from distill.parallel.sharding import check_token_split
+from distill.run.adapters import begin_adapters, beginning
 from distill.run.batches import load_batch
 from distill.run.bundle import export_bundle, student_spec, write_pipeline
 from distill.run.calls import Calls
 from distill.run.checkpoint import (
-    CONFIG_FILE,
     Checkpoint,
-    check_resumable,
     list_checkpoints,
     load_checkpoint,
-    read_config,
-    write_config,
 )
+from distill.run.checks import check_out, native_latents, start_folder
 from distill.run.curves import CURVES_FILE, plot_curves
 from distill.run.log import LOG_FILE, RunLog
 from distill.run.previews import Previews
@@ -307,12 +303,11 @@ def run_training(
     # What the bundle at the end could not say is an error now.
     student_spec(options.out / "bundle", config, base, 0)
     checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
-    begin = config if started is None else replace(config, student_from=str(started))
-    if checkpoints:  # they replace what student and critic started from, which may be gone by now
-        begin = replace(config, student_from="", critic_from="")
-    trainer = _build_trainer(config, begin, base, options)
+    trainer = _build_trainer(config, beginning(config, started, is_resumed=bool(checkpoints)), base, options)
     if checkpoints:
         elapsed_s = _resume(trainer, checkpoints[-1])
+    elif started is not None and config.lora_student_rank:
+        begin_adapters(trainer.parameters["student"], trainer.ema, started.parent, processes)
     processes.on_rank0(lambda: start_folder(options.out, config))
     signal_number, elapsed_s = _loop(trainer, base, options, elapsed_s, is_saved=bool(checkpoints))
     bundle = None
@@ -362,41 +357,6 @@ def _resume(trainer: Trainer, folder: Path) -> float:
     checkpoint = trainer.processes.on_all_ranks(lambda: load_checkpoint(folder))
     trainer.load(checkpoint)
     return float(checkpoint.values.get("elapsed_s", 0.0))
-
-
-def native_latents(config: DistillConfig, base: Base) -> tuple[int, ...]:
-    """Return (C, F, H, W) of the latents of the config's native video.
-
-    Raises:
-        CheckpointError: the base is missing or has no transformer.
-        ConfigError: the size does not fit VAE and patches, or its tokens cannot be split over context_parallel ranks.
-    """
-    shape = base.latent_shape(config.native)
-    if base.has_blocks:
-        check_token_split(config, base.transformer_entry("num_attention_heads"), base.num_tokens(config.native))
-    return shape
-
-
-def start_folder(out: Path, config: DistillConfig) -> None:
-    """Make the folder of a run, which from now on can be resumed."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_config(out, config)
-
-
-def check_out(config: DistillConfig, out: Path, resume: bool) -> None:
-    """Refuse a folder that cannot be resumed or written, or that holds another run.
-
-    Raises:
-        ConfigError: the message names the folder.
-    """
-    holds_run = (out / CONFIG_FILE).is_file()
-    if resume:
-        check_resumable(read_config(out), config)
-    elif holds_run:
-        raise ConfigError(f"{out} already holds a run: resume it or name another folder")
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"{out} cannot be written: {nearest} is no folder or is read-only")
 
 
 def _loop(

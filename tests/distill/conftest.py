@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanPipeline, WanTransformer3DModel
 
 from distill.config import DistillConfig, with_overrides
 from distill.methods.registry import recipe_config
@@ -52,3 +53,17 @@ def tiny_config(tiny_base: Path, prompt_file: Path) -> DistillConfig:
 @pytest.fixture
 def tiny_networks(tiny_config: DistillConfig) -> Networks:
     return build_networks(tiny_config, open_base(tiny_config.base), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def big_teacher(tiny_pipeline: WanPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline whose transformer is wider, deeper and of more heads than tiny_base's, all other parts the same."""
+    own = dict(tiny_pipeline.transformer.config)
+    torch.manual_seed(5)
+    transformer = WanTransformer3DModel.from_config(own | {"num_attention_heads": 4, "num_layers": 3, "ffn_dim": 80})
+    parts = {
+        name: part for name, part in tiny_pipeline.components.items() if name not in ("transformer", "transformer_2")
+    }
+    folder = tmp_path_factory.mktemp("teachers") / "big"
+    WanPipeline(**parts, transformer=transformer.eval()).save_pretrained(folder)
+    return folder

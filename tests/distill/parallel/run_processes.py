@@ -31,7 +31,8 @@ from distill.networks.build import Networks, build_networks, trained_parameters
 from distill.parallel.processes import SINGLE_PROCESS, Processes, join_processes
 from distill.parallel.state import local_part, stage
 from distill.run.checkpoint import load_checkpoint, save_checkpoint
-from distill.run.trainer import Trainer, native_latents
+from distill.run.checks import native_latents
+from distill.run.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -106,7 +107,8 @@ def watched(config: DistillConfig, processes: Processes, cache: Path, iterations
     if not resumes:
         return seen
     # Resumed from the checkpoint, the next iteration is the same as without a stop.
-    run_dir = cache.parent / f"saved-{config.method}-{processes.world_size}-{config.lora_critic_rank}"
+    run_dir = cache.parent / f"saved-{config.method}-{processes.world_size}"
+    run_dir /= f"{config.lora_critic_rank}-{config.lora_student_rank}"
     saved = save_checkpoint(run_dir, 3, stage(trainer.state_tensors()), trainer.state_values(), 1, processes)
     again = new_trainer(config, processes, cache)
     again.load(load_checkpoint(saved))

@@ -30,6 +30,14 @@ SCENARIOS: dict[str, tuple[int, list[str]]] = {
     "recomputed-two": (2, ["activation_checkpointing=true"]),
     "lora": (1, ["lora_critic_rank=2"]),
     "lora-two": (2, ["lora_critic_rank=2", "activation_checkpointing=true"]),
+    # Adapters of student and critic; BIG is a teacher of another architecture.
+    "adapted": (1, ["teacher=BIG", "lora_student_rank=2", "lora_critic_rank=2"]),
+    "adapted-two": (
+        2,
+        ["teacher=BIG", "lora_student_rank=2", "lora_critic_rank=2", "activation_checkpointing=true"],
+    ),
+    "teacher": (1, ["teacher=BIG", "method=dcm"]),
+    "teacher-two": (2, ["teacher=BIG", "method=dcm"]),
     "dcm": (1, ["method=dcm"]),
     "dcm-two": (2, ["method=dcm"]),
     "rcm": (1, ["method=rcm"]),
@@ -53,6 +61,11 @@ SCENARIOS: dict[str, tuple[int, list[str]]] = {
         ["precision=bf16", "teacher_dtype=bf16", "copula.scale=1", "lora_critic_rank=2", "accumulate=2"],
     ),
     "bf16-lora-two": (2, ["precision=bf16", "teacher_dtype=bf16", "copula.scale=1", "lora_critic_rank=2"]),
+    "bf16-adapted-parts": (
+        1,
+        ["precision=bf16", "teacher_dtype=bf16", "copula.scale=1", "lora_student_rank=2", "accumulate=2"],
+    ),
+    "bf16-adapted-two": (2, ["precision=bf16", "teacher_dtype=bf16", "copula.scale=1", "lora_student_rank=2"]),
     "bf16-rcm-parts": (1, ["method=rcm", "precision=bf16", "accumulate=2"]),
     "bf16-rcm-two": (2, ["method=rcm", "precision=bf16"]),
 }
@@ -63,6 +76,8 @@ SAME = [
     ("control-two", "control"),
     ("recomputed-two", "whole"),
     ("lora-two", "lora"),
+    ("adapted-two", "adapted"),
+    ("teacher-two", "teacher"),
     ("dcm-two", "dcm"),
     ("rcm-two", "rcm"),
     ("dp-dmd-two", "dp-dmd"),
@@ -73,12 +88,14 @@ SAME = [
     ("split-four", "whole"),
     ("bf16-two", "bf16-parts"),
     ("bf16-lora-two", "bf16-lora-parts"),
+    ("bf16-adapted-two", "bf16-adapted-parts"),
     ("bf16-rcm-two", "bf16-rcm-parts"),
 ]
-RESUMED = ("two", "lora-two", "arms-two")
+RESUMED = ("two", "lora-two", "adapted-two", "arms-two")
 
 
-def scenario_config(tiny_config: DistillConfig, settings: list[str]) -> DistillConfig:
+def scenario_config(tiny_config: DistillConfig, settings: list[str], big_teacher: Path) -> DistillConfig:
+    settings = [setting.replace("BIG", str(big_teacher)) for setting in settings]
     methods = [setting.removeprefix("method=") for setting in settings if setting.startswith("method=")]
     config = with_method(tiny_config, methods[0]) if methods else tiny_config
     own = {
@@ -106,13 +123,15 @@ def scenario_config(tiny_config: DistillConfig, settings: list[str]) -> DistillC
 
 
 @pytest.fixture(scope="module")
-def results(tiny_config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def results(
+    tiny_config: DistillConfig, big_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
     """What every process of every scenario saw."""
     out = tmp_path_factory.mktemp("processes")
     wanted = [
         {
             "name": name,
-            "config": config_to_dict(scenario_config(tiny_config, settings)),
+            "config": config_to_dict(scenario_config(tiny_config, settings, big_teacher)),
             "world_size": world_size,
             "iterations": ITERATIONS,
             "resumes": name in RESUMED,

@@ -18,7 +18,8 @@ from distill.plan.architecture import Subject, read_subject
 from distill.plan.memory import MEMORY_PARTS, copy_bytes, state_bytes
 from distill.plan.options import PlanOptions
 from distill.plan.planner import Plan, make_plan
-from distill.run.trainer import Trainer, native_latents
+from distill.run.checks import native_latents
+from distill.run.trainer import Trainer
 
 CPU = torch.device("cpu")
 PROMPT_TOKENS = 16

@@ -21,8 +21,9 @@ from distill.data.prompts import cached_prompt_data
 from distill.networks.base import open_base
 from distill.networks.build import Networks, compile_blocks
 from distill.run.checkpoint import list_checkpoints
+from distill.run.checks import native_latents
 from distill.run.previews import Previews, averaged_weights, filmstrips
-from distill.run.trainer import RunOptions, native_latents, run_training
+from distill.run.trainer import RunOptions, run_training
 
 CPU = torch.device("cpu")
 

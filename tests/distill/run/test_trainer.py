@@ -25,8 +25,9 @@ from distill.networks.base import open_base
 from distill.networks.build import build_networks
 from distill.run.bundle import export_bundle
 from distill.run.checkpoint import list_checkpoints, load_checkpoint, read_config
+from distill.run.checks import native_latents
 from distill.run.signals import stop_signal
-from distill.run.trainer import RunOptions, RunOutcome, Trainer, native_latents, run_training
+from distill.run.trainer import RunOptions, RunOutcome, Trainer, run_training
 from distill.streams import named_rng
 
 CPU = torch.device("cpu")

@@ -1,0 +1,271 @@
+"""The cells of a comparison: their configs, their calls, and one of them run through the product's trainer.
+
+RUNS/TABLE/ARM/gG/seedN/run/             the product's run folder; budgets are checkpoints of one run, which is resumed
+RUNS/TABLE/ARM/gG/seedN/student-BUDGET/  its bundle at a budget
+RUNS/TABLE/ARM/gG/seedN/scores-BUDGET.json   a finished cell, never run again
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codmd_serve.errors import CodmdError, ConfigError
+from codmd_serve.files import atomic_folder, write_json
+from codmd_serve.textfiles import read_json_object
+from distill.config import ANALYTIC_RECIPES, DistillConfig, with_overrides
+from distill.evaluate.compare.bench import open_bench
+from distill.evaluate.compare.table import RUN, Arm, Table, check_names
+from distill.methods.registry import METHODS, recipe_config
+from distill.methods.regression import start_of
+from distill.run.checkpoint import iteration_of, list_checkpoints, load_checkpoint
+from distill.run.start import START_FOLDER, run_with_start
+from distill.run.trainer import RunOptions
+
+ROLES = ("student", "critic", "teacher")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One arm with one seed, one guidance scale and one budget."""
+
+    table: Table
+    arm: Arm
+    guidance: float
+    seed: int
+    budget: int
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.arm.name} g={self.guidance:g} seed={self.seed} budget={self.budget}"
+
+    def folder(self, runs: Path) -> Path:
+        """Return its folder, which it shares with the other budgets."""
+        return runs / self.table.name / self.arm.name / f"g{self.guidance:g}" / f"seed{self.seed}"
+
+    def scores(self, runs: Path) -> Path:
+        """Return the file that makes it finished."""
+        return self.folder(runs) / f"scores-{self.budget}.json"
+
+
+class InterruptedCellError(Exception):
+    """A signal ended the run of a cell; it goes on when it is run again."""
+
+
+def all_cells(table: Table, seeds: tuple[int, ...]) -> list[list[Cell]]:
+    """Return the cells in the order to run them, seed by seed; those of a list are budgets of one run."""
+    return [
+        [Cell(table=table, arm=arm, guidance=guidance, seed=seed, budget=budget) for budget in table.budgets]
+        for seed in seeds
+        for guidance in table.guidance
+        for arm in table.arms
+    ]
+
+
+def cell_config(cell: Cell) -> DistillConfig:
+    """Return the config of a cell's run; an arm that trains nothing has that of the baseline.
+
+    Raises:
+        ConfigError: an unknown method or setting; names the arm.
+    """
+    table, arm = cell.table, cell.arm if cell.arm.kind == RUN else cell.table.arm(cell.table.baseline)
+    if table.recipe not in ANALYTIC_RECIPES:
+        raise ConfigError(f"recipe must be one of {', '.join(ANALYTIC_RECIPES)}, got {table.recipe!r}")
+    settings = {**table.settings, **arm.settings, "guidance_scale": cell.guidance, "seed": cell.seed}
+    try:
+        config = recipe_config(table.recipe, arm.method)
+        config = with_overrides(config, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm.name}: {error}") from error
+    return replace(config, max_iterations=iterations_for(config, arm.updates or cell.budget))
+
+
+def iterations_for(config: DistillConfig, num_updates: int) -> int:
+    """Return the iterations with so many updates of the student, those of the critic before its next one included."""
+    method, iteration, done = METHODS[config.method], 0, 0
+    while True:
+        if "student" in method.turns(config, iteration):
+            if done == num_updates:
+                return iteration
+            done += 1
+        iteration += 1
+
+
+def expected_calls(config: DistillConfig) -> dict[str, float]:
+    """Return how many samples each network is evaluated on in a run, by the method's own count, with its start."""
+    calls = dict.fromkeys(ROLES, 0.0)
+    for run in (start_of(config), config):
+        if run is None:
+            continue
+        for role, passes in METHODS[run.method].passes(run).items():
+            size = passes.turns * run.max_iterations * run.batch_size
+            guided = 1 if run.guidance_scale == 1.0 else 2
+            calls["teacher"] += size * passes.teacher * guided
+            for network in ("student", "critic"):
+                own = getattr(passes, network) + (passes.trained if network == role else 0.0)
+                calls[network] += size * own
+        calls["teacher"] += _path_calls(run)
+    return calls
+
+
+def _path_calls(config: DistillConfig) -> int:
+    """Count the teacher's evaluations behind stored samples; they are made once, and count for every run."""
+    sampling = METHODS[config.method].teacher_sampling(config)
+    if sampling is None:
+        return 0
+    num_samples = sampling.num_samples or config.num_captions
+    return num_samples * (len(sampling.sigmas()) - 1) * (1 if config.guidance_scale == 1.0 else 2)
+
+
+def check_cells(table: Table, seeds: tuple[int, ...]) -> list[str]:
+    """Check every arm before the first run: settings, and that updates and calls are those of the baseline.
+
+    Returns:
+        Lines that show updates and calls of every arm at every budget.
+
+    Raises:
+        ConfigError: an arm that cannot run, or whose updates or calls differ without a reason; all are named.
+    """
+    lines, unequal = [], []
+    for guidance in table.guidance:
+        for budget in table.budgets:
+            base = Cell(table=table, arm=table.arm(table.baseline), guidance=guidance, seed=seeds[0], budget=budget)
+            wanted = expected_calls(cell_config(base))
+            for arm in table.arms:
+                cell = replace(base, arm=arm)
+                config = cell_config(cell)
+                if arm.kind != RUN:
+                    continue
+                calls, updates = expected_calls(config), arm.updates or budget
+                shown = " ".join(f"{role}={calls[role]:,.0f}" for role in ROLES)
+                lines.append(f"{cell.name}: updates={updates} iterations={config.max_iterations} {shown}")
+                differs = [role for role in ("critic", "teacher") if abs(calls[role] - wanted[role]) > 0.5]
+                differs += ["updates"] if updates != budget else []
+                if differs and not arm.unequal:
+                    unequal.append(f"{cell.name} ({', '.join(differs)})")
+    if unequal:
+        raise ConfigError(
+            f"updates or calls differ from those of {table.baseline}, and the arm does not say why (unequal): "
+            + "; ".join(unequal)
+        )
+    return lines
+
+
+def check_runs_folder(table: Table, runs: Path) -> None:
+    """Refuse a folder of runs in which two arms differ only in case.
+
+    Raises:
+        ConfigError: lists them.
+    """
+    own = runs / table.name
+    found = {entry.name for entry in own.iterdir() if entry.is_dir()} if own.is_dir() else set()
+    check_names(sorted(found | {arm.name for arm in table.arms}), "arms")
+
+
+def is_finished(cell: Cell, runs: Path) -> bool:
+    """Return whether a cell has its scores.
+
+    Raises:
+        ConfigError: they are of other settings than the table's.
+    """
+    path = cell.scores(runs)
+    if not path.is_file():
+        return False
+    made = read_json_object(path, ConfigError).get("config_sha256")
+    wanted = cell_config(cell).sha256()
+    if made != wanted:
+        raise ConfigError(
+            f"{path} was made with other settings than the table has now: name another --out, or delete its folder"
+        )
+    return True
+
+
+def run_cell(cell: Cell, runs: Path, cache_dir: Path) -> None:
+    """Run a cell to its scores, going on with what an earlier call left.
+
+    Raises:
+        InterruptedCellError: by a signal.
+        CodmdError: the run cannot go on, see its folder.
+    """
+    folder, config = cell.folder(runs), cell_config(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if is_finished(cell, runs):
+            return
+        begin = time.process_time()
+        bundle, facts = None, {"calls": dict.fromkeys(ROLES, 0), "student_updates": 0, "iterations": 0}
+        if cell.arm.kind == RUN:
+            bundle, facts = _train(cell, config, folder, cache_dir)
+        trained_s = time.process_time() - begin
+        bench = open_bench(cell.table.recipe, cell.guidance, cell.table.samples, cache_dir)
+        steps = bench.score_arm(cell.arm, config, cell.seed, bundle)
+        write_json(
+            cell.scores(runs),
+            {
+                "arm": cell.arm.name,
+                "guidance": cell.guidance,
+                "seed": cell.seed,
+                "budget": cell.budget,
+                "config_sha256": config.sha256(),
+                "cpu_s": round(trained_s, 2),
+                **facts,
+                "steps": steps,
+            },
+        )
+
+
+def _train(cell: Cell, config: DistillConfig, folder: Path, cache_dir: Path) -> tuple[Path, dict[str, Any]]:
+    run, student = folder / "run", folder / f"student-{cell.budget}"
+    checkpoints = list_checkpoints(run)
+    if checkpoints and iteration_of(checkpoints[-1]) > config.max_iterations:
+        raise ConfigError(f"{run} is past the budget of {cell.name}: delete {folder} to run it anew")
+    options = RunOptions(
+        out=run,
+        device=torch.device("cpu"),
+        cache_dir=cache_dir,
+        preview_every_iterations=0,
+        has_pipeline=False,
+    )
+    outcome = run_with_start(config, options, resume=(run / "config.json").is_file())
+    if outcome.bundle is None:
+        raise InterruptedCellError(cell.name)
+    wanted = cell.arm.updates or cell.budget
+    if outcome.num_student_updates != wanted:
+        raise CodmdError(
+            f"{cell.name}: {outcome.num_student_updates} updates of the student, expected {wanted}: "
+            f"{outcome.num_skipped} were not finite"
+        )
+    with atomic_folder(student) as fresh:
+        shutil.copytree(outcome.bundle, fresh, dirs_exist_ok=True)
+    calls = _counted(run)
+    calls["teacher"] += _path_calls(config)
+    start = start_of(config)
+    if start is not None:
+        counted = _counted(run / START_FOLDER)
+        calls = {role: calls[role] + counted[role] for role in ROLES}
+        calls["teacher"] += _path_calls(start)
+    facts = {"calls": calls, "student_updates": wanted, "iterations": outcome.iteration}
+    return student, facts
+
+
+def _counted(run: Path) -> dict[str, int]:
+    values = load_checkpoint(list_checkpoints(run)[-1]).values
+    return {role: int(values["calls"][role]) for role in ROLES}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep two processes from running one cell; the second waits for the first."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,127 @@
+"""Cells run through the trainer: counted calls, finished ones kept, interrupted ones gone on with."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_comparison import TINY
+
+from codmd_serve.errors import ConfigError
+from distill.cli import main
+from distill.evaluate.compare.cells import InterruptedCellError, all_cells, cell_config, expected_calls, run_cell
+from distill.evaluate.compare.pool import run_chain
+from distill.evaluate.compare.table import parse_table
+from distill.run.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cells of the tiny table, run by the command in worker processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    table = folder / "tiny.json"
+    table.write_text(json.dumps(TINY), encoding="utf-8")
+    command = ["eval", "compare", "run", str(table), "--out", str(folder), "--cache", str(cache)]
+    assert main([*command, "--jobs", "2", "--json", str(folder / "result.json")]) == 0
+    return folder
+
+
+def test_counted_calls_are_those_that_the_methods_say(runs: Path) -> None:
+    data = json.loads((runs / "result.json").read_text(encoding="utf-8"))
+    table = parse_table(TINY)
+    cells = {cell.name: cell for chain in all_cells(table, table.seeds) for cell in chain}
+    assert len(data["cells"]) == len(cells) == 24
+    for found in data["cells"]:
+        name = f"{found['arm']} g={found['guidance']:g} seed={found['seed']} budget={found['budget']}"
+        if cells[name].arm.kind == "run":
+            expected = expected_calls(cell_config(cells[name]))
+            assert (found["calls"]["teacher"], found["calls"]["critic"]) == (expected["teacher"], expected["critic"])
+            assert found["student_updates"] == found["budget"]
+        steps = 1 if found["arm"] == "truth" else 4
+        assert len(found["steps"]) == steps and set(TINY["metrics"]) <= found["steps"][0].keys()
+
+
+def test_the_teacher_copies_itself_and_the_law_copies_nobody(runs: Path) -> None:
+    data = json.loads((runs / "result.json").read_text(encoding="utf-8"))
+    copied = {cell["arm"]: cell["steps"][-1]["copying"] for cell in data["cells"]}
+    assert copied["teacher_4"] > 0.7 and abs(copied["truth"]) < 0.2
+
+
+def test_a_finished_cell_is_never_run_again(runs: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.name != ".lock"}
+    command = ["eval", "compare", "run", str(runs / "tiny.json"), "--out", str(runs), "--cache", str(cache)]
+    assert main([*command, "--json", str(runs.parent / "again.json")]) == 0
+    assert "24 of 24 cells are done" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.name != ".lock"} == before
+    assert (runs.parent / "again.json").read_bytes() == (runs / "result.json").read_bytes()
+
+
+def test_a_lost_cell_is_made_again_and_a_lost_seed_is_refused_with_the_list(
+    runs: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = runs / "tiny" / "codmd" / "g1" / "seed2" / "scores-3.json"
+    kept = lost.read_bytes()
+    lost.unlink()
+    command = [str(runs / "tiny.json"), "--out", str(runs), "--json", str(tmp_path / "x.json")]
+    try:
+        assert main(["eval", "compare", "collect", *command]) == 2
+        assert "no scores of codmd g=1 budget=3 seed=2" in capsys.readouterr().err
+        table = parse_table(TINY)
+        (chain,) = [
+            cells for cells in all_cells(table, table.seeds) if cells[0].arm.name == "codmd" and cells[0].seed == 2
+        ]
+        assert run_chain(chain, runs, cache) == ([cell.name for cell in chain], {})
+        again, before = json.loads(lost.read_bytes()), json.loads(kept)
+        assert again["steps"] == before["steps"] and again["calls"] == before["calls"]
+    finally:
+        lost.write_bytes(kept)
+
+
+def test_interrupted_in_the_second_budget_it_goes_on_to_the_same_scores(
+    runs: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = parse_table(TINY)
+    (chain,) = [cells for cells in all_cells(table, (1,)) if cells[0].arm.name == "dmd+start"]
+    original: Callable[[Trainer], dict[str, torch.Tensor]] = Trainer.iterate
+
+    def stopped(self: Trainer) -> dict[str, torch.Tensor]:
+        if self.iteration == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "iterate", stopped)
+    run_cell(chain[0], tmp_path, cache)
+    with pytest.raises(InterruptedCellError):
+        run_cell(chain[1], tmp_path, cache)
+    monkeypatch.undo()
+    run_cell(chain[1], tmp_path, cache)
+    for cell in chain:
+        own, whole = (json.loads(cell.scores(folder).read_bytes()) for folder in (tmp_path, runs))
+        assert own["steps"] == whole["steps"] and own["calls"] == whole["calls"]
+
+
+def test_cells_of_other_settings_are_not_mixed_in(runs: Path, tmp_path: Path) -> None:
+    table = tmp_path / "tiny.json"
+    table.write_text(json.dumps({**TINY, "settings": {**TINY["settings"], "batch_size": 5}}), encoding="utf-8")
+    assert main(["eval", "compare", "collect", str(table), "--out", str(runs), "--json", str(tmp_path / "x")]) == 2
+
+
+def test_two_arms_on_disk_that_differ_only_in_case_are_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny" / "DMD").mkdir(parents=True)
+    command = ["eval", "compare", "run", str(runs / "tiny.json"), "--out", str(tmp_path)]
+    assert main(command) == 2
+    assert "differ in more than case: DMD, dmd" in capsys.readouterr().err
+
+
+def test_a_tuning_seed_has_a_folder_and_a_table_of_its_own(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = {**TINY, "tuning_seeds": [7, 8]}
+    (runs.parent / "tuned.json").write_text(json.dumps(table), encoding="utf-8")
+    assert main(["eval", "compare", "plan", str(runs.parent / "tuned.json"), "--tuning"]) == 0
+    assert "seeds 7, 8" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"without repetitions|2 or more"):
+        parse_table({**TINY, "seeds": []})
