@@ -73,7 +73,7 @@ build/lint/.%:
 GPU_PYTHON ?= python3
 gpu-report:
 	mkdir -p build
-	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) -m codmd_serve.bench.gpu_report --out build/gpu-report.json --limit-s 330
+	PYTHONPATH=$(CURDIR):$$PYTHONPATH timeout 345 $(GPU_PYTHON) -m codmd_serve.bench.gpu_report --out build/gpu-report.json --limit-s 330 || test $$? -eq 124
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH timeout 120 $(GPU_PYTHON) -m pytest -m gpu tests/gpu -p no:cacheprovider || test $$? -eq 5
 
 # VBench pins an old transformers and numpy, so it lives apart. Some 6 GB, most of it the CUDA libraries of its torch.

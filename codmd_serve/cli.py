@@ -96,7 +96,9 @@ SERVE_FLAGS = (
     ),
     _serve_flag("workers", "worker processes: auto (one per GPU, one on a CPU), a number, or 0 for the API alone"),
     _serve_flag("spare_worker", "keep a process ready, imports done, to replace a worker that dies in seconds"),
-    _serve_flag("overlap", "auto (on with a GPU), on or off: begin a job while the one before it is being encoded"),
+    _serve_flag(
+        "overlap", "auto (on with a GPU), on or off: denoise a job while the one before it is decoded and encoded"
+    ),
     _serve_flag("queue_size", "jobs that may wait before requests are refused"),
     _serve_flag("max_pixels", "largest height * width * frames; 0 is four times what the bundle was trained at"),
     _serve_flag("max_body_bytes", "largest request body"),

@@ -25,9 +25,10 @@ ENGINE_SETTINGS = (
     "cache",
     "threads",
     "teacher",
+    "overlap",
 )
 # Of them, those that do not decide the bytes of the student's videos.
-NEUTRAL_SETTINGS = ("text_cache", "cache", "teacher")
+NEUTRAL_SETTINGS = ("text_cache", "cache", "teacher", "overlap")
 QUANTIZATIONS = ("none", "fp8", "fp8-emulated")
 # What a lossy engine beside the exact one may be: a quantization, an attention kernel, or both.
 LOSSY_ENGINES = ("none", "fp8", "sage", "fp8+sage", "fp8-emulated")
@@ -224,6 +225,8 @@ class ModelFacts:
         load_s: seconds from start to warm.
         fallback: why something does not run as it was asked for, or as it would be fastest; empty when all does.
         vae_dtype: of the VAE's weights and activations; its sums and norms are float32.
+        vae_execution: eager, or graph where the chunks of the native video are replayed.
+        is_decoding_overlapped: whether a video is decoded while the next one is denoised.
         max_video_px: height * width * num_frames that the memory of the device has room for; 0 is unknown.
         num_devices: GPUs that the worker sees; 1 on a CPU.
         lossy: what makes another picture than the weights ask for, as `fp8+sage`; empty when nothing does.
@@ -253,6 +256,8 @@ class ModelFacts:
     load_s: float
     fallback: str = ""
     vae_dtype: str = "float32"
+    vae_execution: str = "eager"
+    is_decoding_overlapped: bool = False
     max_video_px: int = 0
     num_devices: int = 1
     lossy: str = ""

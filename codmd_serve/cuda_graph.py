@@ -88,6 +88,10 @@ class Graphs:
         """Return the key of a recorded call."""
         return self._identity, tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
 
+    def holds(self, *inputs: Tensor) -> bool:
+        """Return whether a call of these shapes and dtypes was recorded."""
+        return self.key(*inputs) in self._graphs
+
     @torch.inference_mode()
     def record(self, function: Callable[..., Tensor], *inputs: Tensor, keeps: object = None) -> bool:
         """Record function(*inputs) for later inputs of these shapes and dtypes.

@@ -203,7 +203,9 @@ class DenoiseLoop:
             return float("inf")
 
     def _refuse_compiled(self, error: Exception) -> None:
-        self.fallback = first_line(error)
+        # The first line of a failed backend names the backend; the cause is in the error that it wraps.
+        cause = getattr(error, "inner_exception", None)
+        self.fallback = f"blocks not compiled: {first_line(cause if isinstance(cause, Exception) else error)}"
         logger.warning("execution=eager reason=%r", self.fallback)
 
     def _warm_compiled(self, noise: Tensor, prompts: Sequence[PromptCache]) -> None:

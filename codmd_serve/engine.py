@@ -13,24 +13,29 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from codmd_serve.config import GenerateParams, ModelFacts
 from codmd_serve.denoise import DenoiseLoop
-from codmd_serve.errors import GenerationError
+from codmd_serve.errors import CancelledError, GenerationError
+from codmd_serve.overlap import DecodeThread, OverlapBudget
 from codmd_serve.stages import HostCopy, Span, StageClock, begin_memory_peak, device_errors, peak_memory_mb
 from codmd_serve.threads import BoundedQueue, LruCache
 from codmd_serve.verdicts import Verdicts
 from codmd_serve.video import write_video
 from codmd_serve.wan.attention import pad_prompt_embeds
 from codmd_serve.wan.checkpoint import Bundle
+from codmd_serve.wan.precision import joined
 from codmd_serve.wan.preview import animate, preview_frames
 from codmd_serve.wan.teacher import GuidedPrompt, Teacher
 from codmd_serve.wan.text import PromptEmbedder, prompt_warnings
 from codmd_serve.wan.transformer import FewStepTransformer, PromptCache
 from codmd_serve.wan.vae import StreamingDecoder, latent_shape
+
+ResultT = TypeVar("ResultT")
 
 NUM_PROMPTS_READY = 8  # keys and values of one prompt are up to 94 MB at the size of Wan 1.3B
 
@@ -54,7 +59,8 @@ class GenerateResult:
         warnings: one sentence each, about what the model could not take as asked.
         spans: when the stages were really at work, one for each decoded chunk; that of a text lies before the request
             when the prompt was known already.
-        peak_memory_mb: allocated on the device while it was at work, or resident in this process on a CPU.
+        peak_memory_mb: allocated on the device while it was at work, also for an overlapped video; or resident in this
+            process on a CPU.
     """
 
     timings_ms: dict[str, float]
@@ -70,6 +76,21 @@ class _Text:
     span: Span
 
 
+@dataclass(frozen=True, slots=True)
+class _Video:
+    """A denoised video on its way to a file."""
+
+    params: GenerateParams
+    path: Path
+    x0_pred: Tensor
+    clock: StageClock
+    report: OnProgress
+    warnings: list[str]
+
+
+Tail = BoundedQueue[HostCopy, GenerateResult]
+
+
 class Engine:
     """A warm student on one device. One thread begins videos one after the other; only `prepare` is thread-safe.
 
@@ -83,6 +104,8 @@ class Engine:
 
     Attributes:
         teacher: for params that name its fingerprint; None, which it is at first, serves the student only.
+        overlaps: whether `begin` returns when a video is denoised, and decodes it while the next one is denoised.
+        budget: decides whether two videos fit; None, which it is at first, counts nothing.
     """
 
     def __init__(
@@ -98,6 +121,7 @@ class Engine:
     ) -> None:
         self.bundle = bundle
         self.transformer = transformer
+        self.execution = execution
         self.loop = DenoiseLoop(transformer, bundle.spec, execution=execution, verdicts=verdicts)
         # Raced anew at every load: the verdicts are those of the exact engine.
         self.lossy_loop = None if lossy is None else DenoiseLoop(lossy, bundle.spec, execution=execution)
@@ -108,10 +132,16 @@ class Engine:
         self.teacher: Teacher | None = None
         # Embedding and warnings together: a fast tokenizer keeps its padding in itself, so it is for one thread.
         self._texts = LruCache(self._embed_uncached, size=NUM_PROMPTS_READY)
-        self._tail: BoundedQueue[HostCopy, GenerateResult] | None = None
+        self._tail: Tail | None = None
         # Noise is drawn beside the text encoder: 26 to 44 ms on a CPU for 480 x 832 x 81.
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codmd-noise")
         device = transformer.device
+        self.overlaps = False
+        self.budget: OverlapBudget | None = None
+        self._decode_thread: DecodeThread | None = None
+        self._decoding: Future[None] | None = None
+        self._decoding_px = 0
+        self._is_interrupted = False
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def embed(self, prompt: str, for_teacher: bool = False) -> _Text:
@@ -159,8 +189,10 @@ class Engine:
         try:
             return video.result()
         except BaseException as error:  # also of Ctrl-C, which finds this thread waiting for the encoder
+            self._is_interrupted = True
             if self._tail is not None:
                 self._tail.abandon(error)
+            self._finish_decoding()
             raise
 
     @torch.inference_mode()
@@ -173,8 +205,9 @@ class Engine:
     ) -> Future[GenerateResult]:
         """Run one video on the device and leave its encoding to a thread, so that the next one may begin.
 
-        Videos end in the order in which they began, and at most one is left to encode: a second one waits for it
-        between its denoising and its decoding.
+        With `overlaps` its decoding is left to a thread too, where the memory suffices for both. Videos end in the
+        order in which they began. At most one is left to decode or encode: a second one waits for it between its
+        denoising and its decoding.
 
         Args:
             params, path, on_progress: as for `generate`.
@@ -184,9 +217,11 @@ class Engine:
             Ends when the mp4 is at `path`, with what `generate` returns or raises. Callbacks run in another thread.
 
         Raises:
-            CancelledError, GenerationError: as `generate`, where the device's part fails.
+            CancelledError, GenerationError: as `generate`, where what is not left to a thread fails.
         """
         report = on_progress or _nothing
+        if not self._fits_beside(params):
+            self._finish_decoding()
         clock = StageClock(self.transformer.device)
         begin_memory_peak(self.transformer.device)
         with device_errors(params):
@@ -198,36 +233,83 @@ class Engine:
             report("text", 1, 1)
             x0_pred = self._denoise(params, noise.result(), text.prompt, report, on_preview)
             clock.stop("denoise")
+            self._finish_decoding()
             if self._tail is not None:
                 self._tail.join()
             clock.wait("encode")
             warnings = [*text.warnings, *self._shape_warnings(params)]
-            tail = self._video(params, path, x0_pred, clock, report, warnings)
-            if self.decoder.has_overflowed():
-                tail.abandon(GenerationError("the VAE left the range of float16", "non_finite"))
-                self._widen_decoder()
-                tail = self._video(params, path, x0_pred, clock, report, warnings)
-            tail.complete()
-        return tail.result
+            video = _Video(params, path, x0_pred, clock, report, warnings)
+            self._is_interrupted = False
+            if self._decode_thread is None:
+                return self._decode(video).result
+        return self._decode_beside(video, self._decode_thread)
 
-    def _video(
-        self,
-        params: GenerateParams,
-        path: Path,
-        x0_pred: Tensor,
-        clock: StageClock,
-        report: OnProgress,
-        warnings: list[str],
-    ) -> BoundedQueue[HostCopy, GenerateResult]:
+    def in_decode_thread(self, run: Callable[[], ResultT]) -> ResultT:
+        """Run what prepares the decoder where it will decode: libraries remember their choices per thread."""
+        if self._decode_thread is None:
+            return run()
+        return self._decode_thread.submit(run).result()
+
+    def start_overlap(self) -> None:
+        """Decode each video while the next one is denoised, from now on; before the decoder is warmed."""
+        self.overlaps = True
+        self._decode_thread = self._decode_thread or DecodeThread(self.transformer.device)
+
+    def stop_overlap(self) -> None:
+        """Decode each video before the next one is denoised, from now on."""
+        self.overlaps = False
+        if self._decode_thread is not None:
+            self._decode_thread.leave_stream()
+
+    def _fits_beside(self, params: GenerateParams) -> bool:
+        """Return whether a video may be denoised while the one before it is decoded; a teacher takes its time alone."""
+        if params.teacher:
+            return False
+        return self.budget is None or self.budget.fits(self._decoding_px, num_pixels(params))
+
+    def _finish_decoding(self) -> None:
+        """Wait until the device has decoded the video before; what became of it is told by its own future."""
+        if self._decoding is not None:
+            self._decoding.result()
+            self._decoding = None
+
+    def _decode_beside(self, video: _Video, thread: DecodeThread) -> Future[GenerateResult]:
+        """Decode in the thread for it; wait for that where videos do not overlap."""
+        outcome: Future[GenerateResult] = Future()
+
+        def decode() -> None:
+            try:
+                with device_errors(video.params):
+                    tail = self._decode(video)
+            except BaseException as error:  # told like the failure of an encoder
+                outcome.set_exception(error)
+            else:
+                tail.result.add_done_callback(lambda ended: _settle(outcome, ended))
+
+        self._decoding_px = num_pixels(video.params)
+        self._decoding = thread.submit(decode)
+        if not self.overlaps:
+            self._finish_decoding()
+        return outcome
+
+    def _decode(self, video: _Video) -> Tail:
+        """Decode a video, in float32 if need be, and return the queue of its encoder, complete."""
+        tail = self._decode_once(video)
+        if self.decoder.has_overflowed():
+            tail.abandon(GenerationError("the VAE left the range of float16", "non_finite"))
+            self._widen_decoder()
+            tail = self._decode_once(video)
+        tail.complete()
+        return tail
+
+    def _decode_once(self, video: _Video) -> Tail:
         """Decode into the queue of a new encoder thread; the caller completes the queue."""
-        tail: BoundedQueue[HostCopy, GenerateResult] = BoundedQueue(
-            lambda frames: self._encoded(params, path, frames, clock, warnings, report)
-        )
+        tail: Tail = BoundedQueue(lambda frames: self._encoded(video, frames))
         self._tail = tail
         try:
-            for host_copy in self._decoded(params, x0_pred, clock, report):
+            for host_copy in self._decoded(video):
                 tail.put(host_copy)
-                clock.wait("encode")
+                video.clock.wait("encode")
         except BaseException as error:
             tail.abandon(error)
             raise
@@ -235,34 +317,29 @@ class Engine:
 
     def _widen_decoder(self) -> None:
         """Decode in float32 from now on. Its weights stay rounded to float16, which is 67 dB and cannot be seen."""
+        said = "VAE in float32: the activations of a request left the range of float16"
+        problem = joined(self.decoder.problem, said)
         self.decoder.set_dtype(torch.float32)
-        self.decoder.problem = "VAE in float32: the activations of a request left the range of float16"
-        self.facts = replace(self.facts, vae_dtype="float32", fallback=self.decoder.problem)
+        self.decoder.problem = problem
+        fallback = joined(self.facts.fallback, said)
+        self.facts = replace(self.facts, vae_dtype="float32", vae_execution="eager", fallback=fallback)
         logger.warning("vae_dtype=float32 reason=overflow")
 
-    def _encoded(
-        self,
-        params: GenerateParams,
-        path: Path,
-        frames: "BoundedQueue[HostCopy, GenerateResult]",
-        clock: StageClock,
-        warnings: list[str],
-        report: OnProgress,
-    ) -> GenerateResult:
+    def _encoded(self, video: _Video, frames: Tail) -> GenerateResult:
         """Encode the frames to an mp4; runs in the consumer thread of `frames`."""
         start_s = time.perf_counter()
-        num_frames = params.num_frames
+        params, clock, num_frames = video.params, video.clock, video.params.num_frames
 
         def fed() -> Iterator[memoryview]:
             for num_chunks, host_copy in enumerate(frames):
                 if frames.is_complete:  # before, decoding is what is reported
-                    report("encode", num_frames * num_chunks // (num_chunks + 1), num_frames)
+                    video.report("encode", num_frames * num_chunks // (num_chunks + 1), num_frames)
                 yield host_copy.bytes()
 
         with device_errors(params):
             write_video(
                 fed(),
-                path,
+                video.path,
                 height=params.height,
                 width=params.width,
                 fps=params.fps,
@@ -270,12 +347,14 @@ class Engine:
                 comment=json.dumps({"bundle": self.facts.name, **params.to_dict()}),
                 format=params.format,
                 on_start=frames.on_abandon,
-                on_wait=lambda: report("encode", num_frames, num_frames),
+                on_wait=lambda: video.report("encode", num_frames, num_frames),
             )
         clock.wait("encode")
         spans = [*clock.spans, Span("encode", start_s, time.perf_counter())]
         peak_mb = peak_memory_mb(self.transformer.device)
-        return GenerateResult(timings_ms=clock.milliseconds, warnings=warnings, spans=spans, peak_memory_mb=peak_mb)
+        return GenerateResult(
+            timings_ms=clock.milliseconds, warnings=video.warnings, spans=spans, peak_memory_mb=peak_mb
+        )
 
     def _check_teacher(self, params: GenerateParams) -> None:
         """Raise GenerationError, code no_teacher, when the params ask for a teacher that is not loaded."""
@@ -346,19 +425,19 @@ class Engine:
             for loop in filter(None, (self.loop, self.lossy_loop)):
                 loop.warm(noise, prompts)
 
-    def _decoded(
-        self, params: GenerateParams, x0_pred: Tensor, clock: StageClock, report: OnProgress
-    ) -> Iterator[HostCopy]:
-        num_done = 0
-        for frames_BTHWC in self.decoder.frames(x0_pred):
+    def _decoded(self, video: _Video) -> Iterator[HostCopy]:
+        params, num_done = video.params, 0
+        for frames_BTHWC in self.decoder.frames(video.x0_pred):
             frames_THWC = frames_BTHWC[0]
             if frames_THWC.shape[1:] != (params.height, params.width, 3):
                 made = "x".join(map(str, frames_THWC.shape[1:]))
                 raise GenerationError(f"the VAE made frames of {made}, its config promises another size", "wrong_vae")
             host_copy = HostCopy(frames_THWC, self._copy_stream)
             num_done += len(frames_THWC)
-            clock.stop("decode")
-            report("decode", num_done, params.num_frames)
+            video.clock.stop("decode")
+            if self._is_interrupted:
+                raise CancelledError("the engine was interrupted")
+            video.report("decode", num_done, params.num_frames)
             yield host_copy
 
     def _shape_warnings(self, params: GenerateParams) -> list[str]:
@@ -383,6 +462,20 @@ def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
     if seed >= 2**32:
         seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=4).digest(), "little")
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def num_pixels(params: GenerateParams) -> int:
+    """Return the pixels of all frames."""
+    return params.height * params.width * params.num_frames
+
+
+def _settle(video: Future[GenerateResult], ended: Future[GenerateResult]) -> None:
+    """Give `video` the outcome of another future."""
+    error = ended.exception()
+    if error is None:
+        video.set_result(ended.result())
+    else:
+        video.set_exception(error)
 
 
 def _nothing(*_: object) -> None:

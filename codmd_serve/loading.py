@@ -17,6 +17,7 @@ from codmd_serve.device import choose_device, choose_dtype, multiplies_bfloat16
 from codmd_serve.engine import Engine
 from codmd_serve.errors import CheckpointError, CodmdError, ConfigError, GenerationError
 from codmd_serve.files import first_line
+from codmd_serve.overlap import choose_overlap
 from codmd_serve.verdicts import Verdicts
 from codmd_serve.video import find_ffmpeg
 from codmd_serve.wan.checkpoint import Bundle, load_bundle, load_module, native_attention_shape
@@ -56,6 +57,7 @@ def load_engine(
     cache: str = "",
     threads: int = 0,
     teacher: bool = False,
+    overlap: str = "auto",
 ) -> Engine:
     """Load a bundle and warm it up with its native video, so that the first request is fast.
 
@@ -72,6 +74,7 @@ def load_engine(
         vae_dtype: the same, but that auto is float16 on cuda, where the activations fit.
         threads: CPU threads of torch; 0 leaves them as they are.
         teacher: whether to load the base's transformer too, for jobs that ask for the teacher.
+        overlap: whether a video is decoded while the next one is denoised: auto (on cuda), on or off.
 
     Raises:
         CheckpointError: the bundle, or the teacher that is asked for, cannot be loaded.
@@ -80,8 +83,7 @@ def load_engine(
     """
     start_s = time.perf_counter()
     find_ffmpeg()
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or torch.get_num_threads())
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     plan = choose_execution(execution, chosen_device)
@@ -90,15 +92,14 @@ def load_engine(
     free_bytes = torch.cuda.mem_get_info(chosen_device)[0] if chosen_device.type == "cuda" else 0
     bundle = _load_bundle(path, chosen_dtype, chosen_device)
     embedder = _embedder(bundle, chosen_device, text_encoder, text_cache, free_bytes, 2 if teacher else 1)
-    facts = _describe(bundle, chosen_device, chosen_dtype)
-    _check_native(path, facts)
+    facts = _check_native(path, _describe(bundle, chosen_device, chosen_dtype))
     shape = native_attention_shape(bundle.transformer.config, bundle.vae.config, bundle.spec.native)
     verdicts = _verdicts(cache, bundle, facts, (shape, attention, quantization, execution))
     bundle = _raced(bundle, verdicts) if dtype == "auto" and multiplies_bfloat16(chosen_device) else bundle
     transformer, facts, twin = _network(bundle, facts, shape, attention, quantization, lossy, verdicts)
     engine = Engine(bundle, transformer, facts, execution=plan, verdicts=verdicts, embedder=embedder, lossy=twin)
     engine.teacher = load_teacher(bundle, transformer.dtype, chosen_device, transformer.attend) if teacher else None
-    _warm_up(engine, path, chosen_vae_dtype, verdicts)
+    _warm_up(engine, path, chosen_vae_dtype, verdicts, overlap)
     engine.facts = replace(engine.facts, load_s=time.perf_counter() - start_s)
     return engine
 
@@ -148,8 +149,10 @@ def _network(
     return transformer, facts, twin
 
 
-def _warm_up(engine: Engine, path: Path, vae_dtype: torch.dtype | None, verdicts: Verdicts) -> None:
+def _warm_up(engine: Engine, path: Path, vae_dtype: torch.dtype | None, verdicts: Verdicts, overlap: str) -> None:
     """Make the warm-up videos, and record their findings in the facts."""
+    if choose_overlap(overlap, engine.transformer.device):
+        engine.start_overlap()
     try:
         if not engine.preview_map:  # a bundle of before there were previews
             engine.preview_map = fit_preview(engine.decoder)
@@ -239,7 +242,12 @@ def _embedder(
     )
 
 
-def _check_native(path: Path, facts: ModelFacts) -> None:
+def _check_native(path: Path, facts: ModelFacts) -> ModelFacts:
+    """Return the facts of a bundle whose native video can be asked for.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
     sizes = (facts.height, facts.width)
     if any(size % facts.size_multiple or size > facts.max_side_px for size in sizes) or not (
         (facts.num_frames - 1) % facts.frame_multiple == 0 and facts.num_frames <= facts.max_num_frames
@@ -249,6 +257,7 @@ def _check_native(path: Path, facts: ModelFacts) -> None:
             f"{facts.frame_multiple}k + 1 frames up to {facts.max_num_frames}, got {facts.width}x{facts.height} and "
             f"{facts.num_frames}"
         )
+    return facts
 
 
 def _describe(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> ModelFacts:

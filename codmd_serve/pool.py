@@ -1,9 +1,9 @@
 """Worker processes and their supervision: starts them, gives them jobs, kills what hangs, replaces what died.
 
 Each worker owns one device. A job goes to the ready worker with the fewest jobs in flight. Without overlap a worker has
-one job in flight. With overlap it has up to three: one that is being encoded, one on the device, and one that has not
-started, whose prompt is embedded meanwhile. The pool never tries a job again: the caller does, and is told whether the
-attempt counts.
+one job in flight. With overlap it has up to three: one that is decoded or encoded, one that is denoised, and one that
+has not started, whose prompt is embedded meanwhile. The pool never tries a job again: the caller does, and is told
+whether the attempt counts.
 
 Knows nothing of HTTP, of the job store, and of torch: it survives whatever happens to a device.
 """

@@ -8,22 +8,23 @@ import functools
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from codmd_serve.chunk_graphs import may_record, warm_chunks
 from codmd_serve.config import DEFAULT_CRF, GenerateParams, TeacherFacts
 from codmd_serve.device import multiplies_bfloat16
-from codmd_serve.engine import Engine
+from codmd_serve.device_memory import free_bytes, run_with_peak
+from codmd_serve.engine import Engine, num_pixels
 from codmd_serve.errors import CancelledError, GenerationError
+from codmd_serve.overlap import OverlapBudget
 from codmd_serve.verdicts import Verdicts
 from codmd_serve.wan.precision import fit_dtype, race_dtype
 from codmd_serve.wan.teacher import GuidedPrompt
-
-MEMORY_SHARE = 0.9  # of what is free; the rest is for fragments, workspaces and the driver
 
 logger = logging.getLogger(__name__)
 
@@ -43,26 +44,9 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype | None, verdicts: Verdict
     device = engine.transformer.device
     params = _native_params(engine)
     engine.embed(params.prompt)  # first, or an encoder that is lent to the device would be taken for activations
-    resident_bytes = _allocated_bytes(device)
-    latents = functools.cache(lambda: engine.denoised(params))
-    if vae_dtype == torch.float16:
-        fit_dtype(engine.decoder, vae_dtype, latents())
-    elif vae_dtype is not None:
-        engine.decoder.set_dtype(vae_dtype)
-    elif multiplies_bfloat16(device):
-        race_dtype(engine.decoder, latents, verdicts or Verdicts(None))
-    if chooses_kernels(device):
-        _warm_decoder(engine, latents())
-    latents.cache_clear()
-    # Before anything is recorded: libraries have chosen their kernels, and activations took what they take.
-    needed_bytes = _peak_bytes(device) - resident_bytes
-    engine.warm_loop(params)
-    fallbacks = [engine.loop.fallback, engine.transformer.problem, engine.decoder.problem]
-    if engine.lossy_loop is not None:
-        engine.denoised(replace(params, may_be_lossy=True))  # libraries choose kernels, and what is broken shows
-        lossy = (engine.lossy_loop.fallback, engine.lossy_loop.transformer.problem)
-        fallbacks += [f"lossy engine: {reason}" for reason in lossy if reason and reason not in fallbacks]
-    max_video_px = _affordable_px(params, device, needed_bytes)
+    peaks, vae_execution, fallbacks = _warm_stages(engine, params, vae_dtype, verdicts or Verdicts(None))
+    fallbacks.append(_warm_overlap(engine, params, peaks))
+    max_video_px = _affordable_px(params, device, max(astuple(peaks)))
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="codmd-warm-") as folder:
         engine.generate(params, Path(folder) / "warm.mp4")
@@ -70,6 +54,8 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype | None, verdicts: Verdict
         engine.facts,
         execution=engine.loop.execution,
         vae_dtype=str(engine.decoder.dtype).removeprefix("torch."),
+        vae_execution=vae_execution,
+        is_decoding_overlapped=engine.overlaps,
         fallback="; ".join(filter(None, fallbacks)),
         max_video_px=max_video_px,
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
@@ -77,6 +63,83 @@ def warm_engine(engine: Engine, vae_dtype: torch.dtype | None, verdicts: Verdict
         service_s=time.perf_counter() - start_s,
     )
     _warm_teacher(engine, params)
+
+
+@dataclass(frozen=True, slots=True)
+class _Peaks:
+    """Bytes that a stage of the native video has allocated at its peak, beyond what stays; 0 on a CPU."""
+
+    denoise: int
+    fit: int
+    decode: int
+
+
+def _warm_stages(
+    engine: Engine, params: GenerateParams, vae_dtype: torch.dtype | None, verdicts: Verdicts
+) -> tuple[_Peaks, str, list[str]]:
+    """Warm up the loops and the decoder; return peaks, how VAE chunks run, and fallbacks, some of them empty."""
+    device, decoder, denoise, decode = engine.transformer.device, engine.decoder, 0, 0
+
+    @functools.cache
+    def latents() -> Tensor:
+        nonlocal denoise
+        x0_pred, denoise = run_with_peak(device, lambda: engine.denoised(params))
+        return x0_pred
+
+    _, fit = run_with_peak(device, lambda: _fit_decoder(engine, vae_dtype, latents, verdicts))
+    if chooses_kernels(device):
+        # Before anything is recorded: libraries choose their kernels, and activations take what they take.
+        x0_pred = latents()
+        _, decode = run_with_peak(device, lambda: engine.in_decode_thread(lambda: _warm_decoder(engine, x0_pred)))
+    engine.warm_loop(params)
+    fallbacks = [engine.loop.fallback, engine.transformer.problem]
+    if engine.lossy_loop is not None:
+        # Libraries choose kernels, and what is broken shows.
+        _, of_lossy = run_with_peak(device, lambda: engine.denoised(replace(params, may_be_lossy=True)))
+        denoise = max(denoise, of_lossy)
+        lossy = (engine.lossy_loop.fallback, engine.lossy_loop.transformer.problem)
+        fallbacks += [f"lossy engine: {reason}" for reason in lossy if reason and reason not in fallbacks]
+    execution, fallback = "eager", ""
+    if may_record(engine.execution):
+        x0_pred = latents()
+        execution, fallback = engine.in_decode_thread(
+            lambda: warm_chunks(
+                decoder, x0_pred, engine.execution, reserved_bytes=max(denoise, decode), verdicts=verdicts
+            )
+        )
+    return _Peaks(denoise, fit, decode), execution, [*fallbacks, decoder.problem, fallback]
+
+
+@torch.inference_mode()
+def _fit_decoder(
+    engine: Engine, vae_dtype: torch.dtype | None, latents: Callable[[], Tensor], verdicts: Verdicts
+) -> None:
+    """Cast the VAE to the dtype that was asked for where its activations fit, or to what is faster."""
+    if vae_dtype == torch.float16:
+        fit_dtype(engine.decoder, vae_dtype, latents())
+    elif vae_dtype is not None:
+        engine.decoder.set_dtype(vae_dtype)
+    elif multiplies_bfloat16(engine.transformer.device):
+        race_dtype(engine.decoder, latents, verdicts)
+
+
+def _warm_overlap(engine: Engine, params: GenerateParams, peaks: _Peaks) -> str:
+    """Count memory for two videos at once; switch overlap off where there is too little, and say so in one sentence."""
+    free = free_bytes(engine.transformer.device)
+    if not engine.overlaps or free is None:
+        return ""
+    encoder = engine.bundle.text_encoder
+    engine.budget = OverlapBudget(
+        denoise_bytes=peaks.denoise,
+        decode_bytes=peaks.decode,
+        text_bytes=sum(p.nbytes for p in encoder.parameters()) if engine.embedder.lend_to is not None else 0,
+        free_bytes=free,
+        native_px=num_pixels(params),
+    )
+    if engine.budget.problem:
+        engine.stop_overlap()
+        logger.warning("overlap=off reason=%r", engine.budget.problem)
+    return engine.budget.problem
 
 
 def _warm_teacher(engine: Engine, params: GenerateParams) -> None:
@@ -168,26 +231,12 @@ def measured_convolutions() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _allocated_bytes(device: torch.device) -> int:
-    """Return the bytes allocated now, the baseline of `_peak_bytes`; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
 def _affordable_px(params: GenerateParams, device: torch.device, needed_bytes: int) -> int:
     """Return the pixels of the largest video that fits, given that `params` needs `needed_bytes`; 0 is unknown.
 
     Activations grow with the number of tokens, and no other memory grows faster.
     """
-    native_px = params.height * params.width * params.num_frames
-    if device.type != "cuda" or needed_bytes <= 0:
+    free = free_bytes(device) if needed_bytes > 0 else None
+    if free is None:
         return 0
-    torch.cuda.empty_cache()
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return max(native_px, int(MEMORY_SHARE * native_px * free_bytes / needed_bytes))
+    return max(num_pixels(params), int(num_pixels(params) * free / needed_bytes))

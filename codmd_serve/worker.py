@@ -1,13 +1,15 @@
 """The process around one engine: messages in on stdin, messages out on stdout (messages.py has them all).
 
-Jobs may be sent before the running one is done. They start in order of arrival, each as soon as the device has decoded
-the one before it, whose video may still be in its encoder. Whether that pays is for the sender to decide. The end of
-the input ends the process, so a worker never outlives its server.
+Jobs may be sent before the running one is done. They start in order of arrival, each as soon as the one before it is
+denoised where the engine overlaps videos, else as soon as it is decoded; its encoder may still be at work. Whether
+sending early pays is for the sender to decide. The end of the input ends the process, so a worker never outlives its
+server.
 
 A process that was given no engine to load yet is a spare: its imports are done, which takes longer than loading.
 
-Four threads: `main` runs the engine; one reads, so that a cancellation is seen at once; one embeds the prompt of the
-job that waits; one sends heartbeats. Knows nothing of HTTP or of the queue. Nothing heavy is imported before `main`.
+Threads: `main` runs the engine, which has its own to decode and to encode; one reads, so that a cancellation is seen at
+once; one embeds the prompt of the job that waits; one sends heartbeats. Knows nothing of HTTP or of the queue. Nothing
+heavy is imported before `main`.
 """
 
 import base64

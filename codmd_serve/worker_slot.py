@@ -243,15 +243,17 @@ class WorkerSlot:
             entry.cancelled_s = None if entry.cancelled_s is None else entry.cancelled_s + lag_s
 
     def settle_lost_jobs(self, reason: str) -> None:
-        """End the jobs of a process that died; the attempt counts for the one that it died of."""
+        """End the jobs of a process that died; the attempt counts for those that it may have died of."""
         lost, self.in_flight = self.in_flight, []
         started = [entry for entry in lost if entry.started_s is not None]
-        # Of those before the last one only the encoder was left: the device had the last. Where none has said that it
+        # Those that are being encoded had left the device; it had the others, up to two. Where none has said that it
         # started, the first may be what the process died of.
-        suspect = self.suspect or next(iter([*started[-1:], *lost]), None)
+        on_device = [entry for entry in started if not entry.is_encoding] or started[-1:] or lost[:1]
+        suspects = [self.suspect] if self.suspect is not None else on_device
         code = "worker_died" if reason in ("died", DEVICE_ERROR) else "worker_hung"
         what = "died, perhaps for want of memory" if code == "worker_died" else "made no progress and was killed"
         for entry in lost:
-            message = f"the worker {what}" if entry is suspect else "the worker was lost to another job"
-            failed = JobFailed(code, message, is_retryable=True, counts_attempt=entry is suspect)
+            is_suspect = entry in suspects
+            message = f"the worker {what}" if is_suspect else "the worker was lost to another job"
+            failed = JobFailed(code, message, is_retryable=True, counts_attempt=is_suspect)
             entry.settle(JobCancelled() if entry.cancelled_s is not None else failed)

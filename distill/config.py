@@ -24,6 +24,7 @@ from distill.settings import HeadConfig as HeadConfig
 from distill.settings import NativeConfig as NativeConfig
 from distill.settings import OptimizerConfig as OptimizerConfig
 from distill.settings import StartConfig as StartConfig
+from distill.settings import ValidateConfig as ValidateConfig
 from distill.settings import check_choice, check_range
 
 # Of config.json. A file without a format is of format 1; distill/formats.py knows the older ones.
@@ -43,6 +44,7 @@ RESUMABLE = (
     "accumulate",
     "activation_checkpointing",
     "context_parallel",
+    "validate",
 )
 
 # Wan2.1, wan/configs/shared_config.py: what the teacher is guided away from.
@@ -114,6 +116,7 @@ class DistillConfig:
         student_from, critic_from: weights that student and critic start from, in place of the base's: a bundle, or a
             file or folder that `codmd-serve convert` reads.
         start: regression of the student on the teacher's paths, from these weights, before the method's own iterations.
+        validate: scores of the student on held-out prompts during the run, which choose its best checkpoint.
         native: the video that the student is trained on.
         optimizer: of student and critic.
         ema: of the student.
@@ -181,6 +184,7 @@ class DistillConfig:
     student_from: str = ""
     critic_from: str = ""
     start: StartConfig = field(default_factory=StartConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     guidance_scale: float
     negative_prompt: str = ""
     sampler: str = "sde"
@@ -287,6 +291,7 @@ class Recipe:
     teacher_dtype: str = "fp32"
     text_dtype: str = "fp32"
     bundle_dtype: str = "fp32"
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `DistillConfig` that the recipe fixes."""
@@ -295,7 +300,7 @@ class Recipe:
 
 
 # By recipe, the world of distill/worlds/analytic.
-ANALYTIC_RECIPES = {"analytic_ties": "ties", "analytic_orbit": "orbit"}
+ANALYTIC_RECIPES = {"analytic_ties": "ties", "analytic_orbit": "orbit", "analytic_switch": "switch"}
 _WAN_RECIPE = Recipe(
     name="wan",
     base="",
@@ -306,6 +311,7 @@ _WAN_RECIPE = Recipe(
     teacher_dtype="bf16",
     text_dtype="bf16",
     bundle_dtype="bf16",
+    validate=ValidateConfig(metric="command.total"),
 )
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -316,6 +322,7 @@ RECIPES: dict[str, Recipe] = {
             base="weights/shapeworld",
             native=NativeConfig(height=96, width=96, num_frames=25, fps=16),
             bundle_dtype="fp16",
+            validate=ValidateConfig(metric="shapebench.all"),
         ),
         # Worlds whose teacher is exact: latents of (4, 8, 2, 2), no VAE.
         *(
@@ -382,6 +389,9 @@ def parse_config(data: Mapping[str, Any], kinds: Mapping[str, type[MethodSetting
         own = current_names(own, RENAMED_IN_4)
     if isinstance(own.get(kind.group, {}), dict):
         own[kind.group] = kind.upgraded(own.get(kind.group, {}), saved_format)
+    recipe = RECIPES.get(str(own.get("recipe")))
+    if recipe is not None:  # a run of before there was validation
+        own.setdefault("validate", dataclasses.asdict(recipe.validate))
     return _assemble(own, kind)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from codmd_serve.errors import ConfigError
 
 EMA_KINDS = ("constant", "power")
+HIGH, LOW = "high", "low"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +127,52 @@ class HeadConfig:
     depth: float
     queries: int
     width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidateConfig:
+    """Validation: the EMA student is sampled on held-out prompts and scored; the best checkpoint is kept.
+
+    It draws from random streams of its own, so a run with it trains the same weights as one without.
+
+    Attributes:
+        every_iterations: iterations between two validations; 0 makes none.
+        metric: SUITE.VALUE that chooses the best checkpoint, such as shapebench.all or command.total.
+        better: high or low; where empty, what the suite says of the metric. The metrics of a command need it.
+        patience: the run ends after so many validations in a row without a new best; 0 lets it go on.
+        prompts: a txt or jsonl file of held-out prompts, for suite `command`; where empty, captions of ShapeWorld that
+            neither this run nor a report uses.
+        num_prompts: prompts that are sampled once.
+        deep_prompts, deep_seeds: so many prompts are sampled with so many noises, for what a prompt leaves open; 0
+            prompts leave these scores out.
+        command: of suite `command`: gets a folder of mp4s and a JSON file of prompts, prints a JSON object of numbers.
+        timeout_s: seconds after which the command is killed.
+    """
+
+    every_iterations: int = 0
+    metric: str = ""
+    better: str = ""
+    patience: int = 0
+    prompts: str = ""
+    num_prompts: int = 32
+    deep_prompts: int = 2
+    deep_seeds: int = 16
+    command: str = ""
+    timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        check_choice("validate.better", self.better, ("", HIGH, LOW))
+        for name in ("every_iterations", "patience"):
+            check_range(f"validate.{name}", getattr(self, name), 0, 10**9)
+        check_range("validate.num_prompts", self.num_prompts, 1, 10_000)
+        check_range("validate.deep_prompts", self.deep_prompts, 0, 1000)
+        check_range("validate.deep_seeds", self.deep_seeds, 2, 10_000)
+        # The other processes wait for the command, for two hours at most.
+        check_range("validate.timeout_s", self.timeout_s, 0.1, 6000.0)
+        if self.every_iterations and not self.metric:
+            raise ConfigError(
+                "validate.every_iterations needs validate.metric, such as shapebench.all or command.total"
+            )
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

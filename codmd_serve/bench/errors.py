@@ -1,4 +1,4 @@
-"""Writes how far reduced precision is off: `python -m codmd_serve.bench.errors --out docs/results`.
+"""Writes how far reduced precision and other threads are off: `python -m codmd_serve.bench.errors --out docs/results`.
 
 Needs no GPU. float16 convolutions are emulated on a CPU as tensor cores have them: float16 in and out, float32 sums.
 fp8 products multiply the rounded factors in float32, which is exact. Errors are |difference| / |reference|.
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codmd_serve.bench.lossy import capped_psnr_db, outputs, some
+from codmd_serve.bench.repeat import repeated, thread_table
 from codmd_serve.bench.weights import PROMPTS
 from codmd_serve.config import DEFAULT_CRF, GenerateParams, default_bundle_path
 from codmd_serve.engine import Engine
@@ -40,6 +41,7 @@ PREFACE = f"""\
 
 Written by `{COMMAND}`; made on a CPU, where float16 convolutions and fp8 products are emulated with float32 sums.
 Errors are |difference| / |reference| against float32, PSNR is that of the uint8 frames, the worst of the requests.
+What this page says of digests holds for one kind of processor, one version of torch and one ffmpeg.
 """
 
 
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         layer_table(engine.bundle.vae, wanted[0][0]),
         traffic_table(engine, wanted[0][0]),
         fp8_table(engine, wanted, asked),
+        thread_table(repeated(Path(options.bundle), asked[0])),
     ]
     Path(options.out).mkdir(parents=True, exist_ok=True)
     write_text(Path(options.out) / "precision.md", "\n".join(parts))

@@ -71,7 +71,7 @@ def preset(name: str) -> Preset:
         large = {**_WAN_CONFIG, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
         return Preset(large, _UMT5_XXL, {}, wan_14b_grid(), _WAN_480P, "wan")
     if name == "tiny":
-        heads = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2}
+        heads = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32, "num_layers": 2}
         text = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
         vae = {"base_dim": 8, "num_res_blocks": 1}
         native = NativeShape(height=32, width=32, num_frames=9, fps=16)

@@ -139,6 +139,11 @@ def scaled_product(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Te
     if rows.device.type == "cpu":
         product = rows.float() @ weight.float().t()
         return (product * scale * weight_scale + bias.float()).to(bias.dtype)
+    return device_product(rows, scale, weight, weight_scale, bias)
+
+
+def device_product(rows: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+    """Compute `scaled_product` in one kernel of the device."""
     return torch._scaled_mm(
         rows,
         weight.t(),

@@ -102,18 +102,26 @@ def fit_dtype(decoder: StreamingDecoder, dtype: torch.dtype, latents_BCFHW: Tens
     limit = torch.finfo(dtype).max / HEADROOM
     largest, want = decoder.largest_activation(first)
     if not largest <= limit:
-        decoder.problem = f"VAE in float32: its activations reach {largest:.3g}, float16 is taken up to {limit:.3g}"
-        logger.warning("vae_dtype=float32 reason=%r", decoder.problem)
+        said = f"VAE in float32: its activations reach {largest:.3g}, float16 is taken up to {limit:.3g}"
+        decoder.problem = joined(decoder.problem, said)
+        logger.warning("vae_dtype=float32 reason=%r", said)
         return
     weights = [parameter.data for parameter in decoder.parameters()]
     decoder.set_dtype(dtype)
     psnr_db = psnr(next(decoder.frames(first)), want)
     if decoder.has_overflowed() or psnr_db < LEAST_PSNR_DB:
         _restore(decoder, weights)
-        decoder.problem = f"VAE in float32: float16 is {psnr_db:.1f} dB from it, {LEAST_PSNR_DB:g} are wanted"
-        logger.warning("vae_dtype=float32 reason=%r", decoder.problem)
+        said = f"VAE in float32: float16 is {psnr_db:.1f} dB from it, {LEAST_PSNR_DB:g} are wanted"
+        decoder.problem = joined(decoder.problem, said)
+        logger.warning("vae_dtype=float32 reason=%r", said)
         return
     logger.info("vae_dtype=float16 largest_activation=%.3g psnr_db=%.1f", largest, psnr_db)
+
+
+def joined(*problems: str) -> str:
+    """Return what several parts say of their fallbacks as one text for /health; what is said twice stands once."""
+    said = [part for problem in problems for part in problem.split("; ") if part]
+    return "; ".join(dict.fromkeys(said))
 
 
 def psnr(got: Tensor, want: Tensor) -> float:

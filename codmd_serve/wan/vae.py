@@ -18,17 +18,17 @@ Legend: B batch, C channels, F latent frames, T frames, H and W rows and columns
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from codmd_serve.wan.fused import NORM_EPS, AddNormSilu, Sum, choose_add_norm_silu
+from codmd_serve.wan.history import HISTORY, History
 
 FIRST_CHUNK = 5  # latent frames; a chunk costs launches and history, a long one memory
 CHUNK = 4
-HISTORY = 2  # frames that a causal convolution of 3 looks back
 # Output channels that cuDNN has slower kernels for, and how many it is given instead. Measured on an H200 with cuDNN
 # 9.19 in float16, 16 frames of 480 x 832: 96 outputs 11.4 ms by its heuristics, 7.8 the best it has, 128 outputs 7.2;
 # 3 outputs 4.3 ms, 8 outputs 4.0. The transposed convolution after which 96 channels are left is best at 96.
@@ -53,6 +53,16 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return pixels.float().clamp(-1.0, 1.0).add_(1.0).mul_(127.5).round_().to(torch.uint8)
 
 
+class ChunkReplays(Protocol):
+    """Recorded chunks of a decoder."""
+
+    def history(self, shape: Sequence[int]) -> History | None:
+        """Return the history that chunks of latents of this shape were recorded with, emptied; None for no such."""
+
+    def replay(self, latents_BCFHW: Tensor, history: History, is_first: bool) -> Tensor | None:
+        """Return the uint8 frames of a chunk; None when none like it was recorded."""
+
+
 class StreamingDecoder(nn.Module):
     """The decoder of an AutoencoderKLWan, shared weights in channels_last_3d.
 
@@ -64,10 +74,12 @@ class StreamingDecoder(nn.Module):
         dtype: of weights and activations; `set_dtype` changes it.
         problem: why norms are not fused on a CUDA device, one sentence; empty when they are, and on a CPU.
         max_chunk: latent frames per call, fewer where a tensor would pass 2^31 elements.
+        replays: recorded chunks; None when every chunk runs eagerly. One decode at a time may use them.
     """
 
     latents_mean: Tensor
     latents_std: Tensor
+    overflow: Tensor
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -83,11 +95,20 @@ class StreamingDecoder(nn.Module):
         for name in ("latents_mean", "latents_std"):
             values = torch.tensor(vae.config[name], dtype=torch.float32, device=vae.device)
             self.register_buffer(name, values.reshape(1, -1, 1, 1, 1), persistent=False)
+        # Written in place, as the history is: a recorded chunk knows its address.
+        with torch.inference_mode(False):  # an inference tensor could not be written in place outside of that mode
+            self.register_buffer("overflow", torch.zeros((), dtype=torch.bool, device=vae.device), persistent=False)
+        for shortcut in (module for module in self.modules() if isinstance(module, _Shortcut)):
+            shortcut.to(vae.device)
         self.run_norm, self.problem = choose_add_norm_silu(vae.device, self.dtype)
-        self._has_overflowed: Tensor | None = None
+        self.replays: ChunkReplays | None = None
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Convert the weights of convolutions and attention; norms and biases that are added apart stay float32."""
+        """Convert the weights of convolutions and attention; norms and biases that are added apart stay float32.
+
+        Recorded chunks read weights of the dtype that was: they are dropped.
+        """
+        self.replays = None
         for module in self.modules():
             keeps = module is self.conv_out and dtype == torch.bfloat16 and self.latents_mean.device.type == "cpu"
             if isinstance(module, _Conv | _Upsample | nn.Conv2d) and not keeps:
@@ -106,20 +127,34 @@ class StreamingDecoder(nn.Module):
             (B, T, height, width, 3) uint8 on the VAE's device, T the frames of up to 5 latent frames, then of up to 4.
             Concatenated they are the clamped and rounded output of `vae.decode`, up to the rounding of its sums.
 
-        Source: diffusers, AutoencoderKLWan._decode. What a convolution remembers belongs to this call, so an abandoned
+        Source: diffusers, AutoencoderKLWan._decode. What a convolution remembers is emptied here, so an abandoned
         decode leaves nothing behind.
         """
-        history: History = {}
-        self._has_overflowed = None
-        num_frames, start = latents_BCFHW.shape[2], 0
-        chunk_size = self.chunk_size(latents_BCFHW.shape)
-        while start < num_frames:
-            size = chunk_size if start else min(FIRST_CHUNK, chunk_size + 1)
+        replays = self.replays
+        history = None if replays is None else replays.history(latents_BCFHW.shape)
+        if history is None:
+            history, replays = History(), None
+        with torch.no_grad():
+            self.overflow.zero_()
+        start = 0
+        for size in self.chunk_sizes(latents_BCFHW.shape):
+            part, is_first = latents_BCFHW[:, :, start : start + size], start == 0
             # Not around the yield: the caller's code would run with gradients switched off.
             with torch.no_grad():
-                chunk = self._decode(latents_BCFHW[:, :, start : start + size], history, is_first=start == 0)
+                chunk = None if replays is None else replays.replay(part, history, is_first)
+                if chunk is None:
+                    chunk = self.decode_chunk(part, history, is_first)
             yield chunk
             start += size
+
+    def chunk_sizes(self, shape: Sequence[int]) -> Iterator[int]:
+        """Yield the latent frames of each chunk of latents (B, C, F, H, W)."""
+        later = self.chunk_size(shape)
+        size, left = min(FIRST_CHUNK, later + 1), shape[2]
+        while left > 0:
+            yield min(size, left)
+            left -= size
+            size = later
 
     def chunk_size(self, shape: Sequence[int]) -> int:
         """Latent frames per call, so that no tensor of latents (B, C, F, H, W) passes 2^31 elements; at least one."""
@@ -146,7 +181,7 @@ class StreamingDecoder(nn.Module):
 
     def has_overflowed(self) -> bool:
         """Whether a frame of the last decode was not finite; waits for the device. Only float16 is looked at."""
-        return self._has_overflowed is not None and bool(self._has_overflowed)
+        return self.dtype == torch.float16 and bool(self.overflow)
 
     def largest_activation(self, latents_BCFHW: Tensor) -> tuple[float, Tensor]:
         """Largest number that a convolution of the first chunk gives, alone or with the residual; and its frames."""
@@ -167,7 +202,8 @@ class StreamingDecoder(nn.Module):
             self.run_norm = run
         return float(torch.stack(largest).max()), frames_BTHWC
 
-    def _decode(self, latents: Tensor, history: "History", is_first: bool) -> Tensor:
+    def decode_chunk(self, latents: Tensor, history: History, is_first: bool) -> Tensor:
+        """Decode one chunk of `frames`, which has to be the next one of `history`; neither syncs nor keeps state."""
         raw = latents.to(self.latents_mean.device, torch.float32) * self.latents_std + self.latents_mean
         raw = raw.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
         run = self.run_norm
@@ -181,18 +217,13 @@ class StreamingDecoder(nn.Module):
         pixels = self.conv_out.run(activated, history)
         if self.dtype == torch.float16:
             # Infinity becomes NaN in the next norm and reaches the pixels; asked for once per video, not per chunk.
-            overflow = ~pixels.isfinite().all()
-            self._has_overflowed = overflow if self._has_overflowed is None else self._has_overflowed | overflow
+            self.overflow.logical_or_(~pixels.isfinite().all())
         frames_BTHWC = to_uint8(pixels.permute(0, 2, 3, 4, 1))
         batch, frames, height, width, _channels = frames_BTHWC.shape
         patch = self.patch_size
         split = frames_BTHWC.reshape(batch, frames, height, width, -1, patch, patch)
         # Of the two inner axes the last one is the row, as diffusers' unpatchify has it.
         return split.permute(0, 1, 2, 6, 3, 5, 4).reshape(batch, frames, height * patch, width * patch, -1)
-
-
-# Last frames of the input of each causal convolution
-History = dict["_Conv", Tensor]
 
 
 class _Conv(nn.Module):
@@ -221,14 +252,14 @@ class _Conv(nn.Module):
 
     def run(self, room: Tensor, history: History) -> Tensor:
         """Convolve a filled buffer and remember its last frames."""
-        history[self] = room[:, :, -HISTORY:].clone(memory_format=torch.channels_last_3d)
+        history.keep(self, room)
         return convolve(room, self.weight, self.bias, self.space)[:, : self.num_out]
 
     def run_summed(self, room: Tensor, history: History) -> Sum:
         """`run`, whose bias is left to the next pass where the convolution would make a pass of its own for it."""
         if not adds_bias_apart(room):
             return Sum(self.run(room, history))
-        history[self] = room[:, :, -HISTORY:].clone(memory_format=torch.channels_last_3d)
+        history.keep(self, room)
         return Sum(convolve(room, self.weight, None, self.space)[:, : self.num_out], self.float_bias)
 
     def summed(self, hidden: Tensor, history: History) -> Sum:
@@ -267,11 +298,16 @@ def adds_bias_apart(hidden: Tensor) -> bool:
     return hidden.device.type == "cuda"
 
 
+def pads_outputs(weight: Tensor) -> bool:
+    """Return whether a convolution is given more outputs than are read: cuDNN has faster kernels for them."""
+    return weight.device.type == "cuda"
+
+
 def padded_outputs(weight: nn.Parameter, bias: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter, int]:
     """Weight (O, I, ...) and bias (O,) with zero rows up to a number that cuDNN has fast kernels for, and O."""
     num_out = weight.shape[0]
     missing = CUDNN_OUTPUTS.get(num_out, num_out) - num_out
-    if weight.device.type != "cuda" or not missing:
+    if not pads_outputs(weight) or not missing:
         return weight, bias, num_out
     wide = functional.pad(weight.detach(), (*[0, 0] * (weight.dim() - 1), 0, missing))
     layout = torch.channels_last_3d if weight.dim() == 5 else torch.channels_last

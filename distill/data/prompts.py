@@ -206,19 +206,7 @@ def cached_prompt_data(
     shards, folder = shard_paths(config.prompts), Path(config.prompts)
     if not shards and not (config.prompts and is_packed_set(folder)):
         read = processes.on_all_ranks(lambda: read_prompts(config))
-        known = base.caption_embeds([*read.texts, config.negative_prompt])
-        if known is not None:
-            return _known_prompts(read.texts, known, config.negative_prompt)
-        encoded, order, num_cut = packing.encoded([*read.texts, config.negative_prompt])
-        data = PromptData(
-            num_prompts=len(read.texts),
-            rows=lambda index: encoded.embeds(order[index]),
-            text=read.texts.__getitem__,
-            content=_content(read.texts, config.negative_prompt),
-            num_cut=num_cut,
-        )
-        longest = encoded.longest(set(order[:-1]))
-        return replace(data, report=_report(read.texts, read.num_blank, num_cut, longest))
+        return _embedded(read.texts, base, packing, read.num_blank)
     if shards:
         packed = packing.packed_shards(shards, latent_shape)
     else:
@@ -237,6 +225,38 @@ def cached_prompt_data(
     )
     latents = f" latents={'x'.join(map(str, packed.layout.latent_shape))}" if has_latents else ""
     return replace(data, report=f"samples={size} from={packed.source} longest={packed.longest()}{latents}")
+
+
+def embed_texts(
+    texts: list[str],
+    config: DistillConfig,
+    base: Base,
+    cache_dir: Path,
+    device: torch.device,
+    processes: Processes = SINGLE_PROCESS,
+) -> PromptData:
+    """Return prompts that a run does not train on, as those of validation, with their embeddings.
+
+    Args and errors are those of `cached_prompt_data`.
+    """
+    packing = Packing(config=config, base=base, cache_dir=cache_dir, device=device, processes=processes)
+    return _embedded(texts, base, packing)
+
+
+def _embedded(texts: list[str], base: Base, packing: Packing, num_blank: int = 0) -> PromptData:
+    negative = packing.config.negative_prompt
+    known = base.caption_embeds([*texts, negative])
+    if known is not None:
+        return _known_prompts(texts, known, negative)
+    encoded, order, num_cut = packing.encoded([*texts, negative])
+    return PromptData(
+        num_prompts=len(texts),
+        rows=lambda index: encoded.embeds(order[index]),
+        text=texts.__getitem__,
+        content=_content(texts, negative),
+        num_cut=num_cut,
+        report=_report(texts, num_blank, num_cut, encoded.longest(set(order[:-1]))),
+    )
 
 
 def _known_prompts(texts: list[str], embeds: list[Tensor], negative_prompt: str) -> PromptData:

@@ -23,7 +23,7 @@ from distill.evaluate.joint import (
     measure_factors,
     pixel_points,
 )
-from distill.evaluate.sample import Request, render_truth
+from distill.evaluate.sample import Canvas, Request, render_truth
 from distill.evaluate.scores import SCORES, score_clip
 from distill.worlds.shapeworld.captions import held_out_captions, parse_caption
 from distill.worlds.shapeworld.schema import STILL
@@ -149,11 +149,26 @@ def plan_suite(config: SuiteConfig) -> Suite:
 
 def measure_reference(suite: Suite, config: SuiteConfig, on_clips: Callable[[int], object]) -> Reference:
     """Render and measure the ground truth that the depth scores are judged against."""
+    return measure_truth(suite, num_reference(config), config.seed, on_clips)
+
+
+def measure_truth(
+    suite: Suite, num_renders: int, seed: int, on_clips: Callable[[int], object], canvas: Canvas | None = None
+) -> Reference:
+    """Render and measure ground truth of the depth captions, from a seed and at a size of the caller's.
+
+    Args:
+        suite: whose depth captions are rendered.
+        num_renders: of each caption.
+        seed: of the renders.
+        on_clips: called with 1 after each clip.
+        canvas: the world's own size where it is None.
+    """
     factors, spread = {}, {}
     for index in suite.depth:
         caption = suite.requests[suite.rows(index)[0]].caption
-        requests = [Request(caption, index, seed) for seed in range(num_reference(config))]
-        clips = render_truth(requests, config.seed, _REFERENCE_REPEAT)
+        requests = [Request(caption, index, number) for number in range(num_renders)]
+        clips = render_truth(requests, seed, _REFERENCE_REPEAT, canvas)
         scene, rows = parse_caption(caption), []
         for clip in clips:
             rows.append(measure_factors(scene, detect(clip)))

@@ -22,7 +22,7 @@ from distill.losses.regression import regression_loss
 from distill.methods import matching
 from distill.methods.draws import Passes, StepResult, Turn
 from distill.networks.build import Networks, denoiser
-from distill.settings import StartConfig, check_range
+from distill.settings import StartConfig, ValidateConfig, check_range
 from distill.streams import named_rng
 
 NAME = "regression"
@@ -86,6 +86,7 @@ def start_of(config: DistillConfig) -> DistillConfig | None:
         optimizer=replace(config.optimizer, student_lr=start.student_lr),
         max_iterations=start.updates,
         start=StartConfig(),
+        validate=ValidateConfig(),
         bundle_dtype="fp32",
     )
 

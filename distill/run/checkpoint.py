@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +32,22 @@ from distill.methods.registry import config_from_dict
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.shard_files import INDEX_FILE, ShardIndex, read_index
 from distill.parallel.state import StagedShard, copy_whole, load_shards, save_shards
+from distill.run.choice import is_better
+from distill.settings import LOW
 
 CONFIG_FILE = "config.json"
 BEST_FILE = "best.json"
 # Of older versions.
 STATE_FILE = "state.pt"
 STEP_PREFIX = "step-"
+
+
+class Score(NamedTuple):
+    """The value of a metric at a checkpoint, and whether `high` or `low` is better."""
+
+    metric: str
+    value: float
+    better: str = LOW
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +154,7 @@ def save_checkpoint(
     values: dict[str, Any],
     keep_last: int,
     processes: Processes = SINGLE_PROCESS,
-    score: tuple[str, float] | None = None,
+    score: Score | None = None,
 ) -> Path:
     """Write a checkpoint atomically, then delete all but the newest and the best; every rank calls it.
 
@@ -155,7 +165,7 @@ def save_checkpoint(
         values: plain JSON values, equal on all ranks.
         keep_last: how many of the newest checkpoints stay, 1 or more.
         processes: of the run.
-        score: on rank 0, name and value of the metric that tells which checkpoint is best, lower is better.
+        score: on rank 0, what tells which checkpoint is best.
 
     Returns:
         Its folder.
@@ -172,7 +182,7 @@ def save_checkpoint(
 
     def prune() -> None:
         if score is not None:
-            _note_best(run_dir, iteration, *score)
+            _note_best(run_dir, iteration, score)
         _delete_old(run_dir, keep_last)
 
     if processes.is_rank0:
@@ -220,14 +230,14 @@ def _read_best(run_dir: Path) -> dict[str, Any] | None:
     return best
 
 
-def _note_best(run_dir: Path, iteration: int, metric: str, value: float) -> None:
-    if not math.isfinite(value):
+def _note_best(run_dir: Path, iteration: int, score: Score) -> None:
+    if not math.isfinite(score.value):
         return
     best = _read_best(run_dir)
     # Another metric, or one that was measured after the point that a resumed run starts at.
-    is_comparable = best is not None and best.get("metric") == metric and best["iteration"] < iteration
-    if best is None or not is_comparable or value < best["value"]:
-        write_json(run_dir / BEST_FILE, {"iteration": iteration, "metric": metric, "value": value})
+    is_comparable = best is not None and best.get("metric") == score.metric and best["iteration"] < iteration
+    if best is None or not is_comparable or is_better(score.value, best["value"], score.better):
+        write_json(run_dir / BEST_FILE, {"iteration": iteration, **score._asdict()})
 
 
 def _delete_old(run_dir: Path, keep_last: int) -> None:

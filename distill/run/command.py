@@ -58,7 +58,15 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-best",
         metavar="METRIC",
-        help="keep the checkpoint with the lowest value of a metric of log.jsonl beside the newest ones",
+        help="keep the checkpoint with the best value of a metric beside the newest ones: one of log.jsonl, lower is "
+        "better, or one of validation in place of validate.metric",
+    )
+    parser.add_argument(
+        "--track",
+        nargs="+",
+        default=["tensorboard"],
+        metavar="NAME",
+        help="show the run on tensorboard (default), trackio or wandb, or on none",
     )
     parser.add_argument("--cache", type=Path, help="folder of prompt embeddings; default: OUT/cache")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the settings, write nothing")
@@ -80,6 +88,7 @@ def run_train(args: argparse.Namespace) -> int:
     from codmd_serve.wan.checkpoint import silence_libraries
     from distill.networks.build import check_compiler
     from distill.parallel.processes import out_of_memory_in_one_line, process_group
+    from distill.run.trackers import check_trackers
 
     silence_libraries()
     if args.threads is not None:
@@ -90,6 +99,7 @@ def run_train(args: argparse.Namespace) -> int:
         raise ConfigError(f"--minutes must be above 0, got {args.minutes}")
     if args.preview_every < 0:
         raise ConfigError(f"--preview-every must be 0 or more, got {args.preview_every}")
+    args.track = check_trackers(args.track)
     device = choose_device(args.device)
     if args.compile:
         check_compiler(args.compiler, device)
@@ -115,7 +125,10 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         dest="iteration",
         type=_iteration,
         metavar="N",
-        help="of the checkpoint to take, or best, which --keep-best chose; default: the newest",
+        help="of the checkpoint to take, or best, which validation or --keep-best chose; default: the newest",
+    )
+    parser.add_argument(
+        "--best", dest="iteration", action="store_const", const=BEST, help="the same as --iteration best"
     )
 
 
@@ -137,7 +150,9 @@ def run_export(args: argparse.Namespace) -> int:
     if wanted == BEST:
         wanted = best_iteration(args.run)
         if wanted is None:
-            raise ConfigError(f"{args.run} has no {BEST_FILE}: no run with --keep-best has chosen a checkpoint")
+            raise ConfigError(
+                f"{args.run} has no {BEST_FILE}: neither validation nor --keep-best has chosen a checkpoint"
+            )
     iteration = exports[args.format](args.run, args.out, wanted)
     print(f"{args.format} {args.out} from iteration {iteration}")
     return 0
@@ -153,12 +168,14 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
     from distill.run.checks import native_latents
     from distill.run.start import run_with_start
     from distill.run.trainer import RunOptions
+    from distill.run.validation import open_judge
 
     device = processes.device
     # Before the base is looked for, which may take a download.
     require_prompts(config)
     if args.dry_run:
         base = open_base(config.base)
+        open_judge(config, base, args.keep_best)
         base.check_run(config, processes.world_size, compiled=args.compile)
         summary = {
             **check_prompts(config, base),
@@ -177,6 +194,7 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
         compiled=args.compile,
         preview_every_iterations=args.preview_every,
         keep_best=args.keep_best,
+        trackers=args.track,
         processes=processes,
     )
     outcome = run_with_start(config, options, resume=args.resume)
@@ -188,7 +206,10 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
             print(f"interrupted after {done}; go on with --resume --out {args.out}", file=sys.stderr)
         return 128 + outcome.signal_number
     if processes.is_rank0:
-        print(f"bundle {outcome.bundle} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
+        choice, chosen = outcome.choice, ""
+        if config.validate.every_iterations and choice.best is not None:
+            chosen = f" of iteration {choice.best_iteration}, the best by {choice.metric}={choice.best:.4g},"
+        print(f"bundle {outcome.bundle}{chosen} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
     return 0
 
 

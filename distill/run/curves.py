@@ -1,5 +1,7 @@
-"""The curves of a run, one panel per number of its log; reads log.jsonl and nothing else."""
+"""The curves of a run: one panel per number of its log and its validations, and the same as CSV; reads their files."""
 
+import csv
+import io
 import json
 import logging
 import math
@@ -8,27 +10,48 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from codmd_serve.files import atomic_file
-from distill.run.log import ITERATION_KEY, iteration_of
+from codmd_serve.files import atomic_file, write_text
+from distill.run.log import ITERATION_KEY, LOG_FILE, VALIDATION_FILE, iteration_of
 
-CURVES_FILE = "curves.png"
+CURVES_FILE, TABLE_FILE = "curves.png", "curves.csv"
 # The x axis of all panels, and numbers that describe the machine or the clock.
-NOT_DRAWN = (ITERATION_KEY, "step", "elapsed_s", "eta_s", "student_updates")
+NOT_DRAWN = (ITERATION_KEY, "step", "elapsed_s", "eta_s", "student_updates", "seconds", "best_iteration", "num_worse")
 COLUMNS = 3
+# Iterations and values by name.
+Curves = dict[str, tuple[list[int], list[float]]]
 
 logger = logging.getLogger(__name__)
 
 
-def plot_curves(log: Path, picture: Path) -> None:
-    """Draw every number of a log over the iteration. A picture that cannot be written is logged, training goes on.
+def write_curves(out: Path) -> None:
+    """Write picture and table of a run. What cannot be written is logged, training goes on."""
+    curves = {**read_curves(out / LOG_FILE), **read_curves(out / VALIDATION_FILE)}
+    if curves:
+        plot_curves(curves, out / CURVES_FILE)
+        write_table(curves, out / TABLE_FILE)
+
+
+def write_table(curves: Curves, path: Path) -> None:
+    """Write CSV: a row for each iteration that has a number, a column for each name; an empty cell is no number."""
+    by_name = {name: dict(zip(*points, strict=True)) for name, points in curves.items()}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([ITERATION_KEY, *by_name])
+    for iteration in sorted({iteration for iterations, _ in curves.values() for iteration in iterations}):
+        writer.writerow([iteration, *(values.get(iteration, "") for values in by_name.values())])
+    try:
+        write_text(path, text.getvalue())
+    except OSError as error:
+        logger.warning("no curves path=%s reason=%s", path.name, error)
+
+
+def plot_curves(curves: Curves, picture: Path) -> None:
+    """Draw every number over the iteration. A picture that cannot be written is logged, training goes on.
 
     Args:
-        log: one JSON object per line; a last line that a kill cut short is left out.
-        picture: PNG to write; none is written for a log without lines.
+        curves: of `read_curves`.
+        picture: PNG to write.
     """
-    curves = read_curves(log)
-    if not curves:
-        return
     rows = -(-len(curves) // COLUMNS)
     height = 2.4 * rows
     figure = Figure(figsize=(4.0 * COLUMNS, height))
@@ -50,12 +73,12 @@ def plot_curves(log: Path, picture: Path) -> None:
         logger.warning("no curves path=%s reason=%s", picture.name, error)
 
 
-def read_curves(log: Path) -> dict[str, tuple[list[int], list[float]]]:
+def read_curves(log: Path) -> Curves:
     """Return iterations and values by name, in the order of their first line.
 
     None stands for a value that was not finite and is left out; so are names that never had a value.
     """
-    curves: dict[str, tuple[list[int], list[float]]] = {}
+    curves: Curves = {}
     lines = log.read_text(encoding="utf-8").split("\n") if log.is_file() else []
     for line in lines:
         try:

@@ -1,4 +1,4 @@
-"""The log of a run: log.jsonl, TensorBoard and the progress bar; knows no network.
+"""The log of a run: log.jsonl, trackers and the progress bar; knows no network.
 
 One line per `log_every_iterations` iterations, with the means of their metrics.
 """
@@ -7,20 +7,21 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from codmd_serve.errors import CheckpointError
 from codmd_serve.files import write_text
 from distill.config import DistillConfig
+from distill.run.trackers import DEFAULT, Run, Trackers
 
-LOG_FILE = "log.jsonl"
+LOG_FILE, VALIDATION_FILE = "log.jsonl", "validation.jsonl"
 ITERATION_KEY = "iteration"
 
 logger = logging.getLogger(__name__)
@@ -35,13 +36,20 @@ class RunLog:
         iteration: iterations already done; a resumed run drops later lines of its log.
         budget_s: of training; infinite without one.
         is_rank0: the other ranks write nothing.
+        trackers: names of `trackers.TRACKERS`.
 
     Attributes:
         latest: the last logged mean of every metric, on rank 0.
     """
 
     def __init__(
-        self, out: Path, config: DistillConfig, iteration: int, budget_s: float, is_rank0: bool = True
+        self,
+        out: Path,
+        config: DistillConfig,
+        iteration: int,
+        budget_s: float,
+        is_rank0: bool = True,
+        trackers: Sequence[str] = DEFAULT,
     ) -> None:
         self.config, self.budget_s, self.is_rank0 = config, budget_s, is_rank0
         self.path = out / LOG_FILE
@@ -50,8 +58,8 @@ class RunLog:
         self.window_start, self.window_iteration = time.monotonic(), iteration
         if not is_rank0:
             return
-        _keep_lines_up_to(self.path, iteration)
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=iteration)
+        keep_lines_up_to(self.path, iteration)
+        self.trackers = Trackers(trackers, Run(out=out, config=config, iteration=iteration))
         bar = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         # disable=None: no bar without a terminal; the log lines stay.
         self.bar = tqdm(
@@ -65,7 +73,7 @@ class RunLog:
         if not self.is_rank0:
             return
         self.bar.close()
-        self.board.close()
+        self.trackers.close()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Add the metrics of one iteration, without synchronising with the device."""
@@ -109,9 +117,7 @@ class RunLog:
             raise CheckpointError(
                 f"{self.path} cannot be written: {error.strerror}; the last checkpoint is kept"
             ) from error
-        for name, value in means.items():
-            self.board.add_scalar(name, value, iteration)
-        self.board.add_scalar("samples_per_s", samples_per_s, iteration)
+        self.trackers.log({**means, "samples_per_s": samples_per_s}, iteration)
         # A dash where nothing was due: in a window without a student update, nan would look like a run gone wrong.
         shown = ("student_loss", "student_grad_norm", "critic_loss")
         text = " ".join(f"{name}={means[name]:.4g}" if name in means else f"{name}=-" for name in shown)
@@ -121,9 +127,15 @@ class RunLog:
         self.sums, self.window_start, self.window_iteration = {}, now, iteration
 
     def show(self, picture: np.ndarray | None, iteration: int) -> None:
-        """Put a preview, uint8 (rows, columns, 3), on TensorBoard."""
+        """Show a preview, uint8 (rows, columns, 3), on the trackers."""
         if picture is not None:
-            self.board.add_image("preview", picture, iteration, dataformats="HWC")
+            self.trackers.show("preview", picture, iteration)
+
+    def validated(self, values: Mapping[str, float], iteration: int, seconds: float) -> None:
+        """Show the scores of a validation, and leave its seconds out of the rate of training."""
+        self.window_start += seconds
+        if self.is_rank0 and values:
+            self.trackers.log(values, iteration)
 
 
 def iteration_of(record: dict[str, Any]) -> int:
@@ -131,7 +143,7 @@ def iteration_of(record: dict[str, Any]) -> int:
     return int(record[ITERATION_KEY] if ITERATION_KEY in record else record["step"])
 
 
-def _keep_lines_up_to(path: Path, iteration: int) -> None:
+def keep_lines_up_to(path: Path, iteration: int) -> None:
     """Drop the lines that a resumed run will write again."""
     if not path.is_file():
         return

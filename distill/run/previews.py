@@ -27,6 +27,7 @@ from distill.data.prompts import PromptData
 from distill.networks.base import Base
 from distill.networks.build import denoiser, trained_parameters
 from distill.parallel.processes import SINGLE_PROCESS, Processes
+from distill.parallel.state import local_part
 from distill.streams import named_rng
 
 PREVIEW_DIR = "previews"
@@ -141,11 +142,11 @@ class Previews:
 @contextmanager
 def averaged_weights(network: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]:
     """Run the block with `average` in place of the network's trained parameters, then restore the same bits."""
-    parameters = trained_parameters(network)
-    own = [parameter.detach().clone() for parameter in parameters.values()]
-    targets = [parameter.detach() for parameter in parameters.values()]
+    # This rank's shards: sharded tensors have no foreach_copy_ of their own.
+    parameters = {name: local_part(parameter)[0] for name, parameter in trained_parameters(network).items()}
+    own, targets = [parameter.clone() for parameter in parameters.values()], list(parameters.values())
     try:
-        torch._foreach_copy_(targets, [average[name] for name in parameters])
+        torch._foreach_copy_(targets, [local_part(average[name])[0] for name in parameters])
         yield
     finally:
         torch._foreach_copy_(targets, own)

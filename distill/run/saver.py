@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.parallel.processes import Processes
 from distill.parallel.state import StagedShard, stage
-from distill.run.checkpoint import save_checkpoint
+from distill.run.checkpoint import Score, save_checkpoint
 
 
 class Saver:
@@ -35,7 +35,7 @@ class Saver:
         return self.failure is not None
 
     def save(
-        self, iteration: int, tensors: dict[str, Tensor], values: dict[str, Any], score: tuple[str, float] | None = None
+        self, iteration: int, tensors: dict[str, Tensor], values: dict[str, Any], score: Score | None = None
     ) -> None:
         """Copy this rank's shards and start to write them, after the save before is done.
 
@@ -70,7 +70,7 @@ class Saver:
             self.thread = None
 
     def _write(
-        self, iteration: int, staged: dict[str, StagedShard], values: dict[str, Any], score: tuple[str, float] | None
+        self, iteration: int, staged: dict[str, StagedShard], values: dict[str, Any], score: Score | None
     ) -> None:
         try:
             save_checkpoint(self.run_dir, iteration, staged, values, self.keep_last, self.processes, score)

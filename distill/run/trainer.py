@@ -38,11 +38,13 @@ from distill.run.checkpoint import (
     load_checkpoint,
 )
 from distill.run.checks import check_out, native_latents, start_folder
-from distill.run.curves import CURVES_FILE, plot_curves
-from distill.run.log import LOG_FILE, RunLog
-from distill.run.previews import Previews
+from distill.run.choice import Choice, choice_of
+from distill.run.log import RunLog
+from distill.run.outputs import Outputs
 from distill.run.saver import Saver
 from distill.run.signals import stop_signal
+from distill.run.trackers import DEFAULT
+from distill.run.validation import Judge, open_judge
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,9 @@ class RunOptions:
         compiled: torch.compile the blocks of all networks.
         preview_every_iterations: between two pictures of the EMA student, the last of which comes at the end; 0 makes
             none.
-        keep_best: a logged metric; the checkpoint with its lowest value is kept beside the newest ones.
+        keep_best: a logged metric, of which lower is better, or one of validation; the checkpoint with its best value
+            is kept beside the newest ones. Where it is None, that of validate.metric is.
+        trackers: names of `trackers.TRACKERS` that show the run.
         has_pipeline: whether the run ends with a folder for diffusers beside the bundle.
     """
 
@@ -68,6 +72,7 @@ class RunOptions:
     compiled: bool = False
     preview_every_iterations: int = 200
     keep_best: str | None = None
+    trackers: tuple[str, ...] = DEFAULT
     has_pipeline: bool = True
     processes: Processes = SINGLE_PROCESS
 
@@ -79,6 +84,7 @@ class RunOutcome:
     Attributes:
         iteration: number of iterations done, over all resumptions together.
         num_skipped: updates left out because loss or gradient was not finite.
+        choice: what validation found best; the bundle is of that iteration, where there was a validation.
     """
 
     iteration: int
@@ -87,6 +93,7 @@ class RunOutcome:
     elapsed_s: float
     bundle: Path | None
     signal_number: int | None
+    choice: Choice
 
 
 class Trainer:
@@ -108,6 +115,7 @@ class Trainer:
         self.iteration = 0
         self.updates = dict.fromkeys(ROLES, 0)
         self.num_skipped = 0
+        self.choice = Choice()
         self.nonfinite_in_row = dict.fromkeys(ROLES, 0)
         self.calls = Calls(networks)
         self.ema = Ema(networks.student, config.ema)
@@ -227,6 +235,7 @@ class Trainer:
             "num_skipped": self.num_skipped,
             "nonfinite_in_row": dict(self.nonfinite_in_row),
             "ema_updates": self.ema.num_updates,
+            "choice": self.choice.values(),
             "calls": dict(self.calls.counts),
             "data": {"content": self.data.content, "samples": self.iteration * self.config.batch_size},
         }
@@ -255,6 +264,7 @@ class Trainer:
             self.iteration, self.num_skipped = int(values["iteration"]), int(values["num_skipped"])
             self.updates, self.nonfinite_in_row = dict(values["updates"]), dict(values["nonfinite_in_row"])
             self.ema.num_updates = int(values["ema_updates"])
+            self.choice = choice_of(values.get("choice", {}))
             self.calls.restore(values.get("calls", {}))
         except (KeyError, TypeError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"{checkpoint.folder} does not fit this run: {first_line(error)}") from error
@@ -302,6 +312,7 @@ def run_training(
     base.check_run(config, processes.world_size, compiled=options.compiled)
     # What the bundle at the end could not say is an error now.
     student_spec(options.out / "bundle", config, base, 0)
+    judge = processes.on_all_ranks(lambda: open_judge(config, base, options.keep_best))
     checkpoints = processes.broadcast_from_rank0(lambda: list_checkpoints(options.out)) if resume else []
     trainer = _build_trainer(config, beginning(config, started, is_resumed=bool(checkpoints)), base, options)
     if checkpoints:
@@ -309,14 +320,16 @@ def run_training(
     elif started is not None and config.lora_student_rank:
         begin_adapters(trainer.parameters["student"], trainer.ema, started.parent, processes)
     processes.on_rank0(lambda: start_folder(options.out, config))
-    signal_number, elapsed_s = _loop(trainer, base, options, elapsed_s, is_saved=bool(checkpoints))
+    signal_number, elapsed_s = _loop(trainer, base, options, judge, elapsed_s, is_saved=bool(checkpoints))
     bundle = None
     if signal_number is None:
         bundle = options.out / "bundle"
+        # What validation chose; a run without one ends with its last student.
+        exported = trainer.choice.best_iteration if judge and trainer.choice.best_iteration else trainer.iteration
 
         def export() -> None:
             # From the checkpoint, tensor by tensor: rank 0 needs the memory of the bundle alone.
-            export_bundle(options.out, bundle, trainer.iteration, base)
+            export_bundle(options.out, bundle, exported, base)
             if options.has_pipeline and base.has_vae:
                 write_pipeline(bundle, options.out / "pipeline")
 
@@ -328,6 +341,7 @@ def run_training(
         elapsed_s=elapsed_s,
         bundle=bundle,
         signal_number=signal_number,
+        choice=trainer.choice,
     )
 
 
@@ -360,7 +374,7 @@ def _resume(trainer: Trainer, folder: Path) -> float:
 
 
 def _loop(
-    trainer: Trainer, base: Base, options: RunOptions, elapsed_before_s: float, *, is_saved: bool
+    trainer: Trainer, base: Base, options: RunOptions, judge: Judge | None, elapsed_before_s: float, *, is_saved: bool
 ) -> tuple[int | None, float]:
     """Iterate until done; return the signal that ended it, if one did, and the seconds trained so far.
 
@@ -371,6 +385,7 @@ def _loop(
         trainer: where it stands.
         base: of the run.
         options: of the run.
+        judge: of its validation.
         elapsed_before_s: trained before this call.
         is_saved: there is a checkpoint of where it stands.
     """
@@ -386,23 +401,29 @@ def _loop(
         )
         if has_failed:
             saver.wait()
-        return number, bool(number or is_over or trainer.iteration >= config.max_iterations)
+        is_over |= trainer.iteration >= config.max_iterations or trainer.choice.is_over(config.validate.patience)
+        return number, bool(number or is_over)
 
     with (
         stop_signal() as received,
-        RunLog(options.out, config, trainer.iteration, budget_s, processes.is_rank0) as log,
+        RunLog(options.out, config, trainer.iteration, budget_s, processes.is_rank0, options.trackers) as log,
         Saver(options.out, config.keep_last, processes) as saver,
     ):
-        outputs = _Outputs(trainer, base, options, log, saver)
+        outputs = Outputs(trainer, base, options, judge, log, saver, lambda: bool(received))
+        outputs.make_up_validation(elapsed_s)
         signal_number, is_last = stopped()
         while not is_last:
             log.add(trainer.iterate())
             signal_number, is_last = stopped()
+            has_best = False
+            if outputs.is_validation_due() and not signal_number:
+                has_best = outputs.validate()
+                signal_number, is_last = stopped()
             if is_last or trainer.iteration % config.log_every_iterations == 0:
                 processes.on_rank0(
                     lambda: log.write(trainer.iteration, trainer.updates["student"], trainer.num_skipped, elapsed_s())
                 )
-            is_saved = trainer.iteration % config.save_every_iterations == 0 or is_last
+            is_saved = trainer.iteration % config.save_every_iterations == 0 or is_last or has_best
             if is_saved:
                 outputs.save(elapsed_s())
             # No preview after a signal: whoever sent it wants the process to end.
@@ -412,41 +433,3 @@ def _loop(
             outputs.save(elapsed_s())
         saver.wait()
         return (signal_number or None), elapsed_s()
-
-
-class _Outputs:
-    """Checkpoints, curves and previews of a run; every rank calls it, rank 0 writes."""
-
-    def __init__(self, trainer: Trainer, base: Base, options: RunOptions, log: RunLog, saver: Saver) -> None:
-        self.trainer, self.out, self.log = trainer, options.out, log
-        self.every = options.preview_every_iterations if base.has_vae else 0
-        self.saver, self.keep_best = saver, options.keep_best
-        self.previews: Previews | None = None
-        if self.every:
-            self.previews = Previews(
-                trainer.config,
-                base,
-                options.out,
-                trainer.data,
-                trainer.shape[1:],
-                trainer.device,
-                trainer.processes,
-            )
-
-    def save(self, elapsed_s: float) -> None:
-        trainer = self.trainer
-        values = {**trainer.state_values(), "elapsed_s": elapsed_s}
-        score = None
-        if self.keep_best is not None and self.keep_best in self.log.latest:
-            score = (self.keep_best, self.log.latest[self.keep_best])
-        self.saver.save(trainer.iteration, trainer.state_tensors(), values, score)
-        trainer.processes.on_rank0(lambda: plot_curves(self.out / LOG_FILE, self.out / CURVES_FILE))
-
-    def is_preview_due(self, is_last: bool) -> bool:
-        return self.every > 0 and (is_last or self.trainer.iteration % self.every == 0)
-
-    def preview(self) -> None:
-        if self.previews is not None:
-            trainer = self.trainer
-            iteration = trainer.iteration
-            self.log.show(self.previews.write(iteration, trainer.networks.student, trainer.ema.shadow), iteration)

@@ -8,6 +8,7 @@
     wait FILE       asks whether to go on, until FILE exists
     busy FILE       the same, and seems to make progress
     tail FILE       leaves the device at once, and is being encoded until FILE exists
+    decode FILE     lets the next one begin at once, and is being decoded until FILE exists
     stop            stops itself, as `kill -STOP` does
     deaf FILE       sends no progress, and so sees no cancellation, until FILE exists
     child FILE      starts a process that does not end by itself, writes its id to FILE, and is deaf for ever
@@ -90,8 +91,8 @@ class FakeEngine:
                 time.sleep(0.002)
             video.set_result(self.generate(params, path, lambda *_: None))
 
-        if order == "tail":
-            on_progress("decode", 17, 17)
+        if order in ("tail", "decode"):
+            on_progress("decode", 17 if order == "tail" else 5, 17)
             self.tail = threading.Thread(target=finish, daemon=True)
             self.tail.start()
         else:

@@ -244,7 +244,7 @@ def test_a_compiler_that_fails_leaves_eager_and_the_reason(
     loop = DenoiseLoop(transformer, tiny_spec, execution="compiled")
     prompt = prompt_of(transformer, 0)
     loop.warm(noise_of(0), [prompt])
-    assert (loop.execution, loop.fallback) == ("eager", "RuntimeError: no compiler found")
+    assert (loop.execution, loop.fallback) == ("eager", "blocks not compiled: RuntimeError: no compiler found")
     assert loop(noise_of(0), prompt).isfinite().all()
 
 

@@ -294,6 +294,19 @@ def test_a_death_counts_for_the_job_that_had_the_device_only(run: Run) -> None:
     run(story, overlap="on")
 
 
+def test_a_death_counts_for_both_jobs_that_had_the_device(run: Run) -> None:
+    async def story(harness: PoolHarness) -> None:
+        jobs = [harness.submit(f"decode {harness.gate('decoded')}"), harness.submit(f"wait {harness.gate()}")]
+        await harness.until(lambda: jobs[1].stage == "denoise")
+        jobs.append(harness.submit("third"))
+        os.kill(harness.starts[0], signal.SIGKILL)
+        outcomes = [await job.outcome() for job in jobs]
+        # Each is tried again alone, so the next death has one suspect.
+        assert [each.counts_attempt for each in outcomes if isinstance(each, JobFailed)] == [True, True, False]
+
+    run(story, overlap="on")
+
+
 def test_g4_a_device_error_ends_the_worker_and_the_job_may_be_tried_again(run: Run) -> None:
     async def story(harness: PoolHarness) -> None:
         assert await harness.submit("device").outcome() == JobFailed("device_error", "the device failed", True, True)

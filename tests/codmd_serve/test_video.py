@@ -366,9 +366,18 @@ def test_mp4_has_the_bytes_that_it_had_before_there_were_other_formats(tmp_path:
         "ffmpeg -hide_banner -loglevel error -nostdin -y -f rawvideo -pix_fmt rgb24 -s 48x32 -r 16 -i pipe:0 "
         "-vf scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+bitexact,"
         "setparams=color_primaries=bt709:color_trc=bt709 -c:v libx264 -preset faster -rc-lookahead 10 -crf 18 "
-        "-threads 4 -pix_fmt yuv420p -colorspace bt709 -color_range tv -flags:v +bitexact -fflags +bitexact "
+        "-threads 1 -pix_fmt yuv420p -colorspace bt709 -color_range tv -flags:v +bitexact -fflags +bitexact "
         "-map_metadata -1 -metadata comment=c -movflags +faststart -f mp4 a"
     )
+
+
+def test_small_pictures_are_encoded_by_one_thread(tmp_path: Path) -> None:
+    def threads(height: int, width: int) -> str:
+        sizes = {"height": height, "width": width, "fps": 16, "crf": 18, "comment": "c"}
+        words = list(map(str, video._command("ffmpeg", Path("a"), **sizes, format="mp4")))  # type: ignore[arg-type]
+        return words[words.index("-threads") + 1]
+
+    assert (threads(96, 96), threads(256, 256), threads(256, 272), threads(480, 832)) == ("1", "1", "4", "4")
 
 
 @pytest.mark.parametrize("name", ["x" * 251 + ".mp4", "ü" * 125 + "x.mp4"])

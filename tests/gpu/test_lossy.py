@@ -2,18 +2,20 @@
 
 import gc
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from codmd_serve.bench.lossy import LOSSY_SETTINGS, outputs, unsupported
 from codmd_serve.config import GenerateParams
 from codmd_serve.loading import load_engine
 from codmd_serve.wan.checkpoint import StudentSpec, default_bundle_path
-from codmd_serve.wan.fp8 import Float8Linear, quantize_blocks, quantize_rows
+from codmd_serve.wan.fp8 import LAYERS, Float8Linear, quantize_blocks, quantize_rows
 from codmd_serve.wan.kernels import LOSSY_TOLERANCE, AttentionShape, measure_kernels
 from codmd_serve.wan.transformer import FewStepTransformer
 
@@ -54,6 +56,40 @@ def test_an_fp8_engine_makes_nearly_the_same_latents(tmp_path: Path) -> None:
     error = float((made["fp8"] - made["none"]).norm() / made["none"].norm())
     print(f"fp8 latents off by {error:.3g}")
     assert 1e-4 < error < 0.3
+
+
+@needs_fp8
+def test_a_compiled_block_fuses_its_quantisation(tiny_spec: StudentSpec) -> None:
+    torch.manual_seed(0)
+    source = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=64,
+        in_channels=16,
+        out_channels=16,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=1024,
+        num_layers=1,
+    )
+    network = FewStepTransformer(source.eval().to("cuda", torch.bfloat16), tiny_spec.timesteps)
+    quantize_blocks(network)
+    assert network.prefers_compiled and network.problem == ""
+    block, prompt = network.blocks[0], network.encode_prompt(torch.randn(1, 512, 64))
+    table, (key, value) = network.rotary_table((1, 16, 4, 32, 32)), prompt.keys_values[0]
+    hidden = torch.randn(1, 1024, 256, device="cuda", dtype=torch.bfloat16)
+    given = (hidden, block.modulation(1), table, key, value, prompt.logit_bias)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = block(*given)
+        got, (code,) = run_and_get_code(torch.compile(block.forward, fullgraph=True), *given)
+    assert float((got - want).float().norm() / want.float().norm()) < 0.02
+    body = code[code.index("def call(") :]
+    launches = re.findall(r"(triton_\w+)\.run\(", body)
+    print(*launches, sep="\n")
+    assert body.count("_scaled_mm(") == len(LAYERS)
+    # Nine on a CPU; a wide row may be reduced by a kernel before the one that scales it.
+    assert len(launches) <= 9 + len(LAYERS)
 
 
 @needs_sage

@@ -22,10 +22,10 @@ import torch
 from codmd_serve.errors import CodmdError, ConfigError
 from codmd_serve.files import atomic_folder, write_json
 from codmd_serve.textfiles import read_json_object
-from distill.config import ANALYTIC_RECIPES, DistillConfig, with_overrides
+from distill.config import ANALYTIC_RECIPES, DistillConfig, config_to_dict, with_overrides
 from distill.evaluate.compare.bench import open_bench
 from distill.evaluate.compare.table import RUN, Arm, Table, check_names
-from distill.methods.registry import METHODS, recipe_config
+from distill.methods.registry import METHODS, config_from_dict, recipe_config
 from distill.methods.regression import start_of
 from distill.run.checkpoint import iteration_of, list_checkpoints, load_checkpoint
 from distill.run.start import START_FOLDER, run_with_start
@@ -181,13 +181,22 @@ def is_finished(cell: Cell, runs: Path) -> bool:
     path = cell.scores(runs)
     if not path.is_file():
         return False
-    made = read_json_object(path, ConfigError).get("config_sha256")
-    wanted = cell_config(cell).sha256()
-    if made != wanted:
+    # Parsed and not by its digest: a version that adds settings reads the old ones as before.
+    made, wanted = config_from_dict(read_json_object(path, ConfigError).get("config", {})), cell_config(cell)
+    before, after = config_to_dict(made), config_to_dict(wanted)
+    differs = [key for key in after if before.get(key) != after[key]]
+    if differs:
         raise ConfigError(
-            f"{path} was made with other settings than the table has now: name another --out, or delete its folder"
+            f"{path} was made with another {differs[0]} than the table has now: "
+            "name another --out, or delete its folder"
         )
     return True
+
+
+def read_scores(cell: Cell, runs: Path) -> dict[str, Any]:
+    """Return what a report needs of a finished cell: all but its config."""
+    found = read_json_object(cell.scores(runs), ConfigError)
+    return {key: value for key, value in found.items() if key != "config"}
 
 
 def run_cell(cell: Cell, runs: Path, cache_dir: Path) -> None:
@@ -216,7 +225,7 @@ def run_cell(cell: Cell, runs: Path, cache_dir: Path) -> None:
                 "guidance": cell.guidance,
                 "seed": cell.seed,
                 "budget": cell.budget,
-                "config_sha256": config.sha256(),
+                "config": config_to_dict(config),
                 "cpu_s": round(trained_s, 2),
                 **facts,
                 "steps": steps,

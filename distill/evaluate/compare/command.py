@@ -146,14 +146,13 @@ def _run(args: argparse.Namespace, table: Table) -> int:
 
 
 def _collect(args: argparse.Namespace, table: Table) -> int:
-    from codmd_serve.textfiles import read_json_object
-    from distill.evaluate.compare.cells import all_cells, check_runs_folder, is_finished
+    from distill.evaluate.compare.cells import all_cells, check_runs_folder, is_finished, read_scores
     from distill.evaluate.compare.results import FORMAT, check_complete
     from distill.evaluate.compare.table import as_dict
 
     check_runs_folder(table, args.out)
     cells = [cell for chain in all_cells(table, table.seeds) for cell in chain]
-    found = [read_json_object(cell.scores(args.out), ConfigError) for cell in cells if is_finished(cell, args.out)]
+    found = [read_scores(cell, args.out) for cell in cells if is_finished(cell, args.out)]
     data = {"format": FORMAT, "table": as_dict(table), "cells": found}
     check_complete(data)
     path = args.json or args.out / f"{table.name}.json"

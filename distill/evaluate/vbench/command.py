@@ -29,6 +29,7 @@ def add_vbench_arguments(parser: argparse.ArgumentParser) -> None:
         "score": ("make Quality, Semantic and Total of raw scores", _add_score),
         "compare": ("compare two arms of one plan, paired by prompt", _add_compare),
         "curve": ("show scores over training checkpoints", _add_curve),
+        "validate": ("score the videos of a validation, as a command of train", _add_validate),
     }
     for name, (summary, add_arguments) in table.items():
         add_arguments(actions.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."))
@@ -96,6 +97,14 @@ def _add_curve(parser: argparse.ArgumentParser) -> None:
     _add_failed_as_zero(parser)
 
 
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="with plan.json, of one video of each prompt")
+    parser.add_argument("videos", type=Path, nargs="?", help="folder of mp4s; without it the prompts are printed")
+    parser.add_argument("prompts", type=Path, nargs="?", help="JSON list of file and prompt")
+    parser.add_argument("--python", type=Path, default=ENVIRONMENT / "bin" / "python", help="that has vbench")
+    parser.add_argument("--device", default="cpu", help="of the evaluator: cpu, cuda or cuda:N; default cpu")
+
+
 def _add_summary(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=(*PRESETS, VBENCH2), default="vbench", help="default vbench")
     parser.add_argument("--partial", action="store_true", help="show the dimensions that are there, without totals")
@@ -127,6 +136,7 @@ def run_vbench(args: argparse.Namespace) -> int:
         "score": _score,
         "compare": _compare,
         "curve": _curve,
+        "validate": _validate,
     }
     return actions[args.action](args)
 
@@ -251,6 +261,19 @@ def _curve(args: argparse.Namespace) -> int:
     _write(args.out, "curve", curve_table(rows), curve_json(rows))
     if args.out is not None:
         plot_curve(rows, args.out / "curve.png")
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from distill.evaluate.vbench.run import RunSettings
+    from distill.evaluate.vbench.validate import plan_prompts, score_validation
+
+    if args.videos is None:
+        print("\n".join(plan_prompts(args.folder)))
+        return 0
+    prompts = args.videos / "prompts.json" if args.prompts is None else args.prompts
+    settings = RunSettings(python=args.python, device=args.device)
+    print(json.dumps(score_validation(args.folder, args.videos, prompts, settings)))
     return 0
 
 

@@ -119,7 +119,41 @@ def orbit() -> GaussianWorld:
     )
 
 
-WORLDS: dict[str, Callable[[], GaussianWorld]] = {"ties": ties, "orbit": orbit}
+def switch(gap: float = 1.5) -> GaussianWorld:
+    """Return three pairs of factors that are tied by modes alone: a student that loses modes loses the dependence.
+
+    Three signs, each + in a share of samples that the caption gives; a sign moves two factors of different channels by
+    `gap` to one side each, so far from the other side that nothing lies between. 8 captions, 64 components.
+    """
+    rng = torch.Generator().manual_seed(3)
+    num_captions = 8
+    frames = torch.linspace(0, 1, SHAPE[1])
+    one, ramp = torch.ones(SHAPE[1]), 2 * frames - 1
+    late = 1.5 * (frames > 0.55).float() - 0.5
+    pairs = (((0, one, 0), (1, ramp, 0)), ((2, one, 1), (3, late, 1)), ((1, one, 2), (2, ramp, 2)))
+    patterns = torch.stack([pattern(SHAPE, *part) for pair in pairs for part in pair])
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    modes = gap * signs.repeat_interleave(2, dim=1) @ patterns
+    means, prior = [], torch.zeros(num_captions, 8 * num_captions, dtype=torch.float64)
+    for caption in range(num_captions):
+        middle = 0.5 * torch.randn(4, generator=rng)[:, None, None, None] * HAAR[3].expand(SHAPE)
+        means.append(middle.flatten() + modes)
+        positive = 0.2 + 0.6 * torch.rand(3, generator=rng)
+        shares = torch.where(signs > 0, positive, 1 - positive).prod(dim=1)
+        prior[caption, 8 * caption : 8 * caption + 8] = (shares / shares.sum()).double()
+    return GaussianWorld(
+        name="switch",
+        shape=SHAPE,
+        means=torch.cat(means),
+        prior=prior / prior.sum(1, keepdim=True),
+        covariance=_tied(0.15 * patterns, {}) + 0.25**2 * noise_covariance(SHAPE, 0.3),
+        mode_of=torch.arange(8).repeat(num_captions),
+        patterns=patterns,
+        ties=((0, 1), (2, 3), (4, 5)),
+    )
+
+
+WORLDS: dict[str, Callable[[], GaussianWorld]] = {"ties": ties, "orbit": orbit, "switch": switch}
 
 
 def make_world(name: str) -> GaussianWorld:

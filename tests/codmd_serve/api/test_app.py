@@ -3,13 +3,16 @@
 import ast
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_runner import FACTS
 from fastapi.testclient import TestClient
 from http_tests import begin, post, refusal, until
 
+from codmd_serve.api.backend import Own
 from codmd_serve.api.errors import CODE_OF_STATUS, CODES, STATUS_OF_CODE
 from codmd_serve.api.schemas import GenerateBody
 from codmd_serve.jobs.store import JobStore
@@ -25,6 +28,16 @@ def test_health_and_ready_tell_the_model_once_it_is_warm(client: TestClient) -> 
         assert body["status"] == "ok" and body["is_ready"] is True and body["reason"] == ""
         assert body["model"]["name"] == "fake" and body["model"]["num_steps"] == 4
         assert (body["num_waiting"], body["is_running"], body["num_worker_restarts"]) == (0, False, 0)
+
+
+def test_health_says_what_a_worker_fell_back_to(serve: Serve) -> None:
+    said = "blocks not compiled: RuntimeError: no compiler found; VAE norms unfused: no package triton"
+    facts = replace(FACTS, fallback=said)
+    with serve(own=Own("b" * 64, "fake", "e" * 64, facts)) as client:
+        client.runner.facts = facts  # type: ignore[attr-defined]
+        model = client.get("/health").json()["model"]
+        assert model["fallback"] == said and model["execution"] == "eager"
+        assert 'fallback="true"' in client.get("/metrics").text
 
 
 def test_health_is_200_and_ready_503_while_there_is_no_model(serve: Serve) -> None:

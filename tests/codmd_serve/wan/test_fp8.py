@@ -2,11 +2,13 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 from codmd_serve.errors import ConfigError
 from codmd_serve.wan import fp8
@@ -129,6 +131,41 @@ def test_an_outlier_costs_all_rows_where_there_is_one_scale() -> None:
 def test_sides_that_the_kernels_cannot_take_are_refused() -> None:
     with pytest.raises(ConfigError, match="needs layers whose sides are multiples of 16, got 24 and 32"):
         Float8Linear(layer_of(32, 24))
+
+
+def has_row_scales_on_a_cpu() -> bool:
+    rows, scale = quantize_rows(torch.ones(16, 16))
+    try:
+        fp8.device_product(rows, scale, rows, scale.t().contiguous(), torch.zeros(16, dtype=torch.bfloat16))
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_row_scales_on_a_cpu(), reason="needs torch._scaled_mm with row scales on a CPU: torch 2.13")
+def test_a_compiled_block_has_no_graph_breaks_and_its_quantisation_is_fused(
+    transformer: FewStepTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a device compiles, with the kernels that inductor makes on a CPU: `fullgraph` raises at a graph break."""
+    monkeypatch.setattr(fp8, "scaled_product", fp8.device_product)
+    quantize_blocks(transformer)
+    block, prompt = transformer.blocks[0], transformer.encode_prompt(torch.randn(1, 512, 16))
+    table, (key, value) = transformer.rotary_table((1, 4, 2, 8, 8)), prompt.keys_values[0]
+    given = (torch.randn(1, 32, 64).to(torch.bfloat16), block.modulation(1), table, key, value, prompt.logit_bias)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = block(*given)
+        got, (code,) = run_and_get_code(torch.compile(block.forward, fullgraph=True), *given)
+    assert relative(got, want) < 0.01
+    body = code[code.index("def call(") :]
+    assert body.count("extern_kernels._scaled_mm(") == len(fp8.LAYERS)
+    launches = re.findall(r"^ +cpp_fused_(\w+)\(", body, re.MULTILINE)
+    # The same block in bfloat16 has 7. What comes out of an attention is quantised by a pass of its own; every other
+    # input of a product in the pass that makes it: a norm, or GELU.
+    assert len(launches) == 7 + 2
+    quantising = [name for name in launches if "amax" in name]
+    assert len(quantising) == len(fp8.LAYERS)
+    assert sum("native_layer_norm" in name or "gelu" in name for name in quantising) == len(fp8.LAYERS) - 2
 
 
 @pytest.fixture

@@ -105,6 +105,23 @@ def test_frames_leaves_the_caller_in_its_gradient_mode(vae: AutoencoderKLWan) ->
     assert torch.is_grad_enabled()
 
 
+def test_g11_padded_outputs_and_separate_biases_change_no_frame(
+    vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA's convolutions are given, on a CPU."""
+    latents = torch.randn(1, *latent_shape(vae, 32, 32, 21), generator=torch.Generator().manual_seed(0))
+    want = torch.cat(list(StreamingDecoder(copy.deepcopy(vae)).frames(latents)), dim=1)
+    monkeypatch.setattr(vae_module, "CUDNN_OUTPUTS", {3: 8, 8: 24, 12: 16})
+    monkeypatch.setattr(vae_module, "pads_outputs", lambda _: True)
+    monkeypatch.setattr(vae_module, "adds_bias_apart", lambda _: True)
+    decoder = StreamingDecoder(vae)
+    padded = [conv.num_out for conv in decoder.modules() if isinstance(conv, vae_module._Conv)]
+    assert decoder.conv_out.weight.shape[0] > decoder.conv_out.num_out and 8 in padded
+    got = torch.cat(list(decoder.frames(latents)), dim=1)
+    assert int((got.int() - want.int()).abs().max()) <= 1
+    assert float((got != want).float().mean()) < 1e-3
+
+
 def test_to_uint8_clamps_and_rounds() -> None:
     pixels = torch.tensor([-2.0, -1.0, 0.0, 0.003, 1.0, 7.0]).reshape(1, 1, 1, 1, 6).expand(1, 3, 1, 1, 6)
     assert to_uint8(pixels)[0, 0, 0, 0].tolist() == [0, 0, 128, 128, 255, 255]

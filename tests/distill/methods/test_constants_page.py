@@ -63,9 +63,9 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def value(cell: str) -> Any:
-    """The JSON value in a cell; what follows it in brackets is a remark. None of it: the text."""
+    """The JSON value in a cell; what follows it in brackets is a remark. Without one, words that no value equals."""
     match = re.match(r"`([^`]*)`($| \()", cell)
-    return json.loads(match[1]) if match else cell
+    return json.loads(match[1]) if match else f"in words: {cell}"
 
 
 def table(method: str) -> dict[str, list[str]]:

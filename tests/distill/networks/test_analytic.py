@@ -122,5 +122,5 @@ def test_another_prompt_than_its_captions_is_refused(cache: Path, tmp_path: Path
 
 
 def test_an_unknown_world_is_refused() -> None:
-    with pytest.raises(ConfigError, match="one of ties, orbit, got 'moon'"):
+    with pytest.raises(ConfigError, match="one of ties, orbit, switch, got 'moon'"):
         open_base("analytic:moon")

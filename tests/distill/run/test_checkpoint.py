@@ -22,6 +22,7 @@ from distill.parallel.processes import SINGLE_PROCESS
 from distill.parallel.state import stage
 from distill.run.bundle import export_bundle, write_bundle
 from distill.run.checkpoint import (
+    Score,
     best_iteration,
     check_resumable,
     list_checkpoints,
@@ -80,7 +81,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_stays_until_a_better_one_comes(tmp_path: Path) -> None:
     def scored(step: int, value: float, metric: str = "loss") -> None:
-        save_checkpoint(tmp_path, step, stage({"a": torch.zeros(1)}), {}, 1, score=(metric, value))
+        save_checkpoint(tmp_path, step, stage({"a": torch.zeros(1)}), {}, 1, score=Score(metric, value))
 
     for step, value in ((1, 3.0), (2, 1.0), (3, 2.0), (4, math.nan)):
         scored(step, value)

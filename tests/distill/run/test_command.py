@@ -89,8 +89,8 @@ def test_the_best_checkpoint_by_a_logged_metric_is_kept_and_exported(
     assert export("--run", str(out), "--out", str(tmp_path / "student"), "--iteration", "best") == 0
     assert f"from iteration {best}" in capsys.readouterr().out
     (out / "best.json").unlink()
-    assert export("--run", str(out), "--out", str(tmp_path / "student"), "--iteration", "best") == 2
-    assert "no run with --keep-best has chosen a checkpoint" in capsys.readouterr().err
+    assert export("--run", str(out), "--out", str(tmp_path / "student"), "--best") == 2
+    assert "neither validation nor --keep-best has chosen a checkpoint" in capsys.readouterr().err
 
 
 def test_method_brings_its_settings_and_those_on_the_command_line_win(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from distill.config import DistillConfig
-from distill.run.curves import plot_curves, read_curves
+from distill.run.curves import plot_curves, read_curves, write_curves
 from distill.run.log import LOG_FILE, RunLog
 from distill.run.trainer import RunOptions, run_training
 
@@ -44,7 +44,7 @@ def test_every_number_gets_a_panel(tmp_path: Path) -> None:
     heights = []
     for num_metrics in (3, 6):
         write_log(tmp_path / "log.jsonl", num_metrics)
-        plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+        plot_curves(read_curves(tmp_path / "log.jsonl"), tmp_path / "curves.png")
         picture = Image.open(tmp_path / "curves.png").convert("RGB")
         heights.append(picture.height)
         assert picture.width == 1200
@@ -54,7 +54,7 @@ def test_every_number_gets_a_panel(tmp_path: Path) -> None:
 
 
 def test_empty_log_draws_nothing(tmp_path: Path) -> None:
-    plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    write_curves(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -63,7 +63,8 @@ def test_picture_that_cannot_be_written_is_logged(tmp_path: Path, caplog: pytest
     (tmp_path / "curves.png").mkdir()
     (tmp_path / "curves.png" / "file").touch()
     with caplog.at_level(logging.WARNING):
-        plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+        write_curves(tmp_path)
+    assert (tmp_path / "curves.csv").read_text().startswith("iteration,metric_0\n20,0\n40,0\n")
     assert "no curves" in caplog.text
 
 
@@ -74,6 +75,7 @@ def test_run_folder_holds_all_that_tells_of_the_run(tiny_config: DistillConfig, 
         "cache",
         "checkpoints",
         "config.json",
+        "curves.csv",
         "curves.png",
         "log.jsonl",
         "pipeline",

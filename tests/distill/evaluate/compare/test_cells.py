@@ -103,10 +103,13 @@ def test_interrupted_in_the_second_budget_it_goes_on_to_the_same_scores(
         assert own["steps"] == whole["steps"] and own["calls"] == whole["calls"]
 
 
-def test_cells_of_other_settings_are_not_mixed_in(runs: Path, tmp_path: Path) -> None:
+def test_cells_of_other_settings_are_not_mixed_in(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = tmp_path / "tiny.json"
     table.write_text(json.dumps({**TINY, "settings": {**TINY["settings"], "batch_size": 5}}), encoding="utf-8")
     assert main(["eval", "compare", "collect", str(table), "--out", str(runs), "--json", str(tmp_path / "x")]) == 2
+    assert "was made with another batch_size than the table has now" in capsys.readouterr().err
 
 
 def test_two_arms_on_disk_that_differ_only_in_case_are_refused(

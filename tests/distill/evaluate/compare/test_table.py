@@ -58,7 +58,7 @@ def test_a_table_that_compares_nothing_is_refused(changes: dict[str, Any], messa
         ({"method": "moon"}, "arm x: --method must be one of"),
         ({"method": "dmd", "settings": {"moon": 1}}, "arm x: unknown setting 'moon'"),
         ({"method": "dmd", "settings": {"student_every_iterations": 2}}, r"unequal\): x g=1 seed=1 budget=2 \(critic"),
-        ({"method": "dp-dmd"}, r"x g=1 seed=1 budget=3 \(teacher\)"),
+        ({"method": "dp-dmd"}, r"x g=1 seed=1 budget=3 \(critic, teacher\)"),
         ({"method": "dmd", "updates": 7}, "updates"),
     ],
 )
