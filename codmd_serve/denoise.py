@@ -247,9 +247,10 @@ class DenoiseLoop:
 
 @contextlib.contextmanager
 def _compiler_notices() -> Iterator[None]:
-    """Ignore inductor's notice that float32 products could use TF32: they are float32 on purpose."""
+    """Ignore inductor's notices: float32 products could use TF32, but are float32 on purpose; it uses torch.jit."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)
         yield
 
 

@@ -23,7 +23,7 @@ from codmd_serve.engine import Engine, num_pixels
 from codmd_serve.errors import CancelledError, GenerationError
 from codmd_serve.overlap import OverlapBudget
 from codmd_serve.verdicts import Verdicts
-from codmd_serve.wan.precision import fit_dtype, race_dtype
+from codmd_serve.wan.precision import fit_dtype, joined, race_dtype
 from codmd_serve.wan.teacher import GuidedPrompt
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def _warm_decoder(engine: Engine, x0_pred: Tensor) -> None:
     Raises:
         GenerationError: not even one latent frame at a time fits.
     """
-    decoder = engine.decoder
+    decoder, said_before = engine.decoder, engine.decoder.problem
     while True:
         try:
             with measured_convolutions():
@@ -212,7 +212,8 @@ def _warm_decoder(engine: Engine, x0_pred: Tensor) -> None:
         else:
             return
         decoder.max_chunk = max(1, decoder.max_chunk // 2)
-        decoder.problem = f"the VAE decodes {decoder.max_chunk} latent frame(s) at a time for want of memory"
+        said = f"the VAE decodes {decoder.max_chunk} latent frame(s) at a time for want of memory"
+        decoder.problem = joined(said_before, said)
         logger.warning("vae_chunk=%d reason=out_of_memory", decoder.max_chunk)
         torch.cuda.empty_cache()
 

@@ -31,6 +31,7 @@ from distill.settings import check_choice, check_range
 FORMAT = 4
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = ("fp32", "bf16")
+GRADIENT_SYNCS = ("each", "last")
 SCORE_WINDOWS = ("full", "above", "step")
 BUNDLE_DTYPES = ("fp32", "bf16", "fp16")
 # A resumed run may change these settings: apart from rounding, none of them alters what an iteration computes.
@@ -44,6 +45,8 @@ RESUMABLE = (
     "accumulate",
     "activation_checkpointing",
     "context_parallel",
+    "shard_group",
+    "gradient_sync",
     "validate",
 )
 
@@ -127,6 +130,8 @@ class DistillConfig:
         accumulate: micro-batches per update, computed one after the other in each process.
         activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
         context_parallel: processes that share their samples and split their tokens.
+        shard_group: neighbouring processes that shard one copy of the networks (HSDP); 0 shards over all of them.
+        gradient_sync: reduce gradients in "each" micro-batch, or in the "last" alone and keep whole ones until then.
         lora_critic_rank: rank of a LoRA critic on the teacher's frozen weights; 0 trains a full critic.
         lora_student_rank: rank of a LoRA student on frozen weights of its own; 0 trains a full student.
         lora_critic_alpha, lora_student_alpha: the LoRA update is scaled by alpha / rank.
@@ -150,6 +155,7 @@ class DistillConfig:
         precision: auto, fp32 or bf16 (autocast); auto is bf16 where the device computes it fast.
         teacher_dtype: of the frozen weights of the teacher and under a LoRA student, fp32 or bf16.
         text_dtype: of the weights of the text encoder, fp32 or bf16.
+        residual_dtype: of the residual stream between blocks under bf16 autocast, fp32 or bf16.
         bundle_dtype: of the exported student, fp32, bf16 or fp16.
         max_nonfinite_in_row: the run ends after so many updates in a row whose gradient was not finite.
         log_every_iterations: iterations per line of the log.
@@ -173,6 +179,8 @@ class DistillConfig:
     accumulate: int = 1
     activation_checkpointing: bool = False
     context_parallel: int = 1
+    shard_group: int = 0
+    gradient_sync: str = "each"
     lora_critic_rank: int = 0
     lora_critic_alpha: float = 64.0
     lora_student_rank: int = 0
@@ -202,6 +210,7 @@ class DistillConfig:
     precision: str = "auto"
     teacher_dtype: str = "fp32"
     text_dtype: str = "fp32"
+    residual_dtype: str = "fp32"
     bundle_dtype: str = "fp32"
     max_nonfinite_in_row: int = 10
     log_every_iterations: int = 20
@@ -215,6 +224,8 @@ class DistillConfig:
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("teacher_dtype", self.teacher_dtype, DTYPES)
         check_choice("text_dtype", self.text_dtype, DTYPES)
+        check_choice("residual_dtype", self.residual_dtype, DTYPES)
+        check_choice("gradient_sync", self.gradient_sync, GRADIENT_SYNCS)
         check_choice("bundle_dtype", self.bundle_dtype, BUNDLE_DTYPES)
         check_range("seed", self.seed, 0, 2**63 - 1)
         for name in ("batch_size", "max_iterations", "student_every_iterations", "num_captions", "keep_last"):
@@ -223,6 +234,7 @@ class DistillConfig:
             check_range(name, getattr(self, name), 1, 10**9)
         for name in ("accumulate", "context_parallel"):
             check_range(name, getattr(self, name), 1, 10**9)
+        check_range("shard_group", self.shard_group, 0, 10**9)
         for role in ("critic", "student"):
             check_range(f"lora_{role}_rank", getattr(self, f"lora_{role}_rank"), 0, 4096)
             check_range(f"lora_{role}_alpha", getattr(self, f"lora_{role}_alpha"), 1e-3, 1e6)
@@ -239,6 +251,8 @@ class DistillConfig:
             raise ConfigError("critic_from needs lora_critic_rank 0: a LoRA critic is the teacher with adapters")
         if self.teacher_dtype == "bf16" and self.precision == "fp32":
             raise ConfigError("teacher_dtype bf16 needs precision bf16: a bf16 teacher runs under autocast")
+        if self.residual_dtype == "bf16" and self.precision == "fp32":
+            raise ConfigError("residual_dtype bf16 needs precision bf16: without autocast everything is float32")
         if self.exit_per_sample and not self.method_settings.has_exit_steps:
             raise ConfigError(f"exit_per_sample must be false for method {self.method}: its rollouts draw no exit step")
         if self.exit_per_sample and self.score_shared_sigma and self.score_window != "full":

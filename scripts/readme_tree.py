@@ -18,7 +18,7 @@ OTHERS = {
     "weights": "the embedded teacher and student, how they were made, what they score",
     "tests": "mirror the packages; helpers/ is shared by them, gpu/ needs a CUDA device",
     "docs": "tutorials, how-to, reference (generated), explanation, measured results",
-    "deploy": "Dockerfile, compose file, systemd unit, Prometheus, Grafana",
+    "deploy": "Dockerfile, compose file, systemd unit, Prometheus, Grafana, a SLURM script",
 }
 SCRIPTS = "Tools for developers: not installed, not imported."
 BEGIN, END = "<!-- tree: scripts/readme_tree.py --write -->", "<!-- end of tree -->"

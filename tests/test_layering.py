@@ -209,6 +209,8 @@ DISTILL_ALLOWED: dict[str, tuple[str, ...]] = {
     "distill.pretrain.curve_worker": (*PRETRAIN, "distill.evaluate"),
     "distill.plan": (*METHODS, "distill.plan"),
     "distill.run": (*METHODS, "distill.run", "distill.validate"),
+    # It asks whether a run fits before it starts it.
+    "distill.run.command": (*METHODS, "distill.plan", "distill.run", "distill.validate"),
     "distill.validate": (*METHODS, "distill.evaluate", "distill.validate", "distill.worlds"),
     "distill.methods": METHODS,
     "distill.data": (*NETWORKS, "distill.data", "distill.worlds"),

@@ -4,6 +4,7 @@ Bytes, steps and latent frames are counted on the modules and on the constants o
 with what a warm-up runs. Rates were measured on an H200 (docs/results/gpu-h200.md) but for those marked as assumed.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from codmd_serve import chunk_graphs, cuda_graph, denoise
 from codmd_serve.bench.floor import num_parameters, transformer_work
-from codmd_serve.bench.weights import Preset, preset
+from codmd_serve.bench.weights import preset
 from codmd_serve.wan.vae import CHUNK, FIRST_CHUNK, latent_shape
 
 NAMES = ("wan-1.3b", "wan-14b")
@@ -73,14 +74,17 @@ def count_warm_up(num_steps: int, num_latents: int) -> WarmUp:
     )
 
 
-def weight_bytes(plan: Preset) -> int:
-    """Count the bytes that are read: transformer and text encoder in bfloat16, the VAE in float32."""
+@functools.cache
+def weight_bytes(name: str) -> int:
+    """Count the bytes of a preset that are read: transformer and text encoder in bfloat16, the VAE in float32."""
+    plan = preset(name)
     with torch.device("meta"):
         halves = (WanTransformer3DModel(**plan.transformer), UMT5EncoderModel(UMT5Config(**plan.text_encoder)))
         vae = AutoencoderKLWan(**plan.vae)
     return sum(2 * num_parameters(module) for module in halves) + 4 * num_parameters(vae)
 
 
+@functools.cache
 def predict_ready(name: str) -> dict[str, tuple[float, float]]:
     """Return the seconds of each part at a first start and at a second one, whose caches are filled.
 
@@ -94,7 +98,7 @@ def predict_ready(name: str) -> dict[str, tuple[float, float]]:
     step_s = transformer_work(plan.transformer, latents, torch.bfloat16).flop / LOOP_FLOP_PER_S
     half_s, float_s = HALF_DECODE_S / DECODED_LATENTS, FLOAT_DECODE_S / DECODED_LATENTS
     work = count_warm_up(len(plan.grid.timesteps), latents[1])
-    reading_s = weight_bytes(plan) / READ_BYTES_PER_S
+    reading_s = weight_bytes(name) / READ_BYTES_PER_S
     vae_s = half_s * work.half_latents + float_s * work.float_latents + CUDNN_S
     return {
         "imports": (IMPORTS_S, IMPORTS_S),
@@ -113,7 +117,7 @@ def ready_table(names: Sequence[str] = NAMES) -> str:
     """Return the Markdown table of the predictions."""
     predictions = [predict_ready(name) for name in names]
     lines = [f"| seconds | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    sizes = [weight_bytes(preset(name)) / 1e9 for name in names]
+    sizes = [weight_bytes(name) / 1e9 for name in names]
     lines.append(f"| weights | {' | '.join(f'{size:.1f} GB' for size in sizes)} |")
     for label in predictions[0]:
         cells = [f"{prediction[label][0]:.1f}" for prediction in predictions]

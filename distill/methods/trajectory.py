@@ -19,7 +19,7 @@ from codmd_serve.errors import ConfigError
 from codmd_serve.grid import StepGrid
 from codmd_serve.sampler import Denoise
 from codmd_serve.schedule import NUM_TRAIN_TIMESTEPS, shift_sigma
-from distill.config import DistillConfig, MethodSettings, OptimizerConfig, Recipe
+from distill.config import ANALYTIC_RECIPES, DistillConfig, MethodSettings, OptimizerConfig, Recipe
 from distill.data.prompts import Batch
 from distill.data.teacher_latents import TeacherSampling
 from distill.losses.dmd import dmd_loss
@@ -33,11 +33,11 @@ from distill.settings import check_choice, check_range
 from distill.streams import named_rng
 
 FULL, EXIT = "full", "exit"
-# What the authors publish, on every teacher; of the embedded world these settings stay the recipe's.
+# What the authors publish, on every teacher; of small worlds these settings stay the recipe's.
 AUTHORS_OPTIMIZER = OptimizerConfig(
     student_lr=1e-5, critic_lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, clip_norm=1.0
 )
-OWN_OPTIMIZER_RECIPES = ("shapeworld",)
+SMALL_WORLDS = ("shapeworld", *ANALYTIC_RECIPES)
 # Lowest and highest level of their 1000: shift 3 of shift 3 of .001, since diffusers shifts the ends of a schedule
 # before it shifts the whole.
 AUTHORS_SCORE_SIGMAS = (0.00893, 1.0)
@@ -264,8 +264,8 @@ class TrajectoryMethod:
     def configure(self, recipe: Recipe) -> DistillConfig:
         """Return the authors' settings on a recipe's teacher.
 
-        Of the recipe are the student's steps, guidance, the shift of the scores, batch, average and, for the embedded
-        world, the optimizer. It says how many turns of the critic a student's turn has, 5 as the authors' for Wan, and
+        Of the recipe are the student's steps, guidance, the shift of the scores, batch, average and, for small
+        worlds, the optimizer. It says how many turns of the critic a student's turn has, 5 as the authors' for Wan, and
         the iterations are as many as give both roles the updates that they have by codmd.
 
         Source: dpdmd@d8f75c9 scripts/run_train_sd35.sh, train_sd35_dpdmd.py (Stable Diffusion 3.5 medium, images).
@@ -276,7 +276,7 @@ class TrajectoryMethod:
             config,
             method=self.name,
             method_settings=DpDmdConfig(),
-            optimizer=config.optimizer if recipe.name in OWN_OPTIMIZER_RECIPES else AUTHORS_OPTIMIZER,
+            optimizer=config.optimizer if recipe.name in SMALL_WORLDS else AUTHORS_OPTIMIZER,
             student_every_iterations=critic_turns + 1,
             max_iterations=config.max_iterations // critic_turns * (critic_turns + 1),
             sampler="ode",

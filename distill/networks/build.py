@@ -128,7 +128,7 @@ def _add_head(transformer: WanTransformer3DModel, config: DistillConfig, base: B
 def _prepare_blocks(
     transformer: WanTransformer3DModel, config: DistillConfig, device: torch.device, adapters: Adapters | None
 ) -> None:
-    keep_sensitive_parts_float32(use_compact_cross_attention(transformer))
+    keep_sensitive_parts_float32(use_compact_cross_attention(transformer), config.residual_dtype)
     if config.context_parallel == 1:  # context parallelism has an attention of its own
         unfuse_bf16_attention(transformer, config.precision, device)
     if adapters is not None:

@@ -233,7 +233,9 @@ def _plain(value: object) -> object:
 
 def _text_config(pipeline: Base) -> dict[str, Any]:
     try:
-        config = UMT5Config.from_pretrained(pipeline.config_folder, subfolder="text_encoder", local_files_only=True)
+        config = UMT5Config.from_pretrained(
+            pipeline.config_folder, subfolder="text_encoder", local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"text_encoder of {pipeline.source} has no readable config: {first_line(error)}"

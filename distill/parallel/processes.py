@@ -38,7 +38,8 @@ class Processes:
         rank: 0..world_size - 1.
         world_size: number of processes.
         device: of this rank.
-        mesh: one-dimensional over all ranks; None without torch.distributed.
+        mesh: what networks are sharded over: (all ranks,), or (replicas, shards) with `shard_group`; None without
+            torch.distributed.
         context_parallel: neighbouring ranks that train on the same samples and split their tokens.
         files_group: gloo group of all ranks that wait for rank 0's files; None without torch.distributed.
         save_group: gloo group of all ranks, for checkpoints alone: saves run in a background thread, whose collectives
@@ -96,6 +97,14 @@ class Processes:
         parts = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(parts, own.detach().contiguous())
         return torch.cat(parts[:: self.context_parallel])
+
+    def gather_texts(self, own: str) -> list[str]:
+        """Return the text of every rank, in order."""
+        if self.mesh is None:
+            return [own]
+        found: list[str] = [""] * self.world_size
+        dist.all_gather_object(found, own, group=self.files_group)
+        return found
 
     def on_rank0(self, action: Callable[[], T]) -> T | None:
         """Run `action` on rank 0 while the other ranks wait.
@@ -209,7 +218,7 @@ def process_group(device: torch.device, config: DistillConfig, launch: Launch | 
         yield Processes(device=device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", dist.get_node_local_rank() if launch is None else launch.local_rank)
+        device = own_gpu(dist.get_node_local_rank() if launch is None else launch.local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -223,6 +232,23 @@ def process_group(device: torch.device, config: DistillConfig, launch: Launch | 
         yield join_processes(device, config)
     finally:
         dist.destroy_process_group()
+
+
+def own_gpu(local_rank: int) -> torch.device:
+    """Return the GPU of a process: that of its local rank, or the only one that its launcher lets it see.
+
+    Raises:
+        ConfigError: this machine has fewer GPUs than processes.
+    """
+    count = torch.cuda.device_count()
+    # srun --gpus-per-task=1 shows each process its own GPU alone; NCCL refuses two processes on one.
+    if count == 1:
+        return torch.device("cuda", 0)
+    if local_rank >= count:
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU, it sees {count}: start as many processes as GPUs"
+        )
+    return torch.device("cuda", local_rank)
 
 
 @contextmanager
@@ -262,16 +288,23 @@ def join_processes(device: torch.device, config: DistillConfig) -> Processes:
     """
     world_size = dist.get_world_size()
     check_world_size(config, world_size)
-    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("all",))
     return Processes(
         rank=dist.get_rank(),
         world_size=world_size,
         device=device,
-        mesh=mesh,
+        mesh=_shard_mesh(device, config.shard_group, world_size),
         context_parallel=config.context_parallel,
         files_group=dist.new_group(backend="gloo", timeout=FILES_TIMEOUT),
         save_group=dist.new_group(backend="gloo", timeout=FILES_TIMEOUT),
     )
+
+
+def _shard_mesh(device: torch.device, shard_group: int, world_size: int) -> DeviceMesh:
+    """Return the mesh of the networks: one dimension for FSDP; replicas, then neighbours that shard one, for HSDP."""
+    if shard_group in (0, world_size):
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("all",))
+    sizes = (world_size // shard_group, shard_group)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
 
 
 def check_world_size(config: DistillConfig, world_size: int) -> None:
@@ -285,6 +318,11 @@ def check_world_size(config: DistillConfig, world_size: int) -> None:
         raise ConfigError(
             f"context_parallel {degree} needs a multiple of {degree} processes, got {world_size}: "
             f"start the run with {LAUNCHER}"
+        )
+    if config.shard_group and (world_size < config.shard_group or world_size % config.shard_group):
+        raise ConfigError(
+            f"shard_group {config.shard_group} needs a multiple of {config.shard_group} processes, got {world_size}: "
+            "use 0 to shard over all of them"
         )
     parts = world_size // degree * config.accumulate
     if config.batch_size % parts:

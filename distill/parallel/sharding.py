@@ -14,7 +14,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from codmd_serve.errors import ConfigError
@@ -39,7 +39,7 @@ def load_sharded(
         precision: fp32 or bf16, in which it will be called; see `shard`.
 
     Returns:
-        The transformer on `processes.device`, parameters as DTensors sharded over all ranks.
+        The transformer on `processes.device`, parameters as DTensors on `processes.mesh`.
 
     Raises:
         CodmdError: what `load` raised, on all ranks.
@@ -67,7 +67,7 @@ def load_sharded(
 
 
 def shard(transformer: WanTransformer3DModel, processes: Processes, precision: str) -> None:
-    """Shard the parameters of a transformer in place over all ranks: one FSDP group per block, one for the rest.
+    """Shard the parameters of a transformer in place over `processes.mesh`: an FSDP group per block, one for the rest.
 
     Parameters keep their dtype. With precision fp32 they are all-gathered in it. With bf16 the linear layers of blocks
     are all-gathered in bfloat16, to which autocast would cast them anyway: half the memory and traffic. Their gradients
@@ -104,6 +104,21 @@ def _shard_linear_layers(block: nn.Module, others: set[nn.Parameter], options: M
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     parts = [block.get_submodule(name) for name in ("attn1", "attn2", "ffn")]
     fully_shard(parts, mp_policy=policy, ignored_params=others, **options)
+
+
+def set_gradient_sync(network: nn.Module, gradient_sync: str, *, is_last: bool) -> None:
+    """Choose whether the next backward of a network reduces its gradients over the ranks; for one rank do nothing.
+
+    Args:
+        network: changed in place.
+        gradient_sync: "each" reduces within a replica after every micro-batch; replicas add up their shards and meet in
+            the last. "last" reduces nothing before the last micro-batch: each rank keeps whole float32 gradients.
+        is_last: the next backward is that of the update's last micro-batch.
+    """
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(is_last or gradient_sync == "each", recurse=False)
+            module.set_requires_all_reduce(is_last, recurse=False)
 
 
 def scatter_parameters(module: nn.Module, whole: Mapping[str, Tensor], processes: Processes) -> None:

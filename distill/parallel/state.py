@@ -1,7 +1,8 @@
 """Sharded training state: each rank stages, saves and loads its own shards through torch.distributed.checkpoint.
 
 Knows neither networks nor folders of runs. No rank gathers a tensor: saving takes host memory for the rank's own shards
-(`stage`), loading takes none but `shard_files.BUFFER_BYTES`.
+(`stage`), loading takes none but `shard_files.BUFFER_BYTES`. Where several replicas hold the same shards (HSDP), each
+stages and writes its share of them, and every shard is written once.
 """
 
 import math
@@ -44,7 +45,7 @@ class StagedShard:
     size: tuple[int, ...]
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        """Tell torch's planner what there is to write; a rank can hold no row of a small tensor."""
+        """Tell torch's planner what there is to write: nothing, where a rank holds no row or a replica writes it."""
         if self.local.numel() == 0 < math.prod(self.size):
             return []
         offsets = torch.Size(self.offsets)
@@ -63,13 +64,37 @@ class _StagedPlanner(DefaultSavePlanner):
 
 
 def stage(tensors: Mapping[str, Tensor]) -> dict[str, StagedShard]:
-    """Copy this rank's shards to host memory, after which the tensors may change."""
+    """Copy this rank's shards to host memory, after which the tensors may change.
+
+    Of a shard that other replicas hold too, only one of them stages more than an empty tensor.
+    """
+    taken: dict[int, int] = {}
 
     def staged(tensor: Tensor) -> StagedShard:
         local, offsets = local_part(tensor)
+        replica, num_replicas = _replica_of(tensor)
+        if num_replicas > 1:
+            # Equal on all replicas of a shard, as sizes and order are.
+            loads = [taken.get(index, 0) for index in range(num_replicas)]
+            owner = loads.index(min(loads))
+            taken[owner] = loads[owner] + local.nbytes
+            local = local if replica == owner else local.new_empty(0)
         return StagedShard(local=local.to("cpu", copy=True), offsets=offsets, size=tuple(tensor.shape))
 
     return {name: staged(tensor) for name, tensor in tensors.items()}
+
+
+def _replica_of(tensor: Tensor) -> tuple[int, int]:
+    """Return which replica of a sharded tensor this rank belongs to, and how many there are."""
+    if not isinstance(tensor, DTensor):
+        return 0, 1
+    replica, num_replicas = 0, 1
+    for dimension, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            size = tensor.device_mesh.size(dimension)
+            replica = replica * size + tensor.device_mesh.get_local_rank(dimension)
+            num_replicas *= size
+    return replica, num_replicas
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """Bytes of activations of a Wan transformer in training, in closed form; standard library only.
 
 The forms count what autograd keeps of diffusers' WanTransformer3DModel as `distill.networks.build` calls it: in
-float32, or under bf16 autocast with a float32 residual stream, float32 QK norms and compact cross-attention.
+float32, or under bf16 autocast with a residual stream of either dtype, float32 QK norms and compact cross-attention.
 Attention is a fused kernel, which keeps its inputs, its output and one log-sum-exp per head; nothing of S x S exists,
 except in `derivative_working_bytes`.
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from distill.plan.architecture import Architecture
 
 
-def block_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
+def block_bytes(architecture: "Architecture", sequence: Sequence, precision: str, residual: str = "fp32") -> int:
     """Return the bytes that one block keeps for its backward, for one sample, its input included.
 
     Source: counted on diffusers 0.42 with saved_tensors_hooks, tensor by tensor; bytes per token and unit of width in
@@ -34,19 +34,20 @@ def block_bytes(architecture: "Architecture", sequence: Sequence, precision: str
                           and f / d times the values before and after GELU 8, 4
 
     with k (three times) and v of the prompt, 16 or 12 bytes each position, nine statistics of norms and two
-    log-sum-exps for every head.
+    log-sum-exps for every head. A bf16 residual stream takes 4 bytes less: its inputs take 2, their float32 casts for
+    norms come on top, and q, k and v share one modulated input.
     """
     d, f = architecture.dim, architecture.ffn_dim
     is_wide = precision == "fp32"
-    token = (88 * d + 8 * f) if is_wide else (72 * d + 4 * f)
+    token = (88 * d + 8 * f) if is_wide else ((68 if residual == "bf16" else 72) * d + 4 * f)
     statistics = 4 * 9 + 4 * 2 * architecture.num_attention_heads
     prompt = (16 if is_wide else 12) * d + 4
     return sequence.tokens * (token + statistics) + sequence.prompt_tokens * prompt
 
 
-def input_bytes(architecture: "Architecture", sequence: Sequence) -> int:
-    """Return the size of one block's input, for one sample: the residual stream is float32 at either precision."""
-    return 4 * sequence.tokens * architecture.dim
+def input_bytes(architecture: "Architecture", sequence: Sequence, residual: str = "fp32") -> int:
+    """Return the size of one block's input, for one sample: the residual stream, fp32 or bf16."""
+    return (2 if residual == "bf16" else 4) * sequence.tokens * architecture.dim
 
 
 def outer_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
@@ -67,24 +68,36 @@ def rotation_bytes(architecture: "Architecture", sequence: Sequence) -> int:
     return 2 * 4 * sequence.tokens * architecture.attention_head_dim
 
 
-def saved_bytes(architecture: "Architecture", sequence: Sequence, precision: str, *, checkpointing: bool) -> int:
+def saved_bytes(
+    architecture: "Architecture", sequence: Sequence, precision: str, residual: str = "fp32", *, checkpointing: bool
+) -> int:
     """Return the bytes that a network keeps from forward to backward, for one sample.
 
     Args:
         architecture: sizes of the network.
         sequence: lengths on one GPU.
         precision: "fp32", or "bf16" for autocast.
+        residual: dtype of the residual stream.
         checkpointing: keep only the input of each block.
 
     Returns:
         Bytes; neither casts of weights nor the tables of rotation.
     """
-    block = input_bytes(architecture, sequence) if checkpointing else block_bytes(architecture, sequence, precision)
+    if checkpointing:
+        block = input_bytes(architecture, sequence, residual)
+    else:
+        block = block_bytes(architecture, sequence, precision, residual)
     return architecture.num_layers * block + outer_bytes(architecture, sequence, precision)
 
 
 def classifier_bytes(
-    architecture: "Architecture", sequence: Sequence, precision: str, queries: int, *, checkpointing: bool
+    architecture: "Architecture",
+    sequence: Sequence,
+    precision: str,
+    queries: int,
+    residual: str = "fp32",
+    *,
+    checkpointing: bool,
 ) -> int:
     """Return the bytes that a discriminator keeps from forward to backward, for one sample.
 
@@ -93,29 +106,34 @@ def classifier_bytes(
         sequence: lengths on one GPU.
         precision: "fp32", or "bf16" for autocast.
         queries: of the head.
+        residual: dtype of the residual stream.
         checkpointing: keep only the input of each block.
 
     Returns:
         Bytes; neither casts of weights nor the tables of rotation. Of the head, the features, their norm, and scores,
         softmax and pooled tokens; the transformer's own last norm and projection keep nothing.
     """
-    whole = saved_bytes(architecture, sequence, precision, checkpointing=checkpointing)
+    whole = saved_bytes(architecture, sequence, precision, residual, checkpointing=checkpointing)
     own = sequence.tokens * (2 * 4 * architecture.dim + 4 * queries)
     return whole - head_bytes(architecture, sequence) + own
 
 
-def forward_working_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
+def forward_working_bytes(
+    architecture: "Architecture", sequence: Sequence, precision: str, residual: str = "fp32"
+) -> int:
     """Return the peak bytes of one block in a forward without gradient, for one sample, input included.
 
     It is reached in the rotation of q or k (float32: input, modulated input, q, k, v, the rotated half and its terms),
     in the norm of cross-attention's q (bf16: input, residual, normed residual, self-attention's output, q, and the
     norm's own three), or in GELU (input, residual, modulated residual, cross-attention's output, both sides of GELU).
-    What context parallelism exchanges around attention stays below that.
+    What context parallelism exchanges around attention stays below that. A bf16 residual stream saves 2 bytes in each
+    of the three tensors that follow it.
     """
     d, f = architecture.dim, architecture.ffn_dim
     if precision == "fp32":
         return sequence.tokens * max(30 * d, 16 * d + 8 * f)
-    return sequence.tokens * max(28 * d, 14 * d + 4 * f)
+    narrow = 6 * d if residual == "bf16" else 0
+    return sequence.tokens * (max(28 * d, 14 * d + 4 * f) - narrow)
 
 
 def derivative_working_bytes(architecture: "Architecture", sequence: Sequence) -> int:
@@ -131,12 +149,14 @@ def derivative_working_bytes(architecture: "Architecture", sequence: Sequence) -
     return sequence.tokens * max(20 * heads * sequence.context_tokens + 52 * d, 88 * d, 58 * d + 24 * f)
 
 
-def backward_working_bytes(architecture: "Architecture", sequence: Sequence, precision: str) -> int:
+def backward_working_bytes(
+    architecture: "Architecture", sequence: Sequence, precision: str, residual: str = "fp32"
+) -> int:
     """Return the peak bytes that a block's backward adds to its saved activations, for one sample.
 
     It is reached at the block's end: gradients of the residual and of the gated feed-forward with their product, or
-    the gradients on both sides of GELU.
+    the gradients on both sides of GELU. A bf16 residual stream is cast to float32 there.
     """
     d, f = architecture.dim, architecture.ffn_dim
     gelu = (4 * d + 4 * f) if precision == "fp32" else (2 * d + 2 * f)
-    return sequence.tokens * max(12 * d, gelu)
+    return sequence.tokens * max((16 if residual == "bf16" else 12) * d, gelu)

@@ -35,6 +35,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 PUBLISHED_VAE_SCALES = (4, 8)  # frames, pixels per latent
 
 
+class UnknownNetworkError(ConfigError):
+    """A base or teacher on the hub that is not in PUBLISHED: it can be trained, and not planned before a download."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """Sizes of a text-to-video Wan transformer, named as in its config."""
@@ -160,8 +164,8 @@ def _read_teacher(config: DistillConfig, base: Base) -> Network:
     return Network(architecture=read_architecture(network), parameters=count_parameters(network))
 
 
-def _unknown(role: str, name: str) -> ConfigError:
-    return ConfigError(
+def _unknown(role: str, name: str) -> UnknownNetworkError:
+    return UnknownNetworkError(
         f"expected a {role} that is a folder or one of {', '.join(PUBLISHED)}, got {name}: "
         f"a plan downloads nothing, so fetch that pipeline's configs and name their folder with --set {role}=FOLDER"
     )

@@ -5,10 +5,10 @@ import dataclasses
 import json
 import shlex
 
-from distill.plan.options import PlanOptions, flag
+from distill.plan.options import LAYOUT, PlanOptions, flag
 
 PLAN_HELP = {
-    "gpus": "GPUs; from 2 on every network is sharded over all of them, block by block",
+    "gpus": "GPUs; from 2 on every network is sharded, block by block",
     "gpu_gib": "memory of one GPU, GiB",
     "reserve_gib": "of it kept free for the CUDA context, NCCL, workspaces and fragmentation, GiB",
     "activation_checkpointing": "keep only the input of each block, and compute the block again before its backward",
@@ -16,6 +16,8 @@ PLAN_HELP = {
     "lora_student_rank": "train LoRA of this rank on frozen weights as the student; 0 is a full student",
     "master_dtype": "fp32 or bf16: weights, gradients and moments of student and critic",
     "context_parallel": "GPUs that share the tokens of one sample",
+    "shard_group": "GPUs that shard one copy of the networks, HSDP; 0 shards over all of them",
+    "gradient_sync": "each or last: micro-batches that reduce their gradients; last keeps whole ones until then",
     "accumulate": "micro-batches whose gradients are added up for one update",
     "prompt_tokens": "positions of a prompt, at most 512, which is Wan's padded length",
     "tflops": "rate that one GPU is taken to reach, TFLOP/s",
@@ -58,8 +60,6 @@ def run_plan(args: argparse.Namespace) -> int:
     """
     names = [field.name for field in dataclasses.fields(PlanOptions)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    options = PlanOptions(**given)
-
     from codmd_serve.wan.checkpoint import silence_libraries
     from distill.config import with_overrides
     from distill.methods.registry import recipe_config
@@ -69,6 +69,9 @@ def run_plan(args: argparse.Namespace) -> int:
     from distill.plan.report import PlanReport, plan_json, plan_text
 
     config = with_overrides(recipe_config(args.recipe, args.method), args.settings)
+    # An option that is given as a setting of the run, as `train` takes it.
+    named = {setting.partition("=")[0] for setting in args.settings} & set(LAYOUT) - given.keys()
+    options = PlanOptions(**{name: getattr(config, name) for name in named} | given)
     silence_libraries()
     subject = read_subject(config)
     plan = make_plan(subject, options)

@@ -62,6 +62,11 @@ def precision_of(config: DistillConfig) -> str:
     return "fp32" if config.precision == "fp32" else "bf16"
 
 
+def residual_of(config: DistillConfig) -> str:
+    """Return the dtype of the residual stream, fp32 or bf16."""
+    return config.residual_dtype if precision_of(config) == "bf16" else "fp32"
+
+
 def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
     """Return the numbers of trained parameters of student and critic, a discriminator's head included."""
     counts, head = {}, subject.config.method_settings.critic_head()
@@ -104,7 +109,7 @@ def state_bytes(
         "optimizer": NUM_MOMENTS * master * sum(trained[role] for role in roles),
         "EMA": 4 * trained["student"],
     }
-    return {part: -(-size // options.gpus) for part, size in whole.items()}
+    return {part: -(-size // options.shards) for part, size in whole.items()}
 
 
 def _frozen_bytes(subject: Subject, role: str) -> int:
@@ -127,8 +132,7 @@ def phase_bytes(
     Returns:
         Bytes for all PHASES and MEMORY_PARTS. In "student scores", critic and teacher evaluate a sample whose graph is
         held, or the student's forward-mode derivative is taken. A backward peaks at its start (all activations) or at
-        its end (all gradients). An update also holds one temporary of the size of the trained parameters, as AdamW's
-        default on CUDA does.
+        its end (all gradients). The fused AdamW of an update has no temporary.
     """
     # A role without turns, as the critic of a plain consistency model, has weights and nothing else.
     roles = tuple(role for role in ("student", "critic") if passes[role].turns > 0)
@@ -142,8 +146,7 @@ def phase_bytes(
     moments["student scores"] = _score_moments(subject, options, load, passes["student"])
     for role in roles:
         moments[f"{role} backward"] = _backward_moments(subject, options, load, role, passes[role])
-        trained = _gradient_bytes(subject, options, role)
-        moments[f"{role} update"] = [{"gradients": trained, "working set": trained}]
+        moments[f"{role} update"] = [{"gradients": _gradient_bytes(subject, options, role)}]
     worst = {phase: max(moments[phase], key=lambda parts: sum(parts.values())) for phase in PHASES}
     return {phase: {**always, **worst[phase]} for phase in PHASES}
 
@@ -183,11 +186,15 @@ def copy_bytes(subject: Subject, options: PlanOptions, role: str, *, is_backward
 def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own: Passes) -> list[dict[str, int]]:
     held_gradients = {"gradients": _held_gradient_bytes(subject, options, "student")}
     saved, samples = _saved(subject, options, load, "student"), load.samples
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
     # The teacher sees prompt and negative prompt in one call.
     factors = {"student": 1, "critic": 1, "teacher": 1 if subject.config.guidance_scale == 1.0 else 2}
     kept = own.graphs * _kept_copies(subject, options)
+    calls = {"student": 1.0, "critic": own.critic, "teacher": own.teacher}
     moments = []
     for role, factor in factors.items():
+        if not calls[role]:  # as the critic of a regression
+            continue
         copies = copy_bytes(subject, options, role, is_backward=False)
         # A student that keeps its copies has counted them.
         copies = kept if role == "student" and kept else copies + kept
@@ -195,7 +202,7 @@ def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own
             network_of(subject, options, role).architecture,
             role_load(subject, options, load, role),
         )
-        working = samples * forward_working_bytes(architecture, own_load.sequence, precision_of(subject.config))
+        working = samples * forward_working_bytes(architecture, own_load.sequence, precision, residual)
         parts = {"activations": own.graphs * saved, "working set": factor * working, "weight copies": copies}
         moments.append(held_gradients | parts)
     if own.derivatives:
@@ -218,10 +225,11 @@ def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own
 def _judging(subject: Subject, options: PlanOptions, load: MicroBatch, held: int, kept: int) -> dict[str, int]:
     """Return the moment in which the discriminator's gradient for a sample is taken, the student's graph held."""
     own = role_load(subject, options, load, "critic")
-    architecture, precision = network_of(subject, options, "critic").architecture, precision_of(subject.config)
-    working = own.samples * backward_working_bytes(architecture, own.sequence, precision)
+    architecture, config = network_of(subject, options, "critic").architecture, subject.config
+    precision, residual = precision_of(config), residual_of(config)
+    working = own.samples * backward_working_bytes(architecture, own.sequence, precision, residual)
     if options.activation_checkpointing:
-        working += _recomputed(architecture, own, precision)
+        working += _recomputed(architecture, own, config)
     return {
         "activations": held + _classifier_saved(subject, options, load),
         "working set": working,
@@ -229,10 +237,10 @@ def _judging(subject: Subject, options: PlanOptions, load: MicroBatch, held: int
     }
 
 
-def _recomputed(architecture: Architecture, load: MicroBatch, precision: str) -> int:
+def _recomputed(architecture: Architecture, load: MicroBatch, config: DistillConfig) -> int:
     """Return what a block computed again keeps beside its input."""
-    block = block_bytes(architecture, load.sequence, precision)
-    return load.samples * (block - input_bytes(architecture, load.sequence))
+    block = block_bytes(architecture, load.sequence, precision_of(config), residual_of(config))
+    return load.samples * (block - input_bytes(architecture, load.sequence, residual_of(config)))
 
 
 def _classifier_saved(subject: Subject, options: PlanOptions, load: MicroBatch) -> int:
@@ -242,8 +250,9 @@ def _classifier_saved(subject: Subject, options: PlanOptions, load: MicroBatch) 
         return 0
     architecture = network_of(subject, options, "critic").architecture
     part = replace(architecture, num_layers=head_blocks(architecture.num_layers, head))
-    precision, checkpointing = precision_of(subject.config), options.activation_checkpointing
-    saved = classifier_bytes(part, own.sequence, precision, head.queries, checkpointing=checkpointing)
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
+    checkpointing = options.activation_checkpointing
+    saved = classifier_bytes(part, own.sequence, precision, head.queries, residual, checkpointing=checkpointing)
     return own.samples * saved + rotation_bytes(architecture, own.sequence)
 
 
@@ -257,14 +266,14 @@ def _kept_copies(subject: Subject, options: PlanOptions) -> int:
 def _backward_moments(
     subject: Subject, options: PlanOptions, load: MicroBatch, role: str, own: Passes
 ) -> list[dict[str, int]]:
-    graphs = own.graphs
-    architecture, precision = network_of(subject, options, role).architecture, precision_of(subject.config)
+    graphs, architecture = own.graphs, network_of(subject, options, role).architecture
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
     sequence = role_load(subject, options, load, role).sequence
-    block = load.samples * block_bytes(architecture, sequence, precision)
-    working = load.samples * backward_working_bytes(architecture, sequence, precision)
+    block = load.samples * block_bytes(architecture, sequence, precision, residual)
+    working = load.samples * backward_working_bytes(architecture, sequence, precision, residual)
     if options.activation_checkpointing:
-        working += _recomputed(architecture, role_load(subject, options, load, role), precision)
-        block = load.samples * input_bytes(architecture, sequence)
+        working += _recomputed(architecture, role_load(subject, options, load, role), subject.config)
+        block = load.samples * input_bytes(architecture, sequence, residual)
     saved, copies = _saved(subject, options, load, role), copy_bytes(subject, options, role, is_backward=True)
     waiting = (graphs - 1) * _kept_copies(subject, options)
     head = load.samples * head_bytes(architecture, sequence)
@@ -279,10 +288,11 @@ def _backward_moments(
         "working set": working,
         "weight copies": copies + waiting,
         "activations": (graphs - 1) * saved + block,
-        "gradients": _gradient_bytes(subject, options, role),
+        # Of a micro-batch before the last, where whole gradients wait for it.
+        "gradients": max(_gradient_bytes(subject, options, role), _held_gradient_bytes(subject, options, role)),
     }
     moments = [begin, end]
-    gradients = {"working set": working, "weight copies": copies, "gradients": _gradient_bytes(subject, options, role)}
+    gradients = {"working set": working, "weight copies": copies, "gradients": end["gradients"]}
     if own.trained > graphs:  # one graph after the other: the first has left its gradients
         moments.append(gradients | {"activations": saved - head})
     if own.classified:
@@ -293,18 +303,23 @@ def _backward_moments(
 def _saved(subject: Subject, options: PlanOptions, load: MicroBatch, role: str) -> int:
     architecture = network_of(subject, options, role).architecture
     sequence = role_load(subject, options, load, role).sequence
-    precision, checkpointing = precision_of(subject.config), options.activation_checkpointing
-    saved = saved_bytes(architecture, sequence, precision, checkpointing=checkpointing)
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
+    saved = saved_bytes(architecture, sequence, precision, residual, checkpointing=options.activation_checkpointing)
     return load.samples * saved + rotation_bytes(architecture, sequence)
 
 
 def _gradient_bytes(subject: Subject, options: PlanOptions, role: str) -> int:
-    return -(-DTYPE_BYTES[options.master_dtype] * trained_counts(subject, options)[role] // options.gpus)
+    return -(-DTYPE_BYTES[options.master_dtype] * trained_counts(subject, options)[role] // options.shards)
 
 
 def _held_gradient_bytes(subject: Subject, options: PlanOptions, role: str) -> int:
     # The trainer frees gradients after each update, so only earlier micro-batches leave any.
-    return _gradient_bytes(subject, options, role) if options.accumulate > 1 else 0
+    if options.accumulate == 1:
+        return 0
+    if options.gpus > 1 and options.gradient_sync == "last":
+        # Not reduced yet, so not sharded either; FSDP2 adds them up in float32.
+        return 4 * trained_counts(subject, options)[role]
+    return _gradient_bytes(subject, options, role)
 
 
 def _data_bytes(subject: Subject, options: PlanOptions, load: MicroBatch, passes: Mapping[str, Passes]) -> int:

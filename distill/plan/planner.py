@@ -31,7 +31,7 @@ from distill.plan.memory import (
     role_load,
     trained_counts,
 )
-from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions, divisors, flag
+from distill.plan.options import DTYPE_BYTES, GIB, LAYOUT, PlanOptions, divisors, flag
 
 SUGGESTED_LORA_RANK = 64
 ITERATIONS = 1000
@@ -45,6 +45,7 @@ class Plan:
         memory: bytes of one GPU by phase and part.
         flops: operations of a mean iteration on all GPUs together, by part.
         gathered_bytes: what one GPU receives in an iteration to assemble sharded weights and to reduce gradients.
+        replica_bytes: those of them that come from other replicas: gradients of its own shards (HSDP).
         passes: of the method, by role.
     """
 
@@ -54,6 +55,7 @@ class Plan:
     memory: MemoryByPhase
     flops: dict[str, float]
     gathered_bytes: float
+    replica_bytes: float
     passes: Mapping[str, Passes]
 
     @property
@@ -131,9 +133,7 @@ def make_plan(subject: Subject, options: PlanOptions) -> Plan:
     """
     load = _split(subject, options)
     # The method sees the layout: it may refuse it, and its passes may depend on it.
-    config = dataclasses.replace(
-        subject.config, accumulate=options.accumulate, context_parallel=options.context_parallel
-    )
+    config = dataclasses.replace(subject.config, **{name: getattr(options, name) for name in LAYOUT})
     subject = dataclasses.replace(subject, config=config)
     passes = METHODS[config.method].passes(config)
     per_sample = _sample_flops(subject, options, load, passes)
@@ -144,7 +144,8 @@ def make_plan(subject: Subject, options: PlanOptions) -> Plan:
         load=load,
         memory=phase_bytes(subject, options, load, passes),
         flops={part: num_samples * flops for part, flops in per_sample.items()},
-        gathered_bytes=_gathered_bytes(subject, options, passes),
+        gathered_bytes=_gathered_bytes(subject, options, passes) + _replica_bytes(subject, options, passes),
+        replica_bytes=_replica_bytes(subject, options, passes),
         passes=passes,
     )
 
@@ -161,8 +162,8 @@ def num_prompts(config: DistillConfig) -> int:
 def suggest(subject: Subject, options: PlanOptions) -> Suggestion | None:
     """Find the smallest change of options that fits on the same GPUs; None when there is none.
 
-    A change of what is trained weighs most (LoRA critic, then a bf16 teacher), then checkpointing, then context
-    parallelism, then accumulation.
+    A change of what is trained weighs most (LoRA critic, then a bf16 teacher, then a bf16 residual stream), then
+    checkpointing, then fewer replicas, then context parallelism, then accumulation.
     """
     for candidate, changed in _alternatives(subject, options):
         try:
@@ -259,7 +260,11 @@ def _sampling_flops(subject: Subject, load: MicroBatch, options: PlanOptions) ->
 
 
 def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str, Passes]) -> float:
-    """Every forward and every backward gathers the blocks once; a backward also reduces float32 gradients."""
+    """Count what comes from the own replica.
+
+    Every forward and every backward gathers the blocks once; a backward also reduces float32 gradients, or that of the
+    last micro-batch alone.
+    """
     config, width = subject.config, dict[str, float]()
     for role in ("student", "critic", "teacher"):
         network = network_of(subject, options, role)
@@ -270,7 +275,8 @@ def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str,
         network_of(subject, options, "critic").architecture.num_layers,
     )
     read = 0.0 if head is None else head_blocks(num_layers, head) / num_layers
-    per_micro_batch = 0.0
+    num_reductions = 1 if options.gradient_sync == "last" else options.accumulate
+    received = 0.0
     for role, trained in trained_counts(subject, options).items():
         own = passes[role]
         calls = {"student": own.student + own.derivatives, "critic": own.critic, "teacher": own.teacher}
@@ -278,9 +284,16 @@ def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str,
         # The discriminator gathers the blocks that it reads, once forward and once backward.
         calls["critic"] += 2 * read * (own.judged + own.classified)
         reduced = 4 * (own.trained + read * own.classified) * trained
-        per_turn = sum(count * width[name] for name, count in calls.items()) + reduced
-        per_micro_batch += own.turns * per_turn
-    return options.accumulate * per_micro_batch * (options.gpus - 1) / options.gpus
+        gathered = options.accumulate * sum(count * width[name] for name, count in calls.items())
+        received += own.turns * (gathered + num_reductions * reduced)
+    return received * (options.shards - 1) / options.shards
+
+
+def _replica_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str, Passes]) -> float:
+    """Count an all-reduce of float32 gradients over the replicas, once per update: two passes around a ring."""
+    num_replicas = options.gpus // options.shards
+    reduced = sum(passes[role].turns * trained for role, trained in trained_counts(subject, options).items())
+    return 2 * 4 * reduced / options.shards * (num_replicas - 1) / num_replicas
 
 
 def _alternatives(subject: Subject, options: PlanOptions) -> Iterator[tuple[Subject, PlanOptions]]:
@@ -288,23 +301,29 @@ def _alternatives(subject: Subject, options: PlanOptions) -> Iterator[tuple[Subj
     teachers = [config.teacher_dtype]
     if precision_of(config) == "bf16" and config.precision != "fp32":
         teachers.append("bf16")
+    residuals = [config.residual_dtype, *teachers[1:]]
     ranks = [options.lora_critic_rank]
     if not options.lora_critic_rank and subject.architecture.dim >= SUGGESTED_LORA_RANK:
         ranks.append(SUGGESTED_LORA_RANK)
-    for rank, teacher, checkpointing, degree, accumulate in itertools.product(
+    for rank, teacher, residual, checkpointing, shard_group, sync, degree, accumulate in itertools.product(
         ranks,
         dict.fromkeys(teachers),
+        dict.fromkeys(residuals),
         dict.fromkeys([options.activation_checkpointing, True]),
+        dict.fromkeys([options.shard_group, 0]),
+        dict.fromkeys([options.gradient_sync, "each"]),
         [degree for degree in divisors(options.gpus) if degree >= options.context_parallel],
         [count for count in divisors(config.batch_size) if count >= options.accumulate],
     ):
-        changed = dataclasses.replace(config, teacher_dtype=teacher)
+        changed = dataclasses.replace(config, teacher_dtype=teacher, residual_dtype=residual)
         yield (
             dataclasses.replace(subject, config=changed),
             dataclasses.replace(
                 options,
                 lora_critic_rank=rank,
                 activation_checkpointing=checkpointing,
+                shard_group=shard_group,
+                gradient_sync=sync,
                 context_parallel=degree,
                 accumulate=accumulate,
             ),
@@ -313,11 +332,12 @@ def _alternatives(subject: Subject, options: PlanOptions) -> Iterator[tuple[Subj
 
 def _changes(subject: Subject, options: PlanOptions, plan: Plan) -> tuple[str, ...]:
     changes = []
-    for name in ("activation_checkpointing", "context_parallel", "accumulate", "lora_critic_rank"):
+    for name in LAYOUT:
         value = getattr(plan.options, name)
         if value != getattr(options, name):
             changes.append(flag(name) if value is True else f"{flag(name)} {value}")
     before, after = subject.config, plan.subject.config
-    if before.teacher_dtype != after.teacher_dtype:
-        changes.append(f"--set teacher_dtype={after.teacher_dtype}")
+    for name in ("teacher_dtype", "residual_dtype"):
+        if getattr(before, name) != getattr(after, name):
+            changes.append(f"--set {name}={getattr(after, name)}")
     return tuple(changes)

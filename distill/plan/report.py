@@ -6,8 +6,8 @@ from typing import Any
 
 from distill.methods.registry import METHODS
 from distill.plan.memory import MEMORY_PARTS, PHASES
-from distill.plan.options import GIB
-from distill.plan.planner import Plan, Suggestion
+from distill.plan.options import GIB, flag
+from distill.plan.planner import Plan, Suggestion, make_plan
 from distill.plan.reference import ReferenceLayout
 
 LABEL_WIDTH = 20
@@ -82,15 +82,36 @@ def plan_notes(plan: Plan) -> list[str]:
     if options.master_dtype == "bf16":
         notes.append("bf16 master weights lose every update below 1/512 of a weight: fp32 is what the recipes mean")
     notes += METHODS[config.method].notes(config)
+    notes += _sync_note(plan)
     if options.activation_checkpointing is False and options.gpus == 1:
         notes.append("activations are those of eager mode; a compiled block keeps less")
     return notes
+
+
+def _sync_note(plan: Plan) -> list[str]:
+    """Say that reducing gradients once per update fits, where it does and there is something to gain."""
+    options = plan.options
+    if options.gpus == 1 or options.accumulate == 1 or options.gradient_sync == "last" or not plan.fits:
+        return []
+    once = make_plan(plan.subject, dataclasses.replace(options, gradient_sync="last"))
+    if not once.fits:
+        return []
+    saved = plan.gathered_bytes - once.gathered_bytes
+    return [
+        f"{flag('gradient_sync')} last fits too: {_gib(saved)} GiB less traffic to each GPU per iteration, "
+        f"{_gib(once.headroom_bytes)} GiB left at its worst moment"
+    ]
 
 
 def _head(plan: Plan) -> str:
     subject, options = plan.subject, plan.options
     config, native, parameters = subject.config, subject.config.native, subject.parameters
     checkpointing = "on" if options.activation_checkpointing else "off"
+    further = []
+    if options.shards < options.gpus:
+        further.append(f"  replicas  {options.gpus // options.shards} of {options.shards} GPUs each")
+    if config.residual_dtype == "bf16":
+        further.append("  residual  stream in bf16")
     critic = f"LoRA of rank {options.lora_critic_rank}" if options.lora_critic_rank else "full"
     student = f"student LoRA of rank {options.lora_student_rank}; " if options.lora_student_rank else ""
     teacher = config.teacher_dtype
@@ -106,6 +127,7 @@ def _head(plan: Plan) -> str:
             f"{plan.load.sequence.tokens:,} on a GPU (context parallel {options.context_parallel})",
             f"  batch     {config.batch_size} = {plan.load.samples} at once x {options.data_parallel} data parallel x "
             f"{options.accumulate} accumulated; activation checkpointing {checkpointing}",
+            *further,
         ]
     )
 
@@ -183,6 +205,11 @@ def _operations(plan: Plan) -> str:
             f"FSDP moves {_gib(plan.gathered_bytes)} GiB to each GPU per iteration: hidden where its link takes in "
             f"clearly more than {rate:.1f} GB/s"
         )
+    if plan.replica_bytes:
+        lines.append(
+            f"of it {_gib(plan.replica_bytes)} GiB come from the other {options.gpus // options.shards - 1} replicas, "
+            f"the rest from the {options.shards} GPUs of its own"
+        )
     return "\n".join(lines)
 
 
@@ -229,6 +256,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "seconds_per_iteration": plan.seconds_per_iteration,
         "hours_per_1000_iterations": plan.hours_per_1000_iterations,
         "gathered_bytes_per_iteration": plan.gathered_bytes,
+        "replica_bytes_per_iteration": plan.replica_bytes,
         "turns_per_iteration": {role: one.turns for role, one in plan.passes.items()},
         "sampling_flops_per_gpu": plan.sampling_flops,
         "sampling_hours": plan.sampling_hours,

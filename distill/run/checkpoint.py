@@ -1,7 +1,8 @@
 """Run folders on disk: the config, and checkpoints to resume from; knows no training loop.
 
 RUN/config.json                    the resolved DistillConfig
-RUN/log.jsonl, curves.png          means of all metrics, and their plot (log.py, curves.py)
+RUN/log.jsonl                      means of all metrics (log.py)
+RUN/curves.png, curves.csv         all of them and the scores of validation over the iteration (curves.py)
 RUN/tensorboard/                   the same, and the previews
 RUN/previews/                      pictures of the EMA student (previews.py)
 RUN/start/                         the run of the regressed start, where `start.updates` asks for one

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from distill.config import DistillConfig
     from distill.parallel.processes import Processes
+    from distill.plan.fit import Fit
 
 # For `export --iteration`.
 BEST = "best"
@@ -69,6 +70,13 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="show the run on tensorboard (default), trackio or wandb, or on none",
     )
     parser.add_argument("--cache", type=Path, help="folder of prompt embeddings; default: OUT/cache")
+    parser.add_argument(
+        "--gpu-gib",
+        type=float,
+        metavar="GIB",
+        help="memory of one GPU, for the check that the run fits; default: that of the device",
+    )
+    parser.add_argument("--anyway", action="store_true", help="start what does not fit by the count of `plan`")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the settings, write nothing")
 
 
@@ -99,6 +107,8 @@ def run_train(args: argparse.Namespace) -> int:
         raise ConfigError(f"--minutes must be above 0, got {args.minutes}")
     if args.preview_every < 0:
         raise ConfigError(f"--preview-every must be 0 or more, got {args.preview_every}")
+    if args.gpu_gib is not None and not args.gpu_gib > 0:
+        raise ConfigError(f"--gpu-gib must be above 0, got {args.gpu_gib}")
     args.track = check_trackers(args.track)
     device = choose_device(args.device)
     if args.compile:
@@ -173,15 +183,18 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
     device = processes.device
     # Before the base is looked for, which may take a download.
     require_prompts(config)
+    base = open_base(config.base)
+    latents = native_latents(config, base)
+    fit = _checked_fit(args, config, processes)
     if args.dry_run:
-        base = open_base(config.base)
         open_judge(config, base, args.keep_best)
         base.check_run(config, processes.world_size, compiled=args.compile)
         summary = {
             **check_prompts(config, base),
-            "latents": native_latents(config, base),
+            "latents": latents,
             "device": str(device),
             "processes": processes.world_size,
+            "plan": None if fit is None else fit.summary(),
         }
         if processes.is_rank0:
             print(settings_as_json(config, summary))
@@ -211,6 +224,25 @@ def _train_with(args: argparse.Namespace, config: "DistillConfig", processes: "P
             chosen = f" of iteration {choice.best_iteration}, the best by {choice.metric}={choice.best:.4g},"
         print(f"bundle {outcome.bundle}{chosen} after {done}, {outcome.elapsed_s / 60:.1f} minutes")
     return 0
+
+
+def _checked_fit(args: argparse.Namespace, config: "DistillConfig", processes: "Processes") -> "Fit | None":
+    """Ask `plan` whether the run fits; each rank does, with the smallest memory of all.
+
+    Raises:
+        ConfigError: it does not, and --anyway is not given. A dry run on a CPU without --gpu-gib only tells: a run is
+            often prepared where it is not going to run.
+    """
+    from distill.plan.fit import check_fit, process_memory_bytes
+
+    if args.gpu_gib is None:
+        memory_bytes, is_gpu = process_memory_bytes(processes), processes.device.type == "cuda"
+    else:
+        memory_bytes, is_gpu = round(args.gpu_gib * 2**30), True
+    fit = check_fit(config, processes.world_size, memory_bytes, is_gpu=is_gpu)
+    if fit is None or fit.fits or args.anyway or (args.dry_run and not is_gpu):
+        return fit
+    raise ConfigError(fit.refusal())
 
 
 def resolve_config(args: argparse.Namespace, device: "torch.device") -> "DistillConfig":

@@ -52,6 +52,7 @@ class Outputs:
             self.previews = Previews(config, base, options.out, trainer.data, shape, trainer.device, trainer.processes)
         self.validator: Validator | None = None
         if judge is not None:
+            trainer.choice.follow(judge.metric.name, judge.metric.better)
             cache_dir = options.cache_dir or options.out / "cache"
             self.validator = Validator(
                 config, base, judge, options.out, cache_dir, shape, trainer.processes, is_stopping, trainer.iteration

@@ -28,6 +28,7 @@ from distill.networks.base import Base, open_base
 from distill.networks.build import Networks, build_networks, compile_blocks, trained_parameters
 from distill.networks.ema import Ema
 from distill.parallel.processes import SINGLE_PROCESS, Processes
+from distill.parallel.sharding import set_gradient_sync
 from distill.run.adapters import begin_adapters, beginning
 from distill.run.batches import load_batch
 from distill.run.bundle import export_bundle, student_spec, write_pipeline
@@ -40,6 +41,7 @@ from distill.run.checkpoint import (
 from distill.run.checks import check_out, native_latents, start_folder
 from distill.run.choice import Choice, choice_of
 from distill.run.log import RunLog
+from distill.run.optimizer import new_moment, new_optimizer
 from distill.run.outputs import Outputs
 from distill.run.saver import Saver
 from distill.run.signals import stop_signal
@@ -125,14 +127,7 @@ class Trainer:
         self.parameters = {role: trained_parameters(self.trained[role]) for role in ROLES}
         self.learning_rates = {"student": config.optimizer.student_lr, "critic": config.optimizer.critic_lr}
         self.optimizers = {
-            role: torch.optim.AdamW(
-                list(self.parameters[role].values()),
-                lr=self.learning_rates[role],
-                betas=config.optimizer.betas,
-                eps=config.optimizer.eps,
-                weight_decay=config.optimizer.weight_decay,
-            )
-            for role in ROLES
+            role: new_optimizer(self.parameters[role].values(), self.learning_rates[role], config) for role in ROLES
         }
 
     def iterate(self) -> dict[str, Tensor]:
@@ -157,7 +152,10 @@ class Trainer:
             The loss, as {role}_loss, and the step's metrics, means over micro-batches and ranks; equal on all ranks.
         """
         config, sums = self.config, dict[str, Tensor]()
-        for result in METHODS[config.method].losses(self._turn(role)):
+        for index, result in enumerate(METHODS[config.method].losses(self._turn(role))):
+            if config.accumulate > 1:
+                # A method may yield more results than micro-batches, for graphs of their own: all late ones count.
+                set_gradient_sync(self.trained[role], config.gradient_sync, is_last=index >= config.accumulate - 1)
             # Ranks that split their tokens hold a share of the gradient each, and gradients are averaged over ranks.
             share = self.processes.context_parallel / config.accumulate
             (result.loss if share == 1.0 else share * result.loss).backward()  # type: ignore[no-untyped-call]
@@ -279,9 +277,7 @@ class Trainer:
                 continue
             role, key, parameter_name = rest
             parameter = self.parameters[role][parameter_name]
-            # The count of updates is a scalar on the CPU.
-            moment = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
-            self.optimizers[role].state[parameter][key] = moment.detach()
+            self.optimizers[role].state[parameter][key] = new_moment(key, parameter)
 
 
 def run_training(
@@ -391,6 +387,7 @@ def _loop(
     """
     config, processes, start = trainer.config, trainer.processes, time.monotonic()
     budget_s = math.inf if options.minutes is None else 60 * options.minutes
+    patience = 0 if judge is None else config.validate.patience
 
     def elapsed_s() -> float:
         return elapsed_before_s + time.monotonic() - start
@@ -401,7 +398,7 @@ def _loop(
         )
         if has_failed:
             saver.wait()
-        is_over |= trainer.iteration >= config.max_iterations or trainer.choice.is_over(config.validate.patience)
+        is_over |= trainer.iteration >= config.max_iterations or trainer.choice.is_over(patience)
         return number, bool(number or is_over)
 
     with (

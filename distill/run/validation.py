@@ -160,7 +160,7 @@ class Validator:
             iteration: iterations done.
             student: the network in training; it keeps its own weights.
             average: its moving average by parameter name.
-            choice: of the run; it gets the value of the metric, unless the validation was interrupted.
+            choice: of the run, by the judge's metric; it gets the value, unless the validation was interrupted.
 
         Returns:
             What came of it, and whether it is the best so far.
@@ -172,9 +172,7 @@ class Validator:
         if outcome.is_interrupted:
             logger.info("validation left out iteration=%d reason=the run is ending", iteration)
             return outcome, False
-        metric = self.judge.metric
-        choice.follow(metric.name, metric.better)
-        is_best = choice.add(iteration, None if outcome.failure else outcome.values[metric.value])
+        is_best = choice.add(iteration, None if outcome.failure else outcome.values[self.judge.metric.value])
         if self.processes.is_rank0:
             self._record(iteration, outcome, choice, time.monotonic() - start)
         return outcome, is_best
@@ -200,10 +198,11 @@ class Validator:
     def _batches(self) -> Iterator[tuple[range, bool]]:
         """Yield indices of requests, and whether they count; every rank gets as many batches.
 
-        Where weights are sharded, ranks call the network together: one that has nothing left repeats a batch.
+        Where weights are sharded, ranks call the network together: one that has nothing left repeats a batch. For the
+        same reason a rank that alone runs out of memory inside the network would leave the others waiting. It does not
+        come to that: a batch is no larger than that of a training step, which keeps gradients and activations as well.
         """
         processes, config = self.processes, self.config
-        # No more at once than in training, where the gradients take their room as well.
         share = config.batch_size // (processes.data_parallel * config.accumulate)
         size = max(1, min(share, MAX_BATCH))
         batches = [range(first, min(first + size, len(self.requests))) for first in range(0, len(self.requests), size)]

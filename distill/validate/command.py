@@ -183,7 +183,7 @@ def parse_metrics(text: str) -> dict[str, float]:
     Raises:
         CodmdError: there is no such object, or no number in it.
     """
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     for candidate in (text, lines[-1] if lines else ""):
         try:
             found: Any = json.loads(candidate)

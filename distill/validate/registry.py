@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from codmd_serve.errors import ConfigError
 from distill.config import DistillConfig
 from distill.networks.base import Base
+from distill.validate.analytic import analytic_suite
 from distill.validate.command import command_suite
 from distill.validate.shapebench import shapebench_suite
 from distill.validate.suites import LATENTS, Suite
 
 # Called once at the start of a run. Raises ConfigError for settings or a base that cannot work.
 SUITES: dict[str, Callable[[DistillConfig, Base], Suite]] = {
+    "analytic": analytic_suite,
     "command": command_suite,
     "shapebench": shapebench_suite,
 }

@@ -202,6 +202,7 @@ def test_the_notice_of_tf32_is_no_failed_compilation(
 ) -> None:
     def notice() -> None:
         warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available", stacklevel=1)
+        warnings.warn("`torch.jit.script_method` is deprecated. Please switch", DeprecationWarning, stacklevel=1)
 
     monkeypatch.setattr(transformer, "compile_blocks", notice)
     loop = DenoiseLoop(transformer, tiny_spec, execution="compiled")

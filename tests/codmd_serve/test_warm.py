@@ -76,6 +76,9 @@ def test_a_chunk_that_does_not_fit_is_halved_at_load(tiny_bundle: Path, monkeypa
     engine = load_engine(tiny_bundle, "cpu")
     assert sizes == [4, 2, 1, 1]
     assert engine.facts.fallback == "the VAE decodes 1 latent frame(s) at a time for want of memory"
+    engine.decoder.max_chunk, engine.decoder.problem = 2, "VAE norms unfused: no package triton"
+    warm_module._warm_decoder(engine, engine.denoised(PARAMS))
+    assert engine.decoder.problem == f"VAE norms unfused: no package triton; {engine.facts.fallback}"
 
     def no_memory(*_: object) -> Iterator[torch.Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")

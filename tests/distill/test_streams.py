@@ -87,3 +87,19 @@ def test_each_place_of_a_batch_has_noise_of_its_own_on_every_rank() -> None:
     part = sample_noise(named_rng(0, "critic", 1), (2, 3), range(2, 4))
     assert torch.equal(whole[2:], part)
     assert len({row.numpy().tobytes() for row in whole}) == 4
+
+
+def test_streams_of_random_numbers_differ_by_role_step_and_rank() -> None:
+    draws = {
+        float(torch.rand((), generator=named_rng(*key)))
+        for key in [
+            (0, "student", 0, 0),
+            (0, "critic", 0, 0),
+            (0, "student", 1, 0),
+            (0, "student", 0, 1),
+            (1, "student", 0, 0),
+        ]
+    }
+    assert len(draws) == 5
+    repeated = [float(torch.rand((), generator=named_rng(0, "exit", 3))) for _ in range(2)]
+    assert repeated[0] == repeated[1]

@@ -59,6 +59,7 @@ def test_an_fp8_engine_makes_nearly_the_same_latents(tmp_path: Path) -> None:
 
 
 @needs_fp8
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_a_compiled_block_fuses_its_quantisation(tiny_spec: StudentSpec) -> None:
     torch.manual_seed(0)
     source = WanTransformer3DModel(

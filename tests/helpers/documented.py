@@ -56,6 +56,7 @@ def judge(words: list[str], processes: int = 1) -> None:
         "codmd-distill": lambda rest: _judge_distill(rest, processes),
         "torchrun": _judge_torchrun,
         "srun": _judge_srun,
+        "sbatch": _judge_sbatch,
         "make": _judge_make,
         "curl": _judge_curl,
         "python": _judge_python,
@@ -154,11 +155,10 @@ def judge_fit(config: DistillConfig, gpus: int) -> None:
         MisprintError: by how much it does not.
     """
     from distill.plan.architecture import read_subject
-    from distill.plan.options import GIB, PlanOptions
+    from distill.plan.options import GIB, LAYOUT, PlanOptions
     from distill.plan.planner import make_plan
 
-    shared = ("accumulate", "activation_checkpointing", "lora_critic_rank", "context_parallel")
-    layout = {name: getattr(config, name) for name in shared}
+    layout = {name: getattr(config, name) for name in LAYOUT}
     plan = make_plan(read_subject(config), PlanOptions(gpus=gpus, gpu_gib=GPU_GIB, **layout))
     if not plan.fits:
         lacking = -plan.headroom_bytes / GIB
@@ -169,6 +169,16 @@ def _judge_srun(words: list[str]) -> None:
     first = next(place for place, word in enumerate(words) if word.endswith(("codmd-distill", "codmd-serve")))
     given = {name: int(value) for name, value in pairwise(words[:first]) if value.isdigit()}
     judge(words[first:], given.get("--nodes", 1) * given.get("--ntasks-per-node", 1))
+
+
+def _judge_sbatch(words: list[str]) -> None:
+    place = next(place for place, word in enumerate(words) if word.endswith(".sbatch"))
+    script = ROOT / words[place]
+    if not script.is_file():
+        raise MisprintError(f"there is no {words[place]}")
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script.read_text(encoding="utf-8"), re.MULTILINE))
+    asked |= {name.removeprefix("--"): value for name, value in pairwise(words[:place])}
+    judge(["codmd-distill", "train", *words[place + 1 :]], int(asked["nodes"]) * int(asked["ntasks-per-node"]))
 
 
 def _judge_torchrun(words: list[str]) -> None:

@@ -58,8 +58,9 @@ def curves(data: Mapping[str, Any], guidance: float) -> str:
     """Draw each metric over the budgets, with a ribbon from the lowest to the highest seed."""
     table = data["table"]
     runs = [arm for arm, entry in table["arms"].items() if entry.get("kind", "run") == "run"]
-    figure, axes = _panels((*table["metrics"], "kept"), 3.0)
-    for metric, panel in zip((*table["metrics"], "kept"), axes, strict=True):
+    names = (*table["metrics"], "kept", "tau_kept")
+    figure, axes = _panels(names, 3.0)
+    for metric, panel in zip(names, axes, strict=True):
         for arm in runs:
             values = [last_scores(data, arm, guidance, budget, metric) for budget in table["budgets"]]
             means = [fmean(own) for own in values]
@@ -77,7 +78,7 @@ def steps(data: Mapping[str, Any], guidance: float) -> str:
     table = data["table"]
     budget, seed = table["budgets"][-1], table["seeds"][0]
     cells = {(cell["arm"], cell["budget"], cell["seed"], float(cell["guidance"])): cell for cell in data["cells"]}
-    names = (*table["metrics"], "kept", "copying")
+    names = (*table["metrics"], "kept", "tau_kept", "copying")
     figure, axes = _panels(names, 3.0)
     for metric, panel in zip(names, axes, strict=True):
         for arm in table["arms"]:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from codmd_serve.errors import CodmdError
@@ -18,6 +19,9 @@ from distill.run.signals import stop_signal
 
 PRELOAD = ["distill.evaluate.compare.cells"]
 POLL_S = 0.5
+
+# In a worker, whether the call is over; set by the parent.
+_stopping: Event | None = None
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +59,19 @@ def run_chains(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     report = Report(done=[], failed={}, signal_number=None)
-    with stop_signal() as received, ProcessPoolExecutor(jobs, context, _start_worker) as pool:
+    is_stopping = context.Event()
+    with stop_signal() as received, ProcessPoolExecutor(jobs, context, _start_worker, (is_stopping,)) as pool:
         waiting = {pool.submit(run_chain, chain, runs, cache_dir): chain for chain in chains}
         while waiting:
             finished, _ = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
             for future in finished:
                 _note(future, waiting.pop(future), report, on_done)
             if received:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # The event before the signal: a worker that has saved its run must not begin another.
+                is_stopping.set()
                 for worker in multiprocessing.active_children():
                     worker.terminate()
+                pool.shutdown(wait=True, cancel_futures=True)
                 break
     number = received[0] if received else None
     return Report(done=report.done, failed=report.failed, signal_number=number)
@@ -78,6 +85,8 @@ def run_chain(chain: list[Cell], runs: Path, cache_dir: Path) -> tuple[list[str]
     """
     done: list[str] = []
     for cell in chain:
+        if _stopping is not None and _stopping.is_set():
+            break
         folder = cell.folder(runs)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a", encoding="utf-8") as file, _logged_to(file):
@@ -104,9 +113,11 @@ def _logged_to(file):  # type: ignore[no-untyped-def]
         root.removeHandler(handler)
 
 
-def _start_worker() -> None:
+def _start_worker(is_stopping: Event) -> None:
     import torch
 
+    global _stopping
+    _stopping = is_stopping
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.INFO)
     # Ctrl-C reaches the whole group; the parent passes it on as SIGTERM.

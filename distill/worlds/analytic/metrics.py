@@ -24,6 +24,7 @@ class Scores:
     Attributes:
         tau_err: mean error of Kendall's tau of the tied factors.
         taus: Kendall's tau of each tied pair.
+        tau_kept: regression slope of these on the reference's; 1 is right, below it dependence is lost.
         frame_rho: mean error of Spearman's correlation between frames of one channel and Haar pattern.
         cross_rho: the same between different channels or patterns.
         kept: regression slope of the samples' correlations on the reference's, over pairs that are strong there; 1 is
@@ -37,6 +38,7 @@ class Scores:
 
     tau_err: float
     taus: tuple[float, ...]
+    tau_kept: float
     frame_rho: float
     cross_rho: float
     kept: float
@@ -76,6 +78,7 @@ class Judge:
         return Scores(
             tau_err=float((taus - taus_wanted).abs().mean()),
             taus=tuple(taus.tolist()),
+            tau_kept=float((taus * taus_wanted).sum() / taus_wanted.square().sum()),
             frame_rho=float(error[same & upper].mean()),
             cross_rho=float(error[~same & upper].mean()),
             kept=float((rho * rho_wanted)[strong].sum() / rho_wanted[strong].square().sum()),

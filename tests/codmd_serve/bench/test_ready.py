@@ -12,7 +12,6 @@ from torch import Tensor
 
 from codmd_serve import chunk_graphs, denoise, loading, warm
 from codmd_serve.bench.ready import BARS_S, NAMES, count_warm_up, predict_ready, ready_table, weight_bytes
-from codmd_serve.bench.weights import preset
 from codmd_serve.denoise import DenoiseLoop
 from codmd_serve.loading import load_engine
 from codmd_serve.wan.transformer import FewStepTransformer
@@ -39,8 +38,8 @@ def test_the_docs_have_the_table_as_it_is_computed(table: str) -> None:
 
 def test_the_bytes_are_those_of_the_published_models() -> None:
     # 1.42 and 14.29 billion parameters, 5.68 of the text encoder, 0.127 of the VAE.
-    assert weight_bytes(preset("wan-1.3b")) / 1e9 == pytest.approx(2 * (1.42 + 5.68) + 4 * 0.127, rel=0.01)
-    assert weight_bytes(preset("wan-14b")) / 1e9 == pytest.approx(2 * (14.29 + 5.68) + 4 * 0.127, rel=0.01)
+    assert weight_bytes("wan-1.3b") / 1e9 == pytest.approx(2 * (1.42 + 5.68) + 4 * 0.127, rel=0.01)
+    assert weight_bytes("wan-14b") / 1e9 == pytest.approx(2 * (14.29 + 5.68) + 4 * 0.127, rel=0.01)
 
 
 def test_steps_and_latent_frames_are_counted_as_a_warm_up_runs_them(

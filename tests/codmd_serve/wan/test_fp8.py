@@ -143,6 +143,7 @@ def has_row_scales_on_a_cpu() -> bool:
 
 
 @pytest.mark.skipif(not has_row_scales_on_a_cpu(), reason="needs torch._scaled_mm with row scales on a CPU: torch 2.13")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_a_compiled_block_has_no_graph_breaks_and_its_quantisation_is_fused(
     transformer: FewStepTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import config_to_dict
+from distill.config import ANALYTIC_RECIPES, RECIPES, config_to_dict
 from distill.methods.registry import METHODS, recipe_config
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "explanation" / "constants.md").read_text(encoding="utf-8")
@@ -26,6 +26,11 @@ NAMES = (
     "exit_per_sample",
 )
 BASE = "codmd"
+# Recipes with numbers of their own, by the section that has them.
+WORLDS = {
+    "shapeworld": "## ShapeWorld",
+    **dict.fromkeys(ANALYTIC_RECIPES, "## Analytic worlds"),
+}
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -95,17 +100,22 @@ def test_rows_of_a_method_are_of_its_constants_and_say_why_ours_differs(method: 
         assert bool(why) == differs, f"{method}: {name} must say why it differs, and only if it does"
 
 
+@pytest.mark.parametrize(("recipe", "heading"), sorted(WORLDS.items()))
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_page_names_every_number_that_shapeworld_has_of_its_own(method: str) -> None:
-    text = section(PAGE, "## ShapeWorld")
+def test_page_names_every_number_that_a_small_world_has_of_its_own(method: str, recipe: str, heading: str) -> None:
+    text = section(PAGE, heading)
     headings = re.findall(r"^### (.*)$", text, re.MULTILINE)
     mine = [heading for heading in headings if method in re.split(r", | and ", heading)]
-    assert len(mine) == 1, f"{method}: expected one heading below ShapeWorld, got {mine}"
+    assert len(mine) == 1, f"{method}: expected one heading below {heading}, got {mine}"
     found = rows(section(text, f"### {mine[0]}"))
-    wan, world = constants("wan_1_3b", method), constants("shapeworld", method)
+    wan, world = constants("wan_1_3b", method), constants(recipe, method)
     assert found.keys() == {name for name in wan if wan[name] != world[name]}
     for name, (of_wan, of_world, why) in found.items():
         assert (value(of_wan), value(of_world)) == (wan[name], world[name]) and why
+
+
+def test_every_recipe_is_on_the_page() -> None:
+    assert RECIPES.keys() == {"wan_1_3b", "wan_14b", *WORLDS}
 
 
 def test_constants_that_are_no_settings_are_those_of_the_code() -> None:

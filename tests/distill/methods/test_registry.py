@@ -72,7 +72,8 @@ def test_dmd_and_its_arms_change_nothing_else_of_a_recipe(recipe: str, method: s
     assert own == codmd
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+# Analytic worlds have optimizers of their own.
+@pytest.mark.parametrize("recipe", sorted(name for name in RECIPES if not name.startswith("analytic")))
 def test_dp_dmd_has_its_authors_constants(recipe: str) -> None:
     """scripts/run_train_sd35.sh and train_sd35_dpdmd.py of dpdmd@d8f75c9; the rest is the recipe's."""
     config, codmd = recipe_config(recipe, "dp-dmd"), recipe_config(recipe)
@@ -85,7 +86,7 @@ def test_dp_dmd_has_its_authors_constants(recipe: str) -> None:
     assert (config.score_sigma_min, config.score_sigma_max) == (pytest.approx(lowest, abs=1e-5), 1.0)
     assert config.student_every_iterations == codmd.student_every_iterations + 1
     optimizer = config.optimizer
-    if recipe == "shapeworld":
+    if not recipe.startswith("wan"):
         assert optimizer == codmd.optimizer and config.student_every_iterations == 5
     else:
         assert (optimizer.student_lr, optimizer.critic_lr, optimizer.betas) == (1e-5, 1e-5, (0.9, 0.999))
@@ -199,8 +200,7 @@ def test_arms_have_the_constants_of_their_authors() -> None:
 
 
 def test_unknown_recipe_and_method_are_refused_by_option() -> None:
-    names = "codmd, dmd, rcm, dcm, dp-dmd, regression, dmd2, f-distill, avd, vdot"
-    with pytest.raises(ConfigError, match=f"--method must be one of {names}, got 'gan'"):
-        recipe_config(method="gan")
-    with pytest.raises(ConfigError, match="--recipe must be one of shapeworld, wan_1_3b, wan_14b, got ''"):
+    with pytest.raises(ConfigError, match=f"--method must be one of {', '.join(METHODS)}, got 'none'"):
+        recipe_config(method="none")
+    with pytest.raises(ConfigError, match=f"--recipe must be one of {', '.join(RECIPES)}, got ''"):
         recipe_config(recipe="")

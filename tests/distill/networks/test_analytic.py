@@ -1,6 +1,7 @@
 """The analytic worlds as a base: prepared once, trained by every method, and refused what they cannot do."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from distill.data.prompts import read_prompts
 from distill.methods.registry import METHODS, recipe_config
 from distill.networks import analytic
 from distill.networks.analytic import AnalyticBase
-from distill.networks.base import open_base
+from distill.networks.base import Base, open_base
 from distill.run.bundle import export_bundle
 from distill.run.start import run_with_start
 from distill.run.trainer import RunOptions
+from distill.validate import analytic as validate_analytic
 from distill.worlds.analytic.makers import WORLDS
 from distill.worlds.analytic.network import AnalyticNetwork
 from distill.worlds.analytic.pretrain import PretrainConfig
@@ -94,6 +96,21 @@ def test_a_run_with_a_regressed_start_goes_through_both_stages(cache: Path, tmp_
     assert outcome.iteration == 4 and read_spec(tmp_path / "run" / "start" / "bundle").step == 3
     again = run_with_start(with_overrides(config, ["max_iterations=6"]), options, resume=True)
     assert again.iteration == 6 and json.loads((tmp_path / "run" / "config.json").read_text())["max_iterations"] == 6
+
+
+def test_a_run_is_validated_by_the_scores_of_its_world(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validate_analytic, "SAMPLES_PER_CAPTION", 8)
+    config = short("dmd", "validate.every_iterations=2", "validate.metric=analytic.energy", "guidance_scale=3")
+    options = RunOptions(out=tmp_path / "run", device=CPU, cache_dir=cache)
+    run_with_start(config, options, resume=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    assert len(lines) >= 2 and all(math.isfinite(line["analytic.energy"]) for line in lines)
+    assert {"analytic.tau_err", "analytic.kept", "analytic.tau_kept", "analytic.w1"} <= lines[-1].keys()
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["metric"] == "analytic.energy"
+    with pytest.raises(ConfigError, match="is none"):
+        validate_analytic.analytic_suite(config, Base(source="moon", is_local=False))
 
 
 @pytest.mark.parametrize(

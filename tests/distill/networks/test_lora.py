@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from runs import with_method
 
 from distill.config import DistillConfig, with_overrides
 from distill.networks.base import open_base
 from distill.networks.build import Networks, build_networks, denoiser, trained_parameters
-from distill.networks.lora import ADAPTED, AdaptedCritic
+from distill.networks.lora import ADAPTED, AdaptedCritic, diffusers_lora, merged_weights
 
 CPU = torch.device("cpu")
 
@@ -104,3 +105,60 @@ def test_checkpointed_student_keeps_less_and_has_the_same_gradient(tiny_config: 
     assert kept[1] < 0.5 * kept[0]
     for name, want in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], want, rtol=1e-5, atol=1e-8, msg=name)
+
+
+@pytest.fixture
+def student_config(tiny_config: DistillConfig) -> DistillConfig:
+    return with_overrides(tiny_config, ["lora_student_rank=2", "lora_student_alpha=4"])
+
+
+def test_a_lora_student_starts_as_the_base(student_config: DistillConfig) -> None:
+    networks = build_networks(student_config, open_base(student_config.base), CPU)
+    assert networks.student is not networks.teacher
+    assert torch.equal(flow(networks, "student"), flow(networks, "teacher"))
+
+
+def test_the_adapters_of_a_lora_student_are_always_on_and_merge_into_its_weights(student_config: DistillConfig) -> None:
+    base = open_base(student_config.base)
+    networks = build_networks(student_config, base, CPU)
+    before = flow(networks, "student")
+    rng = torch.Generator().manual_seed(1)
+    adapters = trained_parameters(networks.student)
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=rng)
+    running = flow(networks, "student")
+    assert float((running - before).norm() / before.norm()) > 1e-3
+    assert torch.equal(flow(networks, "teacher"), before)
+    weights = merged_weights(base.load_transformer(torch.float32), adapters, 4 / 2)
+    networks.teacher.load_state_dict(dict(weights))
+    torch.testing.assert_close(flow(networks, "teacher"), running, rtol=1e-4, atol=1e-5)
+
+
+def test_student_and_critic_have_adapters_of_their_own(student_config: DistillConfig) -> None:
+    config = with_overrides(student_config, ["lora_critic_rank=2"])
+    networks = build_networks(config, open_base(config.base), CPU)
+    own, critics = trained_parameters(networks.student), trained_parameters(networks.critic)
+    assert {f"base.{name}" for name in own} == critics.keys()
+    down = next(name for name in own if name.endswith("lora_down"))
+    assert not torch.equal(own[down], critics[f"base.{down}"])
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("codmd", torch.bfloat16), ("rcm", torch.float32)])
+def test_frozen_weights_under_a_student_have_the_teachers_dtype_unless_it_is_derived_in_float32(
+    student_config: DistillConfig, method: str, dtype: torch.dtype
+) -> None:
+    config = with_overrides(with_method(student_config, method), ["precision=bf16", "teacher_dtype=bf16"])
+    student = build_networks(config, open_base(config.base), CPU).student
+    assert student.blocks[0].ffn.net[2].weight.dtype == dtype
+    assert {parameter.dtype for parameter in trained_parameters(student).values()} == {torch.float32}
+
+
+def test_diffusers_names_hold_the_whole_scale() -> None:
+    adapters = {"blocks.0.attn1.to_q.lora_down": torch.ones(2, 3), "blocks.0.attn1.to_q.lora_up": torch.ones(5, 2)}
+    named = diffusers_lora(adapters, 2.0)
+    assert named.keys() == {f"transformer.blocks.0.attn1.to_q.lora_{half}.weight" for half in "AB"}
+    product = (
+        named["transformer.blocks.0.attn1.to_q.lora_B.weight"] @ named["transformer.blocks.0.attn1.to_q.lora_A.weight"]
+    )
+    assert torch.equal(product, torch.full((5, 3), 4.0))

@@ -39,3 +39,27 @@ def test_precision_is_resolved_once() -> None:
     capabilities = torch.cpu.get_capabilities()
     has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     assert resolve_precision("auto", CPU) == ("bf16" if has_bf16 else "fp32")
+
+
+def test_a_bf16_residual_stream_has_a_stated_error(tiny_config: DistillConfig) -> None:
+    """Rounding the stream between blocks costs most of what float32 norms and projections gained."""
+    layouts = ([], ["residual_dtype=fp32"], ["residual_dtype=bf16"])
+    configs = [with_overrides(tiny_config, ["precision=bf16" if own else "precision=fp32", *own]) for own in layouts]
+    networks = [build_networks(config, open_base(config.base), CPU).student for config in configs]
+    rng = torch.Generator().manual_seed(0)
+    latents, prompts = torch.randn(3, 4, 3, 4, 4, generator=rng), torch.randn(3, 8, 16, generator=rng)
+    timestep = torch.tensor([900.0, 500.0, 20.0])
+    streams: list[torch.dtype] = []
+    for network in networks:
+        network.blocks[1].register_forward_pre_hook(lambda _block, args: streams.append(args[0].dtype))
+    with torch.no_grad():
+        exact, wide, narrow = (
+            denoiser(network, config.precision)(latents, timestep, prompts)
+            for network, config in zip(networks, configs, strict=True)
+        )
+        # Outside of autocast nothing is rounded: rcm takes its derivative there.
+        torch.testing.assert_close(denoiser(networks[2], "fp32")(latents, timestep, prompts), exact)
+    assert streams == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    assert narrow.dtype == torch.float32
+    errors = [float((flow - exact).norm() / exact.norm()) for flow in (wide, narrow)]
+    assert errors[0] < errors[1] < 0.02

@@ -5,7 +5,7 @@ import torch
 
 from codmd_serve.errors import CodmdError, ConfigError
 from distill.parallel.launch import Launch, find_launch
-from distill.parallel.processes import Processes, out_of_memory_in_one_line
+from distill.parallel.processes import Processes, out_of_memory_in_one_line, own_gpu
 
 SRUN = {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2"}
 MPIRUN = {
@@ -23,6 +23,15 @@ def test_one_process_and_torchrun_need_no_help() -> None:
     assert find_launch({"WORLD_SIZE": "1", "RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None
     # The shell of a batch job, which srun did not start.
     assert find_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}) is None
+
+
+def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, local_rank, index in ((8, 3, 3), (1, 3, 0), (1, 0, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert own_gpu(local_rank) == torch.device("cuda", index)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ConfigError, match="process 4 of this machine has no GPU, it sees 4"):
+        own_gpu(4)
 
 
 def test_every_launcher_gives_rank_size_and_rendezvous() -> None:

@@ -48,10 +48,21 @@ SCENARIOS: dict[str, tuple[int, list[str]]] = {
     "exits-two": (2, ["exit_per_sample=true", "accumulate=2"]),
     "arms": (1, ["method=f-distill"]),
     "arms-two": (2, ["method=f-distill", "accumulate=2", "activation_checkpointing=true"]),
+    "arms-last": (2, ["method=f-distill", "accumulate=2", "gradient_sync=last"]),
     "lora-arms": (1, ["method=f-distill", "lora_critic_rank=2"]),
     "lora-arms-two": (2, ["method=f-distill", "lora_critic_rank=2"]),
     "split-two": (2, ["context_parallel=2"]),
     "split-four": (4, ["context_parallel=2", "accumulate=2", "activation_checkpointing=true"]),
+    # Two replicas of two shards; rows of the mesh are replicas, and groups that split tokens may lie as they like.
+    "hsdp-four": (4, ["shard_group=2"]),
+    "hsdp-split": (4, ["shard_group=2", "context_parallel=2", "accumulate=2"]),
+    "hsdp-lora": (4, ["shard_group=2", "lora_critic_rank=2", "activation_checkpointing=true"]),
+    # Gradients are reduced in the last of two micro-batches alone.
+    "each-two": (2, ["accumulate=2"]),
+    "last-two": (2, ["accumulate=2", "gradient_sync=last", "activation_checkpointing=true"]),
+    "hsdp-last": (4, ["shard_group=2", "context_parallel=2", "accumulate=2", "gradient_sync=last"]),
+    "bf16-each": (2, ["precision=bf16", "copula.scale=1", "accumulate=2"]),
+    "bf16-last": (2, ["precision=bf16", "copula.scale=1", "accumulate=2", "gradient_sync=last"]),
     # Both compute two parts of two samples, so that bfloat16 rounds the same sums.
     # The relational term as it is in use: enlarged, it turns the last bit of bfloat16 into a tenth of the third update.
     "bf16-parts": (1, ["precision=bf16", "copula.scale=1", "accumulate=2"]),
@@ -82,16 +93,24 @@ SAME = [
     ("rcm-two", "rcm"),
     ("dp-dmd-two", "dp-dmd"),
     ("arms-two", "arms"),
+    ("arms-last", "arms"),
     ("lora-arms-two", "lora-arms"),
     ("exits-two", "exits"),
     ("split-two", "whole"),
     ("split-four", "whole"),
+    ("hsdp-four", "whole"),
+    ("hsdp-split", "whole"),
+    ("hsdp-lora", "lora"),
+    ("each-two", "whole"),
+    ("last-two", "whole"),
+    ("hsdp-last", "whole"),
+    ("bf16-last", "bf16-each"),
     ("bf16-two", "bf16-parts"),
     ("bf16-lora-two", "bf16-lora-parts"),
     ("bf16-adapted-two", "bf16-adapted-parts"),
     ("bf16-rcm-two", "bf16-rcm-parts"),
 ]
-RESUMED = ("two", "lora-two", "adapted-two", "arms-two")
+RESUMED = ("two", "lora-two", "adapted-two", "hsdp-four", "arms-two")
 
 
 def scenario_config(tiny_config: DistillConfig, settings: list[str], big_teacher: Path) -> DistillConfig:
@@ -212,6 +231,28 @@ def test_weights_are_sharded_not_copied(results: dict[str, list[dict[str, Any]]]
     shares = [seen["sharded"] for seen in results["four"]]
     assert sum(shares) == whole
     assert max(shares) < 0.4 * whole
+    # Two replicas: each rank holds half, and the two ranks of a replica hold all.
+    replicas = [seen["sharded"] for seen in results["hsdp-four"]]
+    assert sum(replicas[:2]) == sum(replicas[2:]) == whole
+    assert max(replicas) < 0.7 * whole
+
+
+def reductions(results: dict[str, list[dict[str, Any]]], name: str) -> tuple[int, int]:
+    """Reduce-scatters of gradients, and all-reduces, which are those of replicas and of a few scalars."""
+    counts = results[name][0]["collectives"]
+    scattered, reduced = (
+        sum(number for key, number in counts.items() if word in key) for word in ("reduce_scatter", "allreduce_")
+    )
+    return scattered, reduced
+
+
+def test_gradients_are_reduced_in_the_last_micro_batch_alone(results: dict[str, list[dict[str, Any]]]) -> None:
+    whole, each, last = (reductions(results, name) for name in ("two", "each-two", "last-two"))
+    assert each[0] == 2 * whole[0] and last[0] == whole[0] > 0
+    # Shards of earlier micro-batches wait for the last, where replicas meet.
+    plain, split, once = (reductions(results, name) for name in ("hsdp-four", "hsdp-split", "hsdp-last"))
+    assert split[0] == 2 * plain[0] and once[0] == plain[0] > 0
+    assert split[1] == once[1] == plain[1] > whole[1]
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -261,6 +302,8 @@ def test_positions_share_out_the_batch_once() -> None:
         (["batch_size=4", "accumulate=3"], 1, "batch_size must be a multiple of 3"),
         (["context_parallel=4"], 2, "context_parallel 4 needs a multiple of 4 processes, got 2: start .*torchrun"),
         (["context_parallel=2"], 3, "context_parallel 2 needs a multiple of 2 processes"),
+        (["batch_size=4", "shard_group=3"], 4, "shard_group 3 needs a multiple of 3 processes, got 4: use 0 to shard"),
+        (["batch_size=4", "shard_group=4"], 2, "shard_group 4 needs a multiple of 4 processes, got 2"),
     ],
 )
 def test_a_run_that_cannot_be_shared_out_is_refused_by_key(

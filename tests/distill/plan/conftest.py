@@ -1,6 +1,7 @@
 """A small Wan transformer whose activations outweigh its weights, built as the trainer builds its networks."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,12 +40,21 @@ def architecture(network_config: dict[str, Any]) -> Architecture:
     return read_architecture(network_config)
 
 
-@pytest.fixture
-def network(network_config: dict[str, Any]) -> WanTransformer3DModel:
+def new_network(network_config: dict[str, Any], residual: str = "fp32") -> WanTransformer3DModel:
     torch.manual_seed(0)
     transformer = use_compact_cross_attention(WanTransformer3DModel(**network_config))
-    keep_sensitive_parts_float32(transformer)
+    keep_sensitive_parts_float32(transformer, residual)
     return transformer.eval()
+
+
+@pytest.fixture(scope="session")
+def build_network() -> Callable[..., WanTransformer3DModel]:
+    return new_network
+
+
+@pytest.fixture
+def network(network_config: dict[str, Any]) -> WanTransformer3DModel:
+    return new_network(network_config)
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from codmd_serve.wan.attention import use_compact_cross_attention
 from distill.networks.build import denoiser
-from distill.networks.precision import keep_sensitive_parts_float32
 from distill.plan.activations import (
     backward_working_bytes,
     block_bytes,
@@ -23,6 +21,8 @@ from distill.plan.architecture import Architecture, count_parameters, read_archi
 from distill.plan.flops import Sequence
 
 SAMPLES = 2
+# Precision, and dtype of the residual stream.
+LAYOUTS = [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -58,38 +58,46 @@ def sum_of_linears(network_config: dict) -> int:
     return 8 * (d * d + d) + 2 * d * f + d + f
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "residual"), LAYOUTS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_saved_bytes_are_what_autograd_keeps(
-    network: WanTransformer3DModel,
+    build_network: Callable[..., WanTransformer3DModel],
     network_config: dict,
     architecture: Architecture,
     sequence: Sequence,
     inputs: Inputs,
     precision: str,
+    residual: str,
     checkpointing: bool,
 ) -> None:
+    network = build_network(network_config, residual)
     if checkpointing:
         network.enable_gradient_checkpointing()
     measured = kept_bytes(network, lambda: denoiser(network, precision)(*inputs))
     measured -= weight_copies(network_config, precision, checkpointing)
-    wanted = SAMPLES * saved_bytes(architecture, sequence, precision, checkpointing=checkpointing)
+    wanted = SAMPLES * saved_bytes(architecture, sequence, precision, residual, checkpointing=checkpointing)
     # Checkpointing holds the tables of rotation too, but not by way of autograd.
     wanted += 0 if checkpointing else rotation_bytes(architecture, sequence)
     # Modulations, kept once per sample whatever its length, are not worth a term.
     assert measured == pytest.approx(wanted, rel=0.03)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "residual"), LAYOUTS)
 @pytest.mark.parametrize("ffn_dim", [48, 400])
 def test_working_sets_are_what_is_alive_at_the_worst_moment(
-    network_config: dict, sequence: Sequence, inputs: Inputs, live_bytes: Callable, precision: str, ffn_dim: int
+    build_network: Callable[..., WanTransformer3DModel],
+    network_config: dict,
+    sequence: Sequence,
+    inputs: Inputs,
+    live_bytes: Callable,
+    precision: str,
+    residual: str,
+    ffn_dim: int,
 ) -> None:
     """A narrow feed-forward puts the worst moment into attention, a wide one into GELU."""
     config = {**network_config, "ffn_dim": ffn_dim}
     architecture = read_architecture(config)
-    network = use_compact_cross_attention(WanTransformer3DModel(**config)).eval()
-    keep_sensitive_parts_float32(network)
+    network = build_network(config, residual)
     denoise = denoiser(network, precision)
     # Enough samples that what does not grow with them counts little.
     many = tuple(tensor.repeat(4, *[1] * (tensor.ndim - 1)) for tensor in inputs)
@@ -100,7 +108,7 @@ def test_working_sets_are_what_is_alive_at_the_worst_moment(
     network.requires_grad_(False)
     with torch.no_grad(), live_bytes(*network.parameters(), *network.buffers(), *many) as live:
         denoise(*many)
-    wanted = num_samples * forward_working_bytes(architecture, sequence, precision) + rotation
+    wanted = num_samples * forward_working_bytes(architecture, sequence, precision, residual) + rotation
     assert live.peak == pytest.approx(wanted, rel=0.1)
 
     network.requires_grad_(True)
@@ -109,7 +117,8 @@ def test_working_sets_are_what_is_alive_at_the_worst_moment(
         loss = denoise(*many).square().mean()
         live.peak = live.current
         loss.backward()
-    kept = saved_bytes(architecture, sequence, precision, checkpointing=True) - head_bytes(architecture, sequence)
-    block = block_bytes(architecture, sequence, precision) - input_bytes(architecture, sequence)
-    working = backward_working_bytes(architecture, sequence, precision)
+    kept = saved_bytes(architecture, sequence, precision, residual, checkpointing=True)
+    kept -= head_bytes(architecture, sequence)
+    block = block_bytes(architecture, sequence, precision, residual) - input_bytes(architecture, sequence, residual)
+    working = backward_working_bytes(architecture, sequence, precision, residual)
     assert live.peak == pytest.approx(num_samples * (kept + block + working) + rotation, rel=0.1)

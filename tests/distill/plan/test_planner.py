@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from codmd_serve.errors import ConfigError
+from distill.cli import main
 from distill.config import with_overrides
 from distill.methods.registry import METHODS, recipe_config
 from distill.plan.architecture import PUBLISHED, Subject, count_parameters, read_subject
@@ -49,6 +50,59 @@ def test_published_table_gives_the_published_sizes(base: str, total: int) -> Non
 def test_sizes_of_a_published_base_need_no_files(subject_14b: Subject) -> None:
     assert subject_14b.latents == (16, 21, 60, 104)
     assert subject_14b.num_tokens == 32_760
+
+
+def test_a_14b_teacher_of_a_1_3b_student_is_counted_as_itself(subject_14b: Subject) -> None:
+    options = dataclasses.replace(EIGHT, accumulate=8)
+    config = recipe_config("wan_1_3b")
+    alone = make_plan(read_subject(config), options)
+    subject = read_subject(with_overrides(config, ["teacher=Wan-AI/Wan2.1-T2V-14B-Diffusers"]))
+    plan = make_plan(subject, options)
+    memory, before = plan.memory["student update"], alone.memory["student update"]
+    # bf16 weights of 14.29 G parameters over 8 GPUs.
+    assert memory["teacher weights"] == pytest.approx(2 * 14.288e9 / 8, rel=0.01)
+    for part in ("student weights", "critic weights", "optimizer", "EMA"):
+        assert memory[part] == before[part]
+    # A forward of the 14B is 1,678 TFLOP, one of the 1.3B 283; see test_flops.py.
+    assert plan.flops["teacher"] / alone.flops["teacher"] == pytest.approx(1678 / 283, rel=1e-3)
+    assert {**plan.flops, "teacher": 0} == {**alone.flops, "teacher": 0}
+    assert plan.gathered_bytes > alone.gathered_bytes
+    lora = make_plan(subject, dataclasses.replace(options, lora_critic_rank=64))
+    own = make_plan(subject_14b, dataclasses.replace(fitting_14b(), lora_critic_rank=64))
+    assert lora.memory["critic update"]["critic weights"] == own.memory["critic update"]["critic weights"]
+    assert "teacher 14.288 G parameters, bf16" in plan_text(
+        PlanReport(plan=plan, suggestion=None, smallest=None, reference=reference_layout(subject, options), command="")
+    )
+    assert reference_layout(subject, options) is None
+
+
+def test_samples_of_a_14b_teacher_cost_its_forwards() -> None:
+    plans = [
+        make_plan(read_subject(with_overrides(recipe_config("wan_1_3b", "dcm"), [f"teacher={teacher}"])), EIGHT)
+        for teacher in ("", "Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    ]
+    assert plans[1].sampling_flops / plans[0].sampling_flops == pytest.approx(1678 / 283, rel=1e-3)
+
+
+def test_a_teacher_that_no_table_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expected a teacher that is a folder or one of .*--set teacher=FOLDER"):
+        read_subject(with_overrides(recipe_config("wan_1_3b"), ["teacher=some/other"]))
+
+
+def test_a_lora_student_of_14b_costs_frozen_weights_and_adapters(subject_14b: Subject) -> None:
+    full = make_plan(subject_14b, fitting_14b())
+    plan = make_plan(subject_14b, dataclasses.replace(fitting_14b(), lora_student_rank=64))
+    memory, adapters = plan.memory["student update"], 306_708_480
+    assert memory["student weights"] == pytest.approx((2 * 14.288e9 + 4 * adapters) / 8, rel=0.01)
+    assert memory["EMA"] == -(-4 * adapters // 8)
+    assert memory["gradients"] == -(-4 * adapters // 8)
+    assert plan.totals[plan.peak_phase] < 0.75 * full.totals[full.peak_phase]
+    # Attention, which has no weights, stays.
+    assert plan.flops["student backward"] < 0.85 * full.flops["student backward"]
+    assert any("frozen weights of its own, bf16" in note for note in plan_notes(plan))
+    # rcm derives its student in float32.
+    rcm = make_plan(read_subject(recipe_config("wan_14b", "rcm")), dataclasses.replace(EIGHT, lora_student_rank=64))
+    assert rcm.memory["student update"]["student weights"] == pytest.approx((4 * 14.288e9 + 4 * adapters) / 8, rel=0.01)
 
 
 def test_14b_fits_eight_gpus_with_full_critic_and_both_moments(subject_14b: Subject) -> None:
@@ -117,6 +171,68 @@ def test_fsdp_traffic_grows_with_micro_batches_and_is_none_on_one_gpu(subject_14
     )
     assert many.gathered_bytes == pytest.approx(2 * few.gathered_bytes)
     assert make_plan(subject_14b, PlanOptions()).gathered_bytes == 0
+
+
+def test_replicas_shard_less_and_exchange_gradients_alone(subject_14b: Subject) -> None:
+    """HSDP: states are those of a smaller group, and what crosses replicas is one all-reduce of gradient shards."""
+    whole, hybrid = (make_plan(subject_14b, PlanOptions(gpus=32, gpu_gib=180.0, shard_group=group)) for group in (0, 8))
+    for part in (*STATES, "gradients"):
+        assert hybrid.memory["critic update"][part] == pytest.approx(4 * whole.memory["critic update"][part], rel=1e-6)
+    assert hybrid.memory["student scores"]["weight copies"] == whole.memory["student scores"]["weight copies"]
+    assert whole.replica_bytes == 0
+    # 1.2 updates of 14.288 G float32 gradients, an eighth each, twice around a ring of four.
+    assert hybrid.replica_bytes == pytest.approx(1.2 * 4 * 14.288e9 / 8 * 2 * 3 / 4, rel=1e-3)
+    assert hybrid.gathered_bytes - hybrid.replica_bytes == pytest.approx(
+        whole.gathered_bytes * (7 / 8) / (31 / 32), rel=1e-6
+    )
+    text = plan_text(PlanReport(plan=hybrid, suggestion=None, smallest=None, reference=None, command="x"))
+    assert "replicas  4 of 8 GPUs each" in text
+    assert "GiB come from the other 3 replicas, the rest from the 8 GPUs of its own" in text
+
+
+def test_gradients_that_wait_for_the_last_micro_batch_are_whole(subject_14b: Subject) -> None:
+    each, last = (
+        make_plan(subject_14b, dataclasses.replace(fitting_14b(), gradient_sync=sync)) for sync in ("each", "last")
+    )
+    for phase in ("student scores", "critic backward"):
+        assert each.memory[phase]["gradients"] == pytest.approx(4 * 14.288e9 / 8, rel=1e-4)
+        assert last.memory[phase]["gradients"] == pytest.approx(4 * 14.288e9, rel=1e-4)
+    assert each.memory["critic update"] == last.memory["critic update"]
+    assert each.fits and not last.fits
+    # Fifteen of sixteen reductions are saved: 1.2 backwards of an iteration, 7/8 of 4 bytes per parameter.
+    saved = each.gathered_bytes - last.gathered_bytes
+    assert saved == pytest.approx(15 * 1.2 * 4 * 14.288e9 * 7 / 8, rel=1e-3)
+
+
+def test_a_plan_says_where_one_reduction_per_update_fits() -> None:
+    subject = read_subject(recipe_config("wan_1_3b"))
+    options = dataclasses.replace(EIGHT, accumulate=4)
+    (note,) = plan_notes(make_plan(subject, options))
+    assert note.startswith("--gradient-sync last fits too: ") and "less traffic to each GPU" in note
+    once = make_plan(subject, dataclasses.replace(options, gradient_sync="last"))
+    assert once.fits and plan_notes(once) == []
+
+
+def test_a_bf16_residual_stream_halves_what_checkpointed_blocks_keep(subject_14b: Subject) -> None:
+    narrow = dataclasses.replace(subject_14b, config=with_overrides(subject_14b.config, ["residual_dtype=bf16"]))
+    wide, half = (make_plan(subject, fitting_14b()) for subject in (subject_14b, narrow))
+    saved = wide.memory["student scores"]["activations"] - half.memory["student scores"]["activations"]
+    assert saved == 40 * 2 * (32_760 // 4) * 5120
+    assert half.totals["student backward"] < wide.totals["student backward"]
+    # It is a change that a suggestion names, as settings do.
+    finest = dataclasses.replace(EIGHT, context_parallel=8, accumulate=32)
+    least = make_plan(narrow, finest)
+    found = suggest(subject_14b, dataclasses.replace(finest, gpu_gib=least.totals[least.peak_phase] / GIB))
+    assert found is not None and found.changes == ("--set residual_dtype=bf16",)
+
+
+def test_settings_that_are_options_are_read_from_either(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    for words in (["--accumulate", "4", "--shard-group", "4"], ["--set", "accumulate=4", "shard_group=4"]):
+        assert main(["plan", "--recipe", "wan_1_3b", "--gpus", "8", "--json", *words]) == 0
+        seen.append(json.loads(capsys.readouterr().out))
+    assert seen[0] == seen[1]
+    assert seen[0]["options"]["accumulate"] == 4
 
 
 def test_text_and_json_say_the_same(subject_14b: Subject, authors_on_8: ReferenceLayout) -> None:
@@ -222,6 +338,8 @@ def test_the_derivative_of_rcm_does_not_fit_at_wan_size() -> None:
         ({"gpus": 0}, r"--gpus must be in 1\.\.1000000, got 0"),
         ({"gpus": 8, "context_parallel": 3}, "--context-parallel must divide the 8 GPUs, got 3: use one of 1, 2, 4, 8"),
         ({"gpu_gib": 0.0}, "--gpu-gib must be"),
+        ({"gpus": 8, "shard_group": 3}, "--shard-group must divide the 8 GPUs, got 3: use one of 1, 2, 4, 8"),
+        ({"gradient_sync": "never"}, "--gradient-sync must be one of each, last, got 'never'"),
         ({"lora_critic_rank": -1}, "--lora-critic-rank must be"),
         ({"master_dtype": "fp8"}, "--master-dtype must be one of fp32, bf16, got 'fp8'"),
         ({"prompt_tokens": 513}, "--prompt-tokens must be"),

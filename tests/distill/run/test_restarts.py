@@ -3,6 +3,7 @@ had been; all processes end together and say why.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -35,13 +36,25 @@ RUNS: dict[str, tuple[int, int, str, str]] = {
     "four": (4, 1, "", ""),
     "four-then-two": (2, 3, "four", ""),
     "four-two-one": (1, NUM_STEPS, "four-then-two", ""),
+    "one-then-hsdp": (4, 3, "one", ""),
+    "hsdp-then-two": (2, NUM_STEPS, "one-then-hsdp", ""),
     "signalled": (2, NUM_STEPS, "", "sigterm"),
     "signalled-then-two": (2, NUM_STEPS, "signalled", ""),
     "full": (2, NUM_STEPS, "two", "full disk"),
     "full-then-two": (2, NUM_STEPS, "full", ""),
     "broken": (2, NUM_STEPS, "two", "bug"),
 }
-RESUMED = ("two-then-one", "two-then-four", "one-then-two", "four-two-one", "signalled-then-two", "full-then-two")
+# Two replicas of two shards, then shards over all.
+LAYOUTS = {"one-then-hsdp": ["--set", "shard_group=2"], "hsdp-then-two": ["--set", "shard_group=0"]}
+RESUMED = (
+    "two-then-one",
+    "two-then-four",
+    "one-then-two",
+    "four-two-one",
+    "hsdp-then-two",
+    "signalled-then-two",
+    "full-then-two",
+)
 
 
 def settings_of(config: DistillConfig) -> list[str]:
@@ -66,6 +79,7 @@ def folder(tiny_config: DistillConfig, environment: dict[str, str], tmp_path_fac
     wanted = []
     for name, (world_size, steps, copy_of, accident) in RUNS.items():
         start = ["--resume"] if copy_of else ["--set", *settings_of(tiny_config)]
+        start += LAYOUTS.get(name, [])
         arguments = ["--out", str(out / name), "--max-iterations", str(steps), *common, *start]
         wanted.append(
             {
@@ -122,6 +136,25 @@ def test_what_is_compared_has_moved_since_it_was_resumed(folder: Path) -> None:
     for role in ("student", "critic"):
         old, new = (state["networks"][role] for state in (before, after))
         assert max(float((new[key] - old[key]).abs().max()) for key in old) > 1e-4
+
+
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """The bytes of tensors in each file of a checkpoint."""
+    index = load_checkpoint(folder).index
+    assert index is not None
+    sizes: dict[str, int] = {}
+    for stored in index.tensors.values():
+        for part in stored.parts:
+            sizes[part.file] = sizes.get(part.file, 0) + math.prod(part.sizes) * stored.dtype.itemsize
+    return sizes
+
+
+def test_replicas_share_out_a_checkpoint_and_write_every_shard_once(folder: Path) -> None:
+    whole = stored_bytes(folder / "one" / "checkpoints" / "step-00000002")
+    shares = stored_bytes(folder / "one-then-hsdp" / "checkpoints" / "step-00000003")
+    assert (len(whole), len(shares)) == (1, 4)
+    assert sum(shares.values()) == sum(whole.values())
+    assert max(shares.values()) < 0.3 * sum(whole.values())
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(folder: Path) -> None:

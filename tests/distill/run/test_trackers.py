@@ -73,9 +73,8 @@ def test_trackio_keeps_the_numbers_on_this_machine(
     tiny_config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("trackio")  # it is in the extra `dev`
-    from trackio import context_vars, sqlite_storage
+    from trackio import sqlite_storage
 
-    del context_vars
     monkeypatch.setattr(sqlite_storage, "TRACKIO_DIR", tmp_path)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     with RunLog(tmp_path, tiny_config, 0, 60.0, trackers=["trackio"]) as log:

@@ -26,9 +26,7 @@ from distill.networks.build import build_networks
 from distill.run.bundle import export_bundle
 from distill.run.checkpoint import list_checkpoints, load_checkpoint, read_config
 from distill.run.checks import native_latents
-from distill.run.signals import stop_signal
 from distill.run.trainer import RunOptions, RunOutcome, Trainer, run_training
-from distill.streams import named_rng
 
 CPU = torch.device("cpu")
 
@@ -287,20 +285,6 @@ def test_a_signal_saves_and_the_resumed_run_equals_an_unbroken_one(
     assert logs == [[2, 4, 6], [2, 3, 4, 6]]
 
 
-def test_a_second_signal_is_not_swallowed() -> None:
-    # A shell starts its background jobs with SIGINT ignored, and these tests may be one.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with stop_signal() as received:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert received == [signal.SIGINT]
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, inherited)
-
-
 def test_a_crash_loses_nothing_before_the_last_checkpoint(
     tiny_config: DistillConfig, tmp_path: Path, run: Callable[..., RunOutcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,22 +460,6 @@ def test_checkpoint_of_another_base_or_method_is_refused(
     folder = save(tmp_path, 2, trainer.state_tensors(), **{**values, "method": "rcm"})
     with pytest.raises(CheckpointError, match="is of method rcm, the run is of codmd"):
         new_trainer(tiny_config).load(load_checkpoint(folder))
-
-
-def test_streams_of_random_numbers_differ_by_role_step_and_rank() -> None:
-    draws = {
-        float(torch.rand((), generator=named_rng(*key)))
-        for key in [
-            (0, "student", 0, 0),
-            (0, "critic", 0, 0),
-            (0, "student", 1, 0),
-            (0, "student", 0, 1),
-            (1, "student", 0, 0),
-        ]
-    }
-    assert len(draws) == 5
-    repeated = [float(torch.rand((), generator=named_rng(0, "exit", 3))) for _ in range(2)]
-    assert repeated[0] == repeated[1]
 
 
 def test_wan_1_3b_scaled_down_trains_to_a_bundle(

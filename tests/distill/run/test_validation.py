@@ -204,9 +204,11 @@ def test_patience_ends_the_run_and_a_resumed_run_ends_at_the_same_iteration(
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     assert (tmp_path / "parts" / "best.json").read_bytes() == (tmp_path / "whole" / "best.json").read_bytes()
-    # Over is over, unless more patience is asked for.
+    # Over is over, unless more patience is asked for, or another metric.
     assert run(config, tmp_path / "parts", resume=True).iteration == 4
     assert run(with_overrides(config, ["validate.patience=4"]), tmp_path / "parts", resume=True).iteration == 5
+    other = run(with_overrides(config, ["validate.metric=probe.loss"]), tmp_path / "parts", resume=True)
+    assert (other.iteration, other.choice.metric, other.choice.best_iteration) == (6, "probe.loss", 6)
 
 
 @pytest.mark.parametrize("moment", ["scoring", "training"])

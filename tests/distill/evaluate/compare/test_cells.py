@@ -1,6 +1,7 @@
 """Cells run through the trainer: counted calls, finished ones kept, interrupted ones gone on with."""
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from tiny_comparison import TINY
 from codmd_serve.errors import ConfigError
 from distill.cli import main
 from distill.evaluate.compare.cells import InterruptedCellError, all_cells, cell_config, expected_calls, run_cell
-from distill.evaluate.compare.pool import run_chain
+from distill.evaluate.compare.pool import run_chain, run_chains
 from distill.evaluate.compare.table import parse_table
 from distill.run.trainer import Trainer
 
@@ -101,6 +102,23 @@ def test_interrupted_in_the_second_budget_it_goes_on_to_the_same_scores(
     for cell in chain:
         own, whole = (json.loads(cell.scores(folder).read_bytes()) for folder in (tmp_path, runs))
         assert own["steps"] == whole["steps"] and own["calls"] == whole["calls"]
+
+
+def test_a_signal_ends_all_workers_and_none_begins_another_cell(cache: Path, tmp_path: Path) -> None:
+    table = parse_table(TINY)
+    chains = [chain for chain in all_cells(table, (1, 2)) if chain[0].arm.kind in ("truth", "dmd", "run")]
+    told: list[str] = []
+
+    def tell(name: str) -> None:
+        told.append(name)
+        if len(told) == 1:  # a second signal would end this process
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    report = run_chains(chains, tmp_path, cache, 2, tell)
+    assert report.signal_number == signal.SIGTERM and report.failed == {}
+    finished = [cell for chain in chains for cell in chain if cell.scores(tmp_path).is_file()]
+    assert 1 <= len(finished) < sum(map(len, chains))
+    assert not [worker for worker in multiprocessing.active_children() if "Process" in worker.name]
 
 
 def test_cells_of_other_settings_are_not_mixed_in(

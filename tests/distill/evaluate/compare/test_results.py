@@ -30,7 +30,7 @@ def data() -> dict[str, Any]:
                 own = rng.normal(0, 0.001, 2)
                 tau = 0.2 + common[0] + own[0] - (0.1 if arm.name == "dmd+start" else 0.0)
                 w1 = 0.3 + common[1] + own[1] + (0.05 if arm.name == "codmd" else 0.0)
-                score = {"tau_err": tau, "w1": w1, "kept": 1.1, "sd_ratio": 0.9, "copying": 0.5}
+                score = {"tau_err": tau, "w1": w1, "kept": 1.1, "tau_kept": 0.9, "sd_ratio": 0.9, "copying": 0.5}
                 cells.append(
                     {
                         "arm": arm.name,
@@ -92,7 +92,8 @@ def test_differences_are_adjusted_over_the_metrics(data: dict[str, Any]) -> None
 def test_the_summary_names_gains_losses_and_null_results(data: dict[str, Any]) -> None:
     text = summary(data)
     assert "better: dmd+start (tau_err);" in text and "worse: codmd (w1);" in text
-    assert "overstates the strong rank correlations by a factor of 1.100" in text
+    assert "dmd overstates the strong rank correlations: 1.100" in text
+    assert "dmd loses the dependence of the tied factors: 0.900" in text
     for entry in data["cells"]:
         if entry["arm"] == "codmd":
             entry["steps"] = cell(data, "dmd", entry["seed"])["steps"]
