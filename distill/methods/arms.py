@@ -17,7 +17,7 @@ from torch import Tensor
 from codmd_serve.errors import ConfigError
 from codmd_serve.grid import StepGrid
 from codmd_serve.schedule import flow_to_x0
-from distill.config import DistillConfig, HeadConfig, MethodSettings, OptimizerConfig, Recipe
+from distill.config import DistillConfig, MethodSettings, OptimizerConfig, Recipe
 from distill.data.teacher_latents import TeacherSampling
 from distill.losses.divergence import JENSEN_SHANNON
 from distill.losses.dmd import dmd_loss
@@ -41,7 +41,7 @@ from distill.methods.gan import GanConfig, NoisedAt, Verdict, discriminator_resu
 from distill.methods.scores import Scores, critic_result, score_metrics, score_sample, student_sample
 from distill.methods.transport import FRAME, TOKEN_PLANS, TransportConfig, sample_direction
 from distill.networks.build import denoiser
-from distill.settings import check_range
+from distill.settings import HeadConfig, check_range
 from distill.streams import named_rng, sample_noise
 
 DMD2, F_DISTILL, AVD, VDOT = "dmd2", "f-distill", "avd", "vdot"

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from codmd_serve.schedule import add_noise
-from distill.config import HeadConfig
 from distill.data.prompts import Batch
 from distill.losses.gan import logistic_loss, mean_of_verdicts
 from distill.methods.draws import StepResult
 from distill.networks.build import Networks, classifier
-from distill.settings import check_range
+from distill.settings import HeadConfig, check_range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

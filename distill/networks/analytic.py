@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import atomic_folder, first_line
 from codmd_serve.wan.checkpoint import load_module
-from distill.config import DistillConfig, HeadConfig, NativeConfig
+from distill.config import DistillConfig, NativeConfig
 from distill.networks.base import ANALYTIC_PREFIX, Base
 from distill.networks.head import DiscriminatorHead
+from distill.settings import HeadConfig
 from distill.worlds.analytic.makers import make_world
 from distill.worlds.analytic.network import AnalyticNetwork
 from distill.worlds.analytic.pretrain import PretrainConfig, new_network, pretrain

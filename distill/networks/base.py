@@ -19,9 +19,10 @@ from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.checkpoint import load_module, load_tokenizer, read_part_config
 from codmd_serve.wan.hub import hub_snapshot, is_hub_id
 from codmd_serve.wan.vae import vae_scales
-from distill.config import DistillConfig, HeadConfig, NativeConfig
+from distill.config import DistillConfig, NativeConfig
 from distill.networks.head import add_head
 from distill.networks.start import load_start
+from distill.settings import HeadConfig
 
 ANALYTIC_PREFIX = "analytic:"
 CONFIGURED_PARTS = ("transformer", "vae", "scheduler")
