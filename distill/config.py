@@ -20,19 +20,17 @@ from codmd_serve.errors import ConfigError
 from codmd_serve.grid import SAMPLERS, StepGrid
 from distill.formats import RENAMED, RENAMED_IN_4, current_names, current_values, name_of_today, value_of_today
 from distill.settings import EmaConfig as EmaConfig
+from distill.settings import HeadConfig, check_choice, check_range
 from distill.settings import NativeConfig as NativeConfig
 from distill.settings import OptimizerConfig as OptimizerConfig
 from distill.settings import StartConfig as StartConfig
 from distill.settings import ValidateConfig as ValidateConfig
-from distill.settings import check_choice, check_range
 
 # Of config.json. A file without a format is of format 1; distill/formats.py knows the older ones.
 FORMAT = 4
-PRECISIONS = ("auto", "fp32", "bf16")
-DTYPES = ("fp32", "bf16")
-GRADIENT_SYNCS = ("each", "last")
+PRECISIONS, BUNDLE_DTYPES = ("auto", "fp32", "bf16"), ("fp32", "bf16", "fp16")
+DTYPES, GRADIENT_SYNCS = ("fp32", "bf16"), ("each", "last")
 SCORE_WINDOWS = ("full", "above", "step")
-BUNDLE_DTYPES = ("fp32", "bf16", "fp16")
 # A resumed run may change these settings: apart from rounding, none of them alters what an iteration computes.
 RESUMABLE = (
     "max_iterations",
@@ -91,6 +89,18 @@ class MethodSettings(ABC):
         """Return the networks that the method also calls in float32 when `precision` is bf16."""
         del config
         return frozenset()
+
+    def critic_head(self) -> HeadConfig | None:
+        """Return the head that the critic has beside its flow, None for none."""
+        return None
+
+    def data_roles(self) -> frozenset[str]:
+        """Return the roles whose turns are given real latents, where the method trains on any."""
+        return frozenset({"student"})
+
+    def memory(self, _config: "DistillConfig") -> dict[str, tuple[float, ...]]:
+        """Return what the method keeps from turn to turn, as it is before the first; it is a part of checkpoints."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -115,6 +115,21 @@ class StartConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """A discriminator's head on the critic.
+
+    Attributes:
+        depth: after which share of the critic's blocks it reads their tokens.
+        queries: learned queries that pool the tokens.
+        width: units of its hidden layer.
+    """
+
+    depth: float
+    queries: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ValidateConfig:
     """Validation: the EMA student is sampled on held-out prompts and scored; the best checkpoint is kept.
 

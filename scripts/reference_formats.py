@@ -34,6 +34,15 @@ LOG_KEYS = {
     "tangent_norm": "`rcm`, `dcm`: norm of the tangent, mean over samples",
     "tangent_masked": "`rcm`, `dcm`: share of samples left out because their tangent was not finite",
     "loss_trajectory": "`dp-dmd`: distance of the first step from the teacher's trajectory",
+    "loss_gan": "discriminator: the student's term, before its weight; .693 where it cannot tell",
+    "loss_discriminator": "discriminator: its own loss, before its weight; 1.386 where it cannot tell",
+    "logit_fake": "discriminator: mean logit of samples of the student; above 0 means real",
+    "logit_real": "discriminator: mean logit of real latents",
+    "weight_max": "`f-distill`: largest weight in the batch; their mean is 1",
+    "loss_regression": "`avd`: flow error of the student on real latents, before its weights",
+    "regression_weight": "`avd`: mean weight of samples in it; .5 at first",
+    "loss_motion": "`avd`: -log of the variance over frames, where it is small",
+    "loss_transport": "`vdot`: half the squared direction to where the plan leads",
 }
 
 
@@ -65,6 +74,17 @@ def described(kind: type) -> dict[str, str]:
     if missing:
         raise ValueError(f"the docstring of {kind.__name__} has to describe {', '.join(missing)}")
     return {name: known[name] for name in names}
+
+
+def settings_of(kind: type) -> dict[str, str]:
+    """Return the meaning of every setting of a group, those of groups inside it by dotted names."""
+    kinds, found = typing.get_type_hints(kind), dict[str, str]()
+    for name, text in described(kind).items():
+        if dataclasses.is_dataclass(kinds[name]):
+            found |= {f"{name}.{inner}": meaning for inner, meaning in described(kinds[name]).items()}
+        else:
+            found[name] = text
+    return found
 
 
 def folder_lines(package: str, prefix: str) -> list[tuple[str, str]]:
@@ -104,7 +124,7 @@ def settings_page() -> str:
     for kind in dict.fromkeys(method.settings for method in METHODS.values()):
         names = [name for name, method in METHODS.items() if method.settings is kind]
         each = [_flat(config_to_dict(recipe_config(recipe, names[0]))) for recipe, _ in RECIPES]
-        rows = [_setting(f"{kind.group}.{name}", text, each) for name, text in described(kind).items()]
+        rows = [_setting(f"{kind.group}.{name}", text, each) for name, text in settings_of(kind).items()]
         lines += ["", f"## {kind.group}: {', '.join(f'`--method {name}`' for name in names)}", ""]
         lines += [_first_paragraph(kind), "", *table(head, rows)]
     lines += ["", "## Other methods", "", "Where another method's published settings differ from those of `codmd`:", ""]

@@ -8,7 +8,7 @@ Legend: B batch, C channels, F latent frames, H and W latent rows and columns.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Turn:
         shape: (B, C, F, H, W) of the whole batch's latents.
         device: where the networks are.
         load: places of the batch -> their prompts and, if the method trains on them, samples of the teacher.
+        memory: tensors of `MethodSettings.memory` by name, equal on all ranks; the method changes them in place.
     """
 
     role: str
@@ -49,6 +50,7 @@ class Turn:
     shape: tuple[int, ...]
     device: torch.device
     load: Callable[[range], Batch]
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     def micro_batches(self) -> list[range]:
         """Return the places of the whole batch that this rank computes in each of its micro-batches."""
@@ -77,6 +79,10 @@ class Passes:
         graphs: how many of those are held at once at most, activations included.
         derivatives: forward-mode derivatives of the student, in float32.
         kept_latents: tensors of the size of the latents that are kept for all micro-batches at once.
+        gathered_latents: the same, kept for the whole batch on every rank, where there is more than one part of it.
+        judged: forwards of the discriminator with gradient for the sample alone, and as many backwards.
+        classified: forwards of the discriminator with gradient for its parameters, and as many backwards.
+        token_plans: matrices of tokens x tokens that are held at once for the frames of one sample.
     """
 
     turns: float
@@ -87,6 +93,10 @@ class Passes:
     graphs: int = 1
     derivatives: float = 0.0
     kept_latents: int = 0
+    gathered_latents: int = 0
+    judged: float = 0.0
+    classified: float = 0.0
+    token_plans: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import torch
 from codmd_serve.errors import ConfigError
 from distill.config import RECIPES, DistillConfig, MethodSettings, Recipe, parse_config
 from distill.data.teacher_latents import TeacherSampling
+from distill.methods.arms import AVD, DMD2, F_DISTILL, VDOT, ArmMethod
 from distill.methods.consistency import DCM, RCM, ConsistencyMethod
 from distill.methods.draws import Passes, StepResult, Turn
 from distill.methods.matching import CODMD, DMD, MatchingMethod
@@ -73,6 +74,7 @@ METHODS: dict[str, Method] = {
     DCM: ConsistencyMethod(DCM),
     "dp-dmd": TrajectoryMethod(),
     REGRESSION: RegressionMethod(),
+    **{name: ArmMethod(name) for name in (DMD2, F_DISTILL, AVD, VDOT)},
 }
 
 

@@ -122,6 +122,11 @@ def critic_step(networks: Networks, batch: Batch, draws: StepDraws, config: Dist
     """
     denoise = denoiser(networks.student, networks.precision)
     student_x0 = student_sample(denoise, batch, draws, config.grid(), config.sampler, with_grad=False)
+    return critic_result(networks, batch, student_x0, draws)
+
+
+def critic_result(networks: Networks, batch: Batch, student_x0: Tensor, draws: StepDraws) -> StepResult:
+    """Compute the loss of `critic_step` on a sample that is there."""
     latents = add_noise(student_x0, draws.score_noise, draws.score_sigma)
     flow_pred = denoiser(networks.critic, networks.precision)(latents, draws.score_timestep, batch.prompt_embeds)
     return StepResult(loss=flow_loss(flow_pred, student_x0, draws.score_noise), metrics={})

@@ -23,6 +23,8 @@ from codmd_serve.files import atomic_folder, first_line
 from codmd_serve.wan.checkpoint import load_module
 from distill.config import DistillConfig, NativeConfig
 from distill.networks.base import ANALYTIC_PREFIX, Base
+from distill.networks.head import DiscriminatorHead
+from distill.settings import HeadConfig
 from distill.worlds.analytic.makers import make_world
 from distill.worlds.analytic.network import AnalyticNetwork
 from distill.worlds.analytic.pretrain import PretrainConfig, new_network, pretrain
@@ -31,6 +33,24 @@ from distill.worlds.analytic.world import ExactTeacher, GaussianWorld
 PRETRAIN = PretrainConfig()
 
 logger = logging.getLogger(__name__)
+
+
+class HeadedAnalyticNetwork(AnalyticNetwork):
+    """A critic with the head of a discriminator; made by `AnalyticBase.add_head`."""
+
+    gan_head: DiscriminatorHead
+
+    def forward(self, *args: Any, classify: bool = False, **options: Any) -> tuple[Tensor]:
+        """Call the network; with `classify`, return (logits (B,),)."""
+        if not classify:
+            return super().forward(*args, **options)
+        features: list[Tensor] = []
+        handle = self.last.register_forward_pre_hook(lambda _module, inputs: features.append(inputs[0]))
+        try:
+            super().forward(*args, **options)
+        finally:
+            handle.remove()
+        return (self.gan_head(features[0][:, None]),)
 
 
 @final
@@ -157,6 +177,13 @@ class AnalyticBase(Base):
         except (CheckpointError, RuntimeError) as error:
             raise CheckpointError(f"{setting}: {first_line(error)}") from error
         return transformer
+
+    def add_head(self, transformer: nn.Module, head: HeadConfig) -> None:
+        """Give a critic the head of a discriminator, in place: on its last features, as one token."""
+        assert isinstance(transformer, AnalyticNetwork)
+        width = transformer.last.in_features
+        transformer.__class__ = HeadedAnalyticNetwork
+        transformer.gan_head = DiscriminatorHead(width, 0, head, transformer.last.weight.device)
 
     def caption_embeds(self, prompts: list[str]) -> list[Tensor]:
         """Return the one-hot embeddings (1, P + 1) of captions; the empty prompt stands for no caption.

@@ -20,7 +20,9 @@ from codmd_serve.wan.checkpoint import load_module, load_tokenizer, read_part_co
 from codmd_serve.wan.hub import hub_snapshot, is_hub_id
 from codmd_serve.wan.vae import vae_scales
 from distill.config import DistillConfig, NativeConfig
+from distill.networks.head import add_head
 from distill.networks.start import load_start
+from distill.settings import HeadConfig
 
 ANALYTIC_PREFIX = "analytic:"
 CONFIGURED_PARTS = ("transformer", "vae", "scheduler")
@@ -156,6 +158,10 @@ class Base:
     def load_start(self, transformer: WanTransformer3DModel, source: str, setting: str) -> WanTransformer3DModel:
         """Give a network the weights that student or critic start from; see `networks.start.load_start`."""
         return load_start(transformer, source, setting)
+
+    def add_head(self, transformer: WanTransformer3DModel, head: HeadConfig) -> None:
+        """Give a critic the head of a discriminator, in place; see `networks.head.add_head`."""
+        add_head(transformer, head)
 
     def empty_transformer(self) -> WanTransformer3DModel:
         """Return a transformer of the base's architecture on the meta device, without weights."""

@@ -74,13 +74,12 @@ def build_networks(
         CheckpointError: the base is missing or broken, or the weights to start from are or do not fit it.
         ConfigError: the base is not text to video.
     """
-    starts = {"student": config.student_from, "critic": config.critic_from}
     origin = open_teacher(config, base)
 
     def build(role: str, dtype: str, is_trained: bool, adapters: Adapters | None = None) -> WanTransformer3DModel:
         def load() -> WanTransformer3DModel:
             transformer = (origin.load if role == "teacher" else base.load_transformer)(DTYPES_BY_NAME[dtype])
-            source = starts.get(role, "")
+            source = {"student": config.student_from, "critic": config.critic_from}.get(role, "")
             return base.load_start(transformer, source, f"{role}_from") if source else transformer
 
         def prepare(transformer: WanTransformer3DModel) -> None:
@@ -88,6 +87,7 @@ def build_networks(
             transformer.eval().requires_grad_(is_trained)
             if base.has_blocks:
                 _prepare_blocks(transformer, config, device, adapters)
+            _add_head(transformer, config, base, role)
 
         if processes.mesh is None:
             network = load()
@@ -116,6 +116,13 @@ def build_networks(
     if config.context_parallel > 1:
         split_tokens(networks.transformers(), config, processes)
     return networks
+
+
+def _add_head(transformer: WanTransformer3DModel, config: DistillConfig, base: Base, role: str) -> None:
+    """Give the critic a discriminator's head where the method wants one; a LoRA critic is the teacher's module."""
+    head = config.method_settings.critic_head()
+    if head is not None and role == ("teacher" if config.lora_critic_rank else "critic"):
+        base.add_head(transformer, head)
 
 
 def _prepare_blocks(
@@ -158,7 +165,15 @@ def denoiser(transformer: WanTransformer3DModel | AdaptedCritic, precision: str)
     Each call opens an autocast region of its own. One region around a rollout would reuse the bf16 casts that its
     no-grad steps made without gradient, and the exit step would silently train nothing.
     """
+    return _called(transformer, precision)
 
+
+def classifier(critic: WanTransformer3DModel | AdaptedCritic, precision: str) -> Denoise:
+    """Wrap a critic with a head as the discriminator: arguments as `denoise`, returns logits (B,) float32."""
+    return _called(critic, precision, classify=True)
+
+
+def _called(transformer: WanTransformer3DModel | AdaptedCritic, precision: str, **options: bool) -> Denoise:
     # FSDP2 frees gathered weights after each block; autocast's cache would keep the bf16 casts of all of them.
     keeps_casts = not isinstance(
         transformer.base if isinstance(transformer, AdaptedCritic) else transformer, FSDPModule
@@ -167,7 +182,7 @@ def denoiser(transformer: WanTransformer3DModel | AdaptedCritic, precision: str)
     def denoise(latents: Tensor, timestep_B: Tensor, prompt_embeds_BLD: Tensor) -> Tensor:
         is_on, device_type = precision == "bf16", latents.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=is_on, cache_enabled=keeps_casts):
-            output: Tensor = transformer(latents, timestep_B, prompt_embeds_BLD, return_dict=False)[0]
+            output: Tensor = transformer(latents, timestep_B, prompt_embeds_BLD, return_dict=False, **options)[0]
         return output
 
     return denoise

@@ -106,6 +106,34 @@ def saved_bytes(
     return architecture.num_layers * block + outer
 
 
+def classifier_bytes(
+    architecture: "Architecture",
+    sequence: Sequence,
+    precision: str,
+    queries: int,
+    residual: str = "fp32",
+    *,
+    checkpointing: bool,
+) -> int:
+    """Return the bytes that a discriminator keeps from forward to backward, for one sample.
+
+    Args:
+        architecture: sizes of the critic, with the blocks that its head reads.
+        sequence: lengths on one GPU.
+        precision: "fp32", or "bf16" for autocast.
+        queries: of the head.
+        residual: dtype of the residual stream.
+        checkpointing: keep only the input of each block.
+
+    Returns:
+        Bytes; neither casts of weights nor the tables of rotation. Of the head, the features, their norm, and scores,
+        softmax and pooled tokens; the transformer's own last norm and projection keep nothing.
+    """
+    whole = saved_bytes(architecture, sequence, precision, residual, checkpointing=checkpointing)
+    own = sequence.tokens * (2 * 4 * architecture.dim + 4 * queries)
+    return whole - head_bytes(architecture, sequence) + own
+
+
 def forward_working_bytes(
     architecture: "Architecture", sequence: Sequence, precision: str, residual: str = "fp32"
 ) -> int:

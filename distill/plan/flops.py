@@ -1,4 +1,4 @@
-"""Floating-point operations of a Wan transformer and of a training iteration, in closed form; standard library only.
+"""Floating-point operations of a Wan transformer and of a training iteration, in closed form; computes no tensor.
 
 A multiplication and an addition count 2, as in torch.utils.flop_counter; only matrix products, convolutions and
 attention are counted.
@@ -8,8 +8,11 @@ degree), T prompt positions, d width, f width of the feed-forward, n blocks, r r
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from distill.networks.head import head_blocks
+from distill.settings import HeadConfig
 
 if TYPE_CHECKING:
     from distill.methods.draws import Passes
@@ -73,6 +76,54 @@ def network_flops(architecture: "Architecture", sequence: Sequence, lora_rank: i
     return NetworkFlops(forward=blocks + patch + head + first + later, backward=backward, recomputation=blocks)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierFlops:
+    """Operations of a discriminator on one sample and one GPU: a head on the critic's first blocks.
+
+    Attributes:
+        forward: of the blocks that it reads and of the head.
+        judging: a backward that gives gradient to the sample alone.
+        training: a backward that gives gradient to all parameters.
+        recomputation: the second forward of the blocks with activation checkpointing.
+    """
+
+    forward: float = 0.0
+    judging: float = 0.0
+    training: float = 0.0
+    recomputation: float = 0.0
+
+
+def classifier_flops(
+    architecture: "Architecture", sequence: Sequence, head: HeadConfig, lora_rank: int = 0
+) -> ClassifierFlops:
+    """Count one sample's pass through a discriminator.
+
+    Args:
+        architecture: sizes of the critic.
+        sequence: lengths on one GPU.
+        head: of the critic.
+        lora_rank: of a LoRA critic; 0 for a full one.
+    """
+    part = replace(architecture, num_layers=head_blocks(architecture.num_layers, head))
+    a, d, f, n = part, part.dim, part.ffn_dim, part.num_layers
+    s, t = sequence.tokens, sequence.prompt_tokens
+    own = network_flops(part, sequence, lora_rank)
+    # Queries on tokens, and the pooling that follows: the gradient of either product goes to both of its sides.
+    pooling = 2.0 * s * d * head.queries
+    layers = 2.0 * (head.queries * d * head.width + head.width)
+    attention = ATTENTION_BACKWARD * 4.0 * s * (sequence.context_tokens + t) * d
+    on_tokens = 2.0 * s * (6 * d * d + 2 * d * f)
+    patch, projection = (2.0 * s * d * channels * a.patch_volume for channels in (a.in_channels, a.out_channels))
+    lora = 2.0 * lora_rank * s * (14 * d + 2 * f)
+    return ClassifierFlops(
+        # The transformer's last projection runs too; nothing depends on it.
+        forward=own.forward + 2 * pooling + layers,
+        judging=n * (on_tokens + attention + lora) + patch + 3 * pooling + layers,
+        training=own.backward - (projection if lora_rank else 2 * projection) + 4 * pooling + 2 * layers,
+        recomputation=own.recomputation,
+    )
+
+
 def derivative_flops(architecture: "Architecture", sequence: Sequence) -> float:
     """Count one sample's forward-mode derivative along latents and timestep, the forward itself included.
 
@@ -92,6 +143,7 @@ def iteration_flops(
     is_guided: bool,
     checkpointing: bool,
     derivative: float = 0.0,
+    classifier: ClassifierFlops | None = None,
     teacher: NetworkFlops | None = None,
 ) -> dict[str, float]:
     """Count one sample's share of a mean iteration.
@@ -103,6 +155,7 @@ def iteration_flops(
         is_guided: the teacher also sees the negative prompt.
         checkpointing: blocks are recomputed before their backward.
         derivative: of one forward-mode derivative of the student.
+        classifier: of the critic as a discriminator, where it has a head.
         teacher: passes of the teacher; None where they are the student's.
 
     Returns:
@@ -112,12 +165,16 @@ def iteration_flops(
     again = 1.0 if checkpointing else 0.0
     evaluations = own.turns * own.teacher + other.turns * other.teacher
     student_graphs, critic_graphs = own.turns * own.trained, other.turns * other.trained
+    judge = classifier or ClassifierFlops()
+    again_judged = judge.forward + again * judge.recomputation
+    judged, classified = own.turns * own.judged, other.turns * other.classified
     return {
         "rollout": (own.turns * own.student + other.turns * other.student) * student.forward,
         "derivative": own.turns * own.derivatives * derivative,
         "student forward": student_graphs * student.forward,
         "critic forward": (own.turns * own.critic + other.turns * other.critic + critic_graphs) * critic.forward,
         "teacher": evaluations * (2 if is_guided else 1) * (teacher or student).forward,
+        "discriminator": judged * (again_judged + judge.judging) + classified * (again_judged + judge.training),
         "student backward": student_graphs * student.backward,
         "critic backward": critic_graphs * critic.backward,
         "recomputation": again * (student_graphs * student.recomputation + critic_graphs * critic.recomputation),

@@ -4,14 +4,17 @@ Knows sizes, not tensors: what a network keeps comes from activations.py, parame
 method runs from its `Passes`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from distill.config import DistillConfig
 from distill.methods.draws import Passes
+from distill.networks.head import head_blocks, head_parameters
 from distill.plan.activations import (
     backward_working_bytes,
     block_bytes,
+    classifier_bytes,
     derivative_working_bytes,
     forward_working_bytes,
     head_bytes,
@@ -19,7 +22,7 @@ from distill.plan.activations import (
     rotation_bytes,
     saved_bytes,
 )
-from distill.plan.architecture import Network, Subject
+from distill.plan.architecture import Architecture, Network, Subject
 from distill.plan.flops import Sequence
 from distill.plan.options import DTYPE_BYTES, GIB, PlanOptions
 
@@ -67,11 +70,14 @@ def residual_of(config: DistillConfig) -> str:
 
 
 def trained_counts(subject: Subject, options: PlanOptions) -> dict[str, int]:
-    """Return the numbers of trained parameters of student and critic."""
-    counts = {}
+    """Return the numbers of trained parameters of student and critic, a discriminator's head included."""
+    counts, head = {}, subject.config.method_settings.critic_head()
     for role in ("student", "critic"):
-        rank, parameters = options.lora_rank(role), network_of(subject, options, role).parameters
+        network = network_of(subject, options, role)
+        rank, parameters = options.lora_rank(role), network.parameters
         counts[role] = rank * parameters.lora_width if rank else parameters.total
+        if role == "critic" and head is not None:
+            counts[role] += head_parameters(network.architecture.dim, head)
     return counts
 
 
@@ -141,7 +147,7 @@ def phase_bytes(
     moments: dict[str, list[dict[str, int]]] = {phase: [{}] for phase in PHASES}
     moments["student scores"] = _score_moments(subject, options, load, passes["student"])
     for role in roles:
-        moments[f"{role} backward"] = _backward_moments(subject, options, load, role, passes[role].graphs)
+        moments[f"{role} backward"] = _backward_moments(subject, options, load, role, passes[role])
         moments[f"{role} update"] = [{"gradients": _gradient_bytes(subject, options, role)}]
     worst = {phase: max(moments[phase], key=lambda parts: sum(parts.values())) for phase in PHASES}
     return {phase: {**always, **worst[phase]} for phase in PHASES}
@@ -206,7 +212,50 @@ def _score_moments(subject: Subject, options: PlanOptions, load: MicroBatch, own
         gathered = copy_bytes(subject, options, "student", is_backward=False) if options.gpus > 1 else 0
         copies = gathered + _kept_copies(subject, options)
         moments.append(held_gradients | {"activations": saved, "working set": derivative, "weight copies": copies})
+    if own.judged:
+        moments.append(held_gradients | _judging(subject, options, load, own.graphs * saved, kept))
+    if own.token_plans:
+        _, frames, height, width = subject.latents
+        tokens = height * width // math.gcd(height, 2) // math.gcd(width, 2)
+        plans = 4 * own.token_plans * frames * tokens * tokens
+        moments.append(
+            held_gradients | {"activations": own.graphs * saved, "working set": plans, "weight copies": kept}
+        )
     return moments
+
+
+def _judging(subject: Subject, options: PlanOptions, load: MicroBatch, held: int, kept: int) -> dict[str, int]:
+    """Return the moment in which the discriminator's gradient for a sample is taken, the student's graph held."""
+    own = role_load(subject, options, load, "critic")
+    architecture, config = network_of(subject, options, "critic").architecture, subject.config
+    precision, residual = precision_of(config), residual_of(config)
+    working = own.samples * backward_working_bytes(architecture, own.sequence, precision, residual)
+    if options.activation_checkpointing:
+        working += _recomputed(architecture, own, config)
+    return {
+        "activations": held + _classifier_saved(subject, options, load),
+        "working set": working,
+        "weight copies": kept + copy_bytes(subject, options, "critic", is_backward=True),
+    }
+
+
+def _recomputed(architecture: Architecture, load: MicroBatch, config: DistillConfig) -> int:
+    """Return what a block computed again keeps beside its input."""
+    block = block_bytes(architecture, load.sequence, precision_of(config), residual_of(config))
+    return load.samples * (block - input_bytes(architecture, load.sequence, residual_of(config)))
+
+
+def _classifier_saved(subject: Subject, options: PlanOptions, load: MicroBatch) -> int:
+    """Return the bytes that the discriminator keeps from forward to backward, 0 where there is none."""
+    head, own = subject.config.method_settings.critic_head(), role_load(subject, options, load, "critic")
+    if head is None:
+        return 0
+    architecture = network_of(subject, options, "critic").architecture
+    part = replace(architecture, num_layers=head_blocks(architecture.num_layers, head))
+    precision, residual = precision_of(subject.config), residual_of(subject.config)
+    checkpointing = options.activation_checkpointing
+    saved = classifier_bytes(part, own.sequence, precision, head.queries, residual, checkpointing=checkpointing)
+    return own.samples * saved + rotation_bytes(architecture, own.sequence)
 
 
 def _kept_copies(subject: Subject, options: PlanOptions) -> int:
@@ -217,16 +266,16 @@ def _kept_copies(subject: Subject, options: PlanOptions) -> int:
 
 
 def _backward_moments(
-    subject: Subject, options: PlanOptions, load: MicroBatch, role: str, graphs: int
+    subject: Subject, options: PlanOptions, load: MicroBatch, role: str, own: Passes
 ) -> list[dict[str, int]]:
-    architecture = network_of(subject, options, role).architecture
+    graphs, architecture = own.graphs, network_of(subject, options, role).architecture
     precision, residual = precision_of(subject.config), residual_of(subject.config)
     sequence = role_load(subject, options, load, role).sequence
     rank = options.lora_rank(role)
     block = load.samples * block_bytes(architecture, sequence, precision, residual, lora_rank=rank)
     working = load.samples * backward_working_bytes(architecture, sequence, precision, residual)
     if options.activation_checkpointing:
-        working += block - load.samples * input_bytes(architecture, sequence, residual)
+        working += _recomputed(architecture, role_load(subject, options, load, role), subject.config)
         block = load.samples * input_bytes(architecture, sequence, residual)
     saved, copies = _saved(subject, options, load, role), copy_bytes(subject, options, role, is_backward=True)
     waiting = (graphs - 1) * _kept_copies(subject, options)
@@ -245,7 +294,13 @@ def _backward_moments(
         # Of a micro-batch before the last, where whole gradients wait for it.
         "gradients": max(_gradient_bytes(subject, options, role), _held_gradient_bytes(subject, options, role)),
     }
-    return [begin, end]
+    moments = [begin, end]
+    gradients = {"working set": working, "weight copies": copies, "gradients": end["gradients"]}
+    if own.trained > graphs:  # one graph after the other: the first has left its gradients
+        moments.append(gradients | {"activations": saved - head})
+    if own.classified:
+        moments.append(gradients | {"activations": _classifier_saved(subject, options, load)})
+    return moments
 
 
 def _saved(subject: Subject, options: PlanOptions, load: MicroBatch, role: str) -> int:
@@ -279,6 +334,9 @@ def _data_bytes(subject: Subject, options: PlanOptions, load: MicroBatch, passes
     has_scores = any(one.teacher or one.critic for one in passes.values())
     alive = LATENT_TENSORS if has_scores else PLAIN_LATENT_TENSORS
     tensors = len(subject.config.grid().timesteps) + 1 + alive + kept
+    if options.gpus * options.accumulate > 1:
+        gathered = max(one.gathered_latents for one in passes.values())
+        tensors += gathered * options.data_parallel * options.accumulate
     latents = tensors * channels * frames * height * width
     # Prompt and negative prompt, and the teacher's concatenation of both.
     text = 4 * load.sequence.prompt_tokens * subject.architecture.text_dim

@@ -12,8 +12,16 @@ from distill.data.prompts import load_prompts
 from distill.methods.draws import Passes
 from distill.methods.registry import METHODS
 from distill.methods.regression import start_of
+from distill.networks.head import head_blocks
 from distill.plan.architecture import Subject
-from distill.plan.flops import NetworkFlops, Sequence, derivative_flops, iteration_flops, network_flops
+from distill.plan.flops import (
+    NetworkFlops,
+    Sequence,
+    classifier_flops,
+    derivative_flops,
+    iteration_flops,
+    network_flops,
+)
 from distill.plan.memory import (
     MemoryByPhase,
     MicroBatch,
@@ -217,6 +225,8 @@ def _sample_flops(
     student, critic, teacher = (
         _network_flops(subject, load, options, role) for role in ("student", "critic", "teacher")
     )
+    head, judges = subject.config.method_settings.critic_head(), network_of(subject, options, "critic").architecture
+    sequence = role_load(subject, options, load, "critic").sequence
     return iteration_flops(
         student,
         critic,
@@ -225,6 +235,7 @@ def _sample_flops(
         is_guided=_is_guided(subject),
         checkpointing=options.activation_checkpointing,
         derivative=derivative_flops(subject.architecture, load.sequence),
+        classifier=None if head is None else classifier_flops(judges, sequence, head, options.lora_critic_rank),
     )
 
 
@@ -259,14 +270,22 @@ def _gathered_bytes(subject: Subject, options: PlanOptions, passes: Mapping[str,
         network = network_of(subject, options, role)
         blocks = network.architecture.num_layers * network.parameters.block
         width[role] = blocks * DTYPE_BYTES[config.gather_precision(role, precision_of(config))]
+    head, num_layers = (
+        config.method_settings.critic_head(),
+        network_of(subject, options, "critic").architecture.num_layers,
+    )
+    read = 0.0 if head is None else head_blocks(num_layers, head) / num_layers
     num_reductions = 1 if options.gradient_sync == "last" else options.accumulate
     received = 0.0
     for role, trained in trained_counts(subject, options).items():
         own = passes[role]
         calls = {"student": own.student + own.derivatives, "critic": own.critic, "teacher": own.teacher}
         calls[role] += 2 * own.trained
+        # The discriminator gathers the blocks that it reads, once forward and once backward.
+        calls["critic"] += 2 * read * (own.judged + own.classified)
+        reduced = 4 * (own.trained + read * own.classified) * trained
         gathered = options.accumulate * sum(count * width[name] for name, count in calls.items())
-        received += own.turns * (gathered + num_reductions * 4 * own.trained * trained)
+        received += own.turns * (gathered + num_reductions * reduced)
     return received * (options.shards - 1) / options.shards
 
 

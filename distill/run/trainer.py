@@ -8,7 +8,8 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from codmd_serve.errors import CheckpointError, CodmdError
 from codmd_serve.files import first_line
 from distill.config import DistillConfig
-from distill.data.prompts import Batch, PromptData, batch_indices, cached_prompt_data
+from distill.data.prompts import PromptData, cached_prompt_data
 from distill.data.teacher_latents import TeacherLatents, cached_teacher_latents
 from distill.methods.draws import ROLES, Turn
 from distill.methods.registry import METHODS
@@ -29,6 +30,7 @@ from distill.networks.ema import Ema
 from distill.parallel.processes import SINGLE_PROCESS, Processes
 from distill.parallel.sharding import set_gradient_sync
 from distill.run.adapters import begin_adapters, beginning
+from distill.run.batches import load_batch
 from distill.run.bundle import export_bundle, student_spec, write_pipeline
 from distill.run.calls import Calls
 from distill.run.checkpoint import (
@@ -119,6 +121,8 @@ class Trainer:
         self.nonfinite_in_row = dict.fromkeys(ROLES, 0)
         self.calls = Calls(networks)
         self.ema = Ema(networks.student, config.ema)
+        kept = config.method_settings.memory(config).items()
+        self.memory = {name: torch.tensor(values, device=device) for name, values in kept}
         self.trained: dict[str, nn.Module] = {"student": networks.student, "critic": networks.critic}
         self.parameters = {role: trained_parameters(self.trained[role]) for role in ROLES}
         self.learning_rates = {"student": config.optimizer.student_lr, "critic": config.optimizer.critic_lr}
@@ -150,7 +154,8 @@ class Trainer:
         config, sums = self.config, dict[str, Tensor]()
         for index, result in enumerate(METHODS[config.method].losses(self._turn(role))):
             if config.accumulate > 1:
-                set_gradient_sync(self.trained[role], config.gradient_sync, is_last=index == config.accumulate - 1)
+                # A method may yield more results than micro-batches, for graphs of their own: all late ones count.
+                set_gradient_sync(self.trained[role], config.gradient_sync, is_last=index >= config.accumulate - 1)
             # Ranks that split their tokens hold a share of the gradient each, and gradients are averaged over ranks.
             share = self.processes.context_parallel / config.accumulate
             (result.loss if share == 1.0 else share * result.loss).backward()  # type: ignore[no-untyped-call]
@@ -170,22 +175,9 @@ class Trainer:
             processes=self.processes,
             shape=self.shape,
             device=self.device,
-            load=lambda positions: self._load(role, positions),
+            load=partial(load_batch, self.config, self.data, self.latents, role, self.iteration, self.device),
+            memory=self.memory,
         )
-
-    def _load(self, role: str, positions: range) -> Batch:
-        config, latents = self.config, self.latents if role == "student" else None
-        num_prompts = self.data.num_prompts
-        num_samples = num_prompts if latents is None else latents.num_samples
-        indices = batch_indices(self.iteration, num_samples, config.batch_size, config.seed)
-        own = indices[positions.start : positions.stop]
-        batch = self.data.batch([index % num_prompts for index in own], self.device)
-        if latents is not None:
-            states = latents.states(own, self.device) if latents.has_states else None
-            batch = replace(batch, x0=latents.batch(own, self.device), states=states)
-        elif role == "student" and self.data.latents is not None:
-            batch = replace(batch, x0=self.data.x0(own, self.device))
-        return batch
 
     def _update(self, role: str, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         parameters, optimizer, settings = self.parameters[role], self.optimizers[role], self.config.optimizer
@@ -223,7 +215,8 @@ class Trainer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return all tensors that the next iteration depends on, as this rank holds them; they are not copies."""
-        tensors = {f"ema/{name}": tensor for name, tensor in self.ema.shadow.items()}
+        kept = {"ema": self.ema.shadow, "memory": self.memory}
+        tensors = {f"{kind}/{name}": tensor for kind, one in kept.items() for name, tensor in one.items()}
         for role in ROLES:
             for name, parameter in self.parameters[role].items():
                 tensors[f"networks/{role}/{name}"] = parameter.detach()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,36 @@ def test_bad_settings_of_other_methods_are_refused_by_name(assignment: str, name
     method = "dp-dmd" if named.startswith("dp_dmd") else "rcm"
     with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
         with_overrides(recipe_config("shapeworld", method), [assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignments", "named"),
+    [
+        (["terms.gan.critic_weight=0"], "terms.gan.weight needs terms.gan.critic_weight"),
+        (["terms.gan.weight=0", "terms.gan.critic_weight=0"], "terms.f_distill.divergence js needs terms.gan.critic"),
+        (["terms.gan.shares_noise=false"], "terms.f_distill.divergence js needs terms.gan.shares_noise"),
+        (["terms.f_distill.divergence=kl"], "terms.f_distill.divergence must be one of none, reverse_kl, js, forward"),
+        (["terms.f_distill.ratio_max=0.5"], "terms.f_distill.ratio_max"),
+        (["terms.f_distill.bins=0"], "terms.f_distill.bins"),
+        (["terms.f_distill.ratio_decay=1"], "terms.f_distill.ratio_decay"),
+        (["terms.gan.depth=1.5"], "terms.gan.depth"),
+        (["terms.gan.weight=-1"], "terms.gan.weight"),
+        (["terms.gan.width=true"], "terms.gan.width must be of type int"),
+        (["terms.avd.regression_weight=NaN"], "terms.avd.regression_weight"),
+        (["terms.avd.error_decay=2"], "terms.avd.error_decay"),
+        (["terms.transport.over=video"], "terms.transport.over must be one of frame, batch, got 'video'"),
+        (["terms.transport.epsilon=0"], "terms.transport.epsilon"),
+        (["terms.transport.iterations=0"], "terms.transport.iterations"),
+        (["terms.transport.weight=1", "terms.transport.over=batch", "batch_size=1"], "terms.transport.over batch"),
+        (["terms.data_steps=0"], "terms.data_steps"),
+        (["context_parallel=2"], "context_parallel must be 1 with a discriminator, got 2"),
+        (["gan.weight=1"], "unknown setting 'gan.weight' of method f-distill"),
+        (["terms.gan.colour=1"], "unknown setting 'terms.gan.colour'"),
+    ],
+)
+def test_bad_settings_of_arms_are_refused_by_name(assignments: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        with_overrides(recipe_config("shapeworld", "f-distill"), assignments)
 
 
 def test_unknown_and_missing_keys_of_a_file_are_refused_by_name() -> None:

@@ -28,7 +28,7 @@ def whole_state(folder: Path) -> dict[str, Any]:
     for name in sorted(checkpoint.names()):
         kind, *rest = name.split("/")
         groups = ["shadow"] if kind == "ema" else rest[:-1]
-        target = state[kind]
+        target = state.setdefault(kind, {})
         for group in groups:
             target = target.setdefault(group, {})
         target[rest[-1]] = checkpoint.read(name)

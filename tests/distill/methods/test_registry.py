@@ -8,6 +8,7 @@ import pytest
 
 from codmd_serve.errors import ConfigError
 from distill.config import RECIPES, DistillConfig, config_to_dict, with_overrides
+from distill.methods.arms import terms_settings
 from distill.methods.consistency import rcm_settings
 from distill.methods.draws import ROLES
 from distill.methods.registry import METHODS, recipe_config
@@ -61,10 +62,13 @@ def test_no_file_but_those_of_the_methods_compares_a_methods_name() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_dmd_changes_nothing_else_of_a_recipe(recipe: str) -> None:
-    own, codmd = (config_to_dict(recipe_config(recipe, name)) for name in ("dmd", "codmd"))
+@pytest.mark.parametrize("method", ["dmd", "dmd2", "f-distill", "vdot"])
+def test_dmd_and_its_arms_change_nothing_else_of_a_recipe(recipe: str, method: str) -> None:
+    own, codmd = (config_to_dict(recipe_config(recipe, name)) for name in (method, "codmd"))
     for settings in (own, codmd):
         del settings["method"]
+        for group in ("copula", "terms"):
+            settings.pop(group, None)
     assert own == codmd
 
 
@@ -171,6 +175,28 @@ def test_rcm_on_shapeworld_fits_its_latents() -> None:
     config = recipe_config("shapeworld", "rcm")
     assert rcm_settings(config).theta_mean == pytest.approx(-0.8 + 0.5 * math.log(5), abs=0.01)
     assert config.optimizer.student_lr == recipe_config().optimizer.student_lr
+
+
+def test_arms_have_the_constants_of_their_authors() -> None:
+    for recipe in sorted(RECIPES):
+        dmd2, f_distill, avd, vdot = (
+            terms_settings(recipe_config(recipe, name)) for name in ("dmd2", "f-distill", "avd", "vdot")
+        )
+        for terms in (dmd2, f_distill, vdot):
+            assert (terms.gan.weight, terms.gan.critic_weight) == (5e-3, 1e-2)
+        assert not dmd2.gan.shares_noise and f_distill.gan.shares_noise
+        weights = f_distill.f_distill
+        assert (weights.divergence, weights.ratio_min, weights.ratio_max, weights.bins) == ("js", 0.1, 20.0, 10)
+        assert (avd.avd.regression_weight, avd.avd.motion_weight, avd.avd.motion_threshold) == (1.0, 0.05, 0.8)
+        assert (avd.avd.sharpness, avd.avd.error_decay) == (3.0, 0.95)
+        assert avd.critic_head() is None
+        assert vdot.transport.weight > 0 == dmd2.transport.weight
+    for recipe in ("wan_1_3b", "wan_14b"):
+        config = recipe_config(recipe, "avd")
+        # Their 5 in cond + 5 * (cond - uncond).
+        assert (config.guidance_scale, config.score_shift) == (6.0, 5.0)
+        assert config.grid().timesteps == (1000.0, 900.0, 757.0, 522.0)
+        assert (config.optimizer.student_lr, config.optimizer.critic_lr) == (2e-6, 2e-6)
 
 
 def test_unknown_recipe_and_method_are_refused_by_option() -> None:

@@ -72,7 +72,7 @@ def test_each_sample_is_trained_at_its_own_level(
     config: DistillConfig, tiny_networks: Networks, tmp_path: Path
 ) -> None:
     own = trainer(config, tiny_networks, tmp_path)
-    batch = own._load("student", range(3))
+    batch = own._turn("student").load(range(3))
     assert batch.x0 is not None and batch.states is not None
     draws = METHODS["regression"].draw(config, "student", 0, (3, *SHAPE), CPU)
     levels, grid = draws.levels.tolist(), config.grid()  # type: ignore[attr-defined]

@@ -41,6 +41,8 @@ def short(method: str, *settings: str) -> DistillConfig:
         small += ["rcm.data_steps=3", "rcm.warmup_iterations=1"]
     if method == "regression":
         small += ["regression.paths=6", "regression.teacher_steps=3"]
+    if method in ("dmd2", "f-distill", "avd", "vdot"):
+        small += ["terms.data_steps=3"]
     return with_overrides(recipe_config("analytic_ties", method), [*small, *settings])
 
 

@@ -107,7 +107,8 @@ def watched(config: DistillConfig, processes: Processes, cache: Path, iterations
     if not resumes:
         return seen
     # Resumed from the checkpoint, the next iteration is the same as without a stop.
-    run_dir = cache.parent / f"saved-{processes.world_size}-{config.lora_critic_rank}-{config.lora_student_rank}"
+    run_dir = cache.parent / f"saved-{config.method}-{processes.world_size}"
+    run_dir /= f"{config.lora_critic_rank}-{config.lora_student_rank}"
     saved = save_checkpoint(run_dir, 3, stage(trainer.state_tensors()), trainer.state_values(), 1, processes)
     again = new_trainer(config, processes, cache)
     again.load(load_checkpoint(saved))

@@ -46,6 +46,11 @@ SCENARIOS: dict[str, tuple[int, list[str]]] = {
     "dp-dmd-two": (2, ["method=dp-dmd"]),
     "exits": (1, ["exit_per_sample=true"]),
     "exits-two": (2, ["exit_per_sample=true", "accumulate=2"]),
+    "arms": (1, ["method=f-distill"]),
+    "arms-two": (2, ["method=f-distill", "accumulate=2", "activation_checkpointing=true"]),
+    "arms-last": (2, ["method=f-distill", "accumulate=2", "gradient_sync=last"]),
+    "lora-arms": (1, ["method=f-distill", "lora_critic_rank=2"]),
+    "lora-arms-two": (2, ["method=f-distill", "lora_critic_rank=2"]),
     "split-two": (2, ["context_parallel=2"]),
     "split-four": (4, ["context_parallel=2", "accumulate=2", "activation_checkpointing=true"]),
     # Two replicas of two shards; rows of the mesh are replicas, and groups that split tokens may lie as they like.
@@ -87,6 +92,9 @@ SAME = [
     ("dcm-two", "dcm"),
     ("rcm-two", "rcm"),
     ("dp-dmd-two", "dp-dmd"),
+    ("arms-two", "arms"),
+    ("arms-last", "arms"),
+    ("lora-arms-two", "lora-arms"),
     ("exits-two", "exits"),
     ("split-two", "whole"),
     ("split-four", "whole"),
@@ -102,7 +110,7 @@ SAME = [
     ("bf16-adapted-two", "bf16-adapted-parts"),
     ("bf16-rcm-two", "bf16-rcm-parts"),
 ]
-RESUMED = ("two", "lora-two", "adapted-two", "hsdp-four")
+RESUMED = ("two", "lora-two", "adapted-two", "hsdp-four", "arms-two")
 
 
 def scenario_config(tiny_config: DistillConfig, settings: list[str], big_teacher: Path) -> DistillConfig:
@@ -113,6 +121,18 @@ def scenario_config(tiny_config: DistillConfig, settings: list[str], big_teacher
         # The relational term is most of the loss, so that an error in its gradient cannot hide behind the rest.
         "copula": ["student_every_iterations=1", "copula.scale=20"],
         "rcm": ["student_every_iterations=2", "rcm.data_steps=2", "rcm.warmup_iterations=0"],
+        # All terms at once, loud enough to be seen beside DMD.
+        "terms": [
+            "student_every_iterations=1",
+            "terms.data_steps=2",
+            "terms.gan.weight=1",
+            "terms.gan.critic_weight=1",
+            "terms.avd.regression_weight=1",
+            "terms.avd.motion_weight=0.1",
+            "terms.avd.motion_threshold=-9",
+            "terms.transport.weight=1",
+            "terms.transport.over=batch",
+        ],
         "dp_dmd": ["student_every_iterations=2", "dp_dmd.teacher_steps=4", "dp_dmd.match_step=2"],
     }
     # Keys have a bias whose gradient is 0 but for rounding, and Adam would make updates of full size of that.

@@ -17,9 +17,17 @@ from distill.methods import draws as drawing
 from distill.methods.draws import Turn
 from distill.methods.registry import METHODS, recipe_config
 from distill.networks.build import Networks, denoiser
+from distill.networks.head import add_head
 from distill.parallel.processes import SINGLE_PROCESS
 from distill.plan.architecture import Architecture, read_architecture, read_subject
-from distill.plan.flops import NetworkFlops, Sequence, derivative_flops, iteration_flops, network_flops
+from distill.plan.flops import (
+    NetworkFlops,
+    Sequence,
+    classifier_flops,
+    derivative_flops,
+    iteration_flops,
+    network_flops,
+)
 
 CPU = torch.device("cpu")
 SAMPLES = 2
@@ -109,6 +117,10 @@ LOOPS = {
     "rcm": ["rcm.warmup_iterations=0", "student_every_iterations=3"],
     "rcm while it warms up": ["rcm.warmup_iterations=12"],
     "dcm": ["rcm.warmup_iterations=0", "student_every_iterations=3"],
+    "dmd2": ["max_iterations=8"],
+    "f-distill in three micro-batches": ["max_iterations=8", "accumulate=3"],
+    "avd": ["max_iterations=8"],
+    "vdot": ["max_iterations=8", "terms.transport.over=batch"],
     "dp-dmd": ["dp_dmd.teacher_steps=6", "dp_dmd.match_step=2", "student_every_iterations=3"],
     "dp-dmd to an exit step": [
         "dp_dmd.matching=exit",
@@ -142,6 +154,10 @@ def test_iteration_equals_the_counter_on_the_losses_of_every_method(
             x0=whole.x0[places],
         )
 
+    memory = {name: torch.tensor(values) for name, values in config.method_settings.memory(config).items()}
+    head = config.method_settings.critic_head()
+    if head is not None:
+        add_head(tiny_networks.critic, head)  # type: ignore[arg-type]
     total, exit_of = 0.0, {"student": itertools.cycle(range(4)), "critic": itertools.cycle(range(4))}
     if getattr(config.method_settings, "matching", "") == "exit":
         exit_of = {role: itertools.cycle((1, 2, 3)) for role in exit_of}
@@ -149,6 +165,7 @@ def test_iteration_equals_the_counter_on_the_losses_of_every_method(
         for role in method.turns(config, iteration):
             exits = itertools.repeat(next(exit_of[role]))
             turn = Turn(
+                memory=memory,
                 role=role,
                 iteration=iteration,
                 config=config,
@@ -172,6 +189,7 @@ def test_iteration_equals_the_counter_on_the_losses_of_every_method(
         is_guided=True,
         checkpointing=False,
         derivative=derivative_flops(architecture, tokens),
+        classifier=None if head is None else classifier_flops(architecture, tokens, head),
     )
     assert total / config.max_iterations == pytest.approx(3 * sum(parts.values()), rel=0.01)
 

@@ -286,7 +286,8 @@ def test_every_method_of_every_recipe_is_planned(recipe: str, method: str) -> No
     config = recipe_config(recipe, method)
     plan = make_plan(read_subject(config), PlanOptions(gpus=8, gpu_gib=1e5))
     assert (plan.flops["derivative"] > 0) == (plan.passes["student"].derivatives > 0) == (method == "rcm")
-    needs_samples = method in ("rcm", "dcm", "regression")
+    needs_samples = method not in ("codmd", "dmd", "dp-dmd")
+    assert (plan.flops["discriminator"] > 0) == (method in ("dmd2", "f-distill", "vdot"))
     assert (plan.sampling_flops > 0) == needs_samples
     text = plan_text(PlanReport(plan=plan, suggestion=None, smallest=None, reference=None, command="x"))
     assert f"plan of {recipe} by {method} on 8 x" in text

@@ -169,13 +169,14 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
         assert whole == parts, name
 
 
-@pytest.fixture(params=["rcm", "dcm", "dp-dmd"])
+@pytest.fixture(params=["rcm", "dcm", "dp-dmd", "f-distill", "avd"])
 def other_method(request: pytest.FixtureRequest, tiny_config: DistillConfig) -> DistillConfig:
     """A run of 7 iterations: for rcm and dcm 2 of warm-up, 3 of the student and 2 of the critic after it."""
     config = with_overrides(with_method(tiny_config, request.param), ["max_iterations=7", "save_every_iterations=100"])
     own = {
         "rcm": ["rcm.warmup_iterations=2", "rcm.data_steps=2"],
         "dp_dmd": ["dp_dmd.teacher_steps=3", "dp_dmd.match_step=2"],
+        "terms": ["terms.data_steps=2", "accumulate=3"],
     }
     return with_overrides(config, own[config.method_settings.group])
 
@@ -189,7 +190,7 @@ def test_other_methods_train_resume_exactly_and_end_in_a_bundle_on_their_grid(
     parts = run(other_method, tmp_path / "parts", resume=True)
     assert parts == dataclasses.replace(whole, elapsed_s=parts.elapsed_s, bundle=parts.bundle)
     assert (whole.iteration, whole.num_skipped) == (7, 0)
-    assert whole.num_student_updates == (3 if other_method.method == "dp-dmd" else 5)
+    assert whole.num_student_updates == {"rcm": 5, "dp_dmd": 3, "terms": 4}[other_method.method_settings.group]
     assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
     for name in ("student.json", "transformer/diffusion_pytorch_model.safetensors"):
         one, other = ((tmp_path / kind / "bundle" / name).read_bytes() for kind in ("whole", "parts"))
@@ -209,7 +210,11 @@ def test_other_methods_log_their_terms(
 ) -> None:
     run(other_method, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    names = {"dp-dmd": {"loss_trajectory"}}.get(other_method.method, {"loss_scm", "tangent_norm"})
+    names = {
+        "dp-dmd": {"loss_trajectory"},
+        "f-distill": {"loss_gan", "loss_discriminator", "logit_fake", "logit_real", "weight_max"},
+        "avd": {"loss_regression", "regression_weight", "loss_motion"},
+    }.get(other_method.method, {"loss_scm", "tangent_norm"})
     assert names | {"student_loss", "critic_loss", "loss_dmd", "score_gap_abs_mean"} <= records[1].keys()
     assert all(value is None or isinstance(value, int | float) for record in records for value in record.values())
 
