@@ -417,9 +417,7 @@ def _loop(
                 has_best = outputs.validate()
                 signal_number, is_last = stopped()
             if is_last or trainer.iteration % config.log_every_iterations == 0:
-                processes.on_rank0(
-                    lambda: log.write(trainer.iteration, trainer.updates["student"], trainer.num_skipped, elapsed_s())
-                )
+                outputs.write_log(elapsed_s())
             is_saved = trainer.iteration % config.save_every_iterations == 0 or is_last or has_best
             if is_saved:
                 outputs.save(elapsed_s())
