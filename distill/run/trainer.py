@@ -374,8 +374,7 @@ def _loop(
 ) -> tuple[int | None, float]:
     """Iterate until done; return the signal that ended it, if one did, and the seconds trained so far.
 
-    Ranks have clocks of their own, receive signals of their own and save in threads of their own, so they agree after
-    each iteration whether to stop.
+    Ranks have clocks, signals and saving threads of their own, so they agree after each iteration whether to stop.
 
     Args:
         trainer: where it stands.
