@@ -1,5 +1,7 @@
 """Devices and dtypes by name, for both commands; knows no network."""
 
+import contextlib
+
 import torch
 
 from codmd_serve.errors import ConfigError
@@ -54,3 +56,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a CUDA device the current one of this thread within the block; do nothing for another kind.
+
+    torch's own operators follow their tensors. What Triton launches goes to the current device, which is the first one
+    in every new thread.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

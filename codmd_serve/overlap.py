@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from codmd_serve.config import OVERLAPS
+from codmd_serve.device import on_device
 from codmd_serve.device_memory import GIB
 from codmd_serve.errors import ConfigError
 
@@ -76,6 +77,7 @@ class DecodeThread:
 
     def __init__(self, device: torch.device) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codmd-decode")
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def leave_stream(self) -> None:
@@ -88,6 +90,7 @@ class DecodeThread:
 
     @torch.inference_mode()
     def _run(self, run: Callable[[], ResultT]) -> ResultT:
-        # Inference mode and stream belong to a thread, so they are entered in it.
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        # Inference mode, device and stream belong to a thread, so they are entered in it.
+        stream = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with on_device(self._device), stream:
             return run()

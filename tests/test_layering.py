@@ -36,6 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "codmd_serve.grammar": PURE,
     "codmd_serve.wan": (
         *PURE,
+        "codmd_serve.device",
         "codmd_serve.grammar",
         "codmd_serve.prompts",
         "codmd_serve.schedule",
@@ -61,7 +62,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(f"codmd_serve.{name}" for name in ("cuda_graph", "device_memory", "verdicts")),
         *WAN,
     ),
-    "codmd_serve.overlap": (*PURE, "codmd_serve.device_memory"),
+    "codmd_serve.overlap": (*PURE, "codmd_serve.device", "codmd_serve.device_memory"),
     "codmd_serve.threads": (),
     "codmd_serve.stages": (*PURE, "codmd_serve.messages"),
     "codmd_serve.warm": (
@@ -134,6 +135,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "codmd_serve.worker": (
         *PURE,
+        "codmd_serve.device",
         "codmd_serve.caches",
         "codmd_serve.cpu",
         "codmd_serve.lean_imports",

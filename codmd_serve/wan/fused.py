@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from codmd_serve.device import on_device
 from codmd_serve.files import first_line
 
 NORM_EPS = 1e-12
@@ -148,24 +149,25 @@ def add_norm_silu_triton(given: Sum, weight: Tensor | None, out: Tensor | None, 
     num_rows = frames * height * width
     padded = 1 << (channels - 1).bit_length()
     rows_each = max(1, ELEMENTS_PER_PROGRAM // padded)
-    add_norm_silu_kernel[(-(-num_rows // rows_each), batch)](
-        value,
-        value if bias is None else bias,
-        value if residual is None else residual,
-        value if weight is None else weight,
-        value if out is None else out,
-        num_rows,
-        channels,
-        *strides,
-        NORM_EPS,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_TOTAL=writes_total,
-        HAS_OUT=out is not None,
-        WIDTH=padded,
-        ROWS=rows_each,
-        num_warps=NUM_WARPS,
-    )
+    with on_device(value.device):
+        add_norm_silu_kernel[(-(-num_rows // rows_each), batch)](
+            value,
+            value if bias is None else bias,
+            value if residual is None else residual,
+            value if weight is None else weight,
+            value if out is None else out,
+            num_rows,
+            channels,
+            *strides,
+            NORM_EPS,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_TOTAL=writes_total,
+            HAS_OUT=out is not None,
+            WIDTH=padded,
+            ROWS=rows_each,
+            num_warps=NUM_WARPS,
+        )
     return value if keep_total else None
 
 

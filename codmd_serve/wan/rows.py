@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from codmd_serve.device import on_device
 from codmd_serve.files import first_line
 
 ROW_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -128,22 +129,23 @@ def add_norm_triton(
     total = hidden if update is None else torch.empty_like(hidden)
     out = torch.empty_like(hidden) if has_out else total
     padded = 1 << (width - 1).bit_length()
-    add_layer_norm_kernel[(hidden.numel() // width,)](
-        hidden,
-        hidden if update is None else update,
-        hidden if gate is None else gate,
-        hidden if weight is None else weight,
-        hidden if bias is None else bias,
-        total,
-        out,
-        width,
-        eps,
-        HAS_UPDATE=update is not None,
-        HAS_GATE=gate is not None,
-        HAS_OUT=has_out,
-        WIDTH=padded,
-        num_warps=_num_warps(padded),
-    )
+    with on_device(hidden.device):
+        add_layer_norm_kernel[(hidden.numel() // width,)](
+            hidden,
+            hidden if update is None else update,
+            hidden if gate is None else gate,
+            hidden if weight is None else weight,
+            hidden if bias is None else bias,
+            total,
+            out,
+            width,
+            eps,
+            HAS_UPDATE=update is not None,
+            HAS_GATE=gate is not None,
+            HAS_OUT=has_out,
+            WIDTH=padded,
+            num_warps=_num_warps(padded),
+        )
     return total, out
 
 
@@ -156,22 +158,23 @@ def norm_rotate_triton(features: Tensor, weight: Tensor, eps: float, num_heads: 
         features = features.contiguous()
     out = torch.empty(batch, tokens, parts, width, dtype=features.dtype, device=features.device)
     padded = 1 << (width - 1).bit_length()
-    norm_rotate_kernel[(batch * tokens, parts)](
-        features,
-        weight,
-        features if table is None else table,
-        out,
-        tokens,
-        parts,
-        width,
-        width // num_heads,
-        features.stride(1),
-        features.stride(2),
-        eps,
-        HAS_TABLE=table is not None,
-        WIDTH=padded,
-        num_warps=_num_warps(padded),
-    )
+    with on_device(features.device):
+        norm_rotate_kernel[(batch * tokens, parts)](
+            features,
+            weight,
+            features if table is None else table,
+            out,
+            tokens,
+            parts,
+            width,
+            width // num_heads,
+            features.stride(1),
+            features.stride(2),
+            eps,
+            HAS_TABLE=table is not None,
+            WIDTH=padded,
+            num_warps=_num_warps(padded),
+        )
     return split_last(out, num_heads, -1)
 
 

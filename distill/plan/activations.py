@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from distill.plan.architecture import Architecture
 
 
-def block_bytes(architecture: "Architecture", sequence: Sequence, precision: str, residual: str = "fp32") -> int:
+def block_bytes(
+    architecture: "Architecture", sequence: Sequence, precision: str, residual: str = "fp32", *, lora_rank: int = 0
+) -> int:
     """Return the bytes that one block keeps for its backward, for one sample, its input included.
 
     Source: counted on diffusers 0.42 with saved_tensors_hooks, tensor by tensor; bytes per token and unit of width in
@@ -36,10 +38,15 @@ def block_bytes(architecture: "Architecture", sequence: Sequence, precision: str
     with k (three times) and v of the prompt, 16 or 12 bytes each position, nine statistics of norms and two
     log-sum-exps for every head. A bf16 residual stream takes 4 bytes less: its inputs take 2, their float32 casts for
     norms come on top, and q, k and v share one modulated input.
+
+    With adapters on frozen weights, norms and modulation have no gradient, so what they would multiply is not kept: 28
+    d less in float32, 24 d in bf16. The eight adapters on tokens keep their `lora_rank` values.
     """
     d, f = architecture.dim, architecture.ffn_dim
     is_wide = precision == "fp32"
     token = (88 * d + 8 * f) if is_wide else ((68 if residual == "bf16" else 72) * d + 4 * f)
+    if lora_rank:
+        token += (32 * lora_rank - 28 * d) if is_wide else (16 * lora_rank - 24 * d)
     statistics = 4 * 9 + 4 * 2 * architecture.num_attention_heads
     prompt = (16 if is_wide else 12) * d + 4
     return sequence.tokens * (token + statistics) + sequence.prompt_tokens * prompt
@@ -69,7 +76,13 @@ def rotation_bytes(architecture: "Architecture", sequence: Sequence) -> int:
 
 
 def saved_bytes(
-    architecture: "Architecture", sequence: Sequence, precision: str, residual: str = "fp32", *, checkpointing: bool
+    architecture: "Architecture",
+    sequence: Sequence,
+    precision: str,
+    residual: str = "fp32",
+    *,
+    checkpointing: bool,
+    lora_rank: int = 0,
 ) -> int:
     """Return the bytes that a network keeps from forward to backward, for one sample.
 
@@ -79,6 +92,7 @@ def saved_bytes(
         precision: "fp32", or "bf16" for autocast.
         residual: dtype of the residual stream.
         checkpointing: keep only the input of each block.
+        lora_rank: of adapters on frozen weights; 0 trains every parameter.
 
     Returns:
         Bytes; neither casts of weights nor the tables of rotation.
@@ -86,8 +100,10 @@ def saved_bytes(
     if checkpointing:
         block = input_bytes(architecture, sequence, residual)
     else:
-        block = block_bytes(architecture, sequence, precision, residual)
-    return architecture.num_layers * block + outer_bytes(architecture, sequence, precision)
+        block = block_bytes(architecture, sequence, precision, residual, lora_rank=lora_rank)
+    # Frozen layers around the blocks keep nothing for their weights.
+    outer = head_bytes(architecture, sequence) if lora_rank else outer_bytes(architecture, sequence, precision)
+    return architecture.num_layers * block + outer
 
 
 def classifier_bytes(

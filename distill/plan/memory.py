@@ -43,6 +43,8 @@ PHASES = ("student scores", "student backward", "student update", "critic backwa
 # Float32 latents of a batch alive beside the noise while a network runs: the student's sample, the noisy state, the
 # critic's flow, and the state twice more for the guided teacher.
 LATENT_TENSORS = 5
+# The same without scores, as in a regression: the noisy state and the prediction.
+PLAIN_LATENT_TENSORS = 2
 # torch.optim.AdamW allocates both moments whatever betas are.
 NUM_MOMENTS = 2
 
@@ -269,7 +271,8 @@ def _backward_moments(
     graphs, architecture = own.graphs, network_of(subject, options, role).architecture
     precision, residual = precision_of(subject.config), residual_of(subject.config)
     sequence = role_load(subject, options, load, role).sequence
-    block = load.samples * block_bytes(architecture, sequence, precision, residual)
+    rank = options.lora_rank(role)
+    block = load.samples * block_bytes(architecture, sequence, precision, residual, lora_rank=rank)
     working = load.samples * backward_working_bytes(architecture, sequence, precision, residual)
     if options.activation_checkpointing:
         working += _recomputed(architecture, role_load(subject, options, load, role), subject.config)
@@ -304,7 +307,8 @@ def _saved(subject: Subject, options: PlanOptions, load: MicroBatch, role: str) 
     architecture = network_of(subject, options, role).architecture
     sequence = role_load(subject, options, load, role).sequence
     precision, residual = precision_of(subject.config), residual_of(subject.config)
-    saved = saved_bytes(architecture, sequence, precision, residual, checkpointing=options.activation_checkpointing)
+    checkpointing, rank = options.activation_checkpointing, options.lora_rank(role)
+    saved = saved_bytes(architecture, sequence, precision, residual, checkpointing=checkpointing, lora_rank=rank)
     return load.samples * saved + rotation_bytes(architecture, sequence)
 
 
@@ -327,7 +331,9 @@ def _data_bytes(subject: Subject, options: PlanOptions, load: MicroBatch, passes
     # Every GPU of a context-parallel group has the whole latents: the network splits them. Noise is one per step and
     # one for the scores.
     kept = options.accumulate * max(one.kept_latents for one in passes.values())
-    tensors = len(subject.config.grid().timesteps) + 1 + LATENT_TENSORS + kept
+    has_scores = any(one.teacher or one.critic for one in passes.values())
+    alive = LATENT_TENSORS if has_scores else PLAIN_LATENT_TENSORS
+    tensors = len(subject.config.grid().timesteps) + 1 + alive + kept
     if options.gpus * options.accumulate > 1:
         gathered = max(one.gathered_latents for one in passes.values())
         tensors += gathered * options.data_parallel * options.accumulate

@@ -3,7 +3,6 @@
 RUN/config.json                    the resolved DistillConfig
 RUN/log.jsonl                      means of all metrics (log.py)
 RUN/curves.png, curves.csv         all of them and the scores of validation over the iteration (curves.py)
-RUN/tensorboard/                   the same, and the previews
 RUN/previews/                      pictures of the EMA student (previews.py)
 RUN/start/                         the run of the regressed start, where `start.updates` asks for one
 RUN/cache/                         packed prompts and samples, unless --cache says otherwise

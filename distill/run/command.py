@@ -25,7 +25,9 @@ BEST = "best"
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill train`."""
-    parser.add_argument("--recipe", help="shapeworld (default), analytic_ties, analytic_orbit, wan_1_3b or wan_14b")
+    parser.add_argument(
+        "--recipe", help="shapeworld (default), analytic_ties, analytic_orbit, analytic_switch, wan_1_3b or wan_14b"
+    )
     parser.add_argument(
         "--method",
         help="with the settings published for it (default codmd); an unknown name lists all",

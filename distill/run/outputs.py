@@ -58,6 +58,13 @@ class Outputs:
                 config, base, judge, options.out, cache_dir, shape, trainer.processes, is_stopping, trainer.iteration
             )
 
+    def write_log(self, elapsed_s: float) -> None:
+        """Write the means since the last line to the log."""
+        trainer, log = self.trainer, self.log
+        trainer.processes.on_rank0(
+            lambda: log.write(trainer.iteration, trainer.updates["student"], trainer.num_skipped, elapsed_s)
+        )
+
     def save(self, elapsed_s: float) -> None:
         """Start to save a checkpoint, and write the curves."""
         trainer = self.trainer

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `codmd-distill sample-teacher`."""
-    parser.add_argument("--recipe", help="shapeworld (default), analytic_ties, analytic_orbit, wan_1_3b or wan_14b")
+    parser.add_argument(
+        "--recipe", help="shapeworld (default), analytic_ties, analytic_orbit, analytic_switch, wan_1_3b or wan_14b"
+    )
     parser.add_argument("--method", help="rcm, dcm, regression, or a method whose run has start.updates above 0")
     parser.add_argument(
         "--set",

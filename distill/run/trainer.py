@@ -374,8 +374,7 @@ def _loop(
 ) -> tuple[int | None, float]:
     """Iterate until done; return the signal that ended it, if one did, and the seconds trained so far.
 
-    Ranks have clocks of their own, receive signals of their own and save in threads of their own, so they agree after
-    each iteration whether to stop.
+    Ranks have clocks, signals and saving threads of their own, so they agree after each iteration whether to stop.
 
     Args:
         trainer: where it stands.
@@ -417,9 +416,7 @@ def _loop(
                 has_best = outputs.validate()
                 signal_number, is_last = stopped()
             if is_last or trainer.iteration % config.log_every_iterations == 0:
-                processes.on_rank0(
-                    lambda: log.write(trainer.iteration, trainer.updates["student"], trainer.num_skipped, elapsed_s())
-                )
+                outputs.write_log(elapsed_s())
             is_saved = trainer.iteration % config.save_every_iterations == 0 or is_last or has_best
             if is_saved:
                 outputs.save(elapsed_s())

@@ -112,7 +112,7 @@ def test_what_several_parts_say_stands_side_by_side(
 ) -> None:
     engine = load_engine(tiny_bundle, "cpu", execution="graph")
     first = engine.facts.fallback
-    assert first == "RuntimeError: CUDA graphs need a CUDA device, got cpu"
+    assert first.startswith("RuntimeError: CUDA graphs need a CUDA device, got cpu")
     overflows = iter([True])
     monkeypatch.setattr(engine.decoder, "has_overflowed", lambda: next(overflows, False))
     engine.decoder.problem = first

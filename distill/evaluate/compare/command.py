@@ -31,7 +31,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", help="a JSON file, or ties, ties_guided or orbit, which come with the package")
+    parser.add_argument("table", help="a JSON file, or ties, ties_guided, orbit or switch, which come with the package")
     parser.add_argument("--seeds", type=int, nargs="+", help="report these alone of the table's seeds")
     parser.add_argument("--arms", nargs="+", help="report these alone of the table's arms; the baseline always")
     parser.add_argument("--tuning", action="store_true", help="run the tuning seeds in place of the reported ones")

@@ -172,7 +172,7 @@ def test_peak_of_an_iteration_is_within_15_percent(
     assert parts["activations"] + parts["working set"] > 0.5 * plan.totals[plan.peak_phase]
 
 
-@pytest.mark.parametrize("roles", [{}])
+@pytest.mark.parametrize("roles", [{}, {"lora_student_rank": 2, "lora_critic_rank": 2}])
 def test_peak_under_another_teacher_is_within_15_percent(
     long_config: DistillConfig, big_teacher: Path, prompts: PromptData, live_bytes: Callable, roles: dict[str, int]
 ) -> None:

@@ -92,7 +92,7 @@ def test_every_shipped_table_can_run(name: str) -> None:
 
 
 def test_a_table_that_is_nowhere_is_refused_with_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="one of orbit, ties, ties_guided"):
+    with pytest.raises(ConfigError, match="one of orbit, switch, ties, ties_guided"):
         find_table("moon")
     path = tmp_path / "own.json"
     path.write_text(json.dumps(TINY), encoding="utf-8")
