@@ -14,7 +14,7 @@ BENCH_HELP = {
     "random_weights": f"measure a bundle of random weights instead: {', '.join(PRESETS)}; needs no download",
     "against": f"{', '.join(OPPONENTS)}: the stock pipeline, also as 50-step teacher; or fp8 and SageAttention",
     "device": "auto, cpu, cuda or cuda:N",
-    "dtype": "auto (bfloat16 on cuda, else float32), float32, bfloat16 or float16",
+    "dtype": "auto (bfloat16 on cuda, the faster of bfloat16 and float32 on a CPU), float32, bfloat16 or float16",
     "height": "pixels; 0 is what the bundle was trained at",
     "width": "pixels; 0 is what the bundle was trained at",
     "num_frames": "4k + 1; 0 is what the bundle was trained at",
