@@ -107,24 +107,35 @@ def serve_jobs(load: Load, lines: IO[str], send: Send) -> None:
     """Load the engine that `load` asks for, then do the jobs that arrive, in order."""
     # Both compilers look when they first compile: torch may have been imported, by a spare.
     prepare_caches(os.environ, str(load.settings.get("cache", "")))
-    from codmd_serve.device import choose_device, on_device
     from codmd_serve.loading import load_engine
     from codmd_serve.wan.checkpoint import silence_libraries
 
     silence_libraries()
-    with contextlib.ExitStack() as stack:
-        try:
-            # For kernels of other packages that go to the current device, SageAttention's among them.
-            stack.enter_context(on_device(choose_device(str(load.settings.get("device", "auto")))))
-            engine = load_engine(Path(load.bundle), **load.settings)
-        except CodmdError as error:
-            send(Fatal(str(error)))
-            return
-        send(Ready(engine.facts))
-        inbox, cancelled = Inbox(), set[str]()
-        threading.Thread(target=_read_messages, args=(engine, lines, inbox, cancelled, send), daemon=True).start()
-        while True:
-            run_job(engine, inbox.take(), cancelled, send)
+    _take_device(str(load.settings.get("device", "")))
+    try:
+        engine = load_engine(Path(load.bundle), **load.settings)
+    except CodmdError as error:
+        send(Fatal(str(error)))
+        return
+    send(Ready(engine.facts))
+    inbox, cancelled = Inbox(), set[str]()
+    threading.Thread(target=_read_messages, args=(engine, lines, inbox, cancelled, send), daemon=True).start()
+    while True:
+        run_job(engine, inbox.take(), cancelled, send)
+
+
+def _take_device(name: str) -> None:
+    """Make a GPU that is asked for by number the current one of this thread, which does all jobs.
+
+    For kernels of other packages that go to the current device, SageAttention's among them. What is no device of this
+    machine is left to the engine, which says so.
+    """
+    index = name.removeprefix("cuda:")
+    if index != name and index.isdecimal():
+        import torch
+
+        if int(index) < torch.cuda.device_count():
+            torch.cuda.set_device(int(index))
 
 
 class Inbox:

@@ -135,7 +135,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "codmd_serve.worker": (
         *PURE,
-        "codmd_serve.device",
         "codmd_serve.caches",
         "codmd_serve.cpu",
         "codmd_serve.lean_imports",

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fake_runner import FACTS
 
 from codmd_serve import loading as loading_module
@@ -148,6 +149,28 @@ def test_a_bundle_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch)
     sent: list[FromWorker] = []
     worker.serve_jobs(Load("/nowhere", dict.fromkeys(ENGINE_SETTINGS, "auto")), io.StringIO(), sent.append)
     assert sent == [Fatal("the bundle is truncated")]
+
+
+@pytest.mark.parametrize(
+    ("device", "taken"), [("cuda:1", [1]), ("cuda", []), ("auto", []), ("cuda:7", []), ("cpu", [])]
+)
+def test_a_gpu_of_a_number_is_the_current_one_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, device: str, taken: list[int]
+) -> None:
+    """Kernels of some packages go to the current device, whatever device their tensors are on."""
+    seen: list[int] = []
+    order: list[list[int]] = []
+
+    def load_engine(path: Path, **options: Any) -> None:
+        order.append(list(seen))
+        raise CheckpointError("enough")
+
+    monkeypatch.setattr(loading_module, "load_engine", load_engine)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    settings = {**dict.fromkeys(ENGINE_SETTINGS, "auto"), "device": device}
+    worker.serve_jobs(Load("/nowhere", settings), io.StringIO(), lambda message: None)
+    assert order == [taken]
 
 
 class AskingEngine(FakeEngine):
