@@ -244,8 +244,8 @@ def _fact_lines(row: Row) -> list[str]:
         peaks = [("host", cold["host_peak_bytes"]), ("device", cold["device_peak_bytes"])]
         said = ", ".join(f"{name} {size(peak)}" for name, peak in peaks if peak is not None)
         lines.append(
-            f"- Cold start: {cold['ready_s']:.1f} s from the start of the process to /ready, page included, files in the "
-            f"page cache or not; peak memory {said or 'unknown'}; weights on disk {size(cold['weights_bytes'])}."
+            f"- Cold start: {cold['ready_s']:.1f} s from the start of the process to /ready, page included, files in "
+            f"the page cache or not; peak memory {said or 'unknown'}; weights on disk {size(cold['weights_bytes'])}."
         )
     lines += [_lossy(row, name, entry) for name, entry in row.get("lossy", {}).items()]
     times = ", ".join(f"{name} {duration(entry['cpu_ms']['median'])}" for name, entry in row["contestants"].items())
