@@ -38,6 +38,8 @@ PRESET = "faster"
 NUM_LOOKAHEAD_FRAMES = 10
 CHECK_TIMEOUT_S = 10.0
 FORMAT_OF_SUFFIX = {"": "mp4", ".mp4": "mp4", ".m4v": "mp4", ".gif": "gif", ".webp": "webp"}
+# ffmpeg ends its status lines by a return. Not splitlines: a path may hold U+2028.
+_LINE_END = re.compile(r"[\r\n]")
 _FAILURE = re.compile(
     r"error|fail|unknown|unrecogni|invalid|denied|cannot|could not|unable|no such|no space|not ", re.I
 )
@@ -113,7 +115,7 @@ def cause_of(said: str) -> str:
 
     ffmpeg says what is wrong first and then what it gave up for that reason, up to a bare "Conversion failed!".
     """
-    lines = [re.sub(r"^\[[^\]]* @ 0x[0-9a-f]+\] *", "", line.strip()) for line in said.splitlines() if line.strip()]
+    lines = [re.sub(r"^\[[^\]]* @ 0x[0-9a-f]+\] *", "", line.strip()) for line in _LINE_END.split(said) if line.strip()]
     telling = [line for line in lines if _FAILURE.search(line) and not _NOTICE.search(line)]
     return (telling or lines or [""])[0]
 

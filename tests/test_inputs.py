@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("codmd_serve", "distill", "app", "scripts")
 # Output of child processes; their lines end as the terminal's do.
-OF_CHILDREN = {"codmd_serve/video.py", "codmd_serve/bench/cold.py", "scripts/readme_tree.py"}
+OF_CHILDREN = {"scripts/readme_tree.py"}
 
 
 def calls(name: str) -> Iterator[tuple[str, ast.Call]]:

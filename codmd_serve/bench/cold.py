@@ -106,10 +106,10 @@ def running_server(
                 look(process.pid)
                 if process.poll() is not None or time.perf_counter() - start_s > timeout_s:
                     log.seek(0)
-                    said = log.read().decode(errors="replace").strip().splitlines()
+                    said = log.read().decode(errors="replace").strip().split("\n")
                     # Its own sentence where it has one; libraries may go on behind it.
                     own = [line for line in said if line.startswith("codmd-serve: ")]
-                    reason = (own or said or ["it said nothing"])[-1]
+                    reason = (own or said)[-1] or "it said nothing"
                     raise GenerationError(f"the server was not ready: {reason}", "cold_start")
                 time.sleep(POLL_S)
             look(process.pid)

@@ -386,3 +386,9 @@ def test_the_longest_legal_name_is_written(tmp_path: Path, name: str, read_video
     encode(tmp_path / name)
     assert read_video(tmp_path / name).frames.shape[0] > 0
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_cause_is_a_whole_line_whatever_a_path_holds() -> None:
+    """ffmpeg ends lines by a return too, and U+2028 ends none."""
+    said = "frame=1\rError opening output a\u2028b.mp4: No such file\nConversion failed!\n"
+    assert video.cause_of(said) == "Error opening output a\u2028b.mp4: No such file"
