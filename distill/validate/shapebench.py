@@ -22,14 +22,12 @@ from distill.evaluate.shapebench import Reference, Suite, measure_arm, measure_t
 from distill.networks.base import Base
 from distill.settings import HIGH, LOW
 from distill.validate.suites import CLIPS, Request, Samples
-from distill.worlds.shapeworld.captions import canonical_caption, parse_caption, sample_scene
+from distill.worlds.shapeworld.captions import parse_caption, unseen_captions
 from distill.worlds.shapeworld.schema import STILL, Scene
 
 # `SuiteConfig` refuses a seed of a report above 10,000.
 VALIDATION_SEED = 20_261_127
 NUM_TRUTH = 128
-# Draws in a row that gave nothing new: there are no more scenes of that number of objects.
-MAX_DRAWS = 5000
 VIDEO_BETTER = {"imaging": HIGH, "smoothness": HIGH, "flicker": LOW, "saturation_abs": LOW}
 DEEP_BETTER = {"dependence": LOW, "marginal": LOW}
 # 1 is right, so neither direction is better.
@@ -75,30 +73,10 @@ def validation_captions(num_captions: int, training: Sequence[str]) -> list[str]
     Raises:
         ConfigError: there are not so many.
     """
-    trained = {caption for text in training if (caption := _canonical(text))}
-    rng = np.random.default_rng(VALIDATION_SEED)
-    chosen: dict[str, None] = {}
-    left = [1, 2]
-    while len(chosen) < num_captions and left:
-        count = left[len(chosen) % len(left)]
-        for _ in range(MAX_DRAWS):
-            caption = canonical_caption(sample_scene(rng, "train", count))
-            if caption not in trained and caption not in chosen:
-                chosen[caption] = None
-                break
-        else:
-            # A long run has trained on all scenes of one object; there are far more of two.
-            left.remove(count)
+    chosen = unseen_captions(num_captions, VALIDATION_SEED, training)
     if len(chosen) < num_captions:
         raise ConfigError(f"validate.num_prompts must be {len(chosen)} or less: the run trains on all other captions")
-    return list(chosen)
-
-
-def _canonical(text: str) -> str:
-    try:
-        return canonical_caption(parse_caption(text))
-    except ConfigError:  # a prompt that is no caption of the grammar
-        return ""
+    return chosen
 
 
 def _deep(captions: Sequence[str], num: int) -> tuple[int, ...]:

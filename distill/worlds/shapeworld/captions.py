@@ -1,11 +1,11 @@
-"""Grammar of ShapeWorld captions: canonical form, free phrasings, parser, vocabulary and the held-out split.
+"""Grammar of ShapeWorld captions: canonical form, free phrasings, parser, vocabulary and the splits.
 
 Knows nothing of pixels or of the law of what a caption leaves open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -15,11 +15,15 @@ from distill.worlds.shapeworld.schema import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
+    FAR,
+    HELD_OUT,
     MOTIONS,
     RELATIONS,
     SHAPES,
     SPEEDS,
+    SPLITS,
     STILL,
+    TRAIN,
     Scene,
 )
 
@@ -65,6 +69,8 @@ _FREE_SHARE = 0.6
 TWO_OBJECT_SHARE = 0.4
 _APART_SHARE = 0.3
 _RELATION_SHARE = 0.6
+# Draws in a row that gave nothing new: there are no more scenes of that number of objects.
+_MAX_DRAWS = 5000
 
 _NEAR = {
     **dict.fromkeys(("ball", "sphere", "dot"), "circle"),
@@ -196,7 +202,7 @@ def parse_caption(text: str) -> Scene:
 
 def sample_scene(
     rng: np.random.Generator,
-    split: str = "train",
+    split: str = TRAIN,
     count: int | None = None,
     two_object_share: float = TWO_OBJECT_SHARE,
 ) -> Scene:
@@ -204,43 +210,83 @@ def sample_scene(
 
     Args:
         rng: source of randomness.
-        split: "train" or "held_out" (combinations never trained on, see `Scene.is_held_out`).
+        split: "train", "held_out" (combinations never trained on, see `Scene.is_held_out`) or its part "far" (see
+            `Scene.is_far`), whose scenes have two objects.
         count: 1 or 2 objects; None draws it.
         two_object_share: probability of two objects when the count is drawn.
 
     Raises:
-        ConfigError: on an unknown split.
+        ConfigError: on an unknown split, or one object of split "far".
     """
-    if split not in ("train", "held_out"):
-        raise ConfigError(f"split: expected 'train' or 'held_out', got {split!r}")
-    if count is None:
+    if split not in SPLITS:
+        raise ConfigError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    if split == FAR and count == 1:
+        raise ConfigError("split far has scenes of two objects only, got count 1")
+    if split == FAR:
+        count = 2
+    elif count is None:
         count = 2 if rng.random() < two_object_share else 1
     while True:
         scene = _draw_scene(rng, count)
-        if scene.is_held_out == (split == "held_out"):
+        if scene.is_held_out == (split != TRAIN) and (split != FAR or scene.is_far):
             return scene
 
 
-def sample_caption(rng: np.random.Generator, split: str = "train", count: int | None = None) -> str:
+def sample_caption(rng: np.random.Generator, split: str = TRAIN, count: int | None = None) -> str:
     """Draw a caption: 60% free phrasings, the rest canonical."""
     scene = sample_scene(rng, split, count)
     return free_caption(scene, rng) if rng.random() < _FREE_SHARE else canonical_caption(scene)
 
 
-def held_out_captions(num_captions: int, seed: int, count: int | None = None) -> list[str]:
+def held_out_captions(num_captions: int, seed: int, count: int | None = None, split: str = HELD_OUT) -> list[str]:
     """Return distinct canonical held-out captions, the same ones for the same arguments.
 
     Args:
         num_captions: how many.
         seed: which draw.
-        count: 1 or 2 objects; None alternates one and two.
+        count: 1 or 2 objects; None alternates one and two, but in split "far", which has two only.
+        split: "held_out" or "far".
     """
     rng = np.random.default_rng(seed)
     seen: dict[str, None] = {}
     while len(seen) < num_captions:
-        wanted = count if count is not None else 1 + len(seen) % 2
-        seen.setdefault(canonical_caption(sample_scene(rng, "held_out", wanted)))
+        wanted = count if count is not None or split == FAR else 1 + len(seen) % 2
+        seen.setdefault(canonical_caption(sample_scene(rng, split, wanted)))
     return list(seen)
+
+
+def unseen_captions(num_captions: int, seed: int, training: Collection[str]) -> list[str]:
+    """Return distinct canonical captions of trained combinations that a run does not train on.
+
+    Args:
+        num_captions: how many at most, of one and two objects in turn.
+        seed: which draw.
+        training: prompts of the run; a scene that one of them shows is left out, whatever its phrasing.
+
+    Returns:
+        Fewer where there are no more. A long run trains on all scenes of one object; there are far more of two.
+    """
+    trained = {caption for text in training if (caption := _canonical(text))}
+    rng = np.random.default_rng(seed)
+    chosen: dict[str, None] = {}
+    left = [1, 2]
+    while len(chosen) < num_captions and left:
+        count = left[len(chosen) % len(left)]
+        for _ in range(_MAX_DRAWS):
+            caption = canonical_caption(sample_scene(rng, TRAIN, count))
+            if caption not in trained and caption not in chosen:
+                chosen[caption] = None
+                break
+        else:
+            left.remove(count)
+    return list(chosen)
+
+
+def _canonical(text: str) -> str:
+    try:
+        return canonical_caption(parse_caption(text))
+    except ConfigError:  # a prompt that is no caption of the grammar
+        return ""
 
 
 def all_single_scenes() -> Iterator[Scene]:

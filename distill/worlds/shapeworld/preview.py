@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from codmd_serve.errors import ConfigError
+from distill.worlds.shapeworld.schema import SPLITS, TRAIN
 
 MARGIN_PX = 4
 TEXT_PX = 14
@@ -20,7 +21,7 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("shapeworld-preview"), help="PATH without ending")
     parser.add_argument("--caption", action="append", help="may be given several times; default: drawn captions")
     parser.add_argument("--num-clips", type=int, default=12, help="how many drawn captions (default 12)")
-    parser.add_argument("--split", choices=("train", "held_out"), default="train")
+    parser.add_argument("--split", choices=SPLITS, default=TRAIN)
     parser.add_argument("--seed", type=int, default=0)
 
 

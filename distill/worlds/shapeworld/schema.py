@@ -42,6 +42,10 @@ SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.26, 0.42), "quickly": (0.
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Unit offset of the FIRST object from the second."""
 
+TRAIN, HELD_OUT, FAR = "train", "held_out", "far"
+SPLITS = (TRAIN, HELD_OUT, FAR)
+"""Combinations that are trained on, that never are, and the part of the latter that is farthest: see `Scene`."""
+
 WORLD_SIZE = 64.0
 """World units across the short side of a frame."""
 NATIVE_HEIGHT = NATIVE_WIDTH = 96
@@ -116,10 +120,26 @@ class Scene:
 
         One object: 1/8 of the (colour, shape, motion) triples. Two objects: 1/8 of the unordered object pairs.
         """
-        parts = sorted(f"{colour} {shape}" for colour, shape in self.objects)
-        if self.count == 1:
-            parts.append(self.motion)
-        return zlib.crc32("|".join(parts).encode()) % 8 == 0
+        return _is_kept_out(*sorted(_words(self.objects)), *((self.motion,) if self.count == 1 else ()))
+
+    @property
+    def is_far(self) -> bool:
+        """Return whether two objects are held out together and each of them is, with its motion, alone too.
+
+        No training caption of two objects shows the pair, none of one object shows either of its (colour, shape,
+        motion) triples: all that training shows is each object with its motion, beside other objects.
+        """
+        words = _words(self.objects)
+        alone = all(_is_kept_out(word, motion) for word, (motion, _) in zip(words, self.moves, strict=True))
+        return self.count == 2 and self.is_held_out and alone
+
+
+def _words(objects: tuple[tuple[str, str], ...]) -> list[str]:
+    return [f"{colour} {shape}" for colour, shape in objects]
+
+
+def _is_kept_out(*parts: str) -> bool:
+    return zlib.crc32("|".join(parts).encode()) % 8 == 0
 
 
 def _member(name: str, value: str, known: Collection[str]) -> None:

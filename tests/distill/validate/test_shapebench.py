@@ -13,6 +13,7 @@ from distill.networks.base import open_base
 from distill.validate import shapebench
 from distill.validate.shapebench import VALIDATION_SEED, ShapeBenchSuite, shapebench_suite, validation_captions
 from distill.validate.suites import Samples
+from distill.worlds.shapeworld import captions as grammar_of_captions
 from distill.worlds.shapeworld.captions import all_single_scenes, canonical_caption, parse_caption, sample_scene
 
 SMALL = ["num_captions=64", "validate.num_prompts=8", "validate.deep_prompts=2", "validate.deep_seeds=8"]
@@ -60,7 +61,7 @@ def test_a_run_that_trained_on_all_single_objects_is_validated_on_two() -> None:
 
 def test_a_run_that_trains_on_everything_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = [sample_scene(np.random.default_rng(count), "train", count) for count in (1, 2)]
-    monkeypatch.setattr(shapebench, "sample_scene", lambda rng, split, count: scenes[count - 1])
+    monkeypatch.setattr(grammar_of_captions, "sample_scene", lambda rng, split, count: scenes[count - 1])
     with pytest.raises(ConfigError, match="num_prompts must be 2 or less"):
         validation_captions(3, [])
 

@@ -96,6 +96,24 @@ def test_splits_are_disjoint_and_held_out_combinations_have_known_parts() -> Non
     assert 0.08 < share < 0.18
 
 
+def test_far_captions_are_held_out_as_pairs_and_each_object_alone_too() -> None:
+    far = [parse_caption(text) for text in held_out_captions(16, seed=0, split="far")]
+    assert len(set(far)) == 16 and {scene.count for scene in far} == {2}
+    for scene in far:
+        assert scene.is_held_out and scene.is_far
+        for pair, (motion, speed) in zip(scene.objects, scene.moves, strict=True):
+            assert Scene((pair,), motion, speed, "black").is_held_out
+    assert len({frozenset(zip(scene.objects, scene.moves, strict=True)) for scene in far}) > 8
+    # Most held-out scenes are not far: one of their objects is trained on, with its motion, alone.
+    held = [parse_caption(text) for text in held_out_captions(128, seed=0, count=2)]
+    assert sum(scene.is_far for scene in held) < 8
+    rng = np.random.default_rng(0)
+    assert not any(sample_scene(rng, "train", 2).is_far for _ in range(300))
+    assert sample_scene(rng, "far").count == 2
+    with pytest.raises(ConfigError, match="two objects only"):
+        sample_scene(rng, "far", 1)
+
+
 def test_held_out_captions_are_distinct_repeatable_and_half_of_them_have_two_objects() -> None:
     captions = held_out_captions(64, seed=5)
     assert captions == held_out_captions(64, seed=5)
@@ -134,5 +152,5 @@ def test_captions_outside_the_grammar_are_refused_with_the_part_named(text: str,
 
 
 def test_sample_scene_refuses_an_unknown_split() -> None:
-    with pytest.raises(ConfigError, match="'train' or 'held_out'"):
+    with pytest.raises(ConfigError, match="one of train, held_out, far"):
         sample_scene(np.random.default_rng(0), "test")
