@@ -148,6 +148,7 @@ class DistillConfig:
         prompts: a txt, jsonl or tar file, a folder of tars, or one of packed samples; empty draws captions of one and
             two objects in turn from the ShapeWorld grammar, num_captions of them.
         num_captions: captions drawn where there are no prompts.
+        samples_seed: of the noise that the teacher's samples begin with; runs of one number share their samples.
         precision: auto, fp32 or bf16 (autocast); auto is bf16 where the device computes it fast.
         teacher_dtype: of the frozen weights of the teacher and under a LoRA student, fp32 or bf16.
         text_dtype: of the weights of the text encoder, fp32 or bf16.
@@ -203,6 +204,7 @@ class DistillConfig:
     exit_per_sample: bool = False
     prompts: str = ""
     num_captions: int = 4096
+    samples_seed: int = 0
     precision: str = "auto"
     teacher_dtype: str = "fp32"
     text_dtype: str = "fp32"
@@ -218,18 +220,17 @@ class DistillConfig:
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("score_window", self.score_window, SCORE_WINDOWS)
         check_choice("precision", self.precision, PRECISIONS)
-        check_choice("teacher_dtype", self.teacher_dtype, DTYPES)
-        check_choice("text_dtype", self.text_dtype, DTYPES)
-        check_choice("residual_dtype", self.residual_dtype, DTYPES)
+        for name in ("teacher_dtype", "text_dtype", "residual_dtype"):
+            check_choice(name, getattr(self, name), DTYPES)
         check_choice("gradient_sync", self.gradient_sync, GRADIENT_SYNCS)
         check_choice("bundle_dtype", self.bundle_dtype, BUNDLE_DTYPES)
-        check_range("seed", self.seed, 0, 2**63 - 1)
+        for name in ("seed", "samples_seed"):
+            check_range(name, getattr(self, name), 0, 2**63 - 1)
         for name in ("batch_size", "max_iterations", "student_every_iterations", "num_captions", "keep_last"):
             check_range(name, getattr(self, name), 1, 10**9)
-        for name in ("log_every_iterations", "save_every_iterations", "max_nonfinite_in_row"):
+        for name in ("log_every_iterations", "save_every_iterations", "max_nonfinite_in_row", "accumulate"):
             check_range(name, getattr(self, name), 1, 10**9)
-        for name in ("accumulate", "context_parallel"):
-            check_range(name, getattr(self, name), 1, 10**9)
+        check_range("context_parallel", self.context_parallel, 1, 10**9)
         check_range("shard_group", self.shard_group, 0, 10**9)
         for role in ("critic", "student"):
             check_range(f"lora_{role}_rank", getattr(self, f"lora_{role}_rank"), 0, 4096)

@@ -7,6 +7,7 @@ of the 200,000 streams of a run some would coincide.
 """
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 # Of torch's CPU generator: 64-bit words of its state before and in the Mersenne Twister's.
 _HEAD_WORDS, _TWISTER_WORDS = 3, 624
+# Of Philox's counter, in the words of one state: a block is four numbers of 64 bits.
+_BLOCKS = _TWISTER_WORDS // 8
 _FRESH_STATE = torch.Generator().manual_seed(0).get_state()
 
 
@@ -26,21 +29,28 @@ def named_rng(seed: int, name: str, index: int, position: int = 0) -> torch.Gene
         index: iteration, or another count; 0 or more.
         position: place in the batch, where each place has a stream of its own; 0 or more.
     """
-    state = _FRESH_STATE.clone()
-    state[8 * _HEAD_WORDS : 8 * (_HEAD_WORDS + _TWISTER_WORDS)] = _twister_words(seed, name, index, position)
-    rng = torch.Generator()
-    rng.set_state(state)
+    (rng,) = _rngs(seed, name, index, range(position, position + 1))
     return rng
 
 
-def _twister_words(seed: int, name: str, index: int, position: int) -> Tensor:
-    """Return the Mersenne Twister's state of a stream: its words, as torch stores them, as bytes."""
+def _rngs(seed: int, name: str, index: int, positions: range) -> Iterator[torch.Generator]:
+    """Yield the generators of some places; each is one object's next state, so use it before the next one.
+
+    The places follow each other in Philox's counter, so all are one call of it: for 64 of them .15 ms, against 1.7.
+    """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     philox = np.random.Philox(
-        key=np.frombuffer(digest[:16], dtype=np.uint64), counter=np.array([0, 0, position, index], dtype=np.uint64)
+        key=np.frombuffer(digest[:16], dtype=np.uint64),
+        counter=np.array([positions.start * _BLOCKS, 0, 0, index], dtype=np.uint64),
     )
-    words = philox.random_raw(_TWISTER_WORDS // 2).view(np.uint32).astype(np.uint64)
-    return torch.from_numpy(words.view(np.uint8))
+    words = philox.random_raw(len(positions) * _TWISTER_WORDS // 2).view(np.uint32).astype(np.uint64)
+    # A tensor of its own: set_state reads from where the storage begins, also of a view.
+    rng, state = torch.Generator(), _FRESH_STATE.clone()
+    twister = state[8 * _HEAD_WORDS : 8 * (_HEAD_WORDS + _TWISTER_WORDS)]
+    for row in torch.from_numpy(words.view(np.uint8)).view(len(positions), -1):
+        twister.copy_(row)
+        rng.set_state(state)
+        yield rng
 
 
 def sample_noise(rng: torch.Generator, shape: tuple[int, ...], positions: range) -> Tensor:
@@ -49,7 +59,7 @@ def sample_noise(rng: torch.Generator, shape: tuple[int, ...], positions: range)
     Args:
         rng: in one state on all ranks; it advances by two numbers.
         shape: of one sample's noise.
-        positions: places in the whole batch.
+        positions: places in the whole batch, without gaps.
 
     Returns:
         (number of positions, *shape) float32. A place gets the same noise on whatever rank it is drawn, and no rank
@@ -57,5 +67,7 @@ def sample_noise(rng: torch.Generator, shape: tuple[int, ...], positions: range)
     """
     # 126 bits: of 62, a billion draws would repeat one with a chance of a tenth.
     high, low = (int(number) for number in torch.randint(2**62, (2,), generator=rng))
-    rows = [torch.randn(shape, generator=named_rng(high, f"sample {low}", 0, position)) for position in positions]
-    return torch.stack(rows)
+    noise = torch.empty(len(positions), *shape)
+    for row, own in zip(noise, _rngs(high, f"sample {low}", 0, positions), strict=True):
+        row.normal_(generator=own)
+    return noise

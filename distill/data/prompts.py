@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -103,15 +104,14 @@ def batch_indices(position: int, num_prompts: int, batch_size: int, seed: int) -
 
     A function of its arguments alone, so the position is all that a resumed run needs, and a rank can slice.
     """
-    first = position * batch_size
-    orders: dict[int, np.ndarray] = {}
-    indices = []
-    for place in range(first, first + batch_size):
-        epoch, offset = divmod(place, num_prompts)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(num_prompts)
-        indices.append(int(orders[epoch][offset]))
-    return indices
+    places = range(position * batch_size, (position + 1) * batch_size)
+    return [int(_order(seed, place // num_prompts, num_prompts)[place % num_prompts]) for place in places]
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_prompts: int) -> np.ndarray:
+    """Return the shuffle of an epoch; kept, because a batch of a small network takes less time than 4,096 numbers."""
+    return np.random.default_rng([seed, epoch]).permutation(num_prompts)
 
 
 def read_prompts(config: DistillConfig) -> Prompts:

@@ -130,7 +130,7 @@ def cached_teacher_latents(
         data: embeddings of the prompts.
         shape: (C, F, H, W) of the latents.
         cache_dir: the shards go to a folder in it, whose name follows from all that they depend on. The run's seed is
-            not among it: noise is a function of the sample's position.
+            not among it: noise is a function of samples_seed and the sample's position.
         device: where the networks are.
         processes: of the run. Each group of ranks that shares its samples makes and writes shards of its own; all
             groups sample as often, because a sharded teacher needs every rank.
@@ -195,7 +195,7 @@ def _sample_shard(
     processes: Processes,
 ) -> dict[str, Tensor]:
     """Return x0 (N, C, F, H, W) float32 and, where levels are kept, states (N, K, C, F, H, W) float16, on the CPU."""
-    noise = torch.randn(shape, generator=named_rng(0, "teacher-latents", shard))
+    noise = torch.randn(shape, generator=named_rng(config.samples_seed, "teacher-latents", shard))
     # Sampled in the parts that the run trains in: what fits with gradient fits without.
     part_size = len(processes.positions(config.batch_size, config.accumulate, 0))
     parts = []
@@ -255,6 +255,8 @@ def _cache_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> 
         config.teacher_dtype,
         config.precision,
         None if teacher.pipeline.is_local else teacher.pipeline.source,
+        # Where it is not 0: samples that were made before there was a choice stay in use.
+        *([config.samples_seed] if config.samples_seed else []),
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     add_files(digest, teacher.files())

@@ -44,7 +44,7 @@ class Outputs:
     ) -> None:
         self.trainer, self.out, self.log, self.saver = trainer, options.out, log, saver
         self.preview_every = options.preview_every_iterations if base.has_vae else 0
-        self.keep_best = options.keep_best
+        self.keep_best, self.has_curves = options.keep_best, options.has_curves
         config, shape = trainer.config, trainer.shape[1:]
         self.validate_every = config.validate.every_iterations
         self.previews: Previews | None = None
@@ -66,11 +66,12 @@ class Outputs:
         )
 
     def save(self, elapsed_s: float) -> None:
-        """Start to save a checkpoint, and write the curves."""
+        """Start to save a checkpoint, and write the curves where the run has them."""
         trainer = self.trainer
         values = {**trainer.state_values(), "elapsed_s": elapsed_s}
         self.saver.save(trainer.iteration, trainer.state_tensors(), values, self._score())
-        trainer.processes.on_rank0(lambda: write_curves(self.out))
+        if self.has_curves:
+            trainer.processes.on_rank0(lambda: write_curves(self.out))
 
     def _score(self) -> Score | None:
         """Return what tells whether this checkpoint is the best; None where there is nothing to tell it by."""

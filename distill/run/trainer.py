@@ -65,6 +65,7 @@ class RunOptions:
             is kept beside the newest ones. Where it is None, that of validate.metric is.
         trackers: names of `trackers.TRACKERS` that show the run.
         has_pipeline: whether the run ends with a folder for diffusers beside the bundle.
+        has_curves: whether each checkpoint comes with the curves so far; drawing them takes most of a second.
     """
 
     out: Path
@@ -76,6 +77,7 @@ class RunOptions:
     keep_best: str | None = None
     trackers: tuple[str, ...] = DEFAULT
     has_pipeline: bool = True
+    has_curves: bool = True
     processes: Processes = SINGLE_PROCESS
 
 

@@ -1,8 +1,9 @@
 """Streams of random numbers: functions of their names alone, and no two of a whole run alike."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from torch import Tensor
 
 from distill import streams
 from distill.config import DistillConfig, with_overrides
@@ -21,14 +22,14 @@ def state_of(rng: torch.Generator) -> bytes:
 def heads(monkeypatch: pytest.MonkeyPatch) -> dict[Key, bytes]:
     """By its name, the first 32 bytes of each stream that is asked for, from which its first numbers follow."""
     seen: dict[Key, bytes] = {}
-    original = streams._twister_words
+    original = streams._rngs
 
-    def noted(seed: int, name: str, index: int, position: int) -> Tensor:
-        words = original(seed, name, index, position)
-        seen[seed, name, index, position] = words[:64].numpy().tobytes()
-        return words
+    def noted(seed: int, name: str, index: int, positions: range) -> Iterator[torch.Generator]:
+        for position, rng in zip(positions, original(seed, name, index, positions), strict=True):
+            seen[seed, name, index, position] = state_of(rng)[24 : 24 + 64]
+            yield rng
 
-    monkeypatch.setattr(streams, "_twister_words", noted)
+    monkeypatch.setattr(streams, "_rngs", noted)
     return seen
 
 

@@ -49,21 +49,30 @@ class Bench:
     num_samples: int
     cache_dir: Path
 
-    def score_arm(self, arm: Arm, config: DistillConfig, seed: int, bundle: Path | None) -> list[dict[str, Any]]:
-        """Return the scores after each step: `metrics.Scores`, kept_err, copying.
+    def score_arm(
+        self, arm: Arm, config: DistillConfig, seed: int, bundle: Path | None, *, is_tested: bool = True
+    ) -> dict[str, Any]:
+        """Return the scores: steps, after each step `metrics.Scores`, kept_err, copying; and `Judge.matrices`.
 
         Args:
             arm: of the cell.
             config: of the run, or of the baseline for an arm that trains nothing.
             seed: of noise and exact samples; all arms of a seed begin with the same noise.
             bundle: the student of a run.
+            is_tested: without it, a point of a curve: after the last step alone, and no matrices.
 
         Raises:
             CheckpointError: the bundle is missing or damaged.
         """
         steps = self._samples(arm, config, seed, bundle)
         teacher = self._endpoints(seed)
-        return [self._scores(x0, teacher) for x0 in steps]
+        if not is_tested:
+            return {"steps": [self._scores(steps[-1], teacher)]}
+        matrices = {
+            name: [[round(value, 4) for value in row] for row in matrix.tolist()]
+            for name, matrix in self.judge.matrices(steps[-1]).items()
+        }
+        return {"steps": [self._scores(x0, teacher) for x0 in steps], "matrices": matrices}
 
     def _samples(self, arm: Arm, config: DistillConfig, seed: int, bundle: Path | None) -> list[Tensor]:
         world = self.world

@@ -65,7 +65,7 @@ class InterruptedCellError(Exception):
 def all_cells(table: Table, seeds: tuple[int, ...]) -> list[list[Cell]]:
     """Return the cells in the order to run them, seed by seed; those of a list are budgets of one run."""
     return [
-        [Cell(table=table, arm=arm, guidance=guidance, seed=seed, budget=budget) for budget in table.budgets]
+        [Cell(table=table, arm=arm, guidance=guidance, seed=seed, budget=budget) for budget in table.scored(arm)]
         for seed in seeds
         for guidance in table.guidance
         for arm in table.arms
@@ -82,6 +82,8 @@ def cell_config(cell: Cell) -> DistillConfig:
     if table.recipe not in ANALYTIC_RECIPES:
         raise ConfigError(f"recipe must be one of {', '.join(ANALYTIC_RECIPES)}, got {table.recipe!r}")
     settings = {**table.settings, **arm.settings, "guidance_scale": cell.guidance, "seed": cell.seed}
+    # The teacher's paths are of the run's seed too: intervals over seeds are to hold for other paths.
+    settings.setdefault("samples_seed", cell.seed)
     try:
         config = recipe_config(table.recipe, arm.method)
         config = with_overrides(config, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
@@ -217,7 +219,7 @@ def run_cell(cell: Cell, runs: Path, cache_dir: Path) -> None:
             bundle, facts = _train(cell, config, folder, cache_dir)
         trained_s = time.process_time() - begin
         bench = open_bench(cell.table.recipe, cell.guidance, cell.table.samples, cache_dir)
-        steps = bench.score_arm(cell.arm, config, cell.seed, bundle)
+        scores = bench.score_arm(cell.arm, config, cell.seed, bundle, is_tested=cell.budget in cell.table.budgets)
         write_json(
             cell.scores(runs),
             {
@@ -228,7 +230,7 @@ def run_cell(cell: Cell, runs: Path, cache_dir: Path) -> None:
                 "config": config_to_dict(config),
                 "cpu_s": round(trained_s, 2),
                 **facts,
-                "steps": steps,
+                **scores,
             },
         )
 
@@ -244,6 +246,7 @@ def _train(cell: Cell, config: DistillConfig, folder: Path, cache_dir: Path) -> 
         cache_dir=cache_dir,
         preview_every_iterations=0,
         has_pipeline=False,
+        has_curves=False,
     )
     outcome = run_with_start(config, options, resume=(run / "config.json").is_file())
     if outcome.bundle is None:

@@ -64,11 +64,17 @@ def expected_keys(table: Mapping[str, Any]) -> list[tuple[str, float, int, int]]
     """Return arm, guidance, budget and seed of all reported cells."""
     return [
         (arm, float(guidance), budget, seed)
-        for arm in table["arms"]
+        for arm, entry in table["arms"].items()
         for guidance in table["guidance"]
-        for budget in table["budgets"]
+        for budget in scored_updates(table, entry)
         for seed in table["seeds"]
     ]
+
+
+def scored_updates(table: Mapping[str, Any], entry: Mapping[str, Any]) -> list[int]:
+    """Return the student updates after which an arm is scored, as `Table.scored`."""
+    is_run = entry.get("kind", "run") == "run" and not entry.get("updates")
+    return sorted({*table["budgets"], *(table.get("curve", []) if is_run else [])})
 
 
 def read_results(path: Path) -> dict[str, Any]:

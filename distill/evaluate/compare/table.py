@@ -17,6 +17,7 @@ TABLES = Path(__file__).parent / "tables"
 RUN, TEACHER, TRUTH, START = "run", "teacher", "truth", "start"
 KINDS = (RUN, TEACHER, TRUTH, START)
 START_SUFFIX = "+start"
+LISTS = ("budgets", "curve", "guidance", "seeds", "tuning_seeds", "metrics")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,8 @@ class Table:
         name: of the table; also the name of a folder.
         recipe: of all runs, an analytic world.
         baseline: the arm that all others are compared with.
-        budgets: student updates, ascending.
+        budgets: student updates, ascending; each is tested.
+        curve: further numbers of updates at which runs are scored, for the curves over training; never tested.
         guidance: scales of the teacher.
         seeds: reported.
         tuning_seeds: for choosing settings; never reported.
@@ -69,12 +71,17 @@ class Table:
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
     metrics: tuple[str, ...]
+    curve: tuple[int, ...] = ()
     samples: int = 512
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def arm(self, name: str) -> Arm:
         """Return an arm by its name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    def scored(self, arm: Arm) -> tuple[int, ...]:
+        """Return the student updates after which an arm is scored, ascending."""
+        return tuple(sorted({*self.budgets, *self.curve})) if arm.kind == RUN and not arm.updates else self.budgets
 
 
 def find_table(name: str) -> Path:
@@ -117,7 +124,7 @@ def parse_table(data: Mapping[str, Any]) -> Table:
     if start is not None:
         arms += _started(arms, _object(start, "start"))
     _check_keys(own, Table, "the table", given=("arms",))
-    lists = {key: tuple(own[key]) for key in ("budgets", "guidance", "seeds", "tuning_seeds", "metrics")}
+    lists = {key: tuple(own[key]) for key in LISTS if key in own}
     table = Table(**{**own, **lists, "arms": tuple(arms)})
     _check(table)
     return table
@@ -192,7 +199,9 @@ def _check(table: Table) -> None:
         values = getattr(table, key)
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{key} must be a list without repetitions, got {list(values)}")
-    for key in ("budgets", "seeds", "tuning_seeds", "samples"):
+    if table.curve and set(table.curve) & set(table.budgets):
+        raise ConfigError(f"curve must hold no budget, got {list(table.curve)}")
+    for key in ("budgets", "curve", "seeds", "tuning_seeds", "samples"):
         values = getattr(table, key) if key != "samples" else (table.samples,)
         if any(type(value) is not int or value < (0 if "seeds" in key else 1) for value in values):
             raise ConfigError(f"{key} must be whole numbers above 0, seeds from 0, got {list(values)}")
@@ -228,6 +237,6 @@ def _check_keys(data: Mapping[str, Any], kind: type, where: str, given: tuple[st
         raise ConfigError(f"missing key {missing[0]!r} of {where}")
     for name in data.keys() & {"settings"}:
         _object(data[name], f"settings of {where}")
-    for name in data.keys() & {"budgets", "guidance", "seeds", "tuning_seeds", "metrics"}:
+    for name in data.keys() & set(LISTS):
         if not isinstance(data[name], list):
             raise ConfigError(f"{name} must be a list, got {data[name]!r}")

@@ -89,6 +89,19 @@ class Judge:
             mode_miss=mode_miss,
         )
 
+    def matrices(self, samples: Tensor) -> dict[str, Tensor]:
+        """Return the dependence within samples (P, S, C, F, H, W), means over captions.
+
+        Returns:
+            tau, (T, T): Kendall's, between all factors. rho, (F, F): Spearman's between frames, mean over channels and
+            Haar patterns.
+        """
+        tau = torch.stack([kendall_matrix(self.world.factors(own[:NUM_TAU])) for own in samples]).mean(0)
+        frames = samples.shape[3]
+        whole = torch.stack([spearman(haar_coefficients(own)) for own in samples]).mean(0)
+        blocks = whole.reshape(-1, frames, len(whole) // frames, frames)
+        return {"tau": tau, "rho": blocks.diagonal(dim1=0, dim2=2).mean(-1)}
+
     @cached_property
     def _wanted(self) -> tuple[Tensor, Tensor]:
         return self._dependence(self.reference)
@@ -147,6 +160,13 @@ def kendall(first: Tensor, second: Tensor) -> float:
     """Return Kendall's tau of two (S,) tensors without equal values."""
     signs = (first[:, None] - first).sign() * (second[:, None] - second).sign()
     return float(signs.sum() / (len(first) * (len(first) - 1)))
+
+
+def kendall_matrix(values: Tensor) -> Tensor:
+    """Return Kendall's tau between the columns of (S, T), (T, T), where no column has equal values."""
+    count = len(values)
+    signs = (values[:, None] - values).sign().flatten(0, 1)
+    return signs.T @ signs / (count * (count - 1))
 
 
 def energy_distance(first: Tensor, second: Tensor) -> float:
