@@ -143,7 +143,7 @@ def cached_teacher_latents(
 
     An interrupted call has lost the shards it was at, one of each group; the next call goes on there.
     """
-    folder = cache_dir / f"teacher-latents-{_cache_key(config, sampling, base)[:16]}"
+    folder = cache_dir / f"teacher-latents-{latents_key(config, sampling, base)[:16]}"
     num_samples = sampling.num_samples or data.num_prompts
     sizes = [min(SHARD_SIZE, num_samples - first) for first in range(0, num_samples, SHARD_SIZE)]
     kept = len(sampling.kept_sigmas)
@@ -243,7 +243,8 @@ def _holds_samples(path: Path, shape: tuple[int, ...], num_kept: int) -> bool:
     return found == wanted
 
 
-def _cache_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> str:
+def latents_key(config: DistillConfig, sampling: TeacherSampling, base: Base) -> str:
+    """Return the digest of all that samples of the teacher depend on, its files included."""
     prompts, teacher = [*load_prompts(config), config.negative_prompt], open_teacher(config, base)
     settings = [
         prompt_key(prompts, config, base),

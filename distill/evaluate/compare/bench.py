@@ -30,6 +30,8 @@ from distill.worlds.analytic.world import GaussianWorld
 # Of the reference, of noise and of exact samples, far from each other and from any seed of a run.
 REFERENCE_SEED, NOISE_SEED, TRUTH_SEED = 999, 10_000, 20_000
 REFERENCE_STEPS, COPIED_STEPS = 100, 50
+ERRORS = ("tau_err", "frame_rho", "cross_rho", "kept_err", "w1", "energy", "mode_tv", "mode_miss")
+"""What a table may test; 0 is right."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +52,7 @@ class Bench:
     cache_dir: Path
 
     def score_arm(
-        self, arm: Arm, config: DistillConfig, seed: int, bundle: Path | None, *, is_tested: bool = True
+        self, arm: Arm, config: DistillConfig, seed: int, bundle: Path | None, folder: Path, *, is_tested: bool = True
     ) -> dict[str, Any]:
         """Return the scores: steps, after each step `metrics.Scores`, kept_err, copying; and `Judge.matrices`.
 
@@ -59,11 +61,13 @@ class Bench:
             config: of the run, or of the baseline for an arm that trains nothing.
             seed: of noise and exact samples; all arms of a seed begin with the same noise.
             bundle: the student of a run.
+            folder: unused, there are no pictures.
             is_tested: without it, a point of a curve: after the last step alone, and no matrices.
 
         Raises:
             CheckpointError: the bundle is missing or damaged.
         """
+        del folder
         steps = self._samples(arm, config, seed, bundle)
         teacher = self._endpoints(seed)
         if not is_tested:

@@ -1,7 +1,8 @@
 """The cells of a comparison: their configs, their calls, and one of them run through the product's trainer.
 
 RUNS/TABLE/ARM/gG/seedN/run/             the product's run folder; budgets are checkpoints of one run, which is resumed
-RUNS/TABLE/ARM/gG/seedN/student-BUDGET/  its bundle at a budget
+RUNS/TABLE/ARM/gG/seedN/run/student-BUDGET/  its bundle at a budget, beside run/bundle: both name the base from there
+RUNS/TABLE/ARM/gG/seedN/strips-BUDGET/   pictures of a few clips, where the world has them
 RUNS/TABLE/ARM/gG/seedN/scores-BUDGET.json   a finished cell, never run again
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,9 +24,10 @@ import torch
 from codmd_serve.errors import CodmdError, ConfigError
 from codmd_serve.files import atomic_folder, write_json
 from codmd_serve.textfiles import read_json_object
-from distill.config import ANALYTIC_RECIPES, DistillConfig, config_to_dict, with_overrides
-from distill.evaluate.compare.bench import open_bench
-from distill.evaluate.compare.table import RUN, Arm, Table, check_names
+from distill.config import DistillConfig, config_to_dict, with_overrides
+from distill.evaluate.compare.starts import link_start, shared_start
+from distill.evaluate.compare.table import RUN, START, Arm, Table, check_names
+from distill.evaluate.compare.worlds import check_table, world_of
 from distill.methods.registry import METHODS, config_from_dict, recipe_config
 from distill.methods.regression import start_of
 from distill.run.checkpoint import iteration_of, list_checkpoints, load_checkpoint
@@ -32,6 +35,8 @@ from distill.run.start import START_FOLDER, run_with_start
 from distill.run.trainer import RunOptions
 
 ROLES = ("student", "critic", "teacher")
+# What all arms of a table have in common, because they are scored on the same captions, against the same laws.
+SHARED = ("base", "teacher", "native", "prompts", "num_captions", "negative_prompt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +84,7 @@ def cell_config(cell: Cell) -> DistillConfig:
         ConfigError: an unknown method or setting; names the arm.
     """
     table, arm = cell.table, cell.arm if cell.arm.kind == RUN else cell.table.arm(cell.table.baseline)
-    if table.recipe not in ANALYTIC_RECIPES:
-        raise ConfigError(f"recipe must be one of {', '.join(ANALYTIC_RECIPES)}, got {table.recipe!r}")
+    world_of(table.recipe)
     settings = {**table.settings, **arm.settings, "guidance_scale": cell.guidance, "seed": cell.seed}
     # The teacher's paths are of the run's seed too: intervals over seeds are to hold for other paths.
     settings.setdefault("samples_seed", cell.seed)
@@ -136,16 +140,22 @@ def check_cells(table: Table, seeds: tuple[int, ...]) -> list[str]:
         Lines that show updates and calls of every arm at every budget.
 
     Raises:
-        ConfigError: an arm that cannot run, or whose updates or calls differ without a reason; all are named.
+        ConfigError: a table that its world cannot score; an arm that cannot run, whose base, size or prompts are not
+            the baseline's, or whose updates or calls differ without a reason; all are named.
     """
+    check_table(table)
     lines, unequal = [], []
     for guidance in table.guidance:
         for budget in table.budgets:
             base = Cell(table=table, arm=table.arm(table.baseline), guidance=guidance, seed=seeds[0], budget=budget)
-            wanted = expected_calls(cell_config(base))
+            baseline = cell_config(base)
+            wanted = expected_calls(baseline)
             for arm in table.arms:
                 cell = replace(base, arm=arm)
                 config = cell_config(cell)
+                own = [key for key in SHARED if getattr(config, key) != getattr(baseline, key)]
+                if own:
+                    raise ConfigError(f"arm {arm.name}: {own[0]} must be that of {table.baseline}: set it for all arms")
                 if arm.kind != RUN:
                     continue
                 calls, updates = expected_calls(config), arm.updates or budget
@@ -195,14 +205,24 @@ def is_finished(cell: Cell, runs: Path) -> bool:
     return True
 
 
-def read_scores(cell: Cell, runs: Path) -> dict[str, Any]:
-    """Return what a report needs of a finished cell: all but its config."""
-    found = read_json_object(cell.scores(runs), ConfigError)
+def read_scores(cell: Cell, runs: Path, folder: Path) -> dict[str, Any]:
+    """Return what a report needs of a finished cell: all but its config; strips by their paths from `folder`."""
+    path = cell.scores(runs)
+    found = read_json_object(path, ConfigError)
+    own = path.parent.resolve()
+    for clip in found.get("clips", []):
+        clip["strip"] = Path(os.path.relpath(own / clip["strip"], folder.resolve())).as_posix()
     return {key: value for key, value in found.items() if key != "config"}
 
 
-def run_cell(cell: Cell, runs: Path, cache_dir: Path) -> None:
+def run_cell(cell: Cell, runs: Path, cache_dir: Path, device: str = "cpu") -> None:
     """Run a cell to its scores, going on with what an earlier call left.
+
+    Args:
+        cell: to run.
+        runs: folder of all runs.
+        cache_dir: shared by all cells.
+        device: cpu, cuda or cuda:N.
 
     Raises:
         InterruptedCellError: by a signal.
@@ -216,10 +236,15 @@ def run_cell(cell: Cell, runs: Path, cache_dir: Path) -> None:
         begin = time.process_time()
         bundle, facts = None, {"calls": dict.fromkeys(ROLES, 0), "student_updates": 0, "iterations": 0}
         if cell.arm.kind == RUN:
-            bundle, facts = _train(cell, config, folder, cache_dir)
+            bundle, facts = _train(cell, config, folder, cache_dir, device)
+        if cell.arm.kind == START:
+            bundle = _start_bundle(cell, config, folder, cache_dir, device)
         trained_s = time.process_time() - begin
-        bench = open_bench(cell.table.recipe, cell.guidance, cell.table.samples, cache_dir)
-        scores = bench.score_arm(cell.arm, config, cell.seed, bundle, is_tested=cell.budget in cell.table.budgets)
+        baseline = replace(cell, arm=cell.table.arm(cell.table.baseline), budget=cell.table.budgets[0])
+        first = cell_config(replace(baseline, seed=cell.table.seeds[0]))
+        bench = world_of(cell.table.recipe).open(cell.table, first, cache_dir, device)
+        is_tested, strips = cell.budget in cell.table.budgets, folder / f"strips-{cell.budget}"
+        scores = bench.score_arm(cell.arm, config, cell.seed, bundle, strips, is_tested=is_tested)
         write_json(
             cell.scores(runs),
             {
@@ -235,19 +260,16 @@ def run_cell(cell: Cell, runs: Path, cache_dir: Path) -> None:
         )
 
 
-def _train(cell: Cell, config: DistillConfig, folder: Path, cache_dir: Path) -> tuple[Path, dict[str, Any]]:
-    run, student = folder / "run", folder / f"student-{cell.budget}"
+def _train(
+    cell: Cell, config: DistillConfig, folder: Path, cache_dir: Path, device: str
+) -> tuple[Path, dict[str, Any]]:
+    run, student = folder / "run", folder / "run" / f"student-{cell.budget}"
     checkpoints = list_checkpoints(run)
     if checkpoints and iteration_of(checkpoints[-1]) > config.max_iterations:
         raise ConfigError(f"{run} is past the budget of {cell.name}: delete {folder} to run it anew")
-    options = RunOptions(
-        out=run,
-        device=torch.device("cpu"),
-        cache_dir=cache_dir,
-        preview_every_iterations=0,
-        has_pipeline=False,
-        has_curves=False,
-    )
+    options, start = _options(run, cache_dir, device), start_of(config)
+    if start is not None and not link_start(start, options):
+        raise InterruptedCellError(cell.name)
     outcome = run_with_start(config, options, resume=(run / "config.json").is_file())
     if outcome.bundle is None:
         raise InterruptedCellError(cell.name)
@@ -261,13 +283,34 @@ def _train(cell: Cell, config: DistillConfig, folder: Path, cache_dir: Path) -> 
         shutil.copytree(outcome.bundle, fresh, dirs_exist_ok=True)
     calls = _counted(run)
     calls["teacher"] += _path_calls(config)
-    start = start_of(config)
     if start is not None:
         counted = _counted(run / START_FOLDER)
         calls = {role: calls[role] + counted[role] for role in ROLES}
         calls["teacher"] += _path_calls(start)
     facts = {"calls": calls, "student_updates": wanted, "iterations": outcome.iteration}
     return student, facts
+
+
+def _start_bundle(cell: Cell, config: DistillConfig, folder: Path, cache_dir: Path, device: str) -> Path | None:
+    """Return the student of the start that the baseline has; None where it begins with the base's own network."""
+    start = start_of(config)
+    if start is None:
+        return None
+    made = shared_start(start, _options(folder / "run", cache_dir, device))
+    if made is None:
+        raise InterruptedCellError(cell.name)
+    return made / "bundle"
+
+
+def _options(run: Path, cache_dir: Path, device: str) -> RunOptions:
+    return RunOptions(
+        out=run,
+        device=torch.device(device),
+        cache_dir=cache_dir,
+        preview_every_iterations=0,
+        has_pipeline=False,
+        has_curves=False,
+    )
 
 
 def _counted(run: Path) -> dict[str, int]:

@@ -31,7 +31,11 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", help="a JSON file, or ties, ties_guided, orbit or switch, which come with the package")
+    parser.add_argument(
+        "table",
+        help="a JSON file, or one that comes with the package: ties, ties_guided, orbit, switch, shapeworld or "
+        "shapeworld_small",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="report these alone of the table's seeds")
     parser.add_argument("--arms", nargs="+", help="report these alone of the table's arms; the baseline always")
     parser.add_argument("--tuning", action="store_true", help="run the tuning seeds in place of the reported ones")
@@ -46,6 +50,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs; started again, it goes on")
     parser.add_argument("--cache", type=Path, help="start networks, paths and references; default: OUT/cache")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N, for ShapeWorld; default cpu")
     parser.add_argument("--json", type=Path, help="default: OUT/TABLE.json, with --tuning OUT/TABLE-tuning.json")
 
 
@@ -118,12 +123,14 @@ def _run(args: argparse.Namespace, table: Table) -> int:
     if not 1 <= args.jobs <= MAX_JOBS:
         raise ConfigError(f"--jobs must be in 1..{MAX_JOBS}, got {args.jobs}")
 
+    from codmd_serve.device import choose_device
     from codmd_serve.wan.checkpoint import silence_libraries
     from distill.evaluate.compare.cells import all_cells, cell_config, check_cells, check_runs_folder, is_finished
     from distill.evaluate.compare.pool import run_chains
     from distill.networks.base import open_base
 
     silence_libraries()
+    device = str(choose_device(args.device))
     check_cells(table, table.seeds)
     check_runs_folder(table, args.out)
     cache = args.cache or args.out / "cache"
@@ -136,7 +143,7 @@ def _run(args: argparse.Namespace, table: Table) -> int:
     if left:
         # Once, before workers would each make one.
         open_base(cell_config(left[0][0]).base).prepared(cache)
-    report = run_chains(left, args.out, cache, args.jobs, lambda name: print(f"done {name}", flush=True))
+    report = run_chains(left, args.out, cache, args.jobs, lambda name: print(f"done {name}", flush=True), device)
     for name, reason in report.failed.items():
         print(f"failed {name}: {reason}", file=sys.stderr)
     if report.signal_number is not None:
@@ -152,10 +159,10 @@ def _collect(args: argparse.Namespace, table: Table) -> int:
 
     check_runs_folder(table, args.out)
     cells = [cell for chain in all_cells(table, table.seeds) for cell in chain]
-    found = [read_scores(cell, args.out) for cell in cells if is_finished(cell, args.out)]
+    path = args.json or args.out / f"{table.name}.json"
+    found = [read_scores(cell, args.out, path.parent) for cell in cells if is_finished(cell, args.out)]
     data = {"format": FORMAT, "table": as_dict(table), "cells": found}
     check_complete(data)
-    path = args.json or args.out / f"{table.name}.json"
     write_json(path, data, indent=None)
     print(f"{path}: {len(found)} cells")
     return 0

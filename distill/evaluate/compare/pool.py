@@ -42,7 +42,12 @@ class Report:
 
 
 def run_chains(
-    chains: list[list[Cell]], runs: Path, cache_dir: Path, jobs: int, on_done: Callable[[str], object]
+    chains: list[list[Cell]],
+    runs: Path,
+    cache_dir: Path,
+    jobs: int,
+    on_done: Callable[[str], object],
+    device: str = "cpu",
 ) -> Report:
     """Run chains of cells, each chain in one worker, `jobs` at a time.
 
@@ -52,6 +57,7 @@ def run_chains(
         cache_dir: shared by all.
         jobs: worker processes.
         on_done: told the name of each finished cell.
+        device: of all workers.
 
     Returns:
         What ended how. After a signal, the runs in progress have saved a checkpoint.
@@ -61,7 +67,7 @@ def run_chains(
     report = Report(done=[], failed={}, signal_number=None)
     is_stopping = context.Event()
     with stop_signal() as received, ProcessPoolExecutor(jobs, context, _start_worker, (is_stopping,)) as pool:
-        waiting = {pool.submit(run_chain, chain, runs, cache_dir): chain for chain in chains}
+        waiting = {pool.submit(run_chain, chain, runs, cache_dir, device): chain for chain in chains}
         while waiting:
             finished, _ = wait(waiting, timeout=POLL_S, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -77,7 +83,7 @@ def run_chains(
     return Report(done=report.done, failed=report.failed, signal_number=number)
 
 
-def run_chain(chain: list[Cell], runs: Path, cache_dir: Path) -> tuple[list[str], dict[str, str]]:
+def run_chain(chain: list[Cell], runs: Path, cache_dir: Path, device: str = "cpu") -> tuple[list[str], dict[str, str]]:
     """Run the cells of a chain one after the other, up to the first that fails or is interrupted.
 
     Returns:
@@ -91,7 +97,7 @@ def run_chain(chain: list[Cell], runs: Path, cache_dir: Path) -> tuple[list[str]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a", encoding="utf-8") as file, _logged_to(file):
             try:
-                run_cell(cell, runs, cache_dir)
+                run_cell(cell, runs, cache_dir, device)
             except InterruptedCellError:
                 return done, {}
             except CodmdError as error:

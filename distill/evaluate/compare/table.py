@@ -50,7 +50,7 @@ class Table:
 
     Attributes:
         name: of the table; also the name of a folder.
-        recipe: of all runs, an analytic world.
+        recipe: of all runs, see `worlds.WORLDS`.
         baseline: the arm that all others are compared with.
         budgets: student updates, ascending; each is tested.
         curve: further numbers of updates at which runs are scored, for the curves over training; never tested.
@@ -58,7 +58,8 @@ class Table:
         seeds: reported.
         tuning_seeds: for choosing settings; never reported.
         metrics: tested, with Holm's correction over them.
-        samples: of each caption.
+        samples: of each caption; on ShapeWorld, of each deep one.
+        bench: settings of the world's bench, where it has any.
         settings: of all runs, as `--set` takes them.
     """
 
@@ -73,6 +74,7 @@ class Table:
     metrics: tuple[str, ...]
     curve: tuple[int, ...] = ()
     samples: int = 512
+    bench: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def arm(self, name: str) -> Arm:
@@ -235,8 +237,8 @@ def _check_keys(data: Mapping[str, Any], kind: type, where: str, given: tuple[st
     missing = sorted(required - data.keys())
     if missing:
         raise ConfigError(f"missing key {missing[0]!r} of {where}")
-    for name in data.keys() & {"settings"}:
-        _object(data[name], f"settings of {where}")
+    for name in data.keys() & {"settings", "bench"}:
+        _object(data[name], f"{name} of {where}")
     for name in data.keys() & set(LISTS):
         if not isinstance(data[name], list):
             raise ConfigError(f"{name} must be a list, got {data[name]!r}")
