@@ -1,7 +1,7 @@
 """The exported adapters of a LoRA student, read by diffusers' own `load_lora_weights`, that is by PEFT.
 
-`make clients` runs it with PEFT beside our packages. It trains a few updates on the embedded world, exports adapters and
-bundle, and compares what both predict.
+`make clients` runs it with PEFT beside our packages. It trains a few updates on the embedded world, exports adapters
+and bundle, and compares what both predict.
 """
 
 import importlib.metadata
