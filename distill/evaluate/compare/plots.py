@@ -30,7 +30,8 @@ def all_plots(data: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
         plots.append((f"{where}: scores over training, mean and range over seeds.", curves(data, guidance)))
-        plots.append((f"{where}: scores after every step of the student, mean over seeds.", steps(data, guidance)))
+        if any(len(cell["steps"]) > 1 for cell in data["cells"]):
+            plots.append((f"{where}: scores after every step of the student, mean over seeds.", steps(data, guidance)))
     return plots
 
 

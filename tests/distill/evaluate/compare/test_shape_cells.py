@@ -162,3 +162,9 @@ def test_an_analytic_table_has_no_settings_of_a_bench(tiny_base: Path) -> None:
     own = {**tiny_shapes(tiny_base), "recipe": "analytic_ties", "metrics": ["tau_err"], "settings": {}}
     with pytest.raises(ConfigError, match="bench has no settings in analytic_ties, got captions"):
         check_cells(parse_table(own), (1,))
+
+
+def test_the_report_is_made_of_them(runs: Path) -> None:
+    out = runs / "evidence.md"
+    assert main(["eval", "compare", "report", str(runs / "result.json"), "--out", str(out)]) == 0
+    assert "wrong_far" in out.read_text(encoding="utf-8")
