@@ -57,6 +57,7 @@ SLOW = (
     "codmd_serve/test_pool.py",
     "codmd_serve/test_server_process.py",
     "distill/evaluate/compare/test_cells.py",
+    "distill/evaluate/compare/test_shape_cells.py",
     "distill/evaluate/study/test_command.py",
     "distill/evaluate/study/test_coverage.py",
     "distill/evaluate/test_detect.py",
