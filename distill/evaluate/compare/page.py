@@ -1,0 +1,73 @@
+"""Writes a report: the Markdown page with its figures as files, the same as one HTML file, and README's block."""
+
+from __future__ import annotations
+
+import os
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+
+from codmd_serve.errors import ConfigError
+from codmd_serve.files import write_bytes, write_text
+from codmd_serve.textfiles import read_text
+from distill.evaluate.compare.figures import Plot, all_plots, as_png, as_svg
+from distill.evaluate.compare.markdown import as_html
+from distill.evaluate.compare.report import README_BEGIN, README_END, TITLE, as_markdown, readme_block, replace_block
+from distill.evaluate.compare.results import Comparison
+
+
+def write_report(
+    comparisons: Sequence[Comparison], commands: Sequence[str], out: Path, insert: Path | None
+) -> list[Path]:
+    """Write a report.
+
+    Args:
+        comparisons: of `results.read_results`.
+        commands: that made their JSON, and this report.
+        out: of the Markdown; the figures go into the folder of its name, the HTML beside it.
+        insert: a file whose block between the marks of `report` is replaced.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: insert has no such block; nothing is written then.
+    """
+    text = None if insert is None else _with_block(insert, comparisons, out)
+    plots, folder = all_plots(comparisons), out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, drawn = list[Path](), dict[str, str]()
+    for plot in plots:
+        name = f"{plot.key}.png"
+        if plot.is_kept:
+            data = as_png(plot.draw())
+            pictures.append(folder / name)
+            write_bytes(pictures[-1], data)
+            drawn[f"{folder.name}/{name}"] = f'<img alt="" src="data:image/png;base64,{b64encode(data).decode()}">'
+        else:
+            drawn[f"{folder.name}/{name}"] = as_svg(plot.draw())
+    page = out.with_suffix(".html")
+    kept = [plot for plot in plots if plot.is_kept]
+    write_text(out, as_markdown(comparisons, commands, _links(kept, folder.name)))
+    write_text(page, as_html(as_markdown(comparisons, commands, _links(plots, folder.name)), TITLE, drawn))
+    if insert is not None and text is not None:
+        write_text(insert, text)
+    return [out, page, *pictures, *([insert] if insert is not None else [])]
+
+
+def block_for(insert: Path, comparisons: Sequence[Comparison], out: Path) -> str:
+    """Return README's block, with links relative to it."""
+    there = Path(os.path.relpath(out, insert.parent))
+    figure = there.with_suffix("") / "overview.png"
+    return readme_block(comparisons, figure.as_posix(), there.as_posix())
+
+
+def _with_block(insert: Path, comparisons: Sequence[Comparison], out: Path) -> str:
+    text = replace_block(read_text(insert, ConfigError), block_for(insert, comparisons, out))
+    if text is None:
+        raise ConfigError(f"--insert {insert}: expected a file with {README_BEGIN} and {README_END}")
+    return text
+
+
+def _links(plots: Sequence[Plot], folder: str) -> dict[str, str]:
+    return {plot.key: f"![{plot.caption}]({folder}/{plot.key}.png)" for plot in plots}
