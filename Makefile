@@ -50,8 +50,14 @@ docs: $(DEV_STAMP)
 
 # Clients that are too heavy for the tests, each in an environment of its own (AIPerf: 1.2 GB). Writes docs/results/clients.md.
 CLIENTS := build/clients
-clients: $(DEV_STAMP) $(CLIENTS)/litellm/.1.110.2 $(CLIENTS)/aiperf/.0.13.0
+clients: $(DEV_STAMP) $(CLIENTS)/litellm/.1.110.2 $(CLIENTS)/aiperf/.0.13.0 $(CLIENTS)/peft/.0.21.2
+	PYTHONPATH=$(CLIENTS)/peft $(BIN)/python tests/clients/adapters.py
 	$(BIN)/python tests/clients/stock_clients.py --environments $(CLIENTS)
+
+# Beside our own packages, since it reads a file with our diffusers.
+$(CLIENTS)/peft/.%:
+	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $(@D) peft==$* accelerate
+	touch $@
 
 $(CLIENTS)/litellm/.% $(CLIENTS)/aiperf/.%:
 	$(PYTHON) -m venv $(@D)

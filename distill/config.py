@@ -137,8 +137,7 @@ class DistillConfig:
         guidance_scale: of the teacher, uncond + guidance_scale * (cond - uncond).
         negative_prompt: what the teacher is guided away from.
         sampler: `sde` noises the prediction again after each step, `ode` follows the flow.
-        timesteps: the student's denoising steps; where empty, the method derives them from the fields below or from
-            settings of its own.
+        timesteps: the student's denoising steps; where empty, the method derives them from the fields below or its own.
         step_levels, step_shift: noise levels of those steps before the shift, and the shift.
         score_shift, score_sigma_min, score_sigma_max: law of the noise levels at which teacher and critic are compared.
         score_window: which of these levels judge which exit step, see `methods.draws.score_window`.
@@ -226,11 +225,11 @@ class DistillConfig:
         check_choice("bundle_dtype", self.bundle_dtype, BUNDLE_DTYPES)
         for name in ("seed", "samples_seed"):
             check_range(name, getattr(self, name), 0, 2**63 - 1)
-        for name in ("batch_size", "max_iterations", "student_every_iterations", "num_captions", "keep_last"):
+        for name in ("batch_size", "accumulate", "context_parallel", "max_iterations", "student_every_iterations"):
             check_range(name, getattr(self, name), 1, 10**9)
-        for name in ("log_every_iterations", "save_every_iterations", "max_nonfinite_in_row", "accumulate"):
+        for name in ("log_every_iterations", "save_every_iterations", "max_nonfinite_in_row", "keep_last"):
             check_range(name, getattr(self, name), 1, 10**9)
-        check_range("context_parallel", self.context_parallel, 1, 10**9)
+        check_range("num_captions", self.num_captions, 1, 10**9)
         check_range("shard_group", self.shard_group, 0, 10**9)
         for role in ("critic", "student"):
             check_range(f"lora_{role}_rank", getattr(self, f"lora_{role}_rank"), 0, 4096)

@@ -99,7 +99,7 @@ class Judge:
         tau = torch.stack([kendall_matrix(self.world.factors(own[:NUM_TAU])) for own in samples]).mean(0)
         frames = samples.shape[3]
         whole = torch.stack([spearman(haar_coefficients(own)) for own in samples]).mean(0)
-        blocks = whole.unflatten(0, (-1, frames)).unflatten(2, (-1, frames))
+        blocks = whole.reshape(-1, frames, len(whole) // frames, frames)
         return {"tau": tau, "rho": blocks.diagonal(dim1=0, dim2=2).mean(-1)}
 
     @cached_property
