@@ -198,14 +198,10 @@ def _read(paths: list[Path]) -> list[Comparison]:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from distill.evaluate.compare.page import write_report
+    from distill.evaluate.compare.page import commands_of, write_report
 
     comparisons = _read(args.json)
-    files = " ".join(path.as_posix() for path in args.json)
-    commands = [f"codmd-distill eval compare run {own.table['name']} --out runs" for own in comparisons]
-    commands.append(f"codmd-distill eval compare pack runs/*.json --out {args.out.with_suffix('').as_posix()}")
-    insert = f" --insert {args.insert.as_posix()}" if args.insert else ""
-    commands.append(f"codmd-distill eval compare report {files} --out {args.out.as_posix()}{insert}")
+    commands = commands_of(comparisons, args.json, args.out, args.insert)
     for path in write_report(comparisons, commands, args.out, args.insert):
         print(path)
     return 0

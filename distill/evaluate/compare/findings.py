@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from distill.evaluate.compare.results import ALPHA, Comparison, Difference, Estimate, Setting, interval, share_closed
 from distill.evaluate.compare.roles import LOSS, REGRESSED, TERM, control_pairs, floor_of, started, with_role
 
+Entry = TypeVar("Entry", bound=tuple[Any, ...])
 KEPT = {"kept": "strong rank correlations", "tau_kept": "dependence of the tied factors"}
 """1 is right, below it dependence is lost, above it overstated."""
 NUM_LEAD = 2
@@ -87,7 +88,8 @@ def method(comparisons: Sequence[Comparison]) -> str:
         "training; brackets are 95% intervals over seeds. An arm is better or worse where p < "
         f"{ALPHA:g} after Holm's correction over the metrics of a pair in a setting, so one pair in twenty has such a "
         "verdict by chance. The gap is from the baseline's error to the floor, the error of other samples of what "
-        "students are to match: of the truth where the teacher is exact, else of the teacher in the most steps."
+        "students are to match: of the truth where the teacher is exact, else of the teacher in the most steps. "
+        "Dependence is measured against the floor's own, which is 1."
     )
 
 
@@ -98,6 +100,8 @@ def _dependence(settings: Sequence[Setting]) -> str:
         return ""
     lost, over = ([own for own in found if own[0].high < 1], [own for own in found if own[0].low > 1])
     count, parts = len({own[2].name for own in found}), list[str]()
+    if not lost and not over:
+        return f"**{_baseline(settings)} neither loses nor overstates dependence in any of {count} settings.**"
     for verb, entries, extreme in (("loses", lost, min), ("overstates", over, max)):
         if entries:
             most, metric, setting = extreme(entries, key=_shown)
@@ -126,11 +130,12 @@ def _term(settings: Sequence[Setting]) -> str:
     }[bool(own.better), bool(own.worse)]
     text = f"**The relational term ({forms} {'form' if forms == 1 else 'forms'}) {verdict} of {own.total} comparisons**"
     text += f" (chance alone would decide about {ALPHA * len(pairs):.1f})"
-    shares = _shares_of([(pair.setting, pair.arm) for pair in pairs])
+    metric = lead(settings[0])[0]
+    shares = [own for own in _shares_of([(pair.setting, pair.arm) for pair in pairs]) if own[1] == metric]
     if not shares:
-        return f"{text}."
-    share, metric, where = max(shares, key=_shown)
-    return f"{text}; at its best it closes {percent(share)} of {base}'s gap to the floor ({metric}, {where})."
+        return f"{text}; {extremes(pairs)}."
+    ends = dict.fromkeys(f"{percent(end[0])} ({end[2]})" for end in _ends(shares))
+    return f"{text}; it closes {' to '.join(ends)} of {base}'s gap to the floor in {metric}."
 
 
 def _control(settings: Sequence[Setting]) -> str:
@@ -139,12 +144,15 @@ def _control(settings: Sequence[Setting]) -> str:
     if not pairs:
         return ""
     own = tally(pairs)
-    verdict = "the control is better there" if own.worse else "its content was not seen to matter"
-    verdict = "its content matters there" if own.better else verdict
+    verdict = {
+        (False, False): "its content was not seen to matter",
+        (False, True): "the control is better there",
+        (True, False): "its content matters there",
+        (True, True): "without one sign",
+    }[bool(own.better), bool(own.worse)]
     return (
         "Against controls of the same size without its content the term is better in "
-        f"{len(own.better)} and worse in {len(own.worse)} of {own.total} comparisons: {verdict} "
-        f"({extremes(pairs)})."
+        f"{len(own.better)} and worse in {len(own.worse)} of {own.total} comparisons, {verdict}; {extremes(pairs)}."
     )
 
 
@@ -157,7 +165,7 @@ def _start(settings: Sequence[Setting]) -> str:
     for what, own in (("alone", alone), (f"before {base}", before)):
         shares = [entry for entry in _shares_of(own) if entry[1] == lead(settings[0])[0]]
         if shares:
-            ends = [extreme(shares, key=_shown) for extreme in (min, max)]
+            ends = _ends(shares)
             parts.append(f"{what} {' to '.join(dict.fromkeys(f'{percent(end[0])} ({end[2]})' for end in ends))}")
     if not alone and not before:
         return ""
@@ -165,7 +173,9 @@ def _start(settings: Sequence[Setting]) -> str:
     total = tally(start_pairs(settings))
     text = f"**A start regressed on the teacher's own paths {closes}**"
     if total.total:
-        text += f"; before {base} it is better than none in {len(total.better)} and worse in {len(total.worse)} of "
+        text += (
+            f"; before {base} it is better than {base} alone in {len(total.better)} and worse in {len(total.worse)} of "
+        )
         text += f"{total.total} comparisons"
     return f"{text}."
 
@@ -174,14 +184,12 @@ def _losses(settings: Sequence[Setting]) -> str:
     """Say which other losses help."""
     names = dict.fromkeys(arm for setting in settings for arm in with_role(setting.comparison.table, LOSS))
     found = {name: tally(_loss_pairs(settings, name)) for name in names}
-    helped = [
-        f"{name} (better in {len(own.better)}, worse in {len(own.worse)} of {own.total})"
-        for name, own in found.items()
-        if own.better
-    ]
-    rest = [f"{name} (worse in {len(own.worse)} of {own.total})" for name, own in found.items() if not own.better]
-    parts = [f"{' and '.join(helped)} help{'s' if len(helped) == 1 else ''} in places"] if helped else []
-    parts += [f"no gain was found of {', '.join(rest)}"] if rest else []
+    groups = dict[str, list[str]]()
+    for name, own in found.items():
+        group = "no gain was found of" if not own.better else "mixed are" if own.worse else "only gains were found of"
+        count = f"better in {len(own.better)}, worse in {len(own.worse)} of {own.total}"
+        groups.setdefault(group, []).append(f"{name} ({count})")
+    parts = [f"{group} {', '.join(own)}" for group, own in groups.items()]
     return f"Of other losses, {'; '.join(parts)}." if parts else ""
 
 
@@ -236,9 +244,18 @@ def lead(setting: Setting) -> list[str]:
 
 
 def kept(setting: Setting) -> dict[str, Estimate]:
-    """Return how much dependence the baseline keeps, by each measure that the setting has."""
-    base = setting.comparison.table["baseline"]
-    return {metric: interval(setting.scores(base, metric)) for metric in KEPT if setting.has(metric)}
+    """Return how much dependence the baseline keeps, by each measure that the setting has.
+
+    Other exact samples have not quite 1 either, so the floor's own is taken off, seed by seed: 1 is as much as these.
+    """
+    table = setting.comparison.table
+    floor, found = floor_of(table), dict[str, Estimate]()
+    for metric in KEPT:
+        if setting.has(metric):
+            own = setting.scores(table["baseline"], metric)
+            least = setting.scores(floor, metric) if floor else [1.0] * len(own)
+            found[metric] = interval([1.0 + value - other for value, other in zip(own, least, strict=True)])
+    return found
 
 
 def closed(setting: Setting, arm: str, metric: str) -> Estimate | None:
@@ -253,7 +270,7 @@ def closed(setting: Setting, arm: str, metric: str) -> Estimate | None:
 def extremes(pairs: Sequence[Pair]) -> str:
     """Return the least and the largest difference in the first metric of the tables, with their settings."""
     found = [(pair.gaps[lead(pair.setting)[0]], pair) for pair in pairs]
-    low, high = (extreme(found, key=_shown) for extreme in (min, max))
+    low, high = _ends(found)
     metrics = "/".join(dict.fromkeys(lead(pair.setting)[0] for pair in pairs))
     ends = [f"{signed(gap)} ({pair.arm}, {pair.setting.name})" for gap, pair in (low, high)]
     return f"{metrics} differs by {' to '.join(dict.fromkeys(ends))}"
@@ -282,6 +299,11 @@ def _shares_of(arms: Sequence[tuple[Setting, str]]) -> list[tuple[Estimate, str,
         for metric in lead(setting)
         if (share := closed(setting, arm, metric)) is not None
     ]
+
+
+def _ends(found: Sequence[Entry]) -> tuple[Entry, Entry]:
+    """Return the least and the largest of entries that begin with an estimate."""
+    return min(found, key=_shown), max(found, key=_shown)
 
 
 def _shown(entry: tuple[Any, ...]) -> float:

@@ -27,7 +27,7 @@ def as_html(markdown: str, title: str, figures: Mapping[str, str]) -> str:
     """Return a page that loads nothing.
 
     Args:
-        markdown: blocks with empty lines between: headings, tables, lists, code, pictures, paragraphs.
+        markdown: blocks with empty lines between: headings, tables, lists, fenced code, pictures, paragraphs.
         title: of the page.
         figures: the HTML of each picture, by the name that the Markdown gives its file.
 
@@ -52,8 +52,8 @@ def _block(block: str, figures: Mapping[str, str]) -> str:
         return f"<h{level}>{_inline(heading[2])}</h{level}>"
     if picture:
         return f"<figure>{figures[picture[2]]}<figcaption>{_inline(picture[1])}</figcaption></figure>"
-    if block.startswith("    "):
-        return f"<pre>{html.escape(block)}</pre>"
+    if block.startswith("```"):
+        return "<pre>" + html.escape("\n".join(lines[1:-1])) + "</pre>"
     if block.startswith("- "):
         items = re.split(r"\n- ", block[2:])
         return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"

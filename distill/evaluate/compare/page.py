@@ -16,6 +16,25 @@ from distill.evaluate.compare.report import README_BEGIN, README_END, TITLE, as_
 from distill.evaluate.compare.results import Comparison
 
 
+def commands_of(comparisons: Sequence[Comparison], paths: Sequence[Path], out: Path, insert: Path | None) -> list[str]:
+    """Return the commands that make the JSON of these files, and this report of them."""
+    kept = out.with_suffix("").as_posix()
+    files = " ".join(path.as_posix() for path in paths)
+    whole = " ".join(f"runs/{own.table['name']}.json" for own in comparisons)
+    end = f" --insert {insert.as_posix()}" if insert else ""
+    return [
+        *(f"codmd-distill eval compare run {own.table['name']} --out runs" for own in comparisons),
+        f"codmd-distill eval compare pack {whole} --out {kept}",
+        f"codmd-distill eval compare report {files} --out {out.as_posix()}{end}",
+    ]
+
+
+def page_text(comparisons: Sequence[Comparison], commands: Sequence[str], out: Path) -> str:
+    """Return the Markdown of a report, which names the files of its figures and draws none."""
+    kept = [plot for plot in all_plots(comparisons) if plot.is_kept]
+    return as_markdown(comparisons, commands, _links(kept, out.stem))
+
+
 def write_report(
     comparisons: Sequence[Comparison], commands: Sequence[str], out: Path, insert: Path | None
 ) -> list[Path]:
@@ -23,7 +42,7 @@ def write_report(
 
     Args:
         comparisons: of `results.read_results`.
-        commands: that made their JSON, and this report.
+        commands: of `commands_of`.
         out: of the Markdown; the figures go into the folder of its name, the HTML beside it.
         insert: a file whose block between the marks of `report` is replaced.
 
@@ -47,8 +66,7 @@ def write_report(
         else:
             drawn[f"{folder.name}/{name}"] = as_svg(plot.draw())
     page = out.with_suffix(".html")
-    kept = [plot for plot in plots if plot.is_kept]
-    write_text(out, as_markdown(comparisons, commands, _links(kept, folder.name)))
+    write_text(out, page_text(comparisons, commands, out))
     write_text(page, as_html(as_markdown(comparisons, commands, _links(plots, folder.name)), TITLE, drawn))
     if insert is not None and text is not None:
         write_text(insert, text)

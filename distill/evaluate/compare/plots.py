@@ -36,10 +36,11 @@ COLOURS = {
     TERM: ("#4477aa", "#66ccee", "#88bbdd", "#335577"),
     CONTROL: ("#999933", "#cccc66"),
     LOSS: ("#aa3377", "#cc88aa", "#882255", "#ddaacc"),
-    REGRESSED: ("#228833",),
+    REGRESSED: ("#bb5533",),
 }
-STARTED = ("#ee6677", "#ee9944", "#dd7788", "#bb5533")
+STARTED = ("#ee6677", "#ee9944", "#dd7788", "#cc9966")
 COLUMNS = 3
+LEAST_WIDTH = 8.5  # inches, of the legend
 LEAST_SHARE = 0.5  # of the worlds, for an arm of the overview
 SHOWN_STEPS = (*KEPT, "copying")
 
@@ -50,7 +51,8 @@ def overview(comparisons: Sequence[Comparison]) -> Figure:
     counts = Counter(arm for setting in places for arm in main_arms(setting.comparison.table))
     arms = [arm for arm, count in counts.items() if count >= LEAST_SHARE * len(places)]
     rows = max(len(lead(setting)) for setting in places)
-    figure = Figure(figsize=(2.0 + 2.35 * len(places), 0.75 + rows * (0.55 + 0.2 * len(arms))), layout="constrained")
+    size = (max(2.0 + 2.35 * len(places), LEAST_WIDTH), 0.75 + rows * (0.55 + 0.2 * len(arms)))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, len(places), squeeze=False, sharey=True)
     for column, setting in enumerate(places):
         for row, metric in enumerate(lead(setting)):

@@ -87,7 +87,7 @@ def as_markdown(comparisons: Sequence[Comparison], commands: Sequence[str], figu
     parts += ["## Calls of each arm"]
     for own in comparisons:
         parts += [f"### Cost on {own.table['name']}", cost_table(own)]
-    parts += ["## Made by", "\n".join(f"    {line}" for line in commands)]
+    parts += ["## Made by", "\n".join(["```bash", *commands, "```"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -146,7 +146,10 @@ def answers(comparisons: Sequence[Comparison]) -> list[str]:
             ]
         )
     heads = ["the baseline", *(f"keeps of the {KEPT[measure]}" for measure in measures), "error", "floor"]
-    parts = ["Does the baseline lose dependence? 1 is right, below it dependence is lost, above it overstated."]
+    parts = [
+        "Does the baseline lose dependence? 1 is as much as the floor has, below it dependence is lost, above it "
+        "overstated."
+    ]
     parts.append(table(heads, rows))
     for place in range(max(len(lead(setting)) for setting in settings)):
         parts += [_share_table(settings, place)]
