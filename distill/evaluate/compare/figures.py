@@ -74,7 +74,7 @@ def _of_world(own: Comparison, last: Setting) -> list[Plot]:
         Plot(
             f"{last.place}-forest",
             f"{last.name}: difference from {base} with 95% t-interval. Left of 0 is better; filled: p < .05 after "
-            "Holm.",
+            "Holm; an arrow is farther away than there is room.",
             lambda: forest(last),
             is_kept=False,
         ),

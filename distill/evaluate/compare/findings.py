@@ -26,6 +26,12 @@ class Pair:
     other: str
 
     @property
+    def name(self) -> str:
+        """What sentences call it: its setting, its arm, and the other where that is not the baseline."""
+        is_plain = self.other == self.setting.comparison.table["baseline"]
+        return f"{self.arm if is_plain else f'{self.arm} - {self.other}'}, {self.setting.name}"
+
+    @property
     def gaps(self) -> dict[str, Difference]:
         """Return arm - other in all tested metrics."""
         return self.setting.differences(self.arm, self.other)
@@ -99,20 +105,14 @@ def _dependence(settings: Sequence[Setting]) -> str:
     if not found:
         return ""
     lost, over = ([own for own in found if own[0].high < 1], [own for own in found if own[0].low > 1])
-    count, parts = len({own[2].name for own in found}), list[str]()
+    count, base = len({own[2].name for own in found}), _baseline(settings)
     if not lost and not over:
-        return f"**{_baseline(settings)} neither loses nor overstates dependence in any of {count} settings.**"
-    for verb, entries, extreme in (("loses", lost, min), ("overstates", over, max)):
-        if entries:
-            most, metric, setting = extreme(entries, key=_shown)
-            number = len({own[2].name for own in entries})
-            parts.append(
-                f"{verb} dependence in {number} of {count} settings (most in {setting.name}: {plain(most)} times the "
-                f"right {KEPT[metric]})"
-            )
-        else:
-            parts.append(f"{verb} dependence in none of {count} settings")
-    return f"**{_baseline(settings)} {' and '.join(parts)}.**"
+        return f"**{base} neither loses nor overstates dependence in any of {count} settings.**"
+    losing, overstating = (len({own[2].name for own in entries}) for entries in (lost, over))
+    text = f"**{base} loses dependence in {losing} and overstates it in {overstating} of {count} settings**"
+    ends = [_ends(entries)[place] for place, entries in ((0, lost), (1, over)) if entries]
+    most = [f"{plain(end)} times the right {KEPT[metric]} in {setting.name}" for end, metric, setting in ends]
+    return f"{text} (at most {'; '.join(most)})."
 
 
 def _term(settings: Sequence[Setting]) -> str:
@@ -171,7 +171,7 @@ def _start(settings: Sequence[Setting]) -> str:
         return ""
     closes = f"closes {' and '.join(parts)} of the gap in {lead(settings[0])[0]}" if parts else "finds no gap to close"
     total = tally(start_pairs(settings))
-    text = f"**A start regressed on the teacher's own paths {closes}**"
+    text = f"**A start regressed on the teacher's own paths** {closes}"
     if total.total:
         text += (
             f"; before {base} it is better than {base} alone in {len(total.better)} and worse in {len(total.worse)} of "
@@ -272,7 +272,7 @@ def extremes(pairs: Sequence[Pair]) -> str:
     found = [(pair.gaps[lead(pair.setting)[0]], pair) for pair in pairs]
     low, high = _ends(found)
     metrics = "/".join(dict.fromkeys(lead(pair.setting)[0] for pair in pairs))
-    ends = [f"{signed(gap)} ({pair.arm}, {pair.setting.name})" for gap, pair in (low, high)]
+    ends = [f"{signed(gap)} ({pair.name})" for gap, pair in (low, high)]
     return f"{metrics} differs by {' to '.join(dict.fromkeys(ends))}"
 
 

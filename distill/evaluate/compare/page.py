@@ -23,10 +23,15 @@ def commands_of(comparisons: Sequence[Comparison], paths: Sequence[Path], out: P
     whole = " ".join(f"runs/{own.table['name']}.json" for own in comparisons)
     end = f" --insert {insert.as_posix()}" if insert else ""
     return [
-        *(f"codmd-distill eval compare run {own.table['name']} --out runs" for own in comparisons),
+        *(f"codmd-distill eval compare run {_named(own)} --out runs" for own in comparisons),
         f"codmd-distill eval compare pack {whole} --out {kept}",
         f"codmd-distill eval compare report {files} --out {out.as_posix()}{end}",
     ]
+
+
+def _named(own: Comparison) -> str:
+    """Return a table with the seeds that are reported, which can be fewer than it declares."""
+    return f"{own.table['name']} --seeds {' '.join(map(str, own.table['seeds']))}"
 
 
 def page_text(comparisons: Sequence[Comparison], commands: Sequence[str], out: Path) -> str:

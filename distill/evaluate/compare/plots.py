@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from distill.evaluate.compare.findings import KEPT, lead
 from distill.evaluate.compare.report import compared
@@ -40,6 +40,7 @@ COLOURS = {
 }
 STARTED = ("#ee6677", "#ee9944", "#dd7788", "#cc9966")
 COLUMNS = 3
+CUT = 4.0  # medians; what is farther from 0 is an arrow with its number
 LEAST_WIDTH = 8.5  # inches, of the legend
 LEAST_SHARE = 0.5  # of the worlds, for an arm of the overview
 SHOWN_STEPS = (*KEPT, "copying")
@@ -178,11 +179,22 @@ def forest(setting: Setting) -> Figure:
     gaps = {arm: setting.differences(arm, base) for arm, base in pairs}
     figure, axes = _panels(table["metrics"], 0.8 + 0.19 * len(pairs))
     for metric, panel in zip(table["metrics"], axes, strict=True):
-        for place, (arm, _) in enumerate(pairs):
-            gap, colour = gaps[arm][metric], colours[arm]
+        own = {arm: gaps[arm][metric] for arm, _ in pairs}
+        edge = CUT * median(max(abs(gap.low), abs(gap.high)) for gap in own.values()) or 1.0
+        for place, (arm, gap) in enumerate(own.items()):
+            colour = colours[arm]
+            if abs(gap.mean) > edge:
+                side = 1 if gap.mean > 0 else -1
+                panel.plot([side * edge], [place], marker=">" if side > 0 else "<", markersize=4, color=colour)
+                align = "right" if side > 0 else "left"
+                panel.text(side * edge * 0.95, place, f"{gap.mean:+.2g}", fontsize=6, ha=align, va="center")
+                continue
             panel.plot([gap.low, gap.high], [place, place], color=colour, linewidth=1.2)
             fill = colour if gap.verdict else "white"
             panel.plot([gap.mean], [place], marker="o", markersize=4, color=colour, markerfacecolor=fill)
+        low, high = panel.get_xlim()
+        panel.set_xlim(max(low, -1.05 * edge), min(high, 1.05 * edge))
+        panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.axvline(0.0, color=FAINT, linewidth=0.8)
         panel.set_yticks(range(len(pairs)), [arm for arm, _ in pairs], fontsize=6.5)
         panel.set_ylim(len(pairs) - 0.5, -0.5)
