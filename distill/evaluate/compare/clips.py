@@ -1,28 +1,29 @@
-"""Clips of a few arms side by side, where the cells of a comparison have them."""
+"""Clips of a few arms side by side, where the cells of a comparison have them: a table of strips of frames."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from codmd_serve.errors import ConfigError
+from distill.evaluate.compare.markdown import table
 from distill.evaluate.compare.results import Setting
-from distill.evaluate.compare.roles import main_arms, truth_of
+from distill.evaluate.compare.roles import curve_arms, truth_of
 from distill.evaluate.compare.table import TEACHER
 
-MAX_CAPTIONS = 3
-WIDTH_INCHES = 4.6
+MAX_CAPTIONS = 2
 
 
 def clip_arms(setting: Setting) -> list[str]:
-    """Return the arms that have clips: truth, teachers, then the trained ones."""
-    table = setting.comparison.table
-    teachers = [arm for arm, entry in table["arms"].items() if entry.get("kind") == TEACHER]
-    wanted = [truth_of(table), *teachers, *main_arms(table)]
-    return [arm for arm in wanted if arm in table["arms"] and clips_of(setting, arm)]
+    """Return the arms whose clips are shown: truth, teachers, then the few trained ones that plots of lines hold."""
+    own = setting.comparison.table
+    teachers = [arm for arm, entry in own["arms"].items() if entry.get("kind") == TEACHER]
+    wanted = [truth_of(own), *teachers, *curve_arms(own)]
+    return [arm for arm in wanted if arm in own["arms"] and clips_of(setting, arm)]
 
 
 def clips_of(setting: Setting, arm: str) -> list[Mapping[str, Any]]:
@@ -31,43 +32,38 @@ def clips_of(setting: Setting, arm: str) -> list[Mapping[str, Any]]:
     return list(cell.get("clips", []))[:MAX_CAPTIONS]
 
 
-def clips(setting: Setting) -> Figure:
-    """Draw frames of the same captions and the same noise: a column for each caption, a row for each arm.
-
-    Raises:
-        ConfigError: a strip is missing, no picture, or outside the folder of the JSON.
-    """
+def clip_table(setting: Setting, page: Path) -> str:
+    """Return a row for each arm and a column for each caption; strips are named relative to the page's folder."""
     arms = clip_arms(setting)
     captions = list(dict.fromkeys(clip["caption"] for arm in arms for clip in clips_of(setting, arm)))
-    strips = {(arm, clip["caption"]): open_strip(setting, clip) for arm in arms for clip in clips_of(setting, arm)}
-    shape = max(strip.height / strip.width for strip in strips.values())
-    height = 0.5 + len(arms) * (WIDTH_INCHES * shape + 0.04)
-    figure = Figure(figsize=(1.3 + WIDTH_INCHES * len(captions), height), layout="constrained")
-    axes = figure.subplots(len(arms), len(captions), squeeze=False)
-    for row, arm in enumerate(arms):
-        for column, caption in enumerate(captions):
-            panel = axes[row][column]
-            if (arm, caption) in strips:
-                panel.imshow(strips[arm, caption])
-            panel.set_xticks([])
-            panel.set_yticks([])
-            panel.spines[:].set_visible(False)
-        axes[row][0].set_ylabel(arm, fontsize=8, rotation=0, ha="right", va="center")
-    for column, caption in enumerate(captions):
-        axes[0][column].set_title(caption, fontsize=8, wrap=True)
-    return figure
+    rows = []
+    for arm in arms:
+        strips = {clip["caption"]: strip_path(setting, clip) for clip in clips_of(setting, arm)}
+        names = {caption: Path(os.path.relpath(path, page.parent)).as_posix() for caption, path in strips.items()}
+        rows.append([arm, *(f"![{arm}]({names[caption]})" if caption in names else "" for caption in captions)])
+    return table(["", *captions], rows)
+
+
+def strip_path(setting: Setting, clip: Mapping[str, Any]) -> Path:
+    """Return the file of a clip.
+
+    Raises:
+        ConfigError: it is outside the folder of the JSON.
+    """
+    folder = setting.comparison.folder
+    path = folder / str(clip["strip"])
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"the clip {clip['strip']} is outside the folder of its JSON")
+    return path
 
 
 def open_strip(setting: Setting, clip: Mapping[str, Any]) -> Image.Image:
     """Return the picture of a clip.
 
     Raises:
-        ConfigError: as `clips`.
+        ConfigError: missing, no picture, or outside the folder of the JSON.
     """
-    folder = setting.comparison.folder.resolve()
-    path = (folder / clip["strip"]).resolve()
-    if not path.is_relative_to(folder):
-        raise ConfigError(f"the clip {clip['strip']} is outside the folder of its JSON")
+    path = strip_path(setting, clip)
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")

@@ -12,12 +12,11 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from PIL import Image
 
-from distill.evaluate.compare.clips import clip_arms, clips
 from distill.evaluate.compare.matrices import matrices, matrix_names
-from distill.evaluate.compare.plots import curves, forest, overview, steps
+from distill.evaluate.compare.plots import curves, forest, overview, step_arms, steps
 from distill.evaluate.compare.results import Comparison, Setting
 
-PNG_DPI, PNG_COLOURS = 110, 256
+PNG_DPI, PNG_COLOURS = 100, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +65,6 @@ def _of_world(own: Comparison, last: Setting) -> list[Plot]:
             lambda: curves(own, guidance),
         ),
         Plot(
-            f"{last.place}-steps",
-            f"{last.world}, {budget}: scores after every step of the sampler, mean over seeds.",
-            lambda: steps(own, guidance),
-            is_kept=False,
-        ),
-        Plot(
             f"{last.place}-forest",
             f"{last.name}: difference from {base} with 95% t-interval. Left of 0 is better; filled: p < .05 after "
             "Holm; an arrow is farther away than there is room.",
@@ -79,6 +72,15 @@ def _of_world(own: Comparison, last: Setting) -> list[Plot]:
             is_kept=False,
         ),
     ]
+    if any(len(last.cell(arm, own.table["seeds"][0])["steps"]) > 1 for arm in step_arms(own.table)):
+        found.append(
+            Plot(
+                f"{last.place}-steps",
+                f"{last.world}, {budget}: scores after every step of the sampler, mean over seeds.",
+                lambda: steps(own, guidance),
+                is_kept=False,
+            )
+        )
     if matrix_names(last):
         found.append(
             Plot(
@@ -87,14 +89,6 @@ def _of_world(own: Comparison, last: Setting) -> list[Plot]:
                 "difference from the truth's (mean size beside the name). One colour scale for values, one for "
                 "differences.",
                 lambda: matrices(last),
-            )
-        )
-    if clip_arms(last):
-        found.append(
-            Plot(
-                f"{last.place}-clips",
-                f"{last.world}, {budget}: the same captions and the same noise, first seed, not picked.",
-                lambda: clips(last),
             )
         )
     return found
@@ -116,5 +110,6 @@ def as_png(figure: Figure) -> bytes:
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=PNG_DPI)
     picture = Image.open(buffer).convert("RGB")
-    picture.quantize(PNG_COLOURS, dither=Image.Dither.NONE).save(small, format="PNG", optimize=True)
+    picture = picture.quantize(PNG_COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    picture.save(small, format="PNG", optimize=True)
     return small.getvalue()

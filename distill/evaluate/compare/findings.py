@@ -13,7 +13,7 @@ from distill.evaluate.compare.roles import LOSS, REGRESSED, TERM, control_pairs,
 Entry = TypeVar("Entry", bound=tuple[Any, ...])
 KEPT = {"kept": "strong rank correlations", "tau_kept": "dependence of the tied factors"}
 """1 is right, below it dependence is lost, above it overstated."""
-NUM_LEAD = 2
+LEADING = ("tau_err", "frame_rho")
 SPELLED = {"dmd": "DMD"}
 
 
@@ -239,8 +239,9 @@ def _loss_pairs(settings: Sequence[Setting], name: str) -> list[Pair]:
 
 
 def lead(setting: Setting) -> list[str]:
-    """Return the metrics that are quoted: the first of the table, which lists them by weight."""
-    return list(setting.comparison.table["metrics"][:NUM_LEAD])
+    """Return the metrics that are quoted: those of dependence, where the table tests them, else its first."""
+    metrics = list(setting.comparison.table["metrics"])
+    return [metric for metric in LEADING if metric in metrics] or metrics[: len(LEADING)]
 
 
 def kept(setting: Setting) -> dict[str, Estimate]:

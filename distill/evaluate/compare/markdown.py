@@ -58,15 +58,18 @@ def _block(block: str, figures: Mapping[str, str]) -> str:
         items = re.split(r"\n- ", block[2:])
         return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
     if block.startswith("| "):
-        rows = [[_inline(cell.strip()) for cell in line.strip("|").split("|")] for line in lines]
+        rows = [[_inline(cell.strip(), figures) for cell in line.strip("|").split("|")] for line in lines]
         head = "".join(f"<th>{cell}</th>" for cell in rows[0])
         body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[2:])
         return f"<table><tr>{head}</tr>{body}</table>"
     return f"<p>{_inline(block)}</p>"
 
 
-def _inline(text: str) -> str:
-    """Escape text, then turn bold, italic, code and links into their elements."""
+def _inline(text: str, figures: Mapping[str, str] | None = None) -> str:
+    """Escape text, then turn bold, italic, code and links into their elements; a picture is all of a cell."""
+    picture = re.fullmatch(r"!\[[^\]]*\]\((.*)\)", text)
+    if picture and figures is not None:
+        return figures[picture[1]]
     escaped = html.escape(text, quote=False)
     escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
     escaped = re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", escaped)

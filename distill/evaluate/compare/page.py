@@ -10,10 +10,11 @@ from pathlib import Path
 from codmd_serve.errors import ConfigError
 from codmd_serve.files import write_bytes, write_text
 from codmd_serve.textfiles import read_text
+from distill.evaluate.compare.clips import clip_arms, clip_table, clips_of, open_strip, strip_path
 from distill.evaluate.compare.figures import Plot, all_plots, as_png, as_svg
 from distill.evaluate.compare.markdown import as_html
 from distill.evaluate.compare.report import README_BEGIN, README_END, TITLE, as_markdown, readme_block, replace_block
-from distill.evaluate.compare.results import Comparison
+from distill.evaluate.compare.results import Comparison, Setting
 
 
 def commands_of(comparisons: Sequence[Comparison], paths: Sequence[Path], out: Path, insert: Path | None) -> list[str]:
@@ -37,7 +38,7 @@ def _named(own: Comparison) -> str:
 def page_text(comparisons: Sequence[Comparison], commands: Sequence[str], out: Path) -> str:
     """Return the Markdown of a report, which names the files of its figures and draws none."""
     kept = [plot for plot in all_plots(comparisons) if plot.is_kept]
-    return as_markdown(comparisons, commands, _links(kept, out.stem))
+    return as_markdown(comparisons, commands, _pictures(comparisons, kept, out))
 
 
 def write_report(
@@ -55,7 +56,7 @@ def write_report(
         What was written.
 
     Raises:
-        ConfigError: insert has no such block; nothing is written then.
+        ConfigError: insert has no such block, and nothing is written; or a clip cannot be read.
     """
     text = None if insert is None else _with_block(insert, comparisons, out)
     plots, folder = all_plots(comparisons), out.with_suffix("")
@@ -67,12 +68,13 @@ def write_report(
             data = as_png(plot.draw())
             pictures.append(folder / name)
             write_bytes(pictures[-1], data)
-            drawn[f"{folder.name}/{name}"] = f'<img alt="" src="data:image/png;base64,{b64encode(data).decode()}">'
+            drawn[f"{folder.name}/{name}"] = _element(data)
         else:
             drawn[f"{folder.name}/{name}"] = as_svg(plot.draw())
     page = out.with_suffix(".html")
     write_text(out, page_text(comparisons, commands, out))
-    write_text(page, as_html(as_markdown(comparisons, commands, _links(plots, folder.name)), TITLE, drawn))
+    whole = as_markdown(comparisons, commands, _pictures(comparisons, plots, out))
+    write_text(page, as_html(whole, TITLE, drawn | _strips(comparisons, out)))
     if insert is not None and text is not None:
         write_text(insert, text)
     return [out, page, *pictures, *([insert] if insert is not None else [])]
@@ -92,5 +94,31 @@ def _with_block(insert: Path, comparisons: Sequence[Comparison], out: Path) -> s
     return text
 
 
-def _links(plots: Sequence[Plot], folder: str) -> dict[str, str]:
-    return {plot.key: f"![{plot.caption}]({folder}/{plot.key}.png)" for plot in plots}
+def _pictures(comparisons: Sequence[Comparison], plots: Sequence[Plot], out: Path) -> dict[str, str]:
+    """Return the Markdown of each figure and of each table of clips, by its key."""
+    found = {plot.key: f"![{plot.caption}]({out.stem}/{plot.key}.png)" for plot in plots}
+    for setting in _with_clips(comparisons):
+        found[f"{setting.place}-clips"] = (
+            f"Frames of the same captions from the same first noise, first seed, not picked, at {setting.budget:,} "
+            f"updates:\n\n{clip_table(setting, out)}"
+        )
+    return found
+
+
+def _strips(comparisons: Sequence[Comparison], out: Path) -> dict[str, str]:
+    """Return an element with the data of each strip, by the name that the page gives it."""
+    found = {}
+    for setting in _with_clips(comparisons):
+        for clip in (clip for arm in clip_arms(setting) for clip in clips_of(setting, arm)):
+            path = strip_path(setting, clip)
+            open_strip(setting, clip)
+            found[Path(os.path.relpath(path, out.parent)).as_posix()] = _element(path.read_bytes())
+    return found
+
+
+def _with_clips(comparisons: Sequence[Comparison]) -> list[Setting]:
+    return [setting for own in comparisons for setting in own.last_settings if clip_arms(setting)]
+
+
+def _element(data: bytes) -> str:
+    return f'<img alt="" src="data:image/png;base64,{b64encode(data).decode()}">'

@@ -53,7 +53,7 @@ METRICS = {
     "mode_tv": "total variation of the modes",
     "mode_miss": "mass of modes that are lost",
     "copying": "correlation with what the teacher makes of the same noise; none is right",
-    "wrong_new": "captions not followed: combinations that were trained on",
+    "wrong_new": "captions not followed: new captions of trained combinations",
     "wrong_held_out": "captions not followed: combinations held out",
     "wrong_far": "captions not followed: the farthest combinations, out of distribution",
     "bend_err": "missing variety of the paths' bend",
@@ -70,7 +70,7 @@ def as_markdown(comparisons: Sequence[Comparison], commands: Sequence[str], figu
     Args:
         comparisons: of `results.read_results`.
         commands: that made their JSON, and this report.
-        figures: `![caption](file)` of each figure, by its key: overview, and PLACE-curves and so on of each place.
+        figures: the Markdown of each figure, by its key: overview, and PLACE-curves and so on of each place.
     """
     parts = [f"# {TITLE}", first_paragraph(comparisons), limits(comparisons), *_figures(figures, "overview")]
     parts += [method(comparisons), glossary(comparisons), "\n".join(f"- {line}" for line in details(comparisons))]

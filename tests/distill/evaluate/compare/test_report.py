@@ -12,10 +12,11 @@ from synthetic_comparison import RULED, comparison
 
 from distill.cli import main
 from distill.evaluate.compare.claims import claims, spread
+from distill.evaluate.compare.figures import all_plots
 from distill.evaluate.compare.findings import details, first_paragraph
 from distill.evaluate.compare.markdown import as_html
 from distill.evaluate.compare.matrices import matrix_arms, matrix_names
-from distill.evaluate.compare.report import README_BEGIN, README_END, as_markdown
+from distill.evaluate.compare.report import README_BEGIN, README_END, as_markdown, limits
 from distill.evaluate.compare.results import Comparison
 
 TABLE = {**copy.deepcopy(RULED), "curve": [1]}
@@ -84,6 +85,16 @@ def test_the_findings_are_of_all_tables_and_not_of_the_first() -> None:
     assert re.search(r"tau_err differs by [-+]0\.00\d .*first.* to \+0\.1\d\d .*second", line)
 
 
+def test_a_table_without_exact_teacher_has_its_own_floor_limits_and_no_plot_of_steps() -> None:
+    data = made({"teacher_4": 0.02, "alone": 0.05}, name="shapeworld").data
+    for cell in data["cells"]:
+        cell["steps"] = cell["steps"][-1:]
+    found = [Comparison({**data, "table": {**data["table"], "recipe": "shapeworld"}})]
+    assert "closes alone 83%" in bare(first_paragraph(found)), "of the gap from .2 to the teacher's .02"
+    assert "ShapeWorld has videos" in limits(found) and "Gaussian" not in limits(found)
+    assert [plot.key for plot in all_plots(found)] == ["overview", "shapeworld-curves", "shapeworld-forest"]
+
+
 def test_claims_stand_beside_the_spread_of_one_teacher() -> None:
     text = claims()
     assert spread() == pytest.approx(1.24)
@@ -135,13 +146,16 @@ def test_the_report_and_readme_are_made_of_packed_json_alone(
     whole = [Comparison(json.loads(Path(f"{name}.json").read_text("utf-8")), folder) for name in ("first", "second")]
     shown = [line for line in page.splitlines() if line.startswith("![")]
     pictures = {re.sub(r".*/(.*)\.png\)$", r"\1", line): line for line in shown}
-    assert page.split("## Made by")[0] == as_markdown(whole, [], pictures).split("## Made by")[0]
-    assert pictures.keys() == {"overview", "first-curves", "first-matrices", "first-clips", "second-curves"}
+    assert pictures.keys() == {"overview", "first-curves", "first-matrices", "second-curves"}
     assert sorted(path.stem for path in Path("docs/evidence").glob("*.png")) == sorted(pictures)
+    clips = page[page.index("Frames of the same captions") :].split("\n\n### ")[0].split("\n\n![")[0]
+    assert "|  | a red ring |\n" in clips and "| codmd | ![codmd](evidence/first-clips/codmd-0.png) |" in clips
+    pictures["first-clips"] = clips
+    assert page.split("## Made by")[0] == as_markdown(whole, [], pictures).split("## Made by")[0]
     assert readme.startswith("# Mine\n") and readme.endswith("\n\nMore.\n") and "old" not in readme
     assert "](docs/evidence/overview.png)" in readme and "We would train **dmd+start**" in readme
     html = Path("docs/evidence.html").read_text(encoding="utf-8")
-    assert html.count("<svg") == 4 and html.count("data:image/png;base64") == 5 and "<table>" in html
+    assert html.count("<svg") == 4 and html.count("data:image/png;base64") == 4 + 3 and "<table>" in html
     assert not re.search(r"(src|href)=\"(?!data:|#)", html), "the page loads something"
     # A second time the same bytes.
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
