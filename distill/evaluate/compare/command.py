@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codmd_serve.errors import ConfigError
-from codmd_serve.files import write_json, write_text
+from codmd_serve.files import write_json
 
 if TYPE_CHECKING:
+    from distill.evaluate.compare.results import Comparison
     from distill.evaluate.compare.table import Table
 
 MAX_JOBS = 256
@@ -24,6 +25,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "plan": ("check a table and show the calls of every arm", _add_plan),
         "run": ("run the cells that are not finished, and collect them", _add_run),
         "collect": ("make the JSON of finished cells", _add_collect),
+        "pack": ("cut JSON files down to what a report uses, for keeping", _add_pack),
         "report": ("make the report of JSON files, in seconds", _add_report),
     }
     for name, (summary, add_arguments) in table.items():
@@ -61,8 +63,22 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("json", type=Path, nargs="+", help="of `run` or `collect`; the first has the summary")
-    parser.add_argument("--out", type=Path, required=True, help="markdown; the HTML with plots goes beside it")
+    parser.add_argument("json", type=Path, nargs="+", help="of `run`, `collect` or `pack`")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PAGE.md",
+        help="Markdown; its figures go into the folder PAGE, the same as one file with all plots into PAGE.html",
+    )
+    parser.add_argument(
+        "--insert", type=Path, metavar="FILE", help="put main figure and recommendation between its marks"
+    )
+
+
+def _add_pack(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("json", type=Path, nargs="+", help="of `run` or `collect`")
+    parser.add_argument("--out", type=Path, required=True, help="folder of TABLE.json.gz and of the clips")
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -74,8 +90,8 @@ def run_compare(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: a table, a folder or results that cannot be used; the message lists what is wrong.
     """
-    if args.action == "report":
-        return _report(args)
+    if args.action in ("report", "pack"):
+        return _report(args) if args.action == "report" else _pack(args)
     table = _table(args)
     if args.action == "plan":
         return _plan(table)
@@ -168,23 +184,31 @@ def _collect(args: argparse.Namespace, table: Table) -> int:
     return 0
 
 
-def _report(args: argparse.Namespace) -> int:
-    from distill.evaluate.compare.plots import all_plots
-    from distill.evaluate.compare.report import as_html, as_markdown
+def _pack(args: argparse.Namespace) -> int:
+    from distill.evaluate.compare.pack import pack
+
+    for own in _read(args.json):
+        path = pack(own, args.out)
+        print(f"{path}: {path.stat().st_size:,} bytes")
+    return 0
+
+
+def _read(paths: list[Path]) -> list[Comparison]:
+    """Read and check results; two files or two tables of one name are refused."""
     from distill.evaluate.compare.results import read_results
     from distill.evaluate.compare.table import check_names
 
-    check_names([str(path) for path in args.json], "files", are_paths=True)
-    comparisons = [read_results(path) for path in args.json]
-    names = [data["table"]["name"] for data in comparisons]
-    commands = [
-        f"codmd-distill eval compare run {name} --out runs --json {path}"
-        for name, path in zip(names, args.json, strict=True)
-    ]
-    commands.append(f"codmd-distill eval compare report {' '.join(map(str, args.json))} --out {args.out}")
-    markdown = as_markdown(comparisons, commands)
-    write_text(args.out, markdown)
-    page = args.out.with_suffix(".html")
-    write_text(page, as_html(markdown, [plot for data in comparisons for plot in all_plots(data)]))
-    print(f"{args.out} and {page}")
+    check_names([str(path) for path in paths], "files", are_paths=True)
+    comparisons = [read_results(path) for path in paths]
+    check_names([own.table["name"] for own in comparisons], "tables")
+    return comparisons
+
+
+def _report(args: argparse.Namespace) -> int:
+    from distill.evaluate.compare.page import commands_of, write_report
+
+    comparisons = _read(args.json)
+    commands = commands_of(comparisons, args.json, args.out, args.insert)
+    for path in write_report(comparisons, commands, args.out, args.insert):
+        print(path)
     return 0

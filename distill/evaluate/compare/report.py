@@ -1,201 +1,279 @@
-"""The report of comparisons, made of their JSON alone: markdown, and the same as one HTML file with plots."""
+"""The report of comparisons as Markdown, made of their JSON alone."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from distill.evaluate.compare.results import Difference, differences, last_scores
-from distill.evaluate.compare.table import START_SUFFIX
-from distill.evaluate.vbench.facts import CITED, SPREAD_NOTE
-
-ALPHA = 0.05
-# Shown beside the tested metrics; `kept` and `tau_kept` have a sign: below 1 dependence is lost, above 1 overstated.
-SIGNED = ("kept", "tau_kept", "sd_ratio", "copying")
-ROLES = ("student", "critic", "teacher")
-LIMITS = (
-    "What this does not show: the worlds are Gaussian mixtures of 128 dimensions and the networks are MLPs of 194,000 "
-    "parameters that share nothing over frames. A difference here says that a method can do something, and a null "
-    "result that it did not at this size; neither is a result on videos. All arms of a seed begin with the same "
-    "network and the same noise, so intervals are over seeds of training, not over worlds."
+from distill.evaluate.compare.claims import claims
+from distill.evaluate.compare.findings import (
+    KEPT,
+    closed,
+    details,
+    first_paragraph,
+    kept,
+    lead,
+    method,
+    percent,
+    plain,
+    signed,
 )
-Comparison = Mapping[str, Any]
+from distill.evaluate.compare.markdown import table
+from distill.evaluate.compare.results import ROLES, Comparison, Setting, interval
+from distill.evaluate.compare.roles import control_pairs, floor_of, is_exact, is_run, main_arms, started
+from distill.evaluate.compare.rule import TEXTS, Pick, picks, recommendation
+
+TITLE = "Evidence: does the relational term restore dependence, and what does?"
+# Shown beside the tested metrics where every cell has them; none has a side that is better by itself.
+SHOWN = (*KEPT, "sd_ratio", "copying")
+EXACT_LIMITS = (
+    "A world whose teacher is exact is a Gaussian mixture of 128 dimensions, and its networks are MLPs of 194,000 "
+    "parameters that share nothing over frames; regression blurs in high dimensions, so that a start which suffices "
+    "there need not suffice elsewhere."
+)
+SHAPE_LIMITS = (
+    "ShapeWorld has videos of flat shapes, its teacher is a small Wan trained for minutes, and detectors measure what "
+    "is in a clip."
+)
+LIMITS = (
+    "A difference says that a method can do something, a null result that it did not at this size; neither is a result "
+    "on videos of a large model. All arms of a seed begin with the same network and the same noise: intervals are over "
+    "seeds of training, not over worlds."
+)
+METRICS = {
+    "tau_err": "Kendall's tau of the tied factors",
+    "frame_rho": "rank correlations between frames",
+    "kept_err": "strong correlations over the reference's, their distance from 1",
+    "kept": "the same with its side: below 1 dependence is lost, above it overstated",
+    "tau_kept": "the same of the tied factors alone",
+    "w1": "margins: Wasserstein distance in standard deviations",
+    "sd_ratio": "ratio of spreads, 1 is right",
+    "energy": "joint law along the main directions, a proper score",
+    "mode_tv": "total variation of the modes",
+    "mode_miss": "mass of modes that are lost",
+    "copying": "correlation with what the teacher makes of the same noise; none is right",
+    "wrong_new": "captions not followed: new captions of trained combinations",
+    "wrong_held_out": "captions not followed: combinations held out",
+    "wrong_far": "captions not followed: the farthest combinations, out of distribution",
+    "bend_err": "missing variety of the paths' bend",
+    "imaging_err": "imaging quality short of 1",
+    "form_err": "shapes short of their ideal form",
+}
+"""What each score of a table asks; a name with _truth is the same against the truth, not against the teacher's law."""
+README_BEGIN, README_END = "<!-- evidence: codmd-distill eval compare report --insert -->", "<!-- end of evidence -->"
 
 
-def as_markdown(comparisons: Sequence[Comparison], commands: Sequence[str]) -> str:
-    """Return the report of comparisons.
+def as_markdown(comparisons: Sequence[Comparison], commands: Sequence[str], figures: Mapping[str, str]) -> str:
+    """Return the report.
 
     Args:
-        comparisons: of `results.read_results`; the first is the one that the summary is about.
+        comparisons: of `results.read_results`.
         commands: that made their JSON, and this report.
+        figures: the Markdown of each figure, by its key: overview, and PLACE-curves and so on of each place.
     """
-    parts = ["# Evidence: what the relational term does, and what does", summary(comparisons[0]), LIMITS]
-    for data in comparisons:
-        table = data["table"]
-        for guidance in table["guidance"]:
-            for budget in reversed(table["budgets"]):
-                head = f"## {table['recipe']}, guidance {guidance:g}, {budget:,} student updates"
-                parts += [head, main_table(data, guidance, budget), difference_table(data, guidance, budget)]
-        head = f"## Cost on {table['name']}"
-        parts += [head, cost_table(data)]
-    parts += [
-        "## What is claimed elsewhere",
-        cited_table(),
-        "## Made by",
-        "\n".join(f"    {line}" for line in commands),
-    ]
+    parts = [f"# {TITLE}", first_paragraph(comparisons), limits(comparisons), *_figures(figures, "overview")]
+    parts += [method(comparisons), glossary(comparisons), "\n".join(f"- {line}" for line in details(comparisons))]
+    parts += ["## World by world", *answers(comparisons)]
+    for own in comparisons:
+        parts += _world(own, figures)
+    parts += _rule(comparisons)
+    parts += ["## What is claimed elsewhere", claims(), "## All differences"]
+    for own in comparisons:
+        for setting in reversed(own.settings):
+            parts += [f"### {setting.name}: differences", difference_table(setting)]
+        for setting in own.last_settings:
+            parts += _figures(figures, f"{setting.place}-forest")
+    parts += ["## Calls of each arm"]
+    for own in comparisons:
+        parts += [f"### Cost on {own.table['name']}", cost_table(own)]
+    parts += ["## Made by", "\n".join(["```bash", *commands, "```"])]
     return "\n\n".join(parts) + "\n"
 
 
-def summary(data: Comparison) -> str:
-    """Say what was found, null results included, in one paragraph."""
-    table = data["table"]
-    base, guidance, budget = table["baseline"], table["guidance"][0], table["budgets"][-1]
-    updates = " and ".join(f"{number:,}" for number in table["budgets"])
-    sentences = [
-        f"In the world of recipe {table['recipe']}, whose teacher is exact, {len(table['arms'])} arms were compared "
-        f"with {base} over {len(table['seeds'])} seeds at {updates} student updates; "
-        f"after {budget:,}, with 95% t-intervals over seeds and Holm's correction over {len(table['metrics'])} metrics:"
-    ]
-    better, worse, null = list[str](), list[str](), list[str]()
-    for arm, entry in table["arms"].items():
-        if arm == base or entry.get("kind", "run") != "run":
-            continue
-        found = differences(data, arm, base, guidance, budget)
-        gains = [name for name, gap in found.items() if gap.p_holm < ALPHA and gap.mean < 0]
-        losses = [name for name, gap in found.items() if gap.p_holm < ALPHA and gap.mean > 0]
-        if gains:
-            better.append(f"{arm} ({', '.join(gains)})")
-        if losses:
-            worse.append(f"{arm} ({', '.join(losses)})")
-        if not gains and not losses:
-            null.append(arm)
-    for words, names in (("better", better), ("worse", worse), ("no difference was found for", null)):
-        sentences.append(f"{words}: {', '.join(names) or 'none'};")
-    for metric, what in (("kept", "strong rank correlations"), ("tau_kept", "dependence of the tied factors")):
-        kept = last_scores(data, base, guidance, budget, metric)
-        verb = "overstates" if fmean(kept) > 1 else "loses"
-        sentences.append(
-            f"{base} {verb} the {what}: {fmean(kept):.3f} of the right ones (per seed "
-            f"{', '.join(f'{value:.3f}' for value in kept)})."
-        )
-    return " ".join(sentences)
+def limits(comparisons: Sequence[Comparison]) -> str:
+    """Say what the worlds of these comparisons cannot show."""
+    kinds = {is_exact(own.table) for own in comparisons}
+    parts = [LIMITS, *([EXACT_LIMITS] if True in kinds else []), *([SHAPE_LIMITS] if False in kinds else [])]
+    return f"**What this does not show.** {' '.join(parts)}"
 
 
-def main_table(data: Comparison, guidance: float, budget: int) -> str:
-    """Return mean and standard deviation over seeds of all metrics, after the last step; * is p < .05 after Holm."""
-    table = data["table"]
-    metrics = (*table["metrics"], *(name for name in SIGNED if name not in table["metrics"]))
-    rows = []
-    for arm, entry in table["arms"].items():
-        is_compared = arm != table["baseline"] and entry.get("kind", "run") == "run"
-        gaps = differences(data, arm, table["baseline"], guidance, budget) if is_compared else {}
-        cells = []
-        for metric in metrics:
-            values = last_scores(data, arm, guidance, budget, metric)
-            mark = "*" if metric in gaps and gaps[metric].p_holm < ALPHA else ""
-            cells.append(f"{fmean(values):.3f} ± {stdev(values):.3f}{mark}")
-        rows.append([arm, *cells])
-    return _markdown_table(["arm", *metrics], rows)
+def glossary(comparisons: Sequence[Comparison]) -> str:
+    """Return what the scores of these tables ask."""
+    names = dict.fromkeys(metric for own in comparisons for metric in (*own.table["metrics"], *SHOWN))
+    known = [f"`{name}`: {METRICS[name]}" for name in names if name in METRICS]
+    truth = ["a name with `_truth`: against the truth, and not against what the teacher makes"]
+    return f"Scores: {'; '.join(known + truth * any(name.endswith('_truth') for name in names))}."
 
 
-def difference_table(data: Comparison, guidance: float, budget: int) -> str:
-    """Return paired differences with 95% intervals: each arm less the baseline, with its start less the baseline's."""
-    table = data["table"]
-    rows = []
-    for arm, baseline in compared(table):
-        gaps = differences(data, arm, baseline, guidance, budget)
-        rows.append([f"{arm} - {baseline}", *(_interval(gaps[metric]) for metric in table["metrics"])])
-    return _markdown_table(["difference [95% interval]", *table["metrics"]], rows)
-
-
-def compared(table: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the pairs of the report: every run with the baseline, and started runs with the started baseline too."""
-    base = table["baseline"]
-    runs = [arm for arm, entry in table["arms"].items() if entry.get("kind", "run") == "run" and arm != base]
-    pairs = [(arm, base) for arm in runs]
-    started = base + START_SUFFIX
-    if started in table["arms"]:
-        pairs += [(arm, started) for arm in runs if arm.endswith(START_SUFFIX) and arm != started]
-    return pairs
-
-
-def cost_table(data: Comparison) -> str:
-    """Return counted updates and calls of each arm, the largest over seeds, and why they differ."""
-    table, rows = data["table"], list[list[str]]()
-    for arm, entry in table["arms"].items():
-        for budget in table["budgets"]:
-            cells = [cell for cell in data["cells"] if cell["arm"] == arm and cell["budget"] == budget]
-            calls = {role: max(cell["calls"][role] for cell in cells) for role in ROLES}
-            updates, seconds = max(cell["student_updates"] for cell in cells), fmean(cell["cpu_s"] for cell in cells)
-            rows.append(
-                [
-                    arm,
-                    f"{updates:,}",
-                    *(f"{calls[role]:,}" for role in ROLES),
-                    f"{seconds:.0f}",
-                    entry.get("unequal", ""),
-                ]
-            )
-    heads = ["arm", "student updates", *(f"{role} calls" for role in ROLES), "CPU s", "why unequal"]
-    return _markdown_table(heads, rows)
-
-
-def cited_table() -> str:
-    """Return published VBench totals, as cited."""
-    rows = [[entry.what, entry.size, f"{entry.total:.2f}", entry.source] for entry in CITED]
-    listed = _markdown_table(["what", "size", "total", "by"], rows)
-    return f"VBench totals as published; none is ours.\n\n{listed}\n\n{SPREAD_NOTE}"
-
-
-def as_html(markdown: str, plots: Sequence[tuple[str, str]]) -> str:
-    """Return the report as one file.
+def readme_block(comparisons: Sequence[Comparison], figure: str, page: str) -> str:
+    """Return what README says of the evidence, markers included.
 
     Args:
-        markdown: of `as_markdown`.
-        plots: caption and SVG of each plot.
+        comparisons: as `as_markdown`.
+        figure, page: of the report, relative to README.
     """
-    figures = "".join(
-        f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" for caption, svg in plots
-    )
-    blocks = [_html_block(block) for block in markdown.strip().split("\n\n")]
-    # After title, summary and limits.
-    body = "\n".join([*blocks[:3], figures, *blocks[3:]])
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}"
-        "td,th{border-bottom:1px solid #ddd;padding:.2rem .5rem;text-align:right;white-space:nowrap}"
-        "td:first-child,th:first-child{text-align:left}figure{margin:2rem 0}svg{max-width:100%;height:auto}"
-    )
+    sentence = recommendation(comparisons) or "No table of these has a rule that picks what to train."
+    names = ", ".join(str(own.table["name"]) for own in comparisons)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evidence</title><style>{style}</style>'
-        f"<body>\n{body}\n</body></html>\n"
+        f"{README_BEGIN}\n![Errors of the arms in {names}, with 95% intervals over seeds]({figure})\n\n"
+        f"{sentence} [What was found, what it does not show, every number]({page}).\n{README_END}"
     )
 
 
-def _html_block(block: str) -> str:
-    lines = block.split("\n")
-    if block.startswith("# "):
-        return f"<h1>{html.escape(block[2:])}</h1>"
-    if block.startswith("## "):
-        return f"<h2>{html.escape(block[3:])}</h2>"
-    if block.startswith("    "):
-        return f"<pre>{html.escape(block)}</pre>"
-    if block.startswith("| "):
-        rows = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in lines]
-        head = "".join(f"<th>{cell}</th>" for cell in rows[0])
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[2:])
-        return f"<table><tr>{head}</tr>{body}</table>"
-    return f"<p>{html.escape(block)}</p>"
+def replace_block(text: str, block: str) -> str | None:
+    """Return text with its block replaced; None where it has no block."""
+    before, begin, rest = text.partition(README_BEGIN)
+    _, end, after = rest.partition(README_END)
+    return f"{before}{block}{after}" if begin and end else None
 
 
-def _interval(gap: Difference) -> str:
-    mark = "*" if gap.p_holm < ALPHA else ""
-    return f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]{mark}"
+def answers(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return the questions of the first paragraph for each setting: dependence kept, and shares of the gap closed."""
+    settings = [setting for own in comparisons for setting in own.settings]
+    measures = [metric for metric in KEPT if any(metric in kept(setting) for setting in settings)]
+    rows = []
+    for setting in settings:
+        base, floor, metric = setting.comparison.table["baseline"], floor_of(setting.comparison.table), lead(setting)[0]
+        found, own = kept(setting), plain(interval(setting.scores(base, metric)))
+        least = f"{fmean(setting.scores(floor, metric)):.3f}" if floor else ""
+        rows.append(
+            [
+                setting.name,
+                *(plain(found[measure]) if measure in found else "" for measure in measures),
+                f"{metric} {own}",
+                least,
+            ]
+        )
+    heads = ["the baseline", *(f"keeps of the {KEPT[measure]}" for measure in measures), "error", "floor"]
+    parts = [
+        "Does the baseline lose dependence? 1 is as much as the floor has, below it dependence is lost, above it "
+        "overstated."
+    ]
+    parts.append(table(heads, rows))
+    for place in range(max(len(lead(setting)) for setting in settings)):
+        parts += [_share_table(settings, place)]
+    return [
+        parts[0],
+        parts[1],
+        "Which share of the baseline's gap to the floor does an arm close (Fieller's 95% interval over seeds)? 100% is "
+        "the error of the floor, 0% the baseline's, below it the arm is worse; - where there is no gap that the "
+        "seeds can tell from 0. The metric stands in the corner.",
+        *parts[2:],
+    ]
 
 
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+def main_table(setting: Setting) -> str:
+    """Return every arm's mean and 95% t-interval; bold is better than the baseline, italic worse, after Holm."""
+    own = setting.comparison.table
+    metrics = [*own["metrics"], *(name for name in SHOWN if name not in own["metrics"] and setting.has(name))]
+    rows = []
+    for arm, entry in own["arms"].items():
+        is_compared = arm != own["baseline"] and is_run(entry)
+        gaps = setting.differences(arm, own["baseline"]) if is_compared else {}
+        cells = []
+        for metric in metrics:
+            found = interval(setting.scores(arm, metric))
+            text = f"{found.mean:z.3f} ± {found.high - found.mean:.3f}"
+            verdict = gaps[metric].verdict if metric in gaps else 0
+            cells.append({-1: f"**{text}**", 0: text, 1: f"_{text}_"}[verdict])
+        rows.append([arm, *cells])
+    return table(["arm", *metrics], rows)
+
+
+def difference_table(setting: Setting) -> str:
+    """Return paired differences with 95% intervals; * is p < .05 after Holm over the metrics."""
+    rows = []
+    for arm, other in compared(setting.comparison.table):
+        gaps = setting.differences(arm, other)
+        cells = [f"{signed(gap)}{'*' if gap.verdict else ''}" for gap in gaps.values()]
+        rows.append([f"{arm} - {other}", *cells])
+    return table(["difference [95% interval]", *setting.comparison.table["metrics"]], rows)
+
+
+def compared(own: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the pairs of the report: every run with the baseline, and started runs with the started baseline too."""
+    base = own["baseline"]
+    runs = [arm for arm, entry in own["arms"].items() if is_run(entry) and arm != base]
+    pairs = [(arm, base) for arm in runs]
+    if started(base) in own["arms"]:
+        pairs += [(arm, started(base)) for arm in runs if arm.endswith(started("")) and arm != started(base)]
+    return [*pairs, *(pair for pair in control_pairs(own))]
+
+
+def cost_table(own: Comparison) -> str:
+    """Return counted updates and calls of each arm at each budget, the largest over seeds, and why they differ."""
+    rows = list[list[str]]()
+    for arm, entry in own.table["arms"].items():
+        if not is_run(entry):
+            continue
+        for setting in own.settings:
+            cells = [setting.cell(arm, seed) for seed in own.table["seeds"]]
+            calls, updates = setting.calls(arm), max(cell["student_updates"] for cell in cells)
+            seconds = fmean(cell["cpu_s"] for cell in cells)
+            counted = [f"{calls[role]:,}" for role in ROLES]
+            rows.append([arm, setting.name, f"{updates:,}", *counted, f"{seconds:.0f}", entry.get("unequal", "")])
+    heads = ["arm", "setting", "student updates", *(f"{role} calls" for role in ROLES), "CPU s", "why unequal"]
+    return table(heads, rows)
+
+
+def _world(own: Comparison, figures: Mapping[str, str]) -> list[str]:
+    """Return the sections of a table, one for each guidance: what was run, its figures, its main tables."""
+    parts = []
+    entry = own.table
+    for last in own.last_settings:
+        seeds, base = ", ".join(map(str, entry["seeds"])), entry["baseline"]
+        parts += [
+            f"## {last.world}",
+            f"Table `{entry['name']}`: {len(entry['arms'])} arms, seeds {seeds}, {entry.get('samples', 0):,} samples "
+            "of each caption. Every tested metric is an error, 0 when right. Mean ± half of the 95% t-interval over "
+            f"seeds, after the last step; bold is better than {base}, italic worse, p < .05 after Holm over "
+            f"{len(entry['metrics'])} metrics.",
+        ]
+        for kind in ("clips", "curves", "matrices", "steps"):
+            parts += _figures(figures, f"{last.place}-{kind}")
+        for setting in reversed([found for found in own.settings if found.guidance == last.guidance]):
+            parts += [f"### {setting.name}: every arm", main_table(setting)]
+    return parts
+
+
+def _share_table(settings: Sequence[Setting], place: int) -> str:
+    columns = [(setting, lead(setting)[place]) for setting in settings if len(lead(setting)) > place]
+    arms = dict.fromkeys(arm for setting, _ in columns for arm in main_arms(setting.comparison.table))
+    rows = []
+    for arm in arms:
+        cells = []
+        for setting, metric in columns:
+            share = closed(setting, arm, metric) if arm in setting.comparison.table["arms"] else None
+            cells.append(percent(share) if share is not None else "-")
+        if arm not in {setting.comparison.table["baseline"] for setting, _ in columns}:
+            rows.append([arm, *cells])
+    metrics = "/".join(dict.fromkeys(metric for _, metric in columns))
+    return table([metrics, *(setting.name for setting, _ in columns)], rows)
+
+
+def _rule(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return the rule, what it picks in each setting, and what we would train."""
+    found = picks(comparisons)
+    if not found:
+        return []
+    names = dict.fromkeys(str(own.setting.comparison.table["rule"]) for own in found)
+    texts = [f"Rule `{name}`, written before the runs. {TEXTS[name]}" for name in names]
+    heads = ["setting", "pick", "its cost", "leader", "its cost", "no candidates, worse than the baseline in"]
+    rows = [
+        [own.setting.name, own.winner, _cost(own, own.winner), own.leader, _cost(own, own.leader), _lost(own)]
+        for own in found
+    ]
+    return ["## What we would train", recommendation(comparisons), *texts, table(heads, rows)]
+
+
+def _cost(own: Pick, arm: str) -> str:
+    return f"{own.costs[arm] / 1e6:.2f} million samples"
+
+
+def _lost(own: Pick) -> str:
+    return "; ".join(f"{arm}: {', '.join(metrics)}" for arm, metrics in own.lost.items())
+
+
+def _figures(figures: Mapping[str, str], key: str) -> list[str]:
+    return [figures[key]] if key in figures else []

@@ -18,6 +18,8 @@ RUN, TEACHER, TRUTH, START = "run", "teacher", "truth", "start"
 KINDS = (RUN, TEACHER, TRUTH, START)
 START_SUFFIX = "+start"
 LISTS = ("budgets", "curve", "guidance", "seeds", "tuning_seeds", "metrics")
+NO_LOSS = "no_loss"
+RULES = ("", NO_LOSS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,7 @@ class Table:
         samples: of each caption; on ShapeWorld, of each deep one.
         bench: settings of the world's bench, where it has any.
         settings: of all runs, as `--set` takes them.
+        rule: which one picks an arm, stated before the runs, see `rule.TEXTS`; empty for none.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Table:
     samples: int = 512
     bench: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rule: str = ""
 
     def arm(self, name: str) -> Arm:
         """Return an arm by its name."""
@@ -128,6 +132,8 @@ def parse_table(data: Mapping[str, Any]) -> Table:
     _check_keys(own, Table, "the table", given=("arms",))
     lists = {key: tuple(own[key]) for key in LISTS if key in own}
     table = Table(**{**own, **lists, "arms": tuple(arms)})
+    if table.rule not in RULES:
+        raise ConfigError(f"rule must be {NO_LOSS} or left out, got {table.rule!r}")
     _check(table)
     return table
 

@@ -1,6 +1,7 @@
-"""Results that are not whole are refused with the list; intervals and p-values are scipy's; the report of them."""
+"""Results that are not whole are refused with the list; intervals, p-values and shares are those of the textbook."""
 
 import copy
+import gzip
 import json
 import math
 from pathlib import Path
@@ -9,69 +10,103 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from synthetic_comparison import comparison
 from tiny_comparison import TINY
 
 from codmd_serve.errors import ConfigError
-from distill.cli import main
-from distill.evaluate.compare.report import as_markdown, summary
-from distill.evaluate.compare.results import check_complete, differences, paired
-from distill.evaluate.compare.table import as_dict, parse_table
+from distill.evaluate.compare.results import Comparison, check_complete, interval, paired, read_results, share_closed
+
+FIVE = {**TINY, "seeds": [1, 2, 3, 4, 5], "curve": [1]}
+
+
+def error(arm: str, updates: int, metric: str) -> float:
+    """Codmd is worse than dmd in w1 and equal in the rest, the start is better in tau_err."""
+    del updates
+    value = {"tau_err": 0.2, "w1": 0.3}[metric]
+    if arm == "truth":
+        return 0.01
+    if (arm, metric) in (("codmd", "w1"), ("dmd+start", "tau_err")):
+        return value + (0.05 if metric == "w1" else -0.1)
+    return value
 
 
 @pytest.fixture
 def data() -> dict[str, Any]:
-    """Five seeds in which codmd is worse in w1 and equal in the rest, and the start is better in tau_err."""
-    table = parse_table({**TINY, "seeds": [1, 2, 3, 4, 5]})
-    rng, cells = np.random.default_rng(0), []
-    for seed in table.seeds:
-        common = rng.normal(0, 0.02, 2)
-        for arm in table.arms:
-            for budget in table.budgets:
-                own = rng.normal(0, 0.001, 2)
-                tau = 0.2 + common[0] + own[0] - (0.1 if arm.name == "dmd+start" else 0.0)
-                w1 = 0.3 + common[1] + own[1] + (0.05 if arm.name == "codmd" else 0.0)
-                score = {"tau_err": tau, "w1": w1, "kept": 1.1, "tau_kept": 0.9, "sd_ratio": 0.9, "copying": 0.5}
-                cells.append(
-                    {
-                        "arm": arm.name,
-                        "guidance": 1.0,
-                        "budget": budget,
-                        "seed": seed,
-                        "student_updates": budget,
-                        "calls": {"student": 1, "critic": 2, "teacher": 3},
-                        "cpu_s": 1.0,
-                        "steps": [score] * 4,
-                    }
-                )
-    return {"format": 1, "table": as_dict(table), "cells": cells}
+    return comparison(FIVE, error, spread=0.005, has_matrices=True)
 
 
-def cell(data: dict[str, Any], arm: str, seed: int) -> dict[str, Any]:
-    return next(entry for entry in data["cells"] if entry["arm"] == arm and entry["seed"] == seed)
+def cell(data: dict[str, Any], arm: str, seed: int, budget: int = 2) -> dict[str, Any]:
+    return next(
+        entry for entry in data["cells"] if (entry["arm"], entry["seed"], entry["budget"]) == (arm, seed, budget)
+    )
 
 
 def test_what_is_missing_or_no_number_is_listed_and_never_filled_in(data: dict[str, Any]) -> None:
     check_complete(data)
     broken = copy.deepcopy(data)
     broken["cells"].remove(cell(broken, "codmd", 3))
-    cell(broken, "dmd", 1)["steps"] = [{**cell(data, "dmd", 1)["steps"][0], "w1": math.nan}]
-    del cell(broken, "truth", 2)["steps"][0]["tau_err"]
-    cell(broken, "codmd", 4)["calls"] = {"student": 1, "critic": 2, "teacher": 4}
+    broken["cells"].remove(cell(broken, "codmd", 3, budget=1))
+    cell(broken, "dmd", 1)["steps"] = [{**cell(data, "dmd", 1)["steps"][0], "w1": math.nan}] * 4
+    cell(broken, "dmd", 2, budget=1)["steps"] = [{**cell(data, "dmd", 1)["steps"][0], "tau_err": math.inf}]
+    cell(broken, "dmd", 3)["steps"] = [{**cell(data, "dmd", 1)["steps"][0], "kept": math.nan}] * 4
+    cell(broken, "dmd", 4)["steps"] = cell(data, "dmd", 4)["steps"][:3]
+    cell(broken, "truth", 2)["steps"] = [{"w1": True}]
+    cell(broken, "codmd", 4)["calls"] = {"student": 1, "critic": 160, "teacher": 4}
+    cell(broken, "codmd", 4, budget=1)["calls"] = {"student": 1, "critic": 3, "teacher": 20}
     cell(broken, "codmd", 5)["student_updates"] = 1
+    cell(broken, "dmd", 5)["matrices"] = {"tau": [[1.0, math.nan], [0.5, 1.0]], "rho": [[1.0, 0.5]]}
     with pytest.raises(ConfigError) as caught:
         check_complete(broken)
     message = str(caught.value)
     for part in (
         "no scores of codmd g=1 budget=2 seed=3",
+        "no scores of codmd g=1 budget=1 seed=3",
         "dmd g=1 budget=2 seed=1: w1 is nan after step 1",
+        "dmd g=1 budget=1 seed=2: tau_err is inf after step 1",
+        "dmd g=1 budget=2 seed=3: kept is nan after step 1",
+        "dmd g=1 budget=2 seed=4: 3 steps, its first seed has 4",
         "truth g=1 budget=2 seed=2: tau_err is missing after step 1",
-        "codmd g=1 budget=2 seed=4: teacher calls 4, dmd has 3",
+        "truth g=1 budget=2 seed=2: w1 is True after step 1",
+        "codmd g=1 budget=2 seed=4: teacher calls 4, dmd has 40",
+        "codmd g=1 budget=1 seed=4: critic calls 3, dmd has 80",
         "codmd g=1 budget=2 seed=5: student_updates 1, dmd has 2",
+        "dmd g=1 budget=2 seed=5: matrix tau holds what is no number",
+        "dmd g=1 budget=2 seed=5: matrix rho is not square",
     ):
-        assert part in message
+        assert part in message.replace("\n  and", "\n  "), message
     # The started arm says why, so its calls may differ.
     cell(data, "dmd+start", 1)["calls"] = {"student": 1, "critic": 2, "teacher": 4}
     check_complete(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data["table"].pop("metrics"), "the table has no metrics"),
+        (lambda data: data["table"].update(baseline="moon"), "the baseline moon is no arm"),
+        (lambda data: data["cells"][0].pop("calls"), "cell 0 has no calls"),
+        (lambda data: data["cells"][1]["calls"].pop("critic"), "cell 1 has no calls of critic"),
+        (lambda data: data["cells"].append(data["cells"][0]), "a cell is there twice"),
+        (lambda data: data.update(format=2), "no results of eval compare of format 1"),
+    ],
+)
+def test_what_is_no_comparison_is_refused(data: dict[str, Any], tmp_path: Path, change: Any, message: str) -> None:
+    data["cells"][1]["calls"] = dict(data["cells"][1]["calls"])
+    change(data)
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        read_results(path)
+
+
+def test_a_packed_file_is_read_and_a_damaged_one_refused(data: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "x.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(data).encode()))
+    assert read_results(path).table["name"] == "tiny"
+    for damaged in (path.read_bytes()[:-9], b"{}", gzip.compress(b"[]"), gzip.compress(b"\xff\xfe\xfa")):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"x\.json\.gz"):
+            read_results(path)
 
 
 def test_paired_intervals_are_those_of_the_t_test() -> None:
@@ -81,40 +116,26 @@ def test_paired_intervals_are_those_of_the_t_test() -> None:
     mean, own_low, own_high, p = paired(first, second)
     assert (mean, own_low, own_high, p) == pytest.approx((np.subtract(first, second).mean(), low, high, test.pvalue))
     assert paired([1.0, 1.0], [1.0, 1.0]) == (0.0, 0.0, 0.0, 1.0)
+    found = interval(first)
+    assert (found.low, found.high) == pytest.approx(stats.ttest_1samp(first, 0.0).confidence_interval(0.95))
+
+
+def test_the_share_of_the_gap_has_fiellers_interval() -> None:
+    rng = np.random.default_rng(1)
+    baseline, arm, floor = 0.2 + rng.normal(0, 0.01, 5), 0.1 + rng.normal(0, 0.01, 5), 0.01 + rng.normal(0, 0.001, 5)
+    share = share_closed(arm, baseline, floor)
+    assert share is not None and share.mean == pytest.approx((baseline - arm).mean() / (baseline - floor).mean())
+    # Its ends are the ratios r for which the mean of moved - r * gap is just not told from 0.
+    for end in (share.low, share.high):
+        assert stats.ttest_1samp((baseline - arm) - end * (baseline - floor), 0.0).pvalue == pytest.approx(0.05)
+    assert share_closed(arm, floor, baseline) is None, "the baseline is below the floor"
+    assert share_closed(arm, floor + rng.normal(0, 0.01, 5), floor) is None, "no gap that seeds can tell from 0"
 
 
 def test_differences_are_adjusted_over_the_metrics(data: dict[str, Any]) -> None:
-    found = differences(data, "codmd", "dmd", 1.0, 3)
-    assert found["w1"].p_holm < 0.001 and found["w1"].low < 0.05 < found["w1"].high
-    assert found["tau_err"].p_holm >= found["tau_err"].p > 0.05
-
-
-def test_the_summary_names_gains_losses_and_null_results(data: dict[str, Any]) -> None:
-    text = summary(data)
-    assert "better: dmd+start (tau_err);" in text and "worse: codmd (w1);" in text
-    assert "dmd overstates the strong rank correlations: 1.100" in text
-    assert "dmd loses the dependence of the tied factors: 0.900" in text
-    for entry in data["cells"]:
-        if entry["arm"] == "codmd":
-            entry["steps"] = cell(data, "dmd", entry["seed"])["steps"]
-    assert "no difference was found for: codmd;" in summary(data)
-
-
-def test_the_report_is_made_of_the_json_alone(
-    data: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, out = tmp_path / "tiny.json", tmp_path / "evidence.md"
-    path.write_text(json.dumps(data), encoding="utf-8")
-    assert main(["eval", "compare", "report", str(path), "--out", str(out)]) == 0
-    text, page = out.read_text(encoding="utf-8"), out.with_suffix(".html").read_text(encoding="utf-8")
-    assert text == as_markdown([data], [line.strip() for line in text.split("## Made by")[1].strip().splitlines()])
-    for part in ("| dmd+start - dmd |", "What this does not show", "84.46", "83.02, 83.31, 83.69 and 84.26", "0.050"):
-        assert part in text, part
-    assert page.count("<svg") == 3 and "<table>" in page and "http" not in page.split("<svg")[0]
-    # Two that differ only in case are one file on some machines.
-    other = tmp_path / "TINY.json"
-    other.write_text(json.dumps(data), encoding="utf-8")
-    assert main(["eval", "compare", "report", str(path), str(other), "--out", str(out)]) == 2
-    assert "differ in more than case" in capsys.readouterr().err
-    path.write_text(json.dumps({**data, "cells": data["cells"][1:]}), encoding="utf-8")
-    assert main(["eval", "compare", "report", str(path), "--out", str(out)]) == 2
+    setting = Comparison(data).settings[-1]
+    assert setting.budget == 3 and setting.name == "tiny, 3 updates"
+    found = setting.differences("codmd", "dmd")
+    assert found["w1"].verdict == 1 and found["w1"].low < 0.05 < found["w1"].high
+    assert found["tau_err"].p_holm >= found["tau_err"].p > 0.05 and found["tau_err"].verdict == 0
+    assert setting.differences("dmd+start", "dmd")["tau_err"].verdict == -1
