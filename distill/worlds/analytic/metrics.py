@@ -182,8 +182,10 @@ def copying(student: Tensor, teacher: Tensor) -> float:
         student, teacher: (P, S, C, F, H, W); sample s of both began with the same noise.
 
     Returns:
-        1 where the student repeats the teacher's own pairing of noise and sample, 0 where it pairs them freely.
+        1 where the student repeats the teacher's own pairing of noise and sample, 0 where it pairs them freely or
+        makes one sample of all noise.
     """
     own, other = [(batch - batch.mean(1, keepdim=True)).flatten(2) for batch in (student, teacher)]
-    products = (own * other).sum((1, 2)) / (own.square().sum((1, 2)) * other.square().sum((1, 2))).sqrt()
-    return float(products.mean())
+    sizes = (own.square().sum((1, 2)) * other.square().sum((1, 2))).sqrt()
+    # A student that makes one sample of all noise copies nothing.
+    return float(((own * other).sum((1, 2)) / sizes.clamp_min(1e-30)).mean())

@@ -139,6 +139,7 @@ def test_copying_tells_the_teachers_pairing_from_a_free_one() -> None:
     teacher = teacher_samples(world, noise, 1.0, 20)[-1]
     assert copying(teacher, teacher) == pytest.approx(1.0)
     assert abs(copying(teacher.roll(1, dims=1), teacher)) < 0.1
+    assert copying(torch.zeros_like(teacher), teacher) == 0.0
 
 
 def test_teacher_and_network_answer_as_a_wan_transformer_does() -> None:
