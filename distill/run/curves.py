@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,25 +53,46 @@ def plot_curves(curves: Curves, picture: Path) -> None:
         curves: of `read_curves`.
         picture: PNG to write.
     """
-    rows = -(-len(curves) // COLUMNS)
+    try:
+        with atomic_file(picture) as temporary:
+            temporary.write_bytes(draw_runs({"": curves}))
+    except OSError as error:
+        logger.warning("no curves path=%s reason=%s", picture.name, error)
+
+
+def draw_runs(runs: Mapping[str, Curves]) -> bytes:
+    """Draw every number of several runs over the iteration, one panel per name.
+
+    Args:
+        runs: of `read_curves`, by what the legend calls them; a single run needs no legend.
+
+    Returns:
+        A PNG.
+    """
+    names = list(dict.fromkeys(name for curves in runs.values() for name in curves))
+    rows = -(-len(names) // COLUMNS)
     height = 2.4 * rows
     figure = Figure(figsize=(4.0 * COLUMNS, height))
     # By hand: matplotlib's layout engines take as long as all of the drawing.
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.5 / height, top=1 - 0.3 / height, hspace=0.4, wspace=0.2)
     # Not pyplot: that keeps figures and picks a window system.
     FigureCanvasAgg(figure)
-    for place, (name, (iterations, values)) in enumerate(curves.items(), start=1):
+    for place, name in enumerate(names, start=1):
         axes = figure.add_subplot(rows, COLUMNS, place)
-        axes.plot(iterations, values, linewidth=0.9, marker="." if len(iterations) < 30 else "")
+        # A run without the number draws an empty line, so that each run has one colour in all panels.
+        for label, curves in runs.items():
+            iterations, values = curves.get(name, ([], []))
+            marker = "." if len(iterations) < 30 else ""
+            axes.plot(iterations, values, linewidth=0.9, marker=marker, label=label if iterations else "_")
+        if len(runs) > 1:
+            axes.legend(fontsize=6)
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     figure.supxlabel("iteration", fontsize=9)
-    try:
-        with atomic_file(picture) as temporary:
-            figure.savefig(temporary, format="png", dpi=100)
-    except OSError as error:
-        logger.warning("no curves path=%s reason=%s", picture.name, error)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
 
 
 def read_curves(log: Path) -> Curves:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from distill.cli import main
 from distill.config import DistillConfig
 from distill.run.curves import plot_curves, read_curves, write_curves
 from distill.run.log import LOG_FILE, RunLog
@@ -82,3 +83,37 @@ def test_run_folder_holds_all_that_tells_of_the_run(tiny_config: DistillConfig, 
         "previews",
         "tensorboard",
     ]
+
+
+def test_runs_are_drawn_together_each_in_one_colour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second run alone has metric_1; its line there has the colour that it has for metric_0."""
+    for name, num_metrics in (("first", 1), ("second", 2)):
+        (tmp_path / name).mkdir()
+        write_log(tmp_path / name / LOG_FILE, num_metrics)
+    runs, out = [str(tmp_path / name) for name in ("first", "second")], tmp_path / "both.png"
+    assert main(["curves", *runs, "--out", str(out), "--names", "metric_0", "metric_1"]) == 0
+    picture = np.asarray(Image.open(out).convert("RGB")).astype(int)
+    panels = np.array_split(picture, 3, axis=1)
+    blue, orange = (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)
+    has = [[bool((np.abs(panel - colour).max(axis=2) < 12).any()) for colour in (blue, orange)] for panel in panels]
+    # Both runs have the same metric_0, so the second line hides the first but for its legend.
+    assert has == [[True, True], [False, True], [False, False]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "--names", "nothing"], "no run has the number 'nothing', expected one of: metric_0"),
+        (["RUN", "EMPTY"], "EMPTY holds no log of a run: expected log.jsonl"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RUN", "EMPTY"):
+        (tmp_path / name).mkdir()
+    write_log(tmp_path / "RUN" / LOG_FILE, 1)
+    placed = [str(tmp_path / word) if word.isupper() else word for word in arguments]
+    assert main(["curves", *placed, "--out", str(tmp_path / "none.png")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none.png").exists()
