@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 from distill.evaluate.compare.results import ALPHA, Comparison, Difference, Estimate, Setting, interval, share_closed
 from distill.evaluate.compare.roles import LOSS, REGRESSED, TERM, control_pairs, floor_of, started, with_role
+from distill.evaluate.stats import holm
 
 Entry = TypeVar("Entry", bound=tuple[Any, ...])
 KEPT = {"kept": "strong rank correlations", "tau_kept": "dependence of the tied factors"}
 """1 is right, below it dependence is lost, above it overstated."""
+FEW_SEEDS = 3
 LEADING = ("tau_err", "frame_rho")
 SPELLED = {"dmd": "DMD"}
 
@@ -39,31 +41,58 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """In which comparisons (pair and metric) the first arm is better and worse, by the names of the metrics."""
+    """The verdicts of the comparisons (pair and metric) that answer one question.
+
+    Attributes:
+        better, worse: metrics in which the first arm is so, after Holm over the metrics of a pair.
+        total: number of comparisons.
+        firm_better, firm_worse: how many stay so after Holm over all comparisons of the question.
+    """
 
     better: tuple[str, ...]
     worse: tuple[str, ...]
     total: int
+    firm_better: int
+    firm_worse: int
 
     def __str__(self) -> str:
         undecided = self.total - len(self.better) - len(self.worse)
         return (
             f"better in {len(self.better)}{_counts(self.better)}, worse in {len(self.worse)}{_counts(self.worse)} and "
-            f"undecided in {undecided} of {self.total} comparisons"
+            f"undecided in {undecided} of {self.total} comparisons{self.firmly}"
         )
+
+    @property
+    def firmly(self) -> str:
+        """How many verdicts hold over the whole question; empty without any."""
+        if not self.better and not self.worse:
+            return ""
+        return f", {self.firm_better} and {self.firm_worse} after Holm over all {self.total}"
+
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Whether any comparison is firmly better, and any firmly worse."""
+        return self.firm_better > 0, self.firm_worse > 0
 
 
 def tally(pairs: Sequence[Pair]) -> Tally:
     """Count the verdicts of pairs over all tested metrics."""
-    found = [(metric, gap.verdict) for pair in pairs for metric, gap in pair.gaps.items()]
-    better = tuple(metric for metric, verdict in found if verdict < 0)
-    return Tally(better, tuple(metric for metric, verdict in found if verdict > 0), len(found))
+    found = [(metric, gap) for pair in pairs for metric, gap in pair.gaps.items()]
+    firm = [gap.mean for (_, gap), p in zip(found, holm([gap.p for _, gap in found]), strict=True) if p < ALPHA]
+    return Tally(
+        better=tuple(metric for metric, gap in found if gap.verdict < 0),
+        worse=tuple(metric for metric, gap in found if gap.verdict > 0),
+        total=len(found),
+        firm_better=sum(mean < 0 for mean in firm),
+        firm_worse=sum(mean > 0 for mean in firm),
+    )
 
 
 def first_paragraph(comparisons: Sequence[Comparison]) -> str:
     """Say in a few sentences what was found over all comparisons, null results included."""
     settings = [setting for own in comparisons for setting in own.settings]
-    parts = [_dependence(settings), _term(settings), _control(settings), _start(settings), _losses(settings)]
+    parts = [_preliminary(comparisons), _dependence(settings), _term(settings), _control(settings)]
+    parts += [_start(settings), _losses(settings)]
     return " ".join(part for part in parts if part) or "Nothing was compared."
 
 
@@ -93,9 +122,23 @@ def method(comparisons: Sequence[Comparison]) -> str:
         f"arms in one setting, paired over {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds of "
         "training; brackets are 95% intervals over seeds. An arm is better or worse where p < "
         f"{ALPHA:g} after Holm's correction over the metrics of a pair in a setting, so one pair in twenty has such a "
-        "verdict by chance. The gap is from the baseline's error to the floor, the error of other samples of what "
-        "students are to match: of the truth where the teacher is exact, else of the teacher in the most steps. "
-        "Dependence is measured against the floor's own, which is 1."
+        "verdict by chance; a difference holds where it stays after Holm over all comparisons of the question. The gap "
+        "is from the baseline's error to the floor, the error of other samples of what students are to match: of the "
+        "truth where the teacher is exact, else of the teacher in the most steps. Dependence is measured against the "
+        "floor's own, which is 1."
+    )
+
+
+def _preliminary(comparisons: Sequence[Comparison]) -> str:
+    """Warn of tables whose seeds are too few for any verdict to mean much."""
+    few = [
+        f"{own.table['name']} {len(own.table['seeds'])}" for own in comparisons if len(own.table["seeds"]) < FEW_SEEDS
+    ]
+    if not few:
+        return ""
+    return (
+        f"Preliminary (seeds: {', '.join(few)}): intervals over so few seeds are wide, and differences that happen to "
+        "be equal look certain."
     )
 
 
@@ -123,13 +166,15 @@ def _term(settings: Sequence[Setting]) -> str:
     own, base = tally(pairs), _baseline(settings)
     forms = len({pair.arm for pair in pairs})
     verdict = {
-        (False, False): f"makes no difference that was found: better or worse than {base} in none",
-        (False, True): f"does not help: better than {base} in none and worse in {len(own.worse)}",
-        (True, False): f"helps in places: better than {base} in {len(own.better)} and worse in none",
-        (True, True): f"is better than {base} in {len(own.better)} and worse in {len(own.worse)}",
-    }[bool(own.better), bool(own.worse)]
-    text = f"**The relational term ({forms} {'form' if forms == 1 else 'forms'}) {verdict} of {own.total} comparisons**"
-    text += f" (chance alone would decide about {ALPHA * len(pairs):.1f})"
+        (False, False): "makes no difference that holds",
+        (False, True): "does not help, and harms in places",
+        (True, False): "helps in places",
+        (True, True): "helps in places and harms in others",
+    }[own.sides]
+    text = (
+        f"**The relational term ({forms} {'form' if forms == 1 else 'forms'}) {verdict}**: better than {base} in "
+        f"{len(own.better)} and worse in {len(own.worse)} of {own.total} comparisons{own.firmly}"
+    )
     metric = lead(settings[0])[0]
     shares = [own for own in _shares_of([(pair.setting, pair.arm) for pair in pairs]) if own[1] == metric]
     if not shares:
@@ -146,13 +191,13 @@ def _control(settings: Sequence[Setting]) -> str:
     own = tally(pairs)
     verdict = {
         (False, False): "its content was not seen to matter",
-        (False, True): "the control is better there",
-        (True, False): "its content matters there",
+        (False, True): "the control is better in places",
+        (True, False): "its content matters in places",
         (True, True): "without one sign",
-    }[bool(own.better), bool(own.worse)]
+    }[own.sides]
     return (
-        "Against controls of the same size without its content the term is better in "
-        f"{len(own.better)} and worse in {len(own.worse)} of {own.total} comparisons, {verdict}; {extremes(pairs)}."
+        f"Against controls of the same size without its content, {verdict}: the term is better in {len(own.better)} "
+        f"and worse in {len(own.worse)} of {own.total} comparisons{own.firmly}; {extremes(pairs)}."
     )
 
 
@@ -176,7 +221,7 @@ def _start(settings: Sequence[Setting]) -> str:
         text += (
             f"; before {base} it is better than {base} alone in {len(total.better)} and worse in {len(total.worse)} of "
         )
-        text += f"{total.total} comparisons"
+        text += f"{total.total} comparisons{total.firmly}"
     return f"{text}."
 
 
@@ -186,8 +231,13 @@ def _losses(settings: Sequence[Setting]) -> str:
     found = {name: tally(_loss_pairs(settings, name)) for name in names}
     groups = dict[str, list[str]]()
     for name, own in found.items():
-        group = "no gain was found of" if not own.better else "mixed are" if own.worse else "only gains were found of"
-        count = f"better in {len(own.better)}, worse in {len(own.worse)} of {own.total}"
+        group = {
+            (False, False): "no difference holds of",
+            (False, True): "only losses hold of",
+            (True, False): "only gains hold of",
+            (True, True): "gains and losses hold of",
+        }[own.sides]
+        count = f"better in {len(own.better)}, worse in {len(own.worse)} of {own.total}{own.firmly}"
         groups.setdefault(group, []).append(f"{name} ({count})")
     parts = [f"{group} {', '.join(own)}" for group, own in groups.items()]
     return f"Of other losses, {'; '.join(parts)}." if parts else ""

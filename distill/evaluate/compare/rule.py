@@ -92,28 +92,27 @@ def recommendation(comparisons: Sequence[Comparison]) -> str:
         return ""
     own = [entry for entry in found if entry.winner == arm]
     base = own[0].setting.comparison.table["baseline"]
+    seeds = sorted({len(entry.setting.comparison.table["seeds"]) for entry in found})
+    count = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     text = f"We would train **{arm}**: the rule written before the runs picks it in {len(own)} of {len(found)} worlds "
     deciding = [entry.setting.world for entry in own if not is_exact(entry.setting.comparison.table)]
     decides = f"; {', '.join(deciding)} decides" if deciding and len(found) > len(deciding) else ""
-    text += f"({', '.join(entry.setting.world for entry in own)}{decides})"
-    if arm == base:
-        return f"{text}, because no dearer arm was better in any metric and no cheaper one as good."
+    text += f"({', '.join(entry.setting.world for entry in own)}{decides}; {count} seeds)"
+    end = "."
+    if all(is_exact(entry.setting.comparison.table) for entry in found):
+        end = ". These worlds have an exact teacher and no videos: ShapeWorld's table decides."
     shares = [
         (share, entry.setting.world, metric)
         for entry in own
         for metric in lead(entry.setting)[:1]
-        if (share := closed(entry.setting, arm, metric)) is not None
+        if arm != base and (share := closed(entry.setting, arm, metric)) is not None
     ]
-    if shares:
-        ends = [extreme(shares, key=lambda entry: round(entry[0].mean, 2)) for extreme in (min, max)]
-        between = " to ".join(dict.fromkeys(f"{percent(share)} ({world})" for share, world, _ in ends))
-        metrics = "/".join(dict.fromkeys(metric for *_, metric in shares))
-        gap = f"the gap in {metrics} between {base} and the floor"
-        return f"{text}, because it closes {between} of {gap} and costs least of those that do as well."
-    better = dict.fromkeys(
-        metric for entry in own for metric, gap in entry.setting.differences(arm, base).items() if gap.verdict < 0
-    )
-    return f"{text}, because it is better than {base} in {', '.join(better) or 'nothing, and cheaper'}."
+    if not shares:
+        return f"{text}, because no candidate that costs more was shown to be better{end}"
+    ends = [extreme(shares, key=lambda entry: round(entry[0].mean, 2)) for extreme in (min, max)]
+    between = " to ".join(dict.fromkeys(f"{percent(share)} ({world})" for share, world, _ in ends))
+    gap = f"the gap in {'/'.join(dict.fromkeys(metric for *_, metric in shares))} between {base} and the floor"
+    return f"{text}, because it closes {between} of {gap} and no candidate that costs more was shown to be better{end}"
 
 
 def _rank(means: dict[str, list[float]], arm: str, place: int) -> float:

@@ -44,13 +44,12 @@ def test_the_first_paragraph_names_gains_losses_and_null_results() -> None:
         "DMD loses dependence in 2 and overstates it in 2 of 2 settings (at most ",
         "0.9 times the right dependence of the tied factors in tiny, ",
         " times the right strong rank correlations in tiny, ",
-        "The relational term (1 form) makes no difference that was found: better or worse than DMD in none of 4",
-        "Against controls of the same size without its content the term is better in 0 and worse in 0 of 4",
-        "its content was not seen to matter",
+        "The relational term (1 form) makes no difference that holds: better than DMD in 0 and worse in 0 of 4",
+        "without its content, its content was not seen to matter: the term is better in 0 and worse in 0 of 4",
         "A start regressed on the teacher's own paths closes alone 89",
         "before DMD 79",
-        "of the gap in tau_err; before DMD it is better than DMD alone in 4 and worse in 0 of 4 comparisons.",
-        "Of other losses, only gains were found of rival (better in 4, worse in 0 of 4).",
+        "of the gap in tau_err; before DMD it is better than DMD alone in 4 and worse in 0 of 4 comparisons, 4 and 0",
+        "Of other losses, only gains hold of rival (better in 4, worse in 0 of 4",
     ):
         rounded = re.sub(r"0\.90\d \[0\.\d+, 0\.\d+\]", "0.9", text)
         assert part in rounded, f"{part!r} is not in: {rounded}"
@@ -59,13 +58,19 @@ def test_the_first_paragraph_names_gains_losses_and_null_results() -> None:
 @pytest.mark.parametrize(
     ("errors", "part"),
     [
-        ({"codmd": 0.3}, "does not help: better than DMD in none and worse in 4 of 4 comparisons"),
-        ({"codmd": 0.1}, "helps in places: better than DMD in 4 and worse in none of 4 comparisons"),
-        ({"codmd": 0.1}, "the term is better in 4 and worse in 0 of 4 comparisons, its content matters there"),
-        ({"codmd": 0.1, "control": 0.1}, "better in 0 and worse in 0 of 4 comparisons, its content was not seen"),
-        ({"codmd": 0.3}, "in 0 and worse in 4 of 4 comparisons, the control is better there"),
+        ({"codmd": 0.3}, "does not help, and harms in places: better than DMD in 0 and worse in 4 of 4 comparisons"),
+        (
+            {"codmd": 0.1},
+            "helps in places: better than DMD in 4 and worse in 0 of 4 comparisons, 4 and 0",
+        ),
+        ({"codmd": 0.1}, "its content matters in places: the term is better in 4 and worse in 0 of 4"),
+        (
+            {"codmd": 0.1, "control": 0.1},
+            "its content was not seen to matter: the term is better in 0 and worse in 0 of 4",
+        ),
+        ({"codmd": 0.3}, "the control is better in places: the term is better in 0 and worse in 4 of 4"),
         ({"codmd": 0.3}, "(tiny, 2 updates) of DMD's gap to the floor in tau_err."),
-        ({"rival": 0.3}, "no gain was found of rival (better in 0, worse in 4 of 4)"),
+        ({"rival": 0.3}, "only losses hold of rival (better in 0, worse in 4 of 4"),
         ({}, "DMD neither loses nor overstates dependence in any of 2 settings."),
         ({"truth": 0.2}, "regressed on the teacher's own paths finds no gap to close"),
     ],
@@ -74,14 +79,24 @@ def test_the_first_paragraph_turns_with_the_numbers(errors: dict[str, float], pa
     assert part in bare(first_paragraph([made(errors)]))
 
 
+def test_few_seeds_are_called_preliminary() -> None:
+    table = {**TABLE, "seeds": [1, 2]}
+    few = Comparison(comparison(table, lambda arm, updates, metric: 0.2))
+    assert first_paragraph([few]).startswith("Preliminary (seeds: tiny 2):")
+    assert "Preliminary" not in first_paragraph([made({})])
+
+
 def test_the_findings_are_of_all_tables_and_not_of_the_first() -> None:
     both = [made({}, kept=1.1, name="first"), made({"codmd": 0.3}, kept=0.8, name="second")]
     text = bare(first_paragraph(both))
     assert "loses dependence in 2 and overstates it in 2 of 4 settings" in text
     assert re.search(r"0\.\d+ \[.*\] times the right strong rank correlations in second.*; 1\.\d+ .* in first", text)
-    assert "better than DMD in none and worse in 4 of 8 comparisons" in text
+    assert "better than DMD in 0 and worse in 4 of 8 comparisons, 0 and 4 after Holm over all 8" in text
     (line,) = [line for line in details(both) if line.startswith("The relational term")]
-    assert "better in 0, worse in 4 (tau_err 2, w1 2) and undecided in 4 of 8 comparisons" in line
+    assert (
+        "better in 0, worse in 4 (tau_err 2, w1 2) and undecided in 4 of 8 comparisons, 0 and 4 after Holm over all 8"
+        in line
+    )
     assert re.search(r"tau_err differs by [-+]0\.00\d .*first.* to \+0\.1\d\d .*second", line)
 
 

@@ -67,13 +67,16 @@ def test_shapeworld_decides_and_otherwise_the_most_worlds() -> None:
     assert recommended(picks(exact)) == "rival"
     text = recommendation(exact)
     assert text.startswith(
-        "We would train **rival**: the rule written before the runs picks it in 2 of 3 worlds (a, b)"
+        "We would train **rival**: the rule written before the runs picks it in 2 of 3 worlds (a, b; 5 seeds)"
     )
     assert "of the gap in tau_err between dmd and the floor" in text
     shape = ruled({"dmd+start": 0.1}, name="shapeworld")
     shape = Comparison({**shape.data, "table": {**shape.table, "recipe": "shapeworld"}})
     assert recommended(picks([*exact, shape])) == "dmd+start"
-    assert "picks it in 2 of 4 worlds (c, shapeworld; shapeworld decides)" in recommendation([*exact, shape])
-    assert "because no dearer arm was better" in recommendation([ruled({"alone": 0.3}, name="d")])
+    assert "picks it in 2 of 4 worlds (c, shapeworld; shapeworld decides; 5 seeds)" in recommendation([*exact, shape])
+    assert (
+        "because no candidate that costs more was shown to be better. These worlds have an exact teacher"
+        in recommendation([ruled({"alone": 0.3}, name="d")])
+    )
     without = Comparison({**shape.data, "table": {**shape.table, "rule": ""}})
     assert picks([without]) == [] and recommendation([without]) == ""
