@@ -97,6 +97,15 @@ def test_other_settings_get_other_samples_and_other_seeds_the_same(
     assert make(other, tiny_networks, data, tmp_path).folder in folders
 
 
+def test_another_seed_of_the_samples_gives_other_samples(
+    config: DistillConfig, tiny_networks: Networks, data: PromptData, tmp_path: Path
+) -> None:
+    """samples_seed, for runs that are to differ in the teacher's samples too, as those of `eval compare`."""
+    first = make(config, tiny_networks, data, tmp_path)
+    other = make(with_overrides(config, ["samples_seed=1"]), tiny_networks, data, tmp_path)
+    assert not torch.allclose(first.batch([0, 1], torch.device("cpu")), other.batch([0, 1], torch.device("cpu")))
+
+
 def test_a_teacher_that_yields_no_numbers_is_refused(
     config: DistillConfig, tiny_networks: Networks, data: PromptData, tmp_path: Path
 ) -> None:
