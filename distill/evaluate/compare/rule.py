@@ -105,10 +105,14 @@ def recommendation(comparisons: Sequence[Comparison]) -> str:
         (share, entry.setting.world, metric)
         for entry in own
         for metric in lead(entry.setting)[:1]
-        if arm != base and (share := closed(entry.setting, arm, metric)) is not None
+        if arm != base and (share := closed(entry.setting, arm, metric)) is not None and share.low > 0
     ]
     if not shares:
-        return f"{text}, because no candidate that costs more was shown to be better{end}"
+        # No share of the gap that the seeds can tell from 0.
+        gaps = [gap for entry in own if arm != base for gap in entry.setting.differences(arm, base).values()]
+        better = sum(gap.verdict < 0 for gap in gaps)
+        reason = f"it is better than {base} in {better} of {len(gaps)} comparisons and " if better else ""
+        return f"{text}, because {reason}no candidate that costs more was shown to be better{end}"
     ends = [extreme(shares, key=lambda entry: round(entry[0].mean, 2)) for extreme in (min, max)]
     between = " to ".join(dict.fromkeys(f"{percent(share)} ({world})" for share, world, _ in ends))
     gap = f"the gap in {'/'.join(dict.fromkeys(metric for *_, metric in shares))} between {base} and the floor"

@@ -80,3 +80,16 @@ def test_shapeworld_decides_and_otherwise_the_most_worlds() -> None:
     )
     without = Comparison({**shape.data, "table": {**shape.table, "rule": ""}})
     assert picks([without]) == [] and recommendation([without]) == ""
+
+
+def test_a_share_that_may_be_nothing_is_no_reason() -> None:
+    """In the leading metric the baseline is at the floor, and the pick is better in the other alone."""
+    errors = {"truth": 0.01, "rival": 0.1}
+    data = comparison(
+        {**RULED, "name": "e"},
+        lambda arm, updates, metric: 0.2 if metric == "tau_err" else errors.get(arm, 0.2),
+        spread=0.004,
+    )
+    text = recommendation([Comparison(data)])
+    assert "**rival**" in text and "because it is better than dmd in 1 of 2 comparisons and no candidate" in text
+    assert "%" not in text
