@@ -311,6 +311,7 @@ class Backend:
         """
         deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         with self.hub.listening(job.id) as channel:
+            version = -1  # the caller read the job before anybody listened
             while not job.is_final:
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0:
@@ -319,7 +320,8 @@ class Backend:
                     raise GenerationError(
                         "the server is shutting down; the job goes on when it is back", "shutting_down"
                     )
-                await channel.changed(min(left_s, POLL_S))
+                await channel.changed(version, min(left_s, POLL_S))
+                version = channel.version
                 job = await self.get(job.id, None) or replace(job, status=CANCELLED)
         if job.is_final:
             asyncio.get_running_loop().call_later(KEPT_WHEN_FINAL_S, self.hub.forget, job.id)

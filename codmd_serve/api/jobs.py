@@ -169,12 +169,27 @@ async def event_stream(backend: Backend, job: Job, last_event_id: str = "") -> A
         spoke_s = loop.time()
         yield "retry: 1000\n\n"
         while True:
+            if loop.time() - spoke_s >= KEEP_ALIVE_S:
+                spoke_s = loop.time()
+                yield ": keep-alive\n\n"
+            version = channel.version
+            try:
+                found = await backend.get(job.id, None)
+                position, eta_s = await backend.position(found) if found is not None else (0, None)
+            except StoreError:  # it may come back; the job is safe there
+                await channel.changed(version, min(POLL_S, KEEP_ALIVE_S))
+                continue
+            if found is None:  # deleted
+                yield f"event: cancelled\ndata: {json.dumps({'status': 'cancelled'})}\n\n"
+                return
+            job = found
             data: dict[str, Any] = {"status": job.status}
             if job.status == "queued":
-                position, eta_s = await backend.position(job)
                 waiting_for = backend.waiting_for(job)
                 queued = {"position": position, "eta_s": eta_s, "attempt": job.attempts}
-                channel.add("queued", queued | ({"waiting_for": waiting_for} if waiting_for else {}))
+                if channel.version == version:  # else it may have begun, or ended, since it was read
+                    channel.add("queued", queued | ({"waiting_for": waiting_for} if waiting_for else {}))
+                    version = channel.version
             elif job.status == "running" and not any(event.kind == "started" for event in channel.events):
                 channel.add("started", {"attempt": job.attempts})
             elif job.is_final:
@@ -187,15 +202,4 @@ async def event_stream(backend: Backend, job: Job, last_event_id: str = "") -> A
                 yield f"id: {backend.hub.epoch}-{last}\nevent: {event.kind}\ndata: {json.dumps(event.data)}\n\n"
             if job.is_final or backend.is_stopped:
                 return
-            await channel.changed(min(POLL_S, KEEP_ALIVE_S))
-            if loop.time() - spoke_s >= KEEP_ALIVE_S:
-                spoke_s = loop.time()
-                yield ": keep-alive\n\n"
-            try:
-                found = await backend.get(job.id, None)
-            except StoreError:
-                continue  # it may come back; the job is safe there
-            if found is None:  # deleted
-                yield f"event: cancelled\ndata: {json.dumps({'status': 'cancelled'})}\n\n"
-                return
-            job = found
+            await channel.changed(version, min(POLL_S, KEEP_ALIVE_S))

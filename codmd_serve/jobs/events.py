@@ -43,6 +43,7 @@ class Channel:
         stage, step, num_steps: where the job is; empty and 0 before it starts.
         progress: 0..1, in all.
         num_listeners: clients that wait for the job.
+        version: counts the events and wakes. Who reads the store first notes it, and sees by it what came meanwhile.
     """
 
     events: deque[JobEvent] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
@@ -51,23 +52,32 @@ class Channel:
     num_steps: int = 0
     progress: float = 0.0
     num_listeners: int = 0
+    version: int = 0
     _count: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, kind: str, data: dict[str, Any]) -> None:
-        if self.events and self.events[-1].kind == kind and self.events[-1].data == data:
-            return
+        """Append an event, unless it says nothing new or comes after the end, as one of another process may."""
+        if self.events:
+            newest = self.events[-1]
+            if newest.kind in FINAL_KINDS and kind not in FINAL_KINDS:
+                return
+            if newest.kind == kind and newest.data == data:
+                return
         self._count += 1
         self.events.append(JobEvent(self._count, kind, data))
         self.wake()
 
     def wake(self) -> None:
         """Let everybody look again."""
+        self.version += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def changed(self, timeout_s: float) -> None:
-        """Return at the next event, or after `timeout_s`."""
+    async def changed(self, since: int, timeout_s: float) -> None:
+        """Return when there is a later version than `since`, or after `timeout_s`."""
+        if self.version != since:
+            return
         changed = self._changed
         # Not wait_for: in Python 3.11 it can swallow a cancellation that comes together with the event.
         with contextlib.suppress(TimeoutError):

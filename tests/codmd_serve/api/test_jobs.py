@@ -1,5 +1,6 @@
 """/jobs: lists, lookups, cancelling, videos in parts, event streams."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from codmd_serve.api import backend as backend_module
 from codmd_serve.api import jobs as jobs_module
 from codmd_serve.api.backend import Own
 from codmd_serve.api.content import parse_range
+from codmd_serve.errors import StoreError
 from codmd_serve.jobs.store import JobStore
 
 Serve = Callable[..., AbstractContextManager[TestClient]]
@@ -279,6 +281,71 @@ def test_the_story_of_a_job_of_another_process_ends_too(client: Any) -> None:
     location = post(client, "a").headers["content-location"]
     client.backend.hub.forget(location.rpartition("/")[2])
     assert kinds_of(client.get(location + "/events").text) == ["done"]
+
+
+def test_a_job_that_begins_and_ends_while_its_place_is_read_is_not_told_as_queued(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found on a busy machine: a stale `queued` came between `decoding` and `done`, and a bar went back to 0."""
+    gate = tmp_path / "gate"
+    begin(client, f"wait {gate}")
+    job_id = begin(client, "b")
+    position = client.backend.position
+
+    async def slow(job: Any) -> Any:
+        place = await position(job)
+        if job.id == job_id and job.status == "queued":
+            gate.touch()
+            async with asyncio.timeout(DEADLINE_S):
+                while not any(event.kind == "done" for event in client.backend.hub.known(job_id).events):
+                    await asyncio.sleep(0.001)
+        return place
+
+    monkeypatch.setattr(client.backend, "position", slow)
+    kinds = kinds_of(client.get(f"/jobs/{job_id}/events").text)
+    assert kinds == ["started", "text", "step", "step", "step", "step", "decoding", "done"]
+
+
+def test_news_that_come_while_the_store_is_read_are_not_waited_for_again(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read says `running`, the end comes before it returns, and no other event wakes the listener."""
+    for module in (backend_module, jobs_module):
+        monkeypatch.setattr(module, "POLL_S", 3600.0)
+    gates = [tmp_path / "1", tmp_path / "2"]
+    get = client.backend.get
+
+    async def slow(job_id: str, owner: str | None) -> Any:
+        found = await get(job_id, owner)
+        if found is not None and found.status == "running" and owner is None:
+            for gate in gates:
+                gate.touch()
+            async with asyncio.timeout(DEADLINE_S):
+                while not (await get(job_id, owner)).is_final:
+                    await asyncio.sleep(0.001)
+        return found
+
+    monkeypatch.setattr(client.backend, "get", slow)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(post, client, f"wait {gates[0]}").result(DEADLINE_S).status_code == 200
+        job_id = begin(client, f"wait {gates[1]}")
+        following = pool.submit(client.get, f"/jobs/{job_id}/events")
+        assert kinds_of(following.result(DEADLINE_S).text)[-1] == "done"
+
+
+def test_a_stream_outlives_a_store_that_is_away(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_module, "POLL_S", 0.01)
+    job_id = begin(client, "a")
+    status_is(client, job_id, "completed")
+    get, failures = client.backend.get, [StoreError("gone"), StoreError("gone")]
+
+    async def flaky(job_id: str, owner: str | None) -> Any:
+        if owner is None and failures:
+            raise failures.pop()
+        return await get(job_id, owner)
+
+    monkeypatch.setattr(client.backend, "get", flaky)
+    assert kinds_of(client.get(f"/jobs/{job_id}/events").text)[-1] == "done" and not failures
 
 
 # leaving

@@ -25,3 +25,29 @@ def test_a_finished_job_is_forgotten_unless_somebody_listens(monkeypatch: pytest
             assert hub.known("heard") is not None and hub.known("running") is not None
 
     asyncio.run(story())
+
+
+def test_an_event_that_comes_after_the_end_is_not_told() -> None:
+    """Another process may tell a step after the store was seen to hold the end."""
+    hub = EventHub()
+    hub.publish("a", "done", {"status": "completed"})
+    hub.hear("a", "step", {"step": 4, "num_steps": 4, "progress": 0.7})
+    hub.publish("a", "expired", {"status": "expired"})
+    channel = hub.known("a")
+    assert channel is not None and [event.kind for event in channel.events] == ["done", "expired"]
+
+
+def test_a_listener_sees_what_came_while_it_read() -> None:
+    async def story() -> None:
+        channel = EventHub().channel("a")
+        version = channel.version
+        channel.add("step", {"step": 1})
+        async with asyncio.timeout(60.0):
+            await channel.changed(version, 3600.0)
+            waiting = asyncio.create_task(channel.changed(channel.version, 3600.0))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            channel.wake()
+            await waiting
+
+    asyncio.run(story())
