@@ -23,6 +23,8 @@ from distill.losses.flow import at_least_float32
 
 # Latents per side of a token, where rows and columns are even: Wan's own patch.
 TOKEN_SIDE = 2
+# Entries of the plans that are made at once, of 4 bytes and a few times over: one sample of Wan has 51 million.
+PLAN_ENTRIES = 2**20
 
 
 def squared_distances(first_GND: Tensor, second_GMD: Tensor) -> Tensor:
@@ -84,14 +86,15 @@ def _cell(side: int) -> int:
 def transported_frames(critic_x0: Tensor, teacher_x0: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Return where the plan between the tokens of each frame moves the critic's prediction, (B, C, F, H, W).
 
-    One sample after the other: a plan of Wan's size has 21 x 1560 x 1560 entries.
+    As many samples at once as `PLAN_ENTRIES` allows, at least one.
     """
+    num_entries = frame_tokens(critic_x0[:1]).shape[1] ** 2 * critic_x0.shape[2]
+    at_once = max(1, PLAN_ENTRIES // num_entries)
     parts = []
-    for index in range(len(critic_x0)):
-        one = critic_x0[index : index + 1]
-        tokens, targets = frame_tokens(one), frame_tokens(teacher_x0[index : index + 1])
+    for some, their_targets in zip(critic_x0.split(at_once), teacher_x0.split(at_once), strict=True):
+        tokens, targets = frame_tokens(some), frame_tokens(their_targets)
         plan = transport_plan(squared_distances(tokens, targets), epsilon, iterations)
-        parts.append(from_frame_tokens(transported(plan, targets), one.shape))
+        parts.append(from_frame_tokens(transported(plan, targets), some.shape))
     return torch.cat(parts)
 
 

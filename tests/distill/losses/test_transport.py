@@ -3,7 +3,9 @@
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
+from distill.losses import transport
 from distill.losses.transport import (
     frame_tokens,
     from_frame_tokens,
@@ -105,6 +107,25 @@ def test_shuffled_tokens_are_found_again() -> None:
     partner = transported_frames(critic, teacher, 1e-3, 500)
     torch.testing.assert_close(partner, critic, atol=1e-6, rtol=0)
     assert float((critic - teacher).abs().max()) > 1
+
+
+def test_samples_at_once_are_those_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once only as many as their plans have room for: two samples of these have 2 * 3 * 16 entries."""
+    critic, teacher = items(5, 2, 3, 4, 4), items(5, 2, 3, 4, 4, seed=1)
+    made: list[int] = []
+
+    def plan(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
+        made.append(cost.numel())
+        return transport_plan(cost, epsilon, iterations)
+
+    monkeypatch.setattr(transport, "transport_plan", plan)
+    found = []
+    for entries, want in ((1, [48] * 5), (100, [96, 96, 48]), (2**20, [240])):
+        monkeypatch.setattr(transport, "PLAN_ENTRIES", entries)
+        found.append(transported_frames(critic, teacher, 0.1, 50))
+        assert made == want
+        made.clear()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_a_part_of_the_batch_gets_its_rows() -> None:
