@@ -85,26 +85,42 @@ class TeacherLatents:
         Raises:
             CheckpointError: a shard has gone or is damaged, or a sample is not finite.
         """
-        return torch.stack([self._row(index, "x0") for index in indices]).to(device)
+        return self._rows(indices, "x0").to(device)
 
     def states(self, indices: list[int], device: torch.device) -> Tensor:
         """Read the kept states on the way to some samples, (B, K, C, F, H, W) float32; raises as `batch`."""
-        return torch.stack([self._row(index, "states").float() for index in indices]).to(device)
+        return self._rows(indices, "states").float().to(device)
 
-    def _row(self, index: int, name: str) -> Tensor:
-        shard, row = divmod(index, SHARD_SIZE)
+    def _rows(self, indices: list[int], name: str) -> Tensor:
+        shards = {shard: self._shard(shard, indices) for shard in {index // SHARD_SIZE for index in indices}}
+        rows: list[Tensor] = []
+        for index in indices:
+            shard, row = divmod(index, SHARD_SIZE)
+            try:
+                # Memory-mapped: of a shard, only the row is read.
+                rows.append(shards[shard].get_slice(name)[row])
+            except (SafetensorError, OSError, IndexError) as error:
+                raise self._unreadable(index, error) from error
+        stacked = torch.stack(rows)
+        if not bool(stacked.isfinite().all()):
+            index = next(index for index, one in zip(indices, rows, strict=True) if not bool(one.isfinite().all()))
+            raise CheckpointError(
+                f"teacher sample {index} in {shard_path(self.folder, index // SHARD_SIZE)} is not finite: "
+                "delete the file to have it made anew"
+            )
+        return stacked
+
+    def _shard(self, shard: int, indices: list[int]) -> Any:
         path = shard_path(self.folder, shard)
         try:
             state = path.stat()
-            # Memory-mapped: of a shard, only the row is read.
-            sample: Tensor = _opened(path, state.st_ino, state.st_mtime_ns).get_slice(name)[row]
-        except (SafetensorError, OSError, IndexError) as error:
-            raise CheckpointError(f"teacher sample {index} cannot be read from {path}: {error}") from error
-        if not bool(sample.isfinite().all()):
-            raise CheckpointError(
-                f"teacher sample {index} in {path} is not finite: delete the file to have it made anew"
-            )
-        return sample
+            return _opened(path, state.st_ino, state.st_mtime_ns)
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(next(i for i in indices if i // SHARD_SIZE == shard), error) from error
+
+    def _unreadable(self, index: int, error: Exception) -> CheckpointError:
+        path = shard_path(self.folder, index // SHARD_SIZE)
+        return CheckpointError(f"teacher sample {index} cannot be read from {path}: {error}")
 
 
 @lru_cache(maxsize=MAX_OPEN)
