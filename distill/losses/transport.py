@@ -91,7 +91,7 @@ def transported_frames(critic_x0: Tensor, teacher_x0: Tensor, epsilon: float, it
     num_entries = frame_tokens(critic_x0[:1]).shape[1] ** 2 * critic_x0.shape[2]
     at_once = max(1, PLAN_ENTRIES // num_entries)
     parts = []
-    for some, their_targets in zip(critic_x0.split(at_once), teacher_x0.split(at_once), strict=True):
+    for some, their_targets in zip(torch.split(critic_x0, at_once), torch.split(teacher_x0, at_once), strict=True):
         tokens, targets = frame_tokens(some), frame_tokens(their_targets)
         plan = transport_plan(squared_distances(tokens, targets), epsilon, iterations)
         parts.append(from_frame_tokens(transported(plan, targets), some.shape))
