@@ -151,11 +151,12 @@ def _dependence(settings: Sequence[Setting]) -> str:
     count, base = len({own[2].name for own in found}), _baseline(settings)
     if not lost and not over:
         return f"**{base} neither loses nor overstates dependence in any of {count} settings.**"
-    losing, overstating = (len({own[2].name for own in entries}) for entries in (lost, over))
-    text = f"**{base} loses dependence in {losing} and overstates it in {overstating} of {count} settings**"
+    losing, overstating = ({own[2].name for own in entries} for entries in (lost, over))
+    text = f"**{base} loses dependence in {len(losing)} and overstates it in {len(overstating)} of {count} settings**"
+    both = f"both in {len(losing & overstating)}, by two measures; " if losing & overstating else ""
     ends = [_ends(entries)[place] for place, entries in ((0, lost), (1, over)) if entries]
     most = [f"{plain(end)} times the right {KEPT[metric]} in {setting.name}" for end, metric, setting in ends]
-    return f"{text} (at most {'; '.join(most)})."
+    return f"{text} ({both}at most {'; '.join(most)})."
 
 
 def _term(settings: Sequence[Setting]) -> str:

@@ -41,7 +41,7 @@ def bare(text: str) -> str:
 def test_the_first_paragraph_names_gains_losses_and_null_results() -> None:
     text = bare(first_paragraph([made({"dmd+start": 0.05, "alone": 0.03, "rival": 0.15}, kept=1.1, tau_kept=0.9)]))
     for part in (
-        "DMD loses dependence in 2 and overstates it in 2 of 2 settings (at most ",
+        "DMD loses dependence in 2 and overstates it in 2 of 2 settings (both in 2, by two measures; at most ",
         "0.9 times the right dependence of the tied factors in tiny, ",
         " times the right strong rank correlations in tiny, ",
         "The relational term (1 form) makes no difference that holds: better than DMD in 0 and worse in 0 of 4",
