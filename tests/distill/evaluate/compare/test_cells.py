@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,17 @@ from tiny_comparison import TINY
 
 from codmd_serve.errors import ConfigError
 from distill.cli import main
-from distill.evaluate.compare.cells import InterruptedCellError, all_cells, cell_config, expected_calls, run_cell
+from distill.evaluate.compare.bench import Bench
+from distill.evaluate.compare.cells import (
+    InterruptedCellError,
+    all_cells,
+    cell_config,
+    expected_calls,
+    is_finished,
+    run_cell,
+)
 from distill.evaluate.compare.pool import run_chain, run_chains
-from distill.evaluate.compare.table import parse_table
+from distill.evaluate.compare.table import Arm, parse_table
 from distill.run.trainer import Trainer
 
 
@@ -58,6 +67,39 @@ def test_a_finished_cell_is_never_run_again(runs: Path, cache: Path, capsys: pyt
     assert "24 of 24 cells are done" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.name != ".lock"} == before
     assert (runs.parent / "again.json").read_bytes() == (runs / "result.json").read_bytes()
+
+
+def test_an_arm_that_no_budget_changes_is_scored_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clips, of ShapeWorld, cost 90 seconds a budget."""
+    alone = {
+        "method": "regression",
+        "updates": 2,
+        "settings": {"regression.paths": 4, "regression.teacher_steps": 3},
+        "unequal": "the start alone",
+    }
+    table = parse_table({**TINY, "arms": {**TINY["arms"], "alone": alone}})
+    scored: list[str] = []
+    score = Bench.score_arm
+
+    def counting(self: Bench, arm: Arm, *args: Any, **options: Any) -> dict[str, Any]:
+        scored.append(arm.name)
+        return score(self, arm, *args, **options)
+
+    monkeypatch.setattr(Bench, "score_arm", counting)
+    for chain in all_cells(table, (1,)):
+        if chain[0].arm.name in ("truth", "alone", "dmd"):
+            run_chain(chain, tmp_path, cache)
+    assert scored == ["truth", "dmd", "dmd", "alone"]
+    for name in ("truth", "alone"):
+        first, second = (
+            json.loads((tmp_path / f"tiny/{name}/g1/seed1/scores-{budget}.json").read_bytes()) for budget in (2, 3)
+        )
+        assert (first.pop("budget"), second.pop("budget")) == (2, 3)
+        assert first.pop("config") != second.pop("config") or name == "alone"
+        assert first == second
+    assert all(is_finished(cell, tmp_path) for cell in all_cells(table, (1,))[0])
 
 
 def test_a_lost_cell_is_made_again_and_a_lost_seed_is_refused_with_the_list(
