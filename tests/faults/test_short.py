@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import small_disk_at
 from processes import Process, ServerProcess, until
 
 Server = Callable[..., ServerProcess]
@@ -96,13 +96,8 @@ def test_a_job_that_obeys_nothing_is_cancelled_all_the_same(server: Server) -> N
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 300 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mounting, capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk: needs root and the capability to mount")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk_at(tmp_path / "small", "300k") as folder:
+        yield folder
 
 
 def test_a_full_disk_keeps_the_queue(server: Server, small_disk: Path) -> None:

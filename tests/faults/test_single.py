@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 import imageio_ffmpeg
 import pytest
+from disks import small_disk_at
 from postgres import Postgres
 from processes import ServerProcess, until
 from storms import Load, check_all, children, sha256_of_fake, video_of
@@ -103,13 +103,8 @@ def test_an_encoder_that_never_ends(sqlite_server: Server, record: Record, tmp_p
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 2 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mounting, capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk: needs root and the capability to mount")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk_at(tmp_path / "small", "2m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("place", ["results", "everything"])
