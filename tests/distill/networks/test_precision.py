@@ -22,7 +22,7 @@ def test_bf16_attention_on_a_cpu_is_unfused_and_no_less_accurate(tiny_config: Di
     timestep = torch.tensor([900.0, 500.0, 20.0])
     results, is_fused = [], []
     for network, precision in ((chosen, "bf16"), (fused, "bf16"), (exact, "fp32")):
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             flow = denoiser(network, precision)(latents, timestep, prompts)
             flow.float().square().sum().backward()
         gradients = [parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None]
