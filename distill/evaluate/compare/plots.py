@@ -40,6 +40,7 @@ COLOURS = {
 }
 STARTED = ("#ee6677", "#ee9944", "#dd7788", "#cc9966")
 COLUMNS = 3
+LOG_ROOM = 2.0  # below the lowest line of a logarithmic panel, as a factor
 CUT = 4.0  # medians; what is farther from 0 is an arrow with its number
 LEAST_WIDTH = 8.5  # inches, of the legend
 LEAST_SHARE = 0.5  # of the worlds, for an arm of the overview
@@ -130,6 +131,9 @@ def curves(comparison: Comparison, guidance: float) -> Figure:
             _references(panel, last, metric)
         if metric not in KEPT and min(score for own in values.values() for point in own for score in point) > 0:
             _log_axis(panel.yaxis, panel.set_yscale)
+            # A seed that happens to be right by chance would take the axis down to 1e-6: the ribbon may leave it.
+            lines = [value for line in panel.get_lines() for value in line.get_ydata() if value > 0]
+            panel.set_ylim(bottom=max(panel.get_ylim()[0], min(lines) / LOG_ROOM))
         panel.set_title(f"{metric}, 1 is right" if metric in KEPT else metric, fontsize=9)
         panel.set_xlabel("student updates", fontsize=7)
         _plain(panel)

@@ -210,9 +210,10 @@ def cost_table(own: Comparison) -> str:
         for setting in own.settings:
             cells = [setting.cell(arm, seed) for seed in own.table["seeds"]]
             calls, updates = setting.calls(arm), max(cell["student_updates"] for cell in cells)
-            seconds = fmean(cell["cpu_s"] for cell in cells)
             counted = [f"{calls[role]:,}" for role in ROLES]
-            rows.append([arm, setting.name, f"{updates:,}", *counted, f"{seconds:.0f}", entry.get("unequal", "")])
+            rows.append(
+                [arm, setting.name, f"{updates:,}", *counted, f"{setting.cpu_s(arm):.0f}", entry.get("unequal", "")]
+            )
     heads = ["arm", "setting", "student updates", *(f"{role} calls" for role in ROLES), "CPU s", "why unequal"]
     return table(heads, rows)
 

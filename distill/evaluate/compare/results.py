@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,17 @@ class Setting:
         """Return how many samples each network was evaluated on, the largest over seeds."""
         found = [self.cell(arm, seed)["calls"] for seed in self.comparison.table["seeds"]]
         return {role: max(int(calls[role]) for calls in found) for role in found[0]}
+
+    def cpu_s(self, arm: str) -> float:
+        """Return the CPU seconds of training up to this budget, mean over seeds.
+
+        A cell has those of its own part of a run; an arm that no budget changes has all in each cell, or in the first.
+        """
+        table, cells = self.comparison.table, self.comparison.cells
+        entry = table["arms"][arm]
+        parts = [count for count in scored_updates(table, entry) if count <= self.budget]
+        found = [[float(cells[arm, self.guidance, count, seed]["cpu_s"]) for count in parts] for seed in table["seeds"]]
+        return fmean(max(own) if entry.get("updates") else sum(own) for own in found)
 
 
 def check_complete(data: Mapping[str, Any]) -> None:

@@ -94,13 +94,17 @@ def recommendation(comparisons: Sequence[Comparison]) -> str:
     base = own[0].setting.comparison.table["baseline"]
     seeds = sorted({len(entry.setting.comparison.table["seeds"]) for entry in found})
     count = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-    text = f"We would train **{arm}**: the rule written before the runs picks it in {len(own)} of {len(found)} worlds "
+    text = f"We would train **{arm}**: the rule written before the runs picks {_by_world(found, arm)} ({count} seeds)"
     deciding = [entry.setting.world for entry in own if not is_exact(entry.setting.comparison.table)]
-    decides = f"; {', '.join(deciding)} decides" if deciding and len(found) > len(deciding) else ""
-    text += f"({', '.join(entry.setting.world for entry in own)}{decides}; {count} seeds)"
+    if deciding and len(found) > len(deciding):
+        text += f", and {' and '.join(deciding)} decides"
     end = "."
     if all(is_exact(entry.setting.comparison.table) for entry in found):
         end = ". These worlds have an exact teacher and no videos: ShapeWorld's table decides."
+    # Exact worlds that disagree are decided by cost.
+    rivals = [entry.winner for entry in found] if not deciding else []
+    is_tied = any(rivals.count(other) == rivals.count(arm) for other in rivals if other != arm)
+    tie = "it is the cheapest of those picked equally often and " if is_tied else ""
     shares = [
         (share, entry.setting.world, metric)
         for entry in own
@@ -111,12 +115,23 @@ def recommendation(comparisons: Sequence[Comparison]) -> str:
         # No share of the gap that the seeds can tell from 0.
         gaps = [gap for entry in own if arm != base for gap in entry.setting.differences(arm, base).values()]
         better = sum(gap.verdict < 0 for gap in gaps)
+        there = f" in {' and '.join(entry.setting.world for entry in own)}" if len(own) < len(found) else ""
         reason = f"it is better than {base} in {better} of {len(gaps)} comparisons and " if better else ""
-        return f"{text}, because {reason}no candidate that costs more was shown to be better{end}"
+        return f"{text}, because {tie}{reason}no candidate that costs more was shown to be better{there}{end}"
     ends = [extreme(shares, key=lambda entry: round(entry[0].mean, 2)) for extreme in (min, max)]
     between = " to ".join(dict.fromkeys(f"{percent(share)} ({world})" for share, world, _ in ends))
     gap = f"the gap in {'/'.join(dict.fromkeys(metric for *_, metric in shares))} between {base} and the floor"
-    return f"{text}, because it closes {between} of {gap} and no candidate that costs more was shown to be better{end}"
+    reason = f"it closes {between} of {gap} and no candidate that costs more was shown to be better"
+    return f"{text}, because {tie}{reason}{end}"
+
+
+def _by_world(found: Sequence[Pick], arm: str) -> str:
+    """Say which arm is picked in which worlds, that of the sentence first."""
+    worlds: dict[str, list[str]] = {arm: []}
+    for entry in found:
+        worlds.setdefault(entry.winner, []).append(entry.setting.world)
+    named = [f"{'it' if name == arm else name} in {' and '.join(own)}" for name, own in worlds.items()]
+    return " and ".join([", ".join(named[:-1]), named[-1]]) if len(named) > 1 else named[0]
 
 
 def _rank(means: dict[str, list[float]], arm: str, place: int) -> float:

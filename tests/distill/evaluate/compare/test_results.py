@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic_comparison import comparison
+from synthetic_comparison import RULED, comparison
 from tiny_comparison import TINY
 
 from codmd_serve.errors import ConfigError
@@ -139,3 +139,14 @@ def test_differences_are_adjusted_over_the_metrics(data: dict[str, Any]) -> None
     assert found["w1"].verdict == 1 and found["w1"].low < 0.05 < found["w1"].high
     assert found["tau_err"].p_holm >= found["tau_err"].p > 0.05 and found["tau_err"].verdict == 0
     assert setting.differences("dmd+start", "dmd")["tau_err"].verdict == -1
+
+
+def test_cpu_seconds_are_of_all_parts_of_a_run_and_once_of_an_arm_that_no_budget_changes() -> None:
+    table = {**RULED, "curve": [1]}
+    made = comparison(table, lambda arm, updates, metric: 0.2)
+    for cell in made["cells"]:
+        cell["cpu_s"] = {"dmd": 10.0 * cell["budget"], "alone": 7.0 if cell["budget"] == 2 else 0.0}.get(cell["arm"], 1)
+    small, large = Comparison(made).settings
+    assert (small.budget, large.budget) == (2, 3)
+    assert small.cpu_s("dmd") == 10 + 20 and large.cpu_s("dmd") == 10 + 20 + 30
+    assert small.cpu_s("alone") == large.cpu_s("alone") == 7

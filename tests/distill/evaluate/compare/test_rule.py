@@ -67,13 +67,20 @@ def test_shapeworld_decides_and_otherwise_the_most_worlds() -> None:
     assert recommended(picks(exact)) == "rival"
     text = recommendation(exact)
     assert text.startswith(
-        "We would train **rival**: the rule written before the runs picks it in 2 of 3 worlds (a, b; 5 seeds)"
+        "We would train **rival**: the rule written before the runs picks it in a and b and dmd+start in c (5 seeds), "
+        "because it closes "
     )
     assert "of the gap in tau_err between dmd and the floor" in text
     shape = ruled({"dmd+start": 0.1}, name="shapeworld")
     shape = Comparison({**shape.data, "table": {**shape.table, "recipe": "shapeworld"}})
     assert recommended(picks([*exact, shape])) == "dmd+start"
-    assert "picks it in 2 of 4 worlds (c, shapeworld; shapeworld decides; 5 seeds)" in recommendation([*exact, shape])
+    assert "picks it in c and shapeworld and rival in a and b (5 seeds), and shapeworld decides, because it closes" in (
+        recommendation([*exact, shape])
+    )
+    tied = recommendation([ruled({"rival": 0.1}, name="a"), ruled({}, name="b")])
+    assert "**alone**: the rule written before the runs picks it in b and rival in a (5 seeds), because" in tied
+    assert "because it is the cheapest of those picked equally often and no candidate that costs more" in tied
+    assert "was shown to be better in b. These worlds have" in tied
     assert (
         "because no candidate that costs more was shown to be better. These worlds have an exact teacher"
         in recommendation([ruled({"alone": 0.3}, name="d")])
