@@ -44,10 +44,10 @@ def test_a_listener_sees_what_came_while_it_read() -> None:
         channel.add("step", {"step": 1})
         async with asyncio.timeout(60.0):
             await channel.changed(version, 3600.0)
-            waiting = asyncio.create_task(channel.changed(channel.version, 3600.0))
-            await asyncio.sleep(0)
-            assert not waiting.done()
-            channel.wake()
-            await waiting
+            asyncio.get_running_loop().call_soon(channel.wake)
+            await channel.changed(channel.version, 3600.0)
+            version = channel.version
+            await channel.changed(version, 0.001)
+            assert channel.version == version, "nothing came"
 
     asyncio.run(story())
