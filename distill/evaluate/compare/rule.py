@@ -98,9 +98,10 @@ def recommendation(comparisons: Sequence[Comparison]) -> str:
     deciding = [entry.setting.world for entry in own if not is_exact(entry.setting.comparison.table)]
     if deciding and len(found) > len(deciding):
         text += f", and {' and '.join(deciding)} decides"
-    end = "."
+    losses = [f"in {entry.setting.world} ({', '.join(entry.lost[arm])})" for entry in found if arm in entry.lost]
+    end = f". It is worse than {base} {' and '.join(losses)}." if losses else "."
     if all(is_exact(entry.setting.comparison.table) for entry in found):
-        end = ". These worlds have an exact teacher and no videos: ShapeWorld's table decides."
+        end += " These worlds have an exact teacher and no videos: ShapeWorld's table decides."
     # Exact worlds that disagree are decided by cost.
     rivals = [entry.winner for entry in found] if not deciding else []
     is_tied = any(rivals.count(other) == rivals.count(arm) for other in rivals if other != arm)

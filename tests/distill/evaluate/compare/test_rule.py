@@ -81,6 +81,9 @@ def test_shapeworld_decides_and_otherwise_the_most_worlds() -> None:
     assert "**alone**: the rule written before the runs picks it in b and rival in a (5 seeds), because" in tied
     assert "because it is the cheapest of those picked equally often and no candidate that costs more" in tied
     assert "was shown to be better in b. These worlds have" in tied
+    worse = recommendation([ruled({"alone": 0.1}, name="a"), ruled({"alone": 0.3, "rival": 0.1}, name="b")])
+    assert "picks it in a and rival in b" in worse
+    assert "was shown to be better. It is worse than dmd in b (tau_err, w1). These worlds have" in worse
     assert (
         "because no candidate that costs more was shown to be better. These worlds have an exact teacher"
         in recommendation([ruled({"alone": 0.3}, name="d")])
