@@ -25,8 +25,8 @@ from distill.evaluate.compare.roles import control_pairs, floor_of, is_exact, is
 from distill.evaluate.compare.rule import TEXTS, Pick, picks, recommendation
 
 TITLE = "Evidence: does the relational term restore dependence, and what does?"
-# Shown beside the tested metrics where every cell has them; none has a side that is better by itself.
-SHOWN = (*KEPT, "sd_ratio", "copying")
+# Shown beside the tested metrics where every cell has them, and never tested.
+SHOWN = (*KEPT, "sd_ratio", "form_err", "imaging_err", "bend_err", "copying")
 EXACT_LIMITS = (
     "A world whose teacher is exact is a Gaussian mixture of 128 dimensions, and its networks are MLPs of 194,000 "
     "parameters that share nothing over frames; regression blurs in high dimensions, so that a start which suffices "
@@ -100,7 +100,7 @@ def limits(comparisons: Sequence[Comparison]) -> str:
 
 def glossary(comparisons: Sequence[Comparison]) -> str:
     """Return what the scores of these tables ask."""
-    names = dict.fromkeys(metric for own in comparisons for metric in (*own.table["metrics"], *SHOWN))
+    names = dict.fromkeys(name for own in comparisons for setting in own.last_settings for name in _columns(setting))
     known = [f"`{name}`: {METRICS[name]}" for name in names if name in METRICS]
     truth = ["a name with `_truth`: against the truth, and not against what the teacher makes"]
     return f"Scores: {'; '.join(known + truth * any(name.endswith('_truth') for name in names))}."
@@ -166,7 +166,7 @@ def answers(comparisons: Sequence[Comparison]) -> list[str]:
 def main_table(setting: Setting) -> str:
     """Return every arm's mean and 95% t-interval; bold is better than the baseline, italic worse, after Holm."""
     own = setting.comparison.table
-    metrics = [*own["metrics"], *(name for name in SHOWN if name not in own["metrics"] and setting.has(name))]
+    metrics = _columns(setting)
     rows = []
     for arm, entry in own["arms"].items():
         is_compared = arm != own["baseline"] and is_run(entry)
@@ -179,6 +179,12 @@ def main_table(setting: Setting) -> str:
             cells.append({-1: f"**{text}**", 0: text, 1: f"_{text}_"}[verdict])
         rows.append([arm, *cells])
     return table(["arm", *metrics], rows)
+
+
+def _columns(setting: Setting) -> list[str]:
+    """Return what the main table of a setting shows, the tested metrics first."""
+    tested = setting.comparison.table["metrics"]
+    return [*tested, *(name for name in SHOWN if name not in tested and setting.has(name))]
 
 
 def difference_table(setting: Setting) -> str:

@@ -167,4 +167,7 @@ def test_an_analytic_table_has_no_settings_of_a_bench(tiny_base: Path) -> None:
 def test_the_report_is_made_of_them(runs: Path) -> None:
     out = runs / "evidence.md"
     assert main(["eval", "compare", "report", str(runs / "result.json"), "--out", str(out)]) == 0
-    assert "wrong_far" in out.read_text(encoding="utf-8")
+    page = out.read_text(encoding="utf-8")
+    (heads,) = {line for line in page.splitlines() if line.startswith("| arm | ") and "wrong_far" in line}
+    assert "| imaging_err | bend_err | copying |" in heads
+    assert "`form_err`: " in page and "`mode_tv`" not in page
