@@ -175,7 +175,7 @@ async def event_stream(backend: Backend, job: Job, last_event_id: str = "") -> A
             version = channel.version
             try:
                 found = await backend.get(job.id, None)
-                position, eta_s = await backend.position(found) if found is not None else (0, None)
+                place = await backend.position(found) if found is not None and found.status == "queued" else (0, None)
             except StoreError:  # it may come back; the job is safe there
                 await channel.changed(version, min(POLL_S, KEEP_ALIVE_S))
                 continue
@@ -186,7 +186,7 @@ async def event_stream(backend: Backend, job: Job, last_event_id: str = "") -> A
             data: dict[str, Any] = {"status": job.status}
             if job.status == "queued":
                 waiting_for = backend.waiting_for(job)
-                queued = {"position": position, "eta_s": eta_s, "attempt": job.attempts}
+                queued = {"position": place[0], "eta_s": place[1], "attempt": job.attempts}
                 if channel.version == version:  # else it may have begun, or ended, since it was read
                     channel.add("queued", queued | ({"waiting_for": waiting_for} if waiting_for else {}))
                     version = channel.version
