@@ -233,7 +233,7 @@ def run_cell(cell: Cell, runs: Path, cache_dir: Path, device: str = "cpu") -> No
     with _locked(folder):
         if is_finished(cell, runs):
             return
-        if not _depends_on_budget(cell.arm):
+        if not cell.arm.has_budgets:
             for budget in cell.table.scored(cell.arm):
                 same = replace(cell, budget=budget)
                 if is_finished(same, runs):
@@ -265,10 +265,6 @@ def run_cell(cell: Cell, runs: Path, cache_dir: Path, device: str = "cpu") -> No
                 **scores,
             },
         )
-
-
-def _depends_on_budget(arm: Arm) -> bool:
-    return arm.kind == RUN and not arm.updates
 
 
 def _train(

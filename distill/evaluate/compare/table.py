@@ -45,6 +45,11 @@ class Arm:
     updates: int = 0
     unequal: str = ""
 
+    @property
+    def has_budgets(self) -> bool:
+        """Whether a budget changes its student."""
+        return self.kind == RUN and not self.updates
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
@@ -87,7 +92,7 @@ class Table:
 
     def scored(self, arm: Arm) -> tuple[int, ...]:
         """Return the student updates after which an arm is scored, ascending."""
-        return tuple(sorted({*self.budgets, *self.curve})) if arm.kind == RUN and not arm.updates else self.budgets
+        return tuple(sorted({*self.budgets, *self.curve})) if arm.has_budgets else self.budgets
 
 
 def find_table(name: str) -> Path:
