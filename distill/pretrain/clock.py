@@ -11,7 +11,7 @@ from codmd_serve.textfiles import read_json_object
 
 CLOCK_FILE = "elapsed.json"
 # Of a time budget, what a stage may take at most; the last one gets what the others leave.
-BUDGET_SHARES = {"text": 0.03, "vae": 0.27, "latents": 0.09}
+BUDGET_SHARES = {"text": 0.03, "vae": 0.27, "latents": 0.2}
 LAST_STAGE = "transformer"
 # What no stage counts as its own: interpreter, weights, files.
 OTHER = "other"

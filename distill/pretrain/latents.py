@@ -126,10 +126,12 @@ class _PartReader:
         """uint8 (P, T, H, W, 3) on the device; None when told to stop or, past the first clips, out of time."""
         if self.pool is None:
             return None if self.options.stop() else render_clips(self.source, indices, self.options.device)[0].pixels
+        # Those before, encoded or found on disk, make room: else the clips waited for may never come.
+        self.pool.release(indices.start)
         # The first batches are worth waiting for: without a clip there is nothing to train on.
         deadline = self.deadline if indices.start >= CLIPS_PER_FILE else None
         ready = self.pool.wait(indices.stop, self.options.stop, deadline)
-        return self.pool.clips.pixels[indices.start : indices.stop] if ready >= indices.stop else None
+        return self.pool.pixels(indices) if ready >= indices.stop else None
 
 
 def _encode_part(vae: AutoencoderKLWan, path: Path | None, indices: range, reader: _PartReader) -> Tensor | None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codmd_serve.errors import CodmdError
+from codmd_serve.errors import CodmdError, ConfigError
 from distill.pretrain.clips import BITS_SHAPE, CLIP_SHAPE, POINTS_PER_CLIP, ClipSource
 from distill.pretrain.render_worker import CLIP_BYTES, open_slots, render_part, split_slot
 
@@ -59,22 +59,39 @@ class ClipPool:
     """Clips 0, 1, 2, ... of a source, rendered by worker processes into the device's memory, in this order.
 
     Workers write into shared slots; a thread copies finished parts to the device, so that training never waits for a
-    clip that is there. Use as a context manager: leaving it ends the workers.
+    clip that is there. The device holds `window` clips at once: clip i lies at i modulo window, and a later one takes
+    its place once `release` has said that nobody reads it any more. Use as a context manager: leaving it ends the
+    workers.
+
+    Args:
+        source: of the clips.
+        num_clips: to render in all.
+        num_workers: processes that render.
+        device: that holds them.
+        window: clips that it holds, a multiple of CLIPS_PER_PART; None is all of them.
 
     Attributes:
-        clips: all clips; only the first `num_ready` hold pixels yet.
-        captions: of the clips that are ready.
+        clips: those of the window; before the first release only the first `num_ready` hold pixels yet.
+        captions: of all clips that have been ready.
+        num_ready: clips rendered so far, those that are gone included.
     """
 
-    def __init__(self, source: ClipSource, num_clips: int, num_workers: int, device: torch.device) -> None:
+    def __init__(
+        self, source: ClipSource, num_clips: int, num_workers: int, device: torch.device, window: int | None = None
+    ) -> None:
         self.source, self.num_clips, self.device = source, num_clips, device
+        self.window = num_clips if window is None else min(window, num_clips)
+        if self.window < num_clips and (self.window < 1 or self.window % CLIPS_PER_PART):
+            raise ConfigError(f"a pool holds a multiple of {CLIPS_PER_PART} clips at once, got {self.window}")
         self.clips = ClipTensors(
-            torch.empty((num_clips, *CLIP_SHAPE), dtype=torch.uint8, device=device),
-            torch.empty((num_clips, *BITS_SHAPE), dtype=torch.uint8, device=device),
-            torch.empty((num_clips, POINTS_PER_CLIP, 3), dtype=torch.int16, device=device),
+            torch.empty((self.window, *CLIP_SHAPE), dtype=torch.uint8, device=device),
+            torch.empty((self.window, *BITS_SHAPE), dtype=torch.uint8, device=device),
+            torch.empty((self.window, POINTS_PER_CLIP, 3), dtype=torch.int16, device=device),
         )
         self.captions: list[str] = []
         self.num_ready = 0
+        self._num_released = 0
+        self._last_read: torch.cuda.Event | None = None
         self.error: Exception | None = None
         self._is_closed = threading.Event()
         self._folder = Path(tempfile.mkdtemp(prefix="codmd-clips-", dir=_roomy_folder()))
@@ -105,6 +122,26 @@ class ClipPool:
         )
         del self._slots
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def release(self, num_clips: int) -> None:
+        """Give the places of the first `num_clips` clips to later ones, after what the device has been told so far."""
+        if num_clips <= self._num_released:
+            return
+        if self.device.type == "cuda":
+            # Kernels that read them may still wait in the stream: whoever writes there waits for this event.
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._last_read = event
+        self._num_released = num_clips
+
+    def pixels(self, indices: range) -> Tensor:
+        """Return a copy of the pixels of clips that are ready and not released, uint8 (P, T, H, W, 3)."""
+        if indices.stop > self.num_ready or indices.start < self._num_released:
+            raise ValueError(
+                f"clips {indices.start} to {indices.stop} are not in the window: "
+                f"{self._num_released} released, {self.num_ready} ready"
+            )
+        return self.clips.pixels[torch.arange(indices.start, indices.stop, device=self.device) % self.window]
 
     def wait(self, num_clips: int, stop: Callable[[], bool], deadline: float | None = None) -> int:
         """Wait until `num_clips` are ready, `stop` says so or time.monotonic() passes `deadline`; return how many are.
@@ -148,17 +185,29 @@ class ClipPool:
                     captions = future.result(timeout=0.2)
                 except TimeoutError:
                     continue
+                if not self._wait_for_room(start + len(captions)):
+                    return
                 self._copy(slot, start, len(captions), stream)
                 self.captions += captions
                 self.num_ready = start + len(captions)
                 submit(slot)
                 break
 
+    def _wait_for_room(self, end: int) -> bool:
+        """Wait until the clips before `end` fit in the window; return False when the pool is closed."""
+        while end - self.window > self._num_released:
+            if self._is_closed.wait(POLL_S):
+                return False
+        return True
+
     def _copy(self, slot: int, start: int, count: int, stream: "torch.cuda.Stream | None") -> None:
+        if stream is not None and self._last_read is not None:
+            stream.wait_event(self._last_read)
+        place = start % self.window
         with torch.cuda.stream(stream):  # None is no stream: on a CPU this is a plain copy
             targets = (self.clips.pixels, self.clips.object_bits, self.clips.points)
             for target, part in zip(targets, split_slot(self._slots[slot], count), strict=True):
-                target[start : start + count].copy_(torch.from_numpy(part))
+                target[place : place + count].copy_(torch.from_numpy(part))
         if stream is not None:
             stream.synchronize()
 

@@ -110,7 +110,7 @@ def _start_helpers(
     pool = None
     if config.render_processes and run.until != "text":
         workers = num_render_processes(config)
-        pool = stack.enter_context(ClipPool(source, settings.num_clips, workers, options.device))
+        pool = stack.enter_context(ClipPool(source, settings.num_clips, workers, options.device, config.pool_clips))
     if not options.compiled or run.until is not None:
         return pool, None
     if options.device.type == "cpu":

@@ -140,7 +140,7 @@ class _Clips:
             indices = torch.arange(phase.batch_size, device=device) % per_step
         else:
             # A number that the step decides, not the speed of rendering: the run stays a function of its settings.
-            wanted = min(self.config.clips_per_step * (step + 1), self.pool.num_clips)
+            wanted = min(self.config.clips_per_step * (step + 1), self.pool.window)
             ready = self.pool.wait(wanted, self.options.stop)
             clips = self.pool.clips
             num_clips = max(min(wanted, ready), 1)

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
 
+from codmd_serve.errors import ConfigError
 from distill.cli import main
 from distill.pretrain import stage
 from distill.pretrain.clips import ClipSource
@@ -234,4 +235,11 @@ def test_a_used_folder_other_settings_and_a_damaged_state_are_refused(
 def test_gpu_more_leaves_the_vae_of_the_start_alone_and_gives_its_time_to_the_transformer() -> None:
     gpu, more = PRETRAIN_PRESETS["gpu"](), PRETRAIN_PRESETS["gpu-more"]()
     assert gpu.vae.phases and more.vae.phases == ()
-    assert (more.transformer, more.text) == (gpu.transformer, gpu.text)
+    assert dataclasses.replace(more.transformer, num_clips=gpu.transformer.num_clips) == gpu.transformer
+    assert more.transformer.num_clips > gpu.transformer.num_clips > gpu.pool_clips
+    assert more.text == gpu.text
+
+
+def test_a_pool_too_small_for_the_encoder_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="pool_clips must hold two batches"):
+        dataclasses.replace(PRETRAIN_PRESETS["gpu"](), pool_clips=128)

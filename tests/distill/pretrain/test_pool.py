@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from codmd_serve.errors import CodmdError
+from codmd_serve.errors import CodmdError, ConfigError
 from distill.pretrain.clips import CLIP_SHAPE, ClipSource
 from distill.pretrain.pool import ClipPool, ClipTensors, cut_windows, render_clips, to_pixels
 from distill.pretrain.render_worker import CLIP_BYTES, split_slot
@@ -69,6 +69,37 @@ def test_a_pool_holds_the_clips_of_its_source_in_order() -> None:
             assert torch.equal(getattr(pool.clips, name), getattr(wanted, name)), name
         assert pool.captions == captions
     assert multiprocessing.active_children() == []
+
+
+def test_a_pool_with_a_window_holds_later_clips_once_the_first_are_released() -> None:
+    source = ClipSource(2, 0.5)
+    wanted, captions = render_clips(source, range(80), CPU)
+    with ClipPool(source, 80, 2, CPU, window=32) as pool:
+        assert pool.clips.pixels.shape[0] == 32
+        assert pool.wait(32, lambda: False, time.monotonic() + 120) == 32
+        # Nobody has released a clip: the 33rd waits, however long.
+        assert pool.wait(33, lambda: False, time.monotonic() + 0.5) == 32
+        assert torch.equal(pool.clips.pixels, wanted.pixels[:32])
+        for start in range(0, 80, 8):
+            pool.release(start)
+            assert pool.wait(start + 8, lambda: False, time.monotonic() + 120) >= start + 8
+            assert torch.equal(pool.pixels(range(start, start + 8)), wanted.pixels[start : start + 8])
+        with pytest.raises(ValueError, match="not in the window: 72 released"):
+            pool.pixels(range(64, 72))
+        assert pool.captions == captions
+
+
+def test_a_full_pool_that_nobody_reads_is_left_at_once() -> None:
+    with ClipPool(ClipSource(2), 10_000, 1, CPU, window=16) as pool:
+        assert pool.wait(10_000, lambda: pool.num_ready == 16, time.monotonic() + 120) == 16
+        start = time.monotonic()
+    assert time.monotonic() - start < 30
+    assert multiprocessing.active_children() == []
+
+
+def test_a_window_is_a_whole_number_of_parts() -> None:
+    with pytest.raises(ConfigError, match="a multiple of 16 clips at once, got 20"):
+        ClipPool(ClipSource(2), 100, 1, CPU, window=20)
 
 
 def test_leaving_a_pool_early_ends_its_workers() -> None:
