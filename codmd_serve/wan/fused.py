@@ -131,14 +131,16 @@ def _self_test(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def add_norm_silu_triton(given: Sum, weight: Tensor | None, out: Tensor | None, keep_total: bool) -> Tensor | None:
-    """Compute `add_norm_silu` in one kernel.
+    """Compute `add_norm_silu` in one kernel; value and residual are copied where their channels are not side by side.
 
     Raises:
-        ValueError: tensors whose channels do not lie side by side, frame after frame.
+        ValueError: `out` has channels that do not lie side by side, frame after frame.
     """
-    value, bias, residual = given.value, given.bias, given.residual
     if given.is_plain and out is None:
-        return value
+        return given.value
+    # Convolutions choose the layout of what they return: of one frame, cuDNN's may come channels first.
+    value, bias = channels_last(given.value), given.bias
+    residual = None if given.residual is None else channels_last(given.residual)
     # Here: triton is a package of CUDA builds, and nothing else needs it.
     from codmd_serve.wan.triton_kernels import add_norm_silu_kernel
 
@@ -171,18 +173,37 @@ def add_norm_silu_triton(given: Sum, weight: Tensor | None, out: Tensor | None, 
     return value if keep_total else None
 
 
+def channels_last(tensor: Tensor) -> Tensor:
+    """Return a (B, C, T, H, W) tensor as `row_strides` takes it: itself, or else a copy."""
+    return tensor if _row_of(tensor) is not None else _copied(tensor)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    # Not contiguous(): of a tensor with one channel or one place it may say that nothing needs to be done.
+    copied = torch.empty(
+        (tensor.shape[0], *tensor.shape[2:], tensor.shape[1]), dtype=tensor.dtype, device=tensor.device
+    ).movedim(-1, 1)
+    return copied.copy_(tensor)
+
+
 def row_strides(tensor: Tensor) -> tuple[int, int]:
     """Return the strides between videos and between positions of a (B, C, T, H, W) tensor, in elements.
 
     Raises:
         ValueError: its channels do not lie side by side, or its places not at equal distances.
     """
+    row = _row_of(tensor)
+    if row is None:
+        raise ValueError(f"expected channels last, got strides {tensor.stride()} of {tuple(tensor.shape)}")
+    return tensor.stride()[0], row
+
+
+def _row_of(tensor: Tensor) -> int | None:
+    """Return the stride between positions, or None where there is no one stride or the channels are apart."""
     _, channels, frames, height, width = tensor.shape
     strides = tensor.stride()
     # Where there is one column, rows tell the distance, and so on; more channels may be stored than there are.
     spans = ((width, 1, strides[4]), (height, width, strides[3]), (frames, height * width, strides[2]))
     row = next((stride // rows for size, rows, stride in spans if size > 1), channels)
     is_even = all(size == 1 or stride == rows * row for size, rows, stride in spans)
-    if not is_even or row < channels or (channels > 1 and strides[1] != 1):
-        raise ValueError(f"expected channels last, got strides {strides} of {tuple(tensor.shape)}")
-    return strides[0], row
+    return row if is_even and row >= channels and (channels == 1 or strides[1] == 1) else None
