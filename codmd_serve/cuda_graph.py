@@ -4,6 +4,7 @@ Requests never record: one client could spend minutes and memory on a shape that
 an unrecorded shape eagerly.
 """
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
+        self._side: torch.cuda.Stream | None = None
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """Run `run` until its kernels are chosen, then record it."""
@@ -44,17 +46,35 @@ class CudaRecorder:
             raise RuntimeError(f"CUDA graphs need a CUDA device, got {self.device.type}")
         with torch.cuda.device(self.device):
             # Libraries choose kernels and workspaces per stream at the first calls, which cannot be recorded.
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            # One stream for all recordings: cuBLAS keeps 32 MiB for every stream that it has seen.
+            self._side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
                 for _ in range(NUM_WARM_RUNS):
                     run()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._side)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                output = run()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool):
+                    output = run()
+            except Exception:
+                end_failed_capture(self.device)
+                raise
         return graph.replay, output
+
+
+def end_failed_capture(device: torch.device) -> None:
+    """Give a device its default generator back after a capture that failed.
+
+    torch 2.11 leaves it in the state of a capture, and each later draw from it raises "Offset increment outside graph
+    capture encountered unexpectedly", in this process for good (pytorch issue 171263). A capture that works ends that
+    state. Where even that fails, what comes next will say so.
+    """
+    with contextlib.suppress(RuntimeError):
+        value, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            value.add_(1)
 
 
 @dataclass(frozen=True, slots=True)

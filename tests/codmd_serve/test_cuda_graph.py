@@ -4,9 +4,10 @@
 output, which is what a graph does.
 """
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -145,3 +146,67 @@ def test_without_cuda_the_failure_says_so() -> None:
     graphs = Graphs(CudaRecorder(torch.device("cpu")))
     assert not graphs.record(scaled_sum, *pair(3))
     assert graphs.failure == "RuntimeError: CUDA graphs need a CUDA device, got cpu"
+
+
+class FakeCuda:
+    """torch.cuda as far as a recorder needs it: counts streams and captures, and fails the captures it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...] = ()) -> None:
+        self.num_streams = self.num_captures = 0
+        self.failing = failing
+
+        class Stream:
+            def __init__(stream) -> None:  # noqa: N805
+                self.num_streams += 1
+
+            def wait_stream(stream, other: object) -> None:  # noqa: N805
+                pass
+
+        class Graph:
+            def replay(graph) -> None:  # noqa: N805
+                pass
+
+        @contextlib.contextmanager
+        def capture(graph: object, pool: object = None) -> Iterator[None]:
+            self.num_captures += 1
+            yield
+            if self.num_captures in self.failing:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        current = Stream()
+        self.num_streams = 0
+        for name, value in {
+            "Stream": Stream,
+            "CUDAGraph": Graph,
+            "graph": capture,
+            "graph_pool_handle": object,
+            "current_stream": lambda: current,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "device": lambda device: contextlib.nullcontext(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def recorder(monkeypatch: pytest.MonkeyPatch) -> CudaRecorder:
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))
+    return CudaRecorder(torch.device("cuda"))
+
+
+def test_all_recordings_warm_up_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, record = FakeCuda(monkeypatch), recorder(monkeypatch)
+    for size in (3, 4, 5):
+        record(lambda size=size: torch.ones(size))
+    assert (fake.num_streams, fake.num_captures) == (1, 3)
+
+
+def test_after_a_failed_capture_one_that_works_frees_the_default_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, record = FakeCuda(monkeypatch, failing=(1,)), recorder(monkeypatch)
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        record(lambda: torch.ones(3))
+    assert fake.num_captures == 2
+    # Where that one fails too, the first error is the one that is told.
+    fake.failing = (3, 4)
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        record(lambda: torch.ones(3))
+    assert fake.num_captures == 4
