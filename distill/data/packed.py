@@ -1,8 +1,8 @@
 """Packed sets of samples: prompts, embeddings and latents in parts on disk, read one sample at a time.
 
 Knows neither networks nor where the samples come from. A part is written whole or not at all, so several processes can
-make a set together and an interrupted one goes on at the part it was at. Opening a set reads its index alone; a sample
-is memory-mapped, copied and unmapped again, so a set of any size takes no resident memory.
+make a set together and an interrupted one goes on at the part it was at. Opening a set reads its index alone. Of a part
+that is read, the files stay open and the offsets of its rows in memory: 8 bytes for each sample of MAX_OPEN parts.
 
 FOLDER/00000/embeds.bin            rows of all embeddings of part 0, one after the other
 FOLDER/00000/latents.bin           its latents (C, F, H, W), one after the other, where the set has latents
@@ -17,13 +17,14 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Container, Iterable, Iterator
+import os
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -38,6 +39,8 @@ KIND = "codmd packed samples"
 FORMAT = 1
 EMBEDS_FILE, LATENTS_FILE, SAMPLES_FILE = "embeds.bin", "latents.bin", "samples.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Parts that a process keeps open, two files each: well below the descriptors that it may have.
+MAX_OPEN = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,30 +98,36 @@ class PackedSet:
     def _starts(self) -> list[int]:
         return list(itertools.accumulate(self.sizes, initial=0))
 
+    @cached_property
+    def _opened(self) -> "Callable[[int], _Part]":
+        folder = self.folder  # no cycle: the files are closed when the set goes
+        return lru_cache(maxsize=MAX_OPEN)(lambda number: _Part(part_folder(folder, number)))
+
     def embeds(self, index: int) -> Tensor:
         """Return the embedding (L, D) of a sample.
 
         Raises:
             CheckpointError: its part is gone or damaged, or a value is not finite.
         """
-        part, row = self._place(index)
+        number, row = self._place(index)
+        part = part_folder(self.folder, number)
         try:
-            with safe_open(part / SAMPLES_FILE, framework="pt") as file:
-                first, last = file.get_slice("offsets")[row : row + 2].tolist()
+            first, last = self._opened(number).offsets[row : row + 2].tolist()
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"sample {index} cannot be read from {part}: {first_line(error)}") from error
-        return self._read(part / EMBEDS_FILE, index, first, (last - first, self.layout.width))
+        return self._read(number, EMBEDS_FILE, index, first, (last - first, self.layout.width))
 
     def latents(self, index: int) -> Tensor:
         """Return the latents (C, F, H, W) of a sample; raises as `embeds`."""
-        part, row = self._place(index)
+        number, row = self._place(index)
         shape = self.layout.latent_shape
-        rows = self._read(part / LATENTS_FILE, index, row * shape[0], (shape[0], math.prod(shape[1:])))
+        rows = self._read(number, LATENTS_FILE, index, row * shape[0], (shape[0], math.prod(shape[1:])))
         return rows.reshape(shape)
 
     def text(self, index: int) -> str:
         """Return the prompt of a sample; raises as `embeds`."""
-        part, row = self._place(index)
+        number, row = self._place(index)
+        part = part_folder(self.folder, number)
         try:
             with safe_open(part / SAMPLES_FILE, framework="pt") as file:
                 first, last = file.get_slice("text_offsets")[row : row + 2].tolist()
@@ -151,23 +160,49 @@ class PackedSet:
             most = max(most, *(size for row, size in enumerate(lengths) if among is None or start + row in among), 0)
         return most
 
-    def _place(self, index: int) -> tuple[Path, int]:
+    def _place(self, index: int) -> tuple[int, int]:
         number = bisect.bisect_right(self._starts, index) - 1
-        return part_folder(self.folder, number), index - self._starts[number]
+        return number, index - self._starts[number]
 
-    def _read(self, path: Path, index: int, first_row: int, shape: tuple[int, int]) -> Tensor:
-        dtype = DTYPES[self.layout.dtype]
-        start, size = (rows * shape[1] * dtype.itemsize for rows in (first_row, shape[0]))
-        if not size:
-            return torch.empty(shape, dtype=dtype)
+    def _read(self, number: int, name: str, index: int, first_row: int, shape: tuple[int, int]) -> Tensor:
+        read = torch.empty(shape, dtype=DTYPES[self.layout.dtype])
+        path = part_folder(self.folder, number) / name
         try:
-            mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=start, shape=(size,))
-        except (OSError, ValueError) as error:
+            self._opened(number).read(name, first_row * shape[1] * read.itemsize, read)
+        except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"sample {index} cannot be read from {path}: {first_line(error)}") from error
-        read = torch.from_numpy(np.array(mapped)).view(dtype).view(shape)
         if not bool(read.isfinite().all()):
             raise CheckpointError(f"sample {index} in {path} is not finite: delete {path.parent} to have it made anew")
         return read
+
+
+class _Part:
+    """A part that stays open, so that reading a sample costs a call of the system and not a file opened twice.
+
+    Attributes:
+        offsets: int64 (samples + 1,) first embedding row of each sample.
+
+    Raises:
+        OSError, SafetensorError, ValueError: it is gone or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with safe_open(folder / SAMPLES_FILE, framework="pt") as file:
+            self.offsets: Tensor = file.get_tensor("offsets")
+        self._folder = folder
+        self._descriptors: dict[str, int] = {}
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        """Fill a contiguous tensor with the bytes of a file from `start` on; raises OSError, ValueError."""
+        if not into.numel():
+            return
+        if name not in self._descriptors:
+            self._descriptors[name] = os.open(self._folder / name, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptors[name])
+        # Not a memory map: what was read would count as resident.
+        count = os.preadv(self._descriptors[name], [into.view(torch.uint8).numpy().data], start)
+        if count != into.nbytes:
+            raise ValueError(f"{into.nbytes} bytes wanted at {start}, {count} there")
 
 
 def part_folder(folder: Path, number: int) -> Path:

@@ -1,8 +1,10 @@
 """Packed samples: the same values as their source, whole parts or none, shared work, and no resident memory."""
 
+import gc
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -258,3 +260,25 @@ def test_a_large_set_takes_no_resident_memory(tmp_path: Path) -> None:
     for index in range(len(packed)):
         packed.latents(index), packed.embeds(index)
     assert resident_bytes() - before < 8 << 20
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_parts_stay_open_up_to_a_limit_and_close_with_their_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.data.packed.MAX_OPEN", 3)
+    given = samples(8)
+    packed = open_set(packed_folder(tmp_path / "set", [[sample] for sample in given]))
+    gc.collect()  # sets of other tests
+    before = open_descriptors()
+    for index in (*range(8), 0, 7):
+        assert torch.equal(packed.embeds(index).float(), given[index].embeds)
+        packed.latents(index)
+        assert open_descriptors() - before <= 2 * 3
+    shutil.rmtree(packed.folder / "00007")
+    assert torch.equal(packed.embeds(7).float(), given[7].embeds)  # open files outlive their names
+    del packed
+    assert open_descriptors() == before
