@@ -60,6 +60,7 @@ def encode_clips(
     *,
     whiten: bool,
     pool: ClipPool | None = None,
+    kept: tuple[list[float], list[float]] | None = None,
 ) -> Latents | None:
     """Encode the training clips by whole-clip forward passes in the precision of `options`.
 
@@ -70,6 +71,8 @@ def encode_clips(
         options: its time budget ends the stage with the clips encoded by then, at least one part.
         whiten: normalise by principal components, not channel by channel.
         pool: that renders the clips; None renders them between the batches.
+        kept: mean and standard deviation of the channels, of a VAE that was not trained: measured anew, or whitened
+            anew, they would be another basis, in which its other networks are wrong.
 
     Returns:
         The latents; None when told to stop. Parts on disk are found again by a resumed run.
@@ -104,7 +107,7 @@ def encode_clips(
             captions += pool.captions[start : indices.stop] if pool is not None else source_captions(source, indices)
             bar.update(len(indices))
             logger.info("stage=latents clips=%d of=%d", indices.stop, config.num_clips)
-    return _normalise(torch.cat(parts), captions, whiten)
+    return _normalise(torch.cat(parts), captions, whiten, kept)
 
 
 def source_captions(source: ClipSource, indices: range) -> list[str]:
@@ -157,11 +160,15 @@ def _encode_part(vae: AutoencoderKLWan, path: Path | None, indices: range, reade
     return latents
 
 
-def _normalise(raw_PCFHW: Tensor, captions: list[str], whiten: bool) -> Latents:
+def _normalise(
+    raw_PCFHW: Tensor, captions: list[str], whiten: bool, kept: tuple[list[float], list[float]] | None
+) -> Latents:
     """Replace raw latents by normalised ones, in place."""
     num_channels = raw_PCFHW.shape[1]
     whitening, mean, std = None, [0.0] * num_channels, [1.0] * num_channels
-    if whiten:
+    if kept is not None:
+        mean, std = kept
+    elif whiten:
         whitening = fit_whitening(raw_PCFHW)
     else:
         mean, std = channel_statistics(raw_PCFHW)

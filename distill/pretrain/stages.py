@@ -79,8 +79,11 @@ def run_stages(run: PretrainRun) -> str:
         if run.until == "vae":
             return "vae"
         options = run.stage_options("latents")
+        kept = None if config.vae.phases or not config.start else _kept_statistics(config.start)
         with run.clock.stage("latents"):
-            encoded = encode_clips(vae, config.transformer, source, options, whiten=config.vae.whiten, pool=pool)
+            encoded = encode_clips(
+                vae, config.transformer, source, options, whiten=config.vae.whiten, pool=pool, kept=kept
+            )
         if encoded is None:
             return "latents"
         if encoded.whitening is not None:
@@ -140,9 +143,14 @@ def _save_unwhitened(run: PretrainRun, vae: AutoencoderKLWan) -> None:
     channels = vae.config.z_dim
     mean, std = [0.0] * channels, [1.0] * channels
     if run.config.vae.decoder_only:
-        kept = open_base(run.config.start).load(AutoencoderKLWan, "vae").config
-        mean, std = list(kept.latents_mean), list(kept.latents_std)
+        mean, std = _kept_statistics(run.config.start)
     save_vae(run.options.folder / "pipeline", vae, mean, std)
+
+
+def _kept_statistics(start: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the channels by which the pipeline `start` normalises its latents."""
+    config = open_base(start).load(AutoencoderKLWan, "vae").config
+    return list(config.latents_mean), list(config.latents_std)
 
 
 def _train_teacher(

@@ -243,3 +243,25 @@ def test_gpu_more_leaves_the_vae_of_the_start_alone_and_gives_its_time_to_the_tr
 def test_a_pool_too_small_for_the_encoder_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="pool_clips must hold two batches"):
         dataclasses.replace(PRETRAIN_PRESETS["gpu"](), pool_clips=128)
+
+
+def test_a_vae_that_is_not_trained_keeps_its_basis_and_its_students(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny()
+    kept = dataclasses.replace(
+        config,
+        vae=dataclasses.replace(config.vae, phases=()),
+        transformer=dataclasses.replace(config.transformer, num_steps=0),
+    )
+    monkeypatch.setitem(PRETRAIN_PRESETS, "kept", lambda: kept)
+    start, out = finished / "pipeline", tmp_path / "run"
+    assert teacher("--out", str(out), "--preset", "kept", "--start", str(start), "--seed", "5") == 0
+    for name in ("vae", "transformer"):
+        before, after = (
+            load_file(folder / name / "diffusion_pytorch_model.safetensors") for folder in (start, out / "pipeline")
+        )
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+    first, second = (json.loads((folder / "vae" / "config.json").read_text()) for folder in (start, out / "pipeline"))
+    assert (first["latents_mean"], first["latents_std"]) == (second["latents_mean"], second["latents_std"])
