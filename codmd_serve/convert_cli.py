@@ -109,7 +109,7 @@ def _assumptions(spec: "StudentSpec") -> list[str]:
         "lora_scale": "1, that is alpha = rank (--lora-scale)",
     }
     lines = [f"  {name:<10} {values[name]}" for name in spec.assumed]
-    return ["assumed, because the file does not say it (kept in student.json):", *lines]
+    return [] if not lines else ["assumed, because the file does not say it (kept in student.json):", *lines]
 
 
 def _parse_timesteps(text: str) -> tuple[float, ...]:

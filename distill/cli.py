@@ -16,7 +16,14 @@ from distill.evaluate.command import add_eval_arguments, run_eval
 from distill.parallel.launch import find_launch
 from distill.plan.command import add_plan_arguments, run_plan
 from distill.pretrain.command import add_teacher_arguments, run_teacher
-from distill.run.command import add_export_arguments, add_train_arguments, run_export, run_train
+from distill.run.command import (
+    add_export_arguments,
+    add_extract_arguments,
+    add_train_arguments,
+    run_export,
+    run_extract,
+    run_train,
+)
 from distill.run.runs_drawn import add_curves_arguments, run_curves
 from distill.run.samples import add_sample_arguments, run_sample_teacher
 from distill.worlds.shapeworld.preview import add_preview_arguments, run_preview
@@ -30,6 +37,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
         run_sample_teacher,
     ),
     "export": ("write the student of a checkpoint, for codmd-serve or diffusers", add_export_arguments, run_export),
+    "extract": ("write a student as a low-rank update of its base", add_extract_arguments, run_extract),
     "curves": ("draw the curves of several runs in one picture", add_curves_arguments, run_curves),
     "bench-step": ("time our iteration beside the authors'", add_bench_step_arguments, run_bench_step),
     "plan": ("say what a run needs: memory per GPU, operations, hours", add_plan_arguments, run_plan),

@@ -3,6 +3,9 @@
 BUNDLE/student.json     how to sample the student, and where it came from
 BUNDLE/transformer/     config.json and safetensors of a WanTransformer3DModel, in diffusers' layout
 BUNDLE/world.json       grammar of the captions it knows; only bundles of a world have it
+
+An adapter folder has pytorch_lora_weights.safetensors, an update of the base, in the place of transformer/; convert.py
+makes a bundle of it.
 """
 
 import json
@@ -18,6 +21,9 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
@@ -33,6 +39,8 @@ from codmd_serve.wan.kernels import AttentionShape
 from codmd_serve.wan.vae import vae_scales
 
 SPEC_FILE = "student.json"
+# The name that diffusers looks for.
+LORA_FILE = "pytorch_lora_weights.safetensors"
 # Ranges of the native video: what requests may ask for, and far more pixels and frames than any student makes.
 MOST_NATIVE = {"height": 16_384, "width": 16_384, "num_frames": 10_000, "fps": 120}
 MAX_STEPS = 1000
@@ -400,6 +408,39 @@ def save_bundle(path: Path, transformer: Any, spec: StudentSpec, grammar: Gramma
     """
     with atomic_folder(path) as fresh:
         transformer.save_pretrained(fresh / "transformer")
-        (fresh / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
-        if grammar is not None:
-            grammar.save(fresh)
+        _save_spec(fresh, spec, grammar)
+
+
+def save_adapter(
+    path: Path,
+    tensors: dict[str, Tensor],
+    header: dict[str, str],
+    spec: StudentSpec | None,
+    grammar: Grammar | None = None,
+) -> None:
+    """Write an adapter folder atomically.
+
+    Args:
+        path: the folder; one that exists is replaced.
+        tensors: the update of the base, under diffusers' names.
+        header: of their file.
+        spec: of the student that it makes of the base; becomes student.json. None where it is an update of other
+            weights, which no pipeline has.
+        grammar: becomes world.json; None when the student takes any text.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        with atomic_folder(path) as fresh:
+            save_file(tensors, fresh / LORA_FILE, {"format": "pt", **header})
+            if spec is not None:
+                _save_spec(fresh, spec, grammar)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"adapters cannot be written to {path}: {first_line(error)}") from error
+
+
+def _save_spec(folder: Path, spec: StudentSpec, grammar: Grammar | None) -> None:
+    (folder / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
+    if grammar is not None:
+        grammar.save(folder)

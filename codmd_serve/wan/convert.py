@@ -16,9 +16,10 @@ from torch import Tensor
 
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.files import check_name, first_line
+from codmd_serve.grammar import Grammar
 from codmd_serve.grid import StepGrid
 from codmd_serve.textfiles import shown
-from codmd_serve.wan.checkpoint import NativeShape, StudentSpec, save_bundle
+from codmd_serve.wan.checkpoint import LORA_FILE, SPEC_FILE, NativeShape, StudentSpec, read_spec, save_bundle
 from codmd_serve.wan.families import BASES, FAMILIES, METHOD_SAMPLING
 from codmd_serve.wan.hub import find_pipeline
 from codmd_serve.wan.lora import Scales, add_lora, find_scales, read_lora
@@ -101,10 +102,11 @@ def convert(source: Path, base: Path | None, output: Path, options: ConvertOptio
     """Make a student bundle of a published checkpoint; the bundle appears whole or not at all.
 
     Args:
-        source: a file or folder that `read_published` reads.
+        source: a file or folder that `read_published` reads. An adapter folder with a student.json says there how it
+            is sampled, and of which base.
         base: diffusers folder or hub id of the Wan pipeline that the student was distilled from. It gives the
             architecture and, for a LoRA, the weights; the bundle refers to it for tokenizer, text encoder and VAE.
-            None is Wan2.1's of the width of the network.
+            None is what student.json names, else Wan2.1's of the width of the network.
         output: folder of the bundle, which must not exist.
         options: what need not be guessed.
         package_version: of codmd-serve, for student.json.
@@ -118,36 +120,38 @@ def convert(source: Path, base: Path | None, output: Path, options: ConvertOptio
         ConfigError: output exists or has no folder to lie in; options that make no sense.
     """
     check_output(output)
-    published = None
-    if base is None:
+    published, roots = None, [Path()]
+    home, stated = _stated_student(source)
+    if base is None and stated is not None:
+        base, roots = Path(stated.base), [home.resolve()]
+    elif base is None:
         published = read_published(source, options.key)
         base = _guess_base(published, source)
-    folder, is_folder = _find_base(base)
+    folder, is_folder = find_pipeline(str(base), roots, BASE_PARTS, wanted=_WANTED_BASE)
     config = read_base_config(folder)
     published = published or read_published(source, options.key)
-    if options.lora_scale is not None and published.naming != "lora":
-        raise ConfigError(f"--lora-scale is for LoRA files, {source} is {FAMILIES[published.family].looks}")
-    _refuse_maybe_causal(published, options, str(source))
+    _refuse_options(published, options, str(source))
     check_config(published.config, config, str(source))
     # Those of the file first: they cost nothing, and the weights minutes.
-    everything = options.timesteps is not None and options.sampler is not None
-    sampling = Sampling() if everything else read_sampling(source)
+    sampling = Sampling() if options.timesteps and options.sampler else read_sampling(source)
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(config)
     given = read_published(folder / "transformer")
     weights, scales = student_weights(published, given.weights, transformer, str(source), options)
     _refuse_base(weights, given.weights, str(source), is_lora=scales is not None)
     transformer.load_state_dict(weights, assign=True)
-    width = transformer.patch_embedding.out_channels
-    spec = _spec_fields(published, sampling, options, width, scales)
-    spec = spec | {
+    if stated is None:
+        spec = _spec_fields(published, sampling, options, transformer.patch_embedding.out_channels, scales)
+    else:
+        spec, sampling = _stated_fields(stated, options), Sampling(sampler=stated.sampler, where=SPEC_FILE)
+    spec |= {
         "base": os.path.relpath(folder, output.resolve()) if is_folder else str(base),
         "base_model": folder.name if is_folder else str(base),
         "package_version": package_version,
         "preview_map": preview_map_of_base(folder),
     }
     finished = StudentSpec(**spec)
-    _save(output, transformer, finished)
+    _save(output, transformer, finished, None if stated is None else Grammar.load(home))
     return Converted(
         looks=FAMILIES[published.family].looks,
         num_tensors=len(published.weights),
@@ -156,9 +160,15 @@ def convert(source: Path, base: Path | None, output: Path, options: ConvertOptio
     )
 
 
-def _save(output: Path, transformer: WanTransformer3DModel, spec: StudentSpec) -> None:
+def _stated_student(source: Path) -> tuple[Path, StudentSpec | None]:
+    """Return the folder of an adapter, and the student.json in it, if there is one."""
+    home = source.parent if source.name == LORA_FILE else source
+    return home, read_spec(home) if (home / SPEC_FILE).is_file() else None
+
+
+def _save(output: Path, transformer: WanTransformer3DModel, spec: StudentSpec, grammar: Grammar | None) -> None:
     try:
-        save_bundle(output, transformer, spec)
+        save_bundle(output, transformer, spec, grammar)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"bundle {output} cannot be written: {first_line(error)}; nothing was left there"
@@ -180,10 +190,6 @@ def _guess_base(published: Published, source: Path) -> Path:
             f"{known})"
         )
     return Path(BASES[width])
-
-
-def _find_base(base: Path) -> tuple[Path, bool]:
-    return find_pipeline(str(base), [Path()], BASE_PARTS, wanted=_WANTED_BASE)
 
 
 def student_weights(
@@ -215,8 +221,10 @@ def student_weights(
     return to_diffusers(complete, shapes, source), scales
 
 
-def _refuse_maybe_causal(published: Published, options: ConvertOptions, source: str) -> None:
-    """Refuse a family that is mostly causal, which tensors do not show, unless the user says it is not."""
+def _refuse_options(published: Published, options: ConvertOptions, source: str) -> None:
+    """Refuse a strength of what is no update, and a mostly causal family, which tensors do not show, without a word."""
+    if options.lora_scale is not None and published.naming != "lora":
+        raise ConfigError(f"--lora-scale is for LoRA files, {source} is {FAMILIES[published.family].looks}")
     is_doubtful = published.family == "generator_ema" or options.method == "self-forcing"
     if is_doubtful and not options.bidirectional and not published.says_attention:
         raise CheckpointError(
@@ -341,6 +349,20 @@ def _spec_fields(
         "config_sha256": "",
         "assumed": tuple(name for name, is_guessed in guessed.items() if is_guessed),
     }
+
+
+def _stated_fields(stated: StudentSpec, options: ConvertOptions) -> dict[str, Any]:
+    """Return the fields of a student.json that came with the weights, but for those that the user says otherwise."""
+    names = ("sigmas", "timesteps", "sampler", "native", "method", "step", "ema", "config_sha256", "assumed")
+    kept = {name: getattr(stated, name) for name in (*names, "vocabulary_note")}
+    if options.timesteps is not None:
+        kept |= {"timesteps": options.timesteps, "sigmas": _exact_sigmas(options.timesteps)}
+    given = {"sampler": options.sampler, "method": options.method}
+    return (
+        kept
+        | {name: value for name, value in given.items() if value is not None}
+        | {"native": replace(stated.native, **options.sizes())}
+    )
 
 
 def _exact_sigmas(timesteps: tuple[float, ...]) -> tuple[float, ...]:

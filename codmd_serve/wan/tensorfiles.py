@@ -155,7 +155,8 @@ def _read_safetensors(path: Path) -> tuple[dict[Any, Any], dict[str, str]]:
 
 
 def _read_folder(folder: Path) -> Stored:
-    if (folder / "student.json").exists():
+    # Without a network of its own it is an adapter, which says how it is sampled.
+    if (folder / "student.json").exists() and not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} is a student bundle already: codmd-serve serve --bundle {folder}")
     if (folder / "transformer_2").is_dir():
         raise CheckpointError(

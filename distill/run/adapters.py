@@ -1,6 +1,6 @@
 """The adapters of a LoRA student over a run: where they begin, as whole weights, and in a file of their own.
 
-FOLDER/pytorch_lora_weights.safetensors     the adapters, under diffusers' names
+FOLDER/pytorch_lora_weights.safetensors     the adapters, under diffusers' names, in an adapter folder
 
 Checkpoints hold the adapters alone, so a run needs the weights under them as long as it lives.
 """
@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from codmd_serve.device import DTYPES_BY_NAME
 from codmd_serve.errors import CheckpointError
-from codmd_serve.files import atomic_folder, first_line
+from codmd_serve.grammar import Grammar
+from codmd_serve.wan.checkpoint import StudentSpec, save_adapter
 from distill.config import DistillConfig
 from distill.networks.base import Base
 from distill.networks.ema import Ema
@@ -26,8 +25,6 @@ from distill.parallel.state import load_shards
 from distill.run.checkpoint import list_checkpoints, load_checkpoint
 
 EMA_PREFIX = "ema/"
-# The name that diffusers looks for.
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def beginning(config: DistillConfig, started: Path | None, *, is_resumed: bool) -> DistillConfig:
@@ -82,19 +79,34 @@ def whole_weights(config: DistillConfig, base: Base, ema_weights: Mapping[str, T
     return merged_weights(frozen, ema_weights, lora_scale(config))
 
 
-def write_lora(folder: Path, config: DistillConfig, ema_weights: Mapping[str, Tensor]) -> None:
+def write_lora(
+    folder: Path,
+    config: DistillConfig,
+    ema_weights: Mapping[str, Tensor],
+    spec: StudentSpec,
+    grammar: Grammar | None = None,
+) -> None:
     """Write the adapters of a LoRA student, float32, whole or not at all.
+
+    Args:
+        folder: where to; one that exists is replaced.
+        config: of the run.
+        ema_weights: moving average of the adapters, by parameter name.
+        spec: of the student.
+        grammar: of the captions that it knows, if of any.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    rank = str(config.lora_student_rank)
-    steps = " ".join(f"{timestep:g}" for timestep in config.grid().timesteps)
+    header = lora_header(config.lora_student_rank, spec)
+    tensors = diffusers_lora(ema_weights, lora_scale(config))
+    # Adapters on weights of a file are no update of the base that student.json names.
+    save_adapter(folder, tensors, header, None if config.student_from else spec, grammar)
+
+
+def lora_header(rank: int, spec: StudentSpec) -> dict[str, str]:
+    """Return the header of a file of adapters, for readers that see no student.json beside it."""
     # Alpha equals the rank: the scale is part of lora_B.
-    header = {"format": "pt", "lora_alpha": rank, "rank": rank}
-    header |= {"base": config.base, "method": config.method, "sampler": config.sampler, "timesteps": steps}
-    try:
-        with atomic_folder(folder) as fresh:
-            save_file(diffusers_lora(ema_weights, lora_scale(config)), fresh / LORA_FILE, header)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"adapters cannot be written to {folder}: {first_line(error)}") from error
+    steps = " ".join(f"{timestep:g}" for timestep in spec.timesteps)
+    facts = {"base": spec.base_model, "method": spec.method, "sampler": spec.sampler, "timesteps": steps}
+    return {"lora_alpha": str(rank), "rank": str(rank), **facts}

@@ -191,7 +191,9 @@ def export_lora(run_dir: Path, folder: Path, iteration: int | None = None) -> in
             "--set lora_student_rank=64"
         )
     chosen, checkpoint = _checkpoint_of(run_dir, iteration)
-    write_lora(folder, config, CheckpointEma(checkpoint))
+    digest, num_updates = settings_digest(saved_settings(run_dir)), checkpoint.values["updates"]["student"]
+    spec = student_spec(folder.absolute(), config, open_base(config.base), num_updates, digest)
+    write_lora(folder, config, CheckpointEma(checkpoint), spec, caption_grammar(config))
     return chosen
 
 

@@ -170,6 +170,28 @@ def run_export(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `codmd-distill extract`."""
+    parser.add_argument("--bundle", type=Path, required=True, help="folder of a student")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; one that exists is replaced")
+    parser.add_argument("--rank", type=int, default=32, help="of each linear layer's update (default 32)")
+    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the file (default fp16)")
+
+
+def run_extract(args: argparse.Namespace) -> int:
+    """Run `codmd-distill extract`: write a student as a low-rank update of its base; return 0.
+
+    Raises:
+        ConfigError, CheckpointError: no such bundle or base, no update, or a folder that cannot be written.
+    """
+    from distill.run.extract import low_rank_update, write_low_rank
+
+    update = low_rank_update(args.bundle, args.rank)
+    file = write_low_rank(args.out, args.bundle, update, args.rank, args.dtype)
+    print(f"{file} {file.stat().st_size / 1e6:.1f} MB, {update.kept:.1%} of the squared change of all weights")
+    return 0
+
+
 def _iteration(text: str) -> int | str:
     return BEST if text == BEST else int(text)
 

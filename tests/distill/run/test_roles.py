@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors import safe_open
 
 from codmd_serve.errors import CheckpointError, ConfigError
 from codmd_serve.wan.attention import use_compact_cross_attention
-from codmd_serve.wan.checkpoint import load_bundle
+from codmd_serve.wan.checkpoint import load_bundle, read_spec
 from codmd_serve.wan.convert import ConvertOptions, convert
 from codmd_serve.wan.lora import merge_lora
 from codmd_serve.wan.published import read_published
@@ -195,8 +196,11 @@ def test_the_adapters_alone_are_what_the_bundle_has_more_than_the_base(
     base = open_base(lora_config.base).load_transformer(torch.float32).state_dict()
     for name, tensor in merge_lora(read_published(file), base, str(file)).items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-6, atol=1e-7)
-    converted = convert(file, Path(lora_config.base), tmp_path / "bundle", ConvertOptions(), "0")
-    assert "lora_scale" not in converted.spec.assumed
+    own = read_spec(outcome.bundle)
+    for source, base, name in ((file, Path(lora_config.base), "one"), (tmp_path / "lora", None, "two")):
+        # It is sampled as it was trained to be, and nothing is guessed.
+        spec = convert(source, base, tmp_path / name, ConvertOptions(), own.package_version).spec
+        assert replace(spec, base=own.base, base_model=own.base_model) == own
 
 
 def test_a_lora_student_starts_from_a_file_and_needs_it_again(
@@ -206,6 +210,8 @@ def test_a_lora_student_starts_from_a_file_and_needs_it_again(
     first = run(with_overrides(short(lora_config, "dmd"), ["lora_student_rank=0"]), tmp_path / "first").bundle
     config = short(lora_config, "dmd", f"student_from={first}", "max_iterations=1")
     second = run(config, tmp_path / "second").bundle
+    export_lora(tmp_path / "second", tmp_path / "lora")
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
     assert first is not None
     assert second is not None
     export_bundle(tmp_path / "second", tmp_path / "again")
