@@ -221,6 +221,10 @@ def read_results(path: Path) -> Comparison:
     if data.get("format") != FORMAT or not isinstance(data.get("table"), Mapping) or "cells" not in data:
         raise ConfigError(f"{path} holds no results of eval compare of format {FORMAT}")
     check_complete(data)
+    if len(data["table"]["seeds"]) < 2:
+        raise ConfigError(
+            f"{path} has scores of seed {data['table']['seeds'][0]} alone: an interval is over seeds, give 2 or more"
+        )
     return Comparison(data, path.parent)
 
 

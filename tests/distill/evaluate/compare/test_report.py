@@ -207,6 +207,11 @@ def test_reports_of_bad_input_are_refused(
     (folder / "first.json").write_text(json.dumps({**data, "cells": data["cells"][1:]}), encoding="utf-8")
     assert main(report) == 2
     assert "no scores of truth g=1 budget=2 seed=1" in capsys.readouterr().err
+    # What `collect --seeds 1` leaves; the tests of the report have nothing to test.
+    alone = {"table": {**data["table"], "seeds": [1]}, "cells": [cell for cell in data["cells"] if cell["seed"] == 1]}
+    (folder / "first.json").write_text(json.dumps({**data, **alone}), encoding="utf-8")
+    assert main(report) == 2
+    assert "first.json has scores of seed 1 alone: an interval is over seeds, give 2 or more" in capsys.readouterr().err
 
 
 def test_matrices_are_drawn_where_all_cells_have_them_in_one_size() -> None:
