@@ -46,7 +46,7 @@ def default_bundle_path() -> Path:
     """
     package = Path(__file__).resolve().parent
     installed = package / "_weights"
-    return (installed if installed.is_dir() else package.parent / "weights") / "shapeworld-codmd"
+    return (installed if installed.is_dir() else package.parent / "weights") / "shapeworld-dmd"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

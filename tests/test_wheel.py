@@ -36,7 +36,7 @@ def environment(site: Path, home: Path) -> dict[str, str]:
 def test_wheel_installs_no_package_but_its_own(site: Path) -> None:
     names = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"codmd_serve", "distill"}
-    assert (site / "codmd_serve" / "_weights" / "shapeworld-codmd" / "student.json").is_file()
+    assert (site / "codmd_serve" / "_weights" / "shapeworld-dmd" / "student.json").is_file()
 
 
 def test_wheel_serves_page_and_video_from_any_folder(site: Path, tmp_path: Path) -> None:

@@ -246,6 +246,8 @@ def _write_report(
         if args.insert is not None:
             write_text(args.insert, f"{_text_before_marker(args.insert)}{report}")
         if args.samples is not None:
+            from PIL import Image
+
             from distill.worlds.shapeworld.preview import contact_sheet
 
             captions = {request.caption_index: request.caption for request in suite.requests}
@@ -255,7 +257,9 @@ def _write_report(
                 for arm in arms
                 for clip in (arm.samples[index],)
             ]
-            contact_sheet([text for text, _ in strips], [clip for _, clip in strips]).save(args.samples)
+            sheet = contact_sheet([text for text, _ in strips], [clip for _, clip in strips])
+            # A palette: four tenths of the bytes, and flat shapes on two grounds have few colours.
+            sheet.quantize(256, dither=Image.Dither.NONE).save(args.samples, optimize=True)
     except OSError as error:
         raise ConfigError(f"the report cannot be written: {error}") from error
 

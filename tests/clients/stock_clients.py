@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 from processes import ServerProcess  # noqa: E402
 
-MODEL = "shapeworld-codmd"
+MODEL = "shapeworld-dmd"
 REPORT = ROOT / "docs" / "results" / "clients.md"
 TOKENIZER = ROOT / "weights" / "shapeworld" / "tokenizer"  # AIPerf counts tokens of prompts; its own comes from afar
 NUM_REQUESTS = 6

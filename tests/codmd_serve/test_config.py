@@ -51,6 +51,6 @@ def test_default_bundle_path_prefers_what_an_installed_wheel_carries(
     package = tmp_path / "codmd_serve"
     package.mkdir()
     monkeypatch.setattr(config, "__file__", str(package / "config.py"))
-    assert config.default_bundle_path() == tmp_path / "weights" / "shapeworld-codmd"
+    assert config.default_bundle_path() == tmp_path / "weights" / "shapeworld-dmd"
     (package / "_weights").mkdir()
-    assert config.default_bundle_path() == package / "_weights" / "shapeworld-codmd"
+    assert config.default_bundle_path() == package / "_weights" / "shapeworld-dmd"

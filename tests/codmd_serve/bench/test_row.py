@@ -119,7 +119,7 @@ def test_targets_are_judged_by_the_row_they_are_for(row: dict[str, Any]) -> None
     ratio = {"total": {**row["ratios"]["diffusers"]["total"], "median": 1.4}}
     ours = {
         **row,
-        "name": "shapeworld-codmd",
+        "name": "shapeworld-dmd",
         "ratios": {**row["ratios"], "diffusers": {**row["ratios"]["diffusers"], **ratio}},
     }
     ((target, value),) = targets_of(ours)

@@ -229,7 +229,7 @@ def test_native_shape_refuses_what_is_no_count() -> None:
 
 
 def test_default_bundle_is_the_embedded_one() -> None:
-    assert default_bundle_path().name == "shapeworld-codmd"
+    assert default_bundle_path().name == "shapeworld-dmd"
 
 
 # student.json of strangers

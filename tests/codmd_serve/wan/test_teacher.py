@@ -27,7 +27,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     embedded = default_bundle_path().parent
     shutil.copytree(embedded / "shapeworld", folder / "shapeworld")
-    shutil.copytree(embedded / "shapeworld-codmd", folder / "shapeworld-codmd")
+    shutil.copytree(embedded / "shapeworld-dmd", folder / "shapeworld-dmd")
     spec = json.loads((folder / "shapeworld" / "teacher.json").read_text())
     (folder / "shapeworld" / "teacher.json").write_text(json.dumps({**spec, "num_steps": NUM_STEPS}))
     return folder
@@ -35,7 +35,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(weights: Path) -> Engine:
-    return load_engine(weights / "shapeworld-codmd", "cpu", "float32", teacher=True)
+    return load_engine(weights / "shapeworld-dmd", "cpu", "float32", teacher=True)
 
 
 def params_of(engine: Engine, seed: int = 3, **changes: object) -> GenerateParams:
@@ -93,7 +93,7 @@ def test_a_multistep_scheduler_forgets_the_video_before(engine: Engine, weights:
     from codmd_serve.wan.teacher import Teacher, load_module
     from codmd_serve.wan.transformer import sdpa
 
-    bundle = load_bundle(weights / "shapeworld-codmd")
+    bundle = load_bundle(weights / "shapeworld-dmd")
     transformer = load_module(WanTransformer3DModel, weights / "shapeworld", "transformer", torch_dtype=torch.float32)
     teacher = Teacher("t", engine.teacher.spec, transformer, unipc, sdpa)
     prompt = teacher.encode(engine.embedder(PROMPT), engine.embedder(""))
@@ -149,7 +149,7 @@ def test_an_engine_without_that_teacher_says_so(engine: Engine, tmp_path: Path) 
 
 
 def test_student_is_untouched_by_the_teacher_beside_it(engine: Engine, weights: Path, tmp_path: Path) -> None:
-    alone = load_engine(weights / "shapeworld-codmd", "cpu", "float32")
+    alone = load_engine(weights / "shapeworld-dmd", "cpu", "float32")
     assert alone.teacher is None and alone.facts.teacher is None
     params = params_of(engine, teacher="")
     engine.generate(params, tmp_path / "a.mp4")
@@ -220,4 +220,4 @@ def test_a_base_that_cannot_be_a_teacher_is_refused_at_start(
     path = tmp_path / "weights" / "shapeworld" / "model_index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **index}))
     with pytest.raises(CheckpointError, match=words):
-        load_engine(tmp_path / "weights" / "shapeworld-codmd", "cpu", teacher=True)
+        load_engine(tmp_path / "weights" / "shapeworld-dmd", "cpu", teacher=True)

@@ -57,7 +57,7 @@ def test_hub_id_is_opened_without_asking_the_hub() -> None:
 def test_bundled_base_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundled = tmp_path / "somewhere" / "shapeworld"
     bundled.mkdir(parents=True)
-    monkeypatch.setattr(base_module, "default_bundle_path", lambda: bundled.parent / "shapeworld-codmd")
+    monkeypatch.setattr(base_module, "default_bundle_path", lambda: bundled.parent / "shapeworld-dmd")
     monkeypatch.chdir(tmp_path)
     base = open_base("weights/shapeworld")
     assert base == Base(source=str(bundled), is_local=True) and base.name == "shapeworld"
