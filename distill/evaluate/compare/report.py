@@ -275,7 +275,8 @@ def _rule(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _cost(own: Pick, arm: str) -> str:
-    return f"{own.costs[arm] / 1e6:.2f} million samples"
+    cost = own.costs[arm]
+    return f"{cost / 1e6:.2f} million samples" if cost >= 1e5 else f"{cost:,.0f} samples"
 
 
 def _lost(own: Pick) -> str:
