@@ -42,7 +42,7 @@ def test_readme_says_what_the_tracked_json_gives() -> None:
 
 def test_every_kept_file_is_used_and_all_are_small() -> None:
     folder = PAGE.with_suffix("")
-    figures = {Path(name).name for name in re.findall(r"\]\(evidence/([^)]+)\)", PAGE.read_text(encoding="utf-8"))}
+    figures = set(re.findall(r"\]\(evidence/([^)]+)\)", PAGE.read_text(encoding="utf-8")))
     cells = [cell for own in comparisons() for cell in own.data["cells"]]
     strips = {Path(clip["strip"]).as_posix() for cell in cells for clip in cell.get("clips", [])}
     kept = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
