@@ -1,6 +1,7 @@
 """The weights that ship: they load, they do what the README says, and the scores printed are the scores measured."""
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from codmd_serve.engine import Engine
 from codmd_serve.loading import load_engine
 from codmd_serve.video import find_ffmpeg
 from codmd_serve.wan.checkpoint import read_spec
+from codmd_serve.wan.convert import ConvertOptions, convert
 from codmd_serve.wan.preview import preview_frames
 from distill.evaluate.detect import detect
 from distill.evaluate.scores import score_clip
@@ -122,11 +124,21 @@ def test_example_prompts_are_followed_for_nine_of_ten_seeds(engine: Engine, tmp_
     assert sum(right) >= 9, right
 
 
-def test_bundle_says_how_it_was_made() -> None:
-    spec = read_spec(default_bundle_path())
-    assert spec.method == "codmd" and spec.ema and len(spec.timesteps) == 4
-    assert spec.base == "../shapeworld"
-    assert len(spec.config_sha256) == 64
+def test_the_rule_chooses_what_is_served_and_codmd_lies_beside_it() -> None:
+    served, codmd = read_spec(default_bundle_path()), read_spec(WEIGHTS / "shapeworld-codmd")
+    picked = re.search(r"We would train \*\*(.+?)\*\*", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert picked is not None and (served.method, codmd.method) == (picked[1], "codmd")
+    for spec in (served, codmd):
+        assert spec.ema and len(spec.timesteps) == 4 and spec.base == "../shapeworld"
+        assert len(spec.config_sha256) == 64
+
+
+def test_codmds_adapter_becomes_a_bundle_that_is_right_about_an_example(tmp_path: Path) -> None:
+    convert(WEIGHTS / "shapeworld-codmd", None, tmp_path / "codmd", ConvertOptions(), "0")
+    engine = load_engine(tmp_path / "codmd", "cpu", "float32")
+    clip = generate(engine, EXAMPLE, 7, tmp_path / "a.mp4")
+    scores = score_clip(parse_caption(EXAMPLE), detect(clip), clip)
+    assert scores["object_colour"] == scores["direction"] == scores["background"] == 1.0
 
 
 def test_printed_scores_are_the_measured_ones() -> None:
