@@ -10,6 +10,7 @@ from distill.cli import COMMANDS, build_parser, main
 ARGUMENTS = {
     "train": ["--out", "x"],
     "export": ["--run", "x", "--out", "y"],
+    "extract": ["--bundle", "x", "--out", "y"],
     "curves": ["x", "--out", "y"],
     "bench-step": ["--trials", "4"],
     "plan": ["--recipe", "wan_14b"],
