@@ -72,7 +72,9 @@ def _pack_clips(own: Comparison, folder: Path) -> dict[str, list[dict[str, str]]
             for place, clip in enumerate(clips_of(last, arm)):
                 path = target / f"{arm}-{place}.png"
                 with atomic_file(path) as temporary:
-                    picture = open_strip(last, clip).quantize(STRIP_COLOURS, dither=Image.Dither.NONE)
+                    picture = open_strip(last, clip).quantize(
+                        STRIP_COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE
+                    )
                     buffer = io.BytesIO()
                     picture.save(buffer, format="PNG", optimize=True)
                     temporary.write_bytes(buffer.getvalue())
